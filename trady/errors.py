@@ -1,0 +1,37 @@
+"""What can go wrong, in one family: every message says what was given and what to do."""
+
+
+class TradyError(Exception):
+    """The root of every error trady raises on purpose."""
+
+
+class BudgetError(TradyError, ValueError):
+    """A budget that cannot be read, or that nothing fits in."""
+
+
+class ModelError(TradyError, ValueError):
+    """A model or an example batch that cannot be traced, armed or trained."""
+
+
+class PolicyError(TradyError, ValueError):
+    """A policy that does not exist or that drew channels it may not draw."""
+
+
+class RankingError(TradyError, ValueError):
+    """A layer ranking that cannot be read or that belongs to another model."""
+
+
+class StateError(TradyError, RuntimeError):
+    """A call that comes too early, too late, or twice."""
+
+
+class CheckpointError(TradyError, ValueError):
+    """A checkpoint or delta that is damaged, of another model or of another version."""
+
+
+class DataError(TradyError, ValueError):
+    """A data set that cannot be read, or labels that the model cannot have."""
+
+
+class TrainingError(TradyError, RuntimeError):
+    """A run that stopped because going on would have spoilt the model."""

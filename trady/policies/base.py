@@ -1,0 +1,43 @@
+"""What a policy is: a rule that says which input channels train in an epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from trady.channels import ChannelTable, Selection
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that a policy may look at. Same draw, same selection: on every rank, after a restart.
+
+    Attributes:
+        table: The updatable layers and their costs.
+        pool: Names of the top-K layers (all layers while the ranking is not known yet).
+        costs: What one channel of each layer takes, in the budget's own unit.
+        capacity: How much the selection may take, in the same unit; ``None`` is no limit.
+        seed: Seed of the run.
+        epoch: Epoch that the selection is for, from 0.
+        redraw: Counts the draws inside one epoch (online ranking), from 0.
+    """
+
+    table: ChannelTable
+    pool: tuple[str, ...]
+    costs: dict[str, int]
+    capacity: int | None
+    seed: int
+    epoch: int
+    redraw: int = 0
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A rule that says where to update."""
+
+    name: str
+    uses_ranking: bool
+
+    def select(self, draw: Draw) -> Selection:
+        """Return the channels to train; their cost must not exceed ``draw.capacity``."""
+        ...
