@@ -1,0 +1,193 @@
+"""A weight layer whose weight gradient exists for the selected input channels only.
+
+Computes ``y = clamp(scale * (W x + b) + shift)`` in one node of the graph: the normalisation behind
+the layer (statistics fixed) is folded into the weight and saves nothing, the activation behind it is
+applied in place and saves one bit an element. For the weight it keeps the selected channels of ``x``
+and yields ``dL/dW[:, c]`` for those alone (TraDy, arXiv 2510.19675, section 3).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trady.labels import label_saved
+from trady.ops.bits import Clamp, clamp_, select
+from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_owned, memory_format
+from trady.ops.maps import WeightMap
+from trady.ops.selected import SelectedChannels
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How one call of a weight layer is computed.
+
+    Attributes:
+        weight_map: Convolution or linear geometry.
+        selected: The channels that train; ``None`` when none does.
+        clamp: The activation behind the layer, if it is computed with it.
+        dtype: What the products are computed in (autocast); ``None`` is the input's own dtype.
+    """
+
+    weight_map: WeightMap
+    selected: SelectedChannels | None = None
+    clamp: Clamp | None = None
+    dtype: torch.dtype | None = None
+
+
+def layer(
+    x: Tensor,
+    compact: Tensor | None,
+    call: LayerCall,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Apply a weight layer, with its folded normalisation and activation.
+
+    Args:
+        x: Input, batch first.
+        compact: Leaf of shape [n, output channels a group, *kernel] that receives the gradient of the
+            selected channels (its values are not read: ``weight`` holds the truth).
+        call: Geometry, selected channels, activation.
+        weight: The frozen weight.
+        bias: Bias of the layer.
+        scale: One factor an output channel, of the normalisation behind the layer.
+        shift: One summand an output channel, added after scaling.
+
+    Returns:
+        The output; its gradient reaches ``x`` and ``compact``.
+
+    """
+    trains = call.selected is not None and compact is not None and compact.requires_grad
+    if torch.is_grad_enabled() and (x.requires_grad or trains):
+        out: Tensor = _Layer.apply(x, compact if trains else None, call, weight, bias, scale, shift)
+        return out
+    with torch.no_grad():
+        y, _ = _forward(x, call, weight, bias, scale, shift, keep_bits=False)
+    return y
+
+
+def _forward(
+    x: Tensor,
+    call: LayerCall,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    keep_bits: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dtype = call.dtype or x.dtype
+    folded = _fold(weight, scale, call)
+    offset = _fold_bias(bias, scale, shift)
+    y = call.weight_map.forward(x.to(dtype), folded.to(dtype), None if offset is None else offset.to(dtype))
+    bits = None
+    if call.clamp is not None:
+        bits = clamp_(y, call.clamp, keep_bits=keep_bits)
+    return y, bits
+
+
+def _fold(weight: Tensor, scale: Tensor | None, call: LayerCall) -> Tensor:
+    return weight if scale is None else call.weight_map.scale_outputs(weight, scale)
+
+
+def _fold_bias(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    if scale is None or bias is None:
+        return bias if shift is None else shift
+    return bias * scale if shift is None else torch.addcmul(shift, bias, scale)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        compact: Tensor | None,
+        call: LayerCall,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
+            inputs = None
+            if compact is not None and call.selected is not None:
+                inputs = x.index_select(call.weight_map.channel_dim, call.selected.index).to(y.dtype)
+        ctx.call, ctx.input_shape, ctx.input_dtype, ctx.format = call, x.shape, x.dtype, memory_format(y)
+        ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
+        ctx.save_for_backward(
+            None if inputs is None else label_saved(inputs, "channels"),
+            None if bits is None else label_saved(bits, "bits"),
+            weight,
+            scale,
+        )
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        references = sys.getrefcount(gradient)
+        inputs, bits, weight, scale = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        owned = is_owned(gradient, references)
+        wants_input = ctx.needs_input_grad[0]
+        folded = _fold(weight, scale, call).to(gradient.dtype) if wants_input else None
+        weight_gradient = None
+        if inputs is not None:
+            shape, dtype = ctx.compact_like
+            weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
+        input_gradient: Tensor | None = None
+        parts = _parts(gradient, masks=bits is not None and not owned, pad=getattr(call.weight_map, "pad", ()))
+        for part in parts:
+            whole = len(parts) == 1
+            g = gradient if whole else gradient[part]
+            if bits is not None:
+                g = _before_activation(g, bits if whole else bits[part], call, ctx.format, owned)
+            if weight_gradient is not None:
+                assert call.selected is not None
+                call.weight_map.weight_gradient(g, inputs if whole else inputs[part], call.selected, weight_gradient)
+            if folded is not None:
+                shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
+                made = call.weight_map.input_gradient(g, folded, shape)
+                del g
+                if whole:
+                    input_gradient = made.to(ctx.input_dtype)
+                else:
+                    if input_gradient is None:
+                        input_gradient = empty_like_batch(made.to(ctx.input_dtype), ctx.input_shape[0])
+                    input_gradient[part].copy_(made)
+        if weight_gradient is not None and scale is not None:
+            weight_gradient = _scale_gradient(weight_gradient, scale, call)
+        return input_gradient, weight_gradient, None, None, None, None, None
+
+
+def _parts(gradient: Tensor, *, masks: bool, pad: tuple[int, ...]) -> list[slice]:
+    """Slices of the batch: all of it at once unless a second copy of it has to be made and is large."""
+    total = gradient.numel() * gradient.element_size()
+    if not (masks or pad) or total <= CHUNK_BYTES or gradient.dim() < 2:
+        return [slice(None)]
+    return list(chunks(gradient.shape[0], total // gradient.shape[0]))
+
+
+def _before_activation(
+    gradient: Tensor, bits: Tensor, call: LayerCall, layout: torch.memory_format, owned: bool
+) -> Tensor:
+    assert call.clamp is not None
+    dense = gradient.contiguous(memory_format=layout)
+    mine = owned or dense is not gradient
+    return select(dense, bits, call.clamp, out=dense if mine else torch.empty_like(dense))
+
+
+def _scale_gradient(weight_gradient: Tensor, scale: Tensor, call: LayerCall) -> Tensor:
+    """Chain rule through the folded normalisation: W enters as ``scale * W``."""
+    assert call.selected is not None
+    outputs = weight_gradient.shape[1]
+    rows = scale.view(-1, outputs)[call.selected.group] if call.weight_map.groups > 1 else scale.view(1, outputs)
+    return weight_gradient.mul_(rows.view(*rows.shape, *(1,) * (weight_gradient.dim() - 2)))

@@ -1,0 +1,186 @@
+"""The three products of a weight layer: forward, gradient of the input, gradient of chosen channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trady.ops.layout import chunks, empty_like_batch
+from trady.ops.selected import SelectedChannels
+
+_convolution_backward = torch.ops.aten.convolution_backward
+
+
+class WeightMap(Protocol):
+    """A layer that is linear in its input and in its weight.
+
+    ``channel_dim`` is the dimension of the input that holds input channels.
+    """
+
+    kind: str
+    channel_dim: int
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer to a batch."""
+        ...
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """Gradient of the input, of shape ``input_shape``."""
+        ...
+
+    def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
+        """Add the gradient of the selected channels to ``out`` [n, output channels a group, *kernel].
+
+        ``inputs`` holds the selected channels of the input only, in their order.
+        """
+        ...
+
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Multiply every output channel of the weight by its scale (a folded normalisation)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution over 1, 2 or 3 spatial dimensions.
+
+    ``pad`` is zero padding in front of it that differs between the two sides of a dimension, in the
+    order of ``torch.nn.functional.pad``. It is never stored: it is made and dropped in chunks of samples.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pad: tuple[int, ...] = ()
+    channel_dim: int = 1
+
+    @property
+    def kind(self) -> str:
+        """``conv1d``, ``conv2d`` or ``conv3d``."""
+        return f"conv{len(self.stride)}d"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the convolution; x: [N, C, *spatial]."""
+        if not self.pad:
+            return self._convolve(x, weight, bias)
+        out: Tensor | None = None
+        for part in chunks(x.shape[0], _bytes_a_sample(x)):
+            made = self._convolve(F.pad(x[part], self.pad), weight, bias)
+            if made.shape[0] == x.shape[0]:
+                return made
+            if out is None:
+                out = empty_like_batch(made, x.shape[0])
+            out[part].copy_(made)
+        return out if out is not None else self._convolve(F.pad(x, self.pad), weight, bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """Gradient of the input; gradient: [N, O, *spatial of the output]."""
+        padded = _padded_shape(input_shape, self.pad)
+        unread = gradient.new_empty(1).expand(padded)
+        made: Tensor = self._backward(gradient, unread, weight, self.groups, (True, False, False))[0]
+        return made if not self.pad else F.pad(made, tuple(-n for n in self.pad))
+
+    def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
+        """Add the gradient of the selected channels to ``out``."""
+        if self.pad:
+            inputs = F.pad(inputs, self.pad)
+        if self.groups == 1 and self._is_pointwise(out.shape[2:]):
+            steps = tuple(slice(None, None, s) for s in self.stride)
+            x, g = inputs[(..., *steps)].flatten(2), gradient.flatten(2).transpose(1, 2)
+            total = out.view(out.shape[:2])
+            for part in chunks(x.shape[0], total.numel() * x.element_size()):
+                total.add_(torch.bmm(x[part], g[part]).sum(0))
+            return
+        for block in selected.blocks:
+            x = inputs if block.positions is None else inputs.index_select(1, block.positions)
+            g = gradient
+            if block.groups is not None:
+                g = gradient.unflatten(1, (self.groups, -1)).index_select(1, block.groups).flatten(1, 2)
+            outputs = out.shape[1]
+            weight = x.new_empty((block.group_count * outputs, block.channels_a_group, *out.shape[2:]))
+            made = self._backward(g, x, weight, block.group_count, (False, True, False))[1]
+            made = made.unflatten(0, (block.group_count, outputs)).transpose(1, 2).flatten(0, 1)
+            if block.positions is None:
+                out.add_(made)
+            else:
+                out.index_add_(0, block.positions, made.to(out.dtype))
+
+    def _is_pointwise(self, kernel: torch.Size) -> bool:
+        return all(n == 1 for n in kernel) and not any(self.padding)
+
+    def _backward(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dimensions = len(self.stride)
+        made: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
+            gradient,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0,) * dimensions,
+            groups,
+            wanted,
+        )
+        return made
+
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Multiply every output channel by its scale."""
+        return weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer over the last dimension; ``input_major`` weights are [in, out] (``addmm``)."""
+
+    input_major: bool = False
+    channel_dim: int = -1
+    groups: int = 1
+
+    @property
+    def kind(self) -> str:
+        """``linear`` or ``addmm``."""
+        return "addmm" if self.input_major else "linear"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer; x: [..., in]."""
+        if not self.input_major:
+            return F.linear(x, weight, bias)
+        return x @ weight if bias is None else torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """Gradient of the input; gradient: [..., out]."""
+        return gradient @ (weight.t() if self.input_major else weight)
+
+    def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
+        """Add the gradient of the selected channels to ``out`` [n, out]."""
+        made = inputs.reshape(-1, inputs.shape[-1]).t() @ gradient.reshape(-1, gradient.shape[-1])
+        out.add_(made)
+
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Multiply every output feature by its scale."""
+        return weight * (scale if self.input_major else scale.unsqueeze(-1))
+
+
+def _padded_shape(shape: torch.Size, pad: tuple[int, ...]) -> tuple[int, ...]:
+    padded = list(shape)
+    for axis, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        padded[-1 - axis] += before + after
+    return tuple(padded)
+
+
+def _bytes_a_sample(x: Tensor) -> int:
+    return x.element_size() * x.numel() // max(1, x.shape[0])

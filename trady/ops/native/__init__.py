@@ -1,0 +1,97 @@
+"""Loads the C kernels, compiled once with the machine's own compiler and kept in the user's cache.
+
+No compiler, no cache, ``TRADY_NATIVE=0``: :func:`library` returns ``None`` and the callers use
+plain PyTorch, which gives the same results more slowly. The kernels run on the threads that
+PyTorch uses itself (the OpenMP runtime it has loaded), so ``torch.set_num_threads`` holds for both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("bits.c")
+
+_POINTER, _COUNT, _FLOAT, _HALF = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint16
+_SIGNATURES = {
+    "trady_clamp_f32": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 3,
+    "trady_select_f32": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT],
+    "trady_clamp_bf16": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2 + [_HALF] * 2,
+    "trady_select_bf16": [_POINTER] * 3 + [_COUNT] * 2,
+}
+
+#: Tried in this order; the last one asks nothing special of compiler or machine.
+_COMPILE_FLAGS = (
+    ["-O3", "-march=native", "-fopenmp"],
+    ["-O3", "-fopenmp"],
+    ["-O3", "-march=native"],
+    ["-O3"],
+)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or ``None`` where they cannot be had."""
+    if os.environ.get("TRADY_NATIVE") == "0":
+        return None
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return None
+    for folder in _cache_folders():
+        for flags in _COMPILE_FLAGS:
+            loaded = _build_and_load(compiler, flags, folder)
+            if loaded is not None:
+                return loaded
+    return None
+
+
+def _cache_folders() -> list[Path]:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    return [Path(home) / "trady", Path(tempfile.gettempdir()) / f"trady-{user}"]
+
+
+def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDLL | None:
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags, _processor()]).encode()).hexdigest()[:16]
+    path = folder / f"bits-{key}.so"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            return None
+        if not path.exists():
+            _build(compiler, flags, path)
+        # Imported by torch already: its OpenMP runtime satisfies the kernels' undefined symbols.
+        loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _build(compiler: str, flags: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made, linked = Path(scratch) / "bits.o", Path(scratch) / "bits.so"
+        quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 120}
+        subprocess.run([compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", str(made)], **quiet)  # type: ignore[call-overload]
+        # Linked without -fopenmp on purpose: naming a second OpenMP runtime would start a second thread pool.
+        subprocess.run([compiler, "-shared", str(made), "-o", str(linked)], **quiet)  # type: ignore[call-overload]
+        os.replace(linked, path)
+
+
+def _processor() -> str:
+    """Name what ``-march=native`` depends on, so that a shared home never loads another machine's code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        import platform
+
+        return platform.processor() + platform.machine()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))

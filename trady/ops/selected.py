@@ -1,0 +1,88 @@
+"""The selected input channels of one layer, as the gradient kernels want them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trady.channels import Channels
+
+
+@dataclass(frozen=True)
+class Block:
+    """Groups of a convolution with equally many selected channels: one dense grouped convolution.
+
+    Attributes:
+        positions: Which of the selected channels belong here, in order; ``None`` for all.
+        groups: Indices of the groups; ``None`` for all groups of the layer.
+        group_count: Number of these groups.
+        channels_a_group: Selected channels in each of them.
+    """
+
+    positions: Tensor | None
+    groups: Tensor | None
+    group_count: int
+    channels_a_group: int
+
+
+@dataclass(frozen=True)
+class SelectedChannels:
+    """Sorted input channels of one layer and how they fall into its groups.
+
+    Attributes:
+        index: int64 [n], the channels.
+        group: int64 [n], the group each is read by.
+        channel: int64 [n], its place inside that group.
+        blocks: The groups by number of selected channels: at most sqrt(2 n) of them.
+    """
+
+    index: Tensor
+    group: Tensor
+    channel: Tensor
+    blocks: tuple[Block, ...]
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+
+def select_channels(channels: Channels, groups: int, channels_a_group: int, device: torch.device) -> SelectedChannels:
+    """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
+    group, channel = np.divmod(channels, channels_a_group)
+    counts = np.bincount(group, minlength=groups)
+
+    def tensor(values: Channels) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    blocks = []
+    for count in np.unique(counts[counts > 0]):
+        members = np.flatnonzero(counts == count)
+        inside = np.flatnonzero(np.isin(group, members))
+        blocks.append(
+            Block(
+                positions=None if len(inside) == len(channels) else tensor(inside),
+                groups=None if len(members) == groups else tensor(members),
+                group_count=len(members),
+                channels_a_group=int(count),
+            )
+        )
+    return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks))
+
+
+def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
+    """View a weight as [groups, input channels a group, output channels a group, *kernel]."""
+    if kind == "addmm":
+        return weight.unsqueeze(0)
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2)
+
+
+def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
+    """Copy the selected slices ``W[:, c]``: [n, output channels a group, *kernel]."""
+    return channel_major(weight, kind, groups)[selected.group, selected.channel]
+
+
+def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
+    """Write slices of :func:`gather_channels` back into ``weight``."""
+    channel_major(weight, kind, groups)[selected.group, selected.channel] = values.to(weight.dtype)
