@@ -76,6 +76,7 @@ class ChannelTable:
         frozen: Weights outside the table, each with its reason.
         batch: Samples in the example the costs were taken from.
         element_bytes: Bytes of one saved activation element (4 for float32).
+        weight_element_bytes: Bytes of one weight element.
         parameters: Number of weight and bias elements of the whole model.
     """
 
@@ -83,6 +84,7 @@ class ChannelTable:
     frozen: tuple[FrozenLayer, ...] = ()
     batch: int = 1
     element_bytes: int = 4
+    weight_element_bytes: int = 4
     parameters: int = 0
 
     @cached_property

@@ -56,7 +56,7 @@ def clamp_(x: Tensor, clamp: Clamp, *, keep_bits: bool) -> Tensor | None:
     rows = rows_of(x)
     count, length = rows.shape
     bits = x.new_empty((count, -(-length // 8)), dtype=torch.uint8) if keep_bits else None
-    if rows.numel() == 0 or _clamp_natively(rows, clamp, bits):
+    if rows.numel() == 0 or rows.is_meta or _clamp_natively(rows, clamp, bits):
         count_write(x)
         return bits
     for block, packed in _blocks(rows, bits):
@@ -76,7 +76,7 @@ def select(gradient: Tensor, bits: Tensor, clamp: Clamp, out: Tensor) -> Tensor:
     ``gradient`` and ``out`` have the shape and layout of the activation (``out`` may be ``gradient``).
     """
     rows, target = rows_of(gradient), rows_of(out)
-    if rows.numel() == 0 or _select_natively(rows, target, bits, clamp):
+    if rows.numel() == 0 or rows.is_meta or _select_natively(rows, target, bits, clamp):
         count_write(out)
         return out
     length = rows.shape[1]

@@ -1,0 +1,52 @@
+# make demo and make test do all of the set-up themselves: see docs/install.md.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+PINS := pyproject.toml constraints.txt tools/setup
+DEMO_READY := $(VENV)/.ready-demo
+DEV_READY := $(VENV)/.ready-dev
+
+# make demo DEMO_ARGS=--short      make test TEST_ARGS="-k checkpoint"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+WORKERS ?= logical
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types setup clean
+
+help: ## This list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(DEMO_READY) ## EfficientNet-Lite0 learns Fashion-MNIST inside a memory budget (DEMO_ARGS=--short: one minute).
+	$(VENV)/bin/trady demo $(DEMO_ARGS)
+
+test: $(DEV_READY) ## All tests.
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --maxprocesses=8 $(TEST_ARGS)
+
+check: lint types test ## What continuous integration runs: lint, types, tests, a short demo.
+	$(MAKE) demo DEMO_ARGS=--short
+
+lint: $(DEV_READY) ## ruff: rules and format.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(DEV_READY) ## ruff: write the format, mend what can be mended.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(DEV_READY) ## mypy, strict.
+	$(VENV)/bin/mypy
+
+setup: $(DEV_READY) ## The virtual environment with everything in it.
+
+clean: ## Remove the virtual environment, caches and runs/.
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO_READY): $(PINS)
+	tools/setup demo
+	@touch $@
+
+$(DEV_READY): $(PINS)
+	tools/setup dev
+	@touch $@ $(DEMO_READY)

@@ -1,0 +1,62 @@
+"""A task that trains in a second: a small convolutional network and images of three colours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from trady.training.datasets import CENTERED, ImageDataset
+
+CLASSES = 3
+
+
+class SmallNet(nn.Module):
+    """Two convolutions with normalisation, dropout, and a classifier."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.classifier = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.dropout(self.features(x)))
+
+
+def small_net(classes: int = CLASSES) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return SmallNet(classes)
+
+
+def pixels(count: int, seed: int, size: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Noise, brighter in the channel that the label names."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    images = rng.integers(0, 160, (count, size, size, 3))
+    images[np.arange(count), :, :, labels] += 60
+    return images.astype(np.uint8), labels.astype(np.int64)
+
+
+def small_data(count: int, seed: int) -> ImageDataset:
+    images, labels = pixels(count, seed)
+    return ImageDataset(images, labels, 12, CENTERED)
+
+
+def write_npz(path: Path, train: int = 48, test: int = 24) -> Path:
+    x_train, y_train = pixels(train, 0)
+    x_test, y_test = pixels(test, 1)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path

@@ -1,0 +1,5 @@
+"""``python -m trady`` is ``trady``."""
+
+from trady.cli import app
+
+app(prog_name="trady")

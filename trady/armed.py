@@ -1,0 +1,117 @@
+"""A model with its interception in place and a set of channels that train.
+
+``weight`` holds the truth. Beside it every layer has a compact parameter, a leaf that holds the selected
+channels ``W[:, c]`` only: it receives their gradient, the optimizer updates it, and it is written back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from trady.channels import Channels, Selection
+from trady.errors import StateError
+from trady.examine import Examined
+from trady.intercept import ArmedLayer, Interceptor
+from trady.ops.selected import channel_major, gather_channels, scatter_channels_, select_channels
+
+_armed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the rows of a compact parameter changed: new row ``i`` was row ``sources[i]``, or -1 is new."""
+
+    compact: nn.Parameter
+    sources: Channels
+    rows_before: int
+
+
+class Armed:
+    """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`."""
+
+    def __init__(self, model: nn.Module, examined: Examined) -> None:
+        if any(module in _armed for module in model.modules()):
+            raise StateError(
+                f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
+            )
+        self.model, self.table = model, examined.table
+        plain = {id(p) for p in examined.head_parameters.values()}
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(id(parameter) in plain)
+        self.layers: dict[str, ArmedLayer] = {}
+        for layer in self.table:
+            weight = model.get_parameter(layer.parameter)
+            shape = channel_major(weight, layer.kind, layer.groups).shape
+            compact = nn.Parameter(weight.new_empty((0, *shape[2:])))
+            self.layers[layer.name] = ArmedLayer(layer.name, weight, compact)
+        self.channels: dict[str, Channels] = {}
+        self._written: dict[str, int] = {}
+        self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain)
+        self.interceptor.before_forward = self.write_back
+        self.interceptor.arm()
+        _armed.update(model.modules())
+
+    def select(self, selection: Selection) -> list[Change]:
+        """Make ``selection`` the channels that train; return how the compact parameters changed."""
+        self.write_back()
+        changes = []
+        for name, armed in self.layers.items():
+            before = self.channels.get(name, np.empty(0, dtype=np.int64))
+            now = selection.channels.get(name, np.empty(0, dtype=np.int64))
+            if np.array_equal(before, now):
+                continue
+            layer = self.table[name]
+            weight = armed.weight.detach()
+            if len(now):
+                groups = layer.groups
+                armed.selected = select_channels(now, groups, layer.channels // groups, weight.device)
+                armed.compact.data = gather_channels(weight, layer.kind, groups, armed.selected)
+            else:
+                armed.selected = None
+                armed.compact.data = weight.new_empty((0, *armed.compact.shape[1:]))
+            armed.compact.grad = None
+            self.channels[name] = now
+            self._written[name] = armed.compact._version
+            changes.append(Change(armed.compact, _sources(before, now), len(before)))
+        return changes
+
+    def write_back(self) -> None:
+        """Copy the compact parameters that an optimizer has changed into the weights."""
+        for name, armed in self.layers.items():
+            if armed.selected is None or self._written.get(name) == armed.compact._version:
+                continue
+            layer = self.table[name]
+            with torch.no_grad():
+                scatter_channels_(armed.weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
+            self._written[name] = armed.compact._version
+
+    def on_gradient(self, callback: Callable[[str, nn.Parameter], None]) -> list[torch.utils.hooks.RemovableHandle]:
+        """Call ``callback(layer, compact)`` whenever the gradient of a layer's channels has arrived."""
+
+        def hook(name: str) -> Callable[[torch.Tensor], None]:
+            return lambda compact: callback(name, self.layers[name].compact)
+
+        return [armed.compact.register_post_accumulate_grad_hook(hook(name)) for name, armed in self.layers.items()]
+
+    def disarm(self) -> None:
+        """Write back, take out the hooks, restore the flags."""
+        self.write_back()
+        self.interceptor.disarm()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        _armed.difference_update(self.model.modules())
+
+
+def _sources(before: Channels, now: Channels) -> Channels:
+    """For every channel of ``now`` its row among ``before``, or -1; both are sorted."""
+    if not len(before):
+        return np.full(len(now), -1, dtype=np.int64)
+    place = np.minimum(np.searchsorted(before, now), len(before) - 1)
+    return np.where(before[place] == now, place, -1)

@@ -1,0 +1,215 @@
+"""What may be spent: the three kinds of budget, read from text and written back.
+
+``peak`` bounds the tensor memory of a whole training step, weights included; ``update``
+bounds what updating adds to a frozen forward and backward; ``elements`` is the paper's
+B_mem (arXiv 2510.19675): weight plus activation elements, for one sample.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from numbers import Integral
+
+from trady.errors import BudgetError
+
+_BINARY = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+_UNITS = {**_BINARY, **_DECIMAL, "B": 1}
+_UNIT_BYTES = {unit.lower(): size for unit, size in _UNITS.items()}
+
+_AMOUNT = re.compile(
+    r"(?P<sign>[+-]?)(?P<number>[0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)(?P<exponent>[eE][+-]?[0-9]{1,2})?"
+    r"\s*(?P<unit>[A-Za-z]*)"
+)
+_NOT_FINITE = re.compile(r"[+-]?(?:inf|infinity|nan)\b", re.IGNORECASE)
+_BITS = re.compile(r"[KMGT]i?b")
+_UNDERSCORED = re.compile(r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_LONGEST = 64
+_LARGEST = 2**63 - 1
+
+_POSSIBLE = (
+    'possible are "300 MiB" or "peak:300 MiB" (tensor memory of a whole training step), '
+    '"update:1 MiB" (what updating adds) and "elements:27946" (B_mem of the paper), '
+    f"with the units {', '.join(reversed(_UNITS))}"
+)
+
+
+class Scope(str, Enum):
+    """What a budget bounds."""
+
+    PEAK = "peak"
+    UPDATE = "update"
+    ELEMENTS = "elements"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether amounts of this scope are bytes; if not, they are elements for one sample."""
+        return self is not Scope.ELEMENTS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be spent, and on what. ``str(budget)`` is a text that parses back to it.
+
+    Attributes:
+        scope: What is bounded; its name is accepted too.
+        amount: Bytes (``peak``, ``update``) or elements for one sample (``elements``).
+
+    Raises:
+        BudgetError: For an unknown scope, and an amount that is no whole number from 1 to 2**63 - 1.
+    """
+
+    scope: Scope
+    amount: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scope", _read_scope(str(self.scope), self.scope))
+        if not _is_whole(self.amount):
+            raise _refusal(self.amount, "is not a whole number of bytes or elements", self.scope)
+        object.__setattr__(self, "amount", int(self.amount))
+        if self.amount <= 0:
+            raise _refusal(self.amount, "is not more than zero", self.scope)
+        if self.amount > _LARGEST:
+            raise _refusal(self.amount, "is more than any machine holds", self.scope)
+
+    def __str__(self) -> str:
+        return f"{self.scope}:{_exact_bytes(self.amount) if self.scope.in_bytes else self.amount}"
+
+
+def parse_budget(text: str | int | Budget) -> Budget:
+    """Read a budget.
+
+    Args:
+        text: ``"300 MiB"`` or ``"peak:300 MiB"``, ``"update:1 MiB"``, ``"elements:27946"``.
+            KiB, MiB, GiB and TiB are binary, kB, MB, GB and TB decimal; a fraction of a byte is
+            dropped. An ``int`` is bytes of ``peak``. A :class:`Budget` is returned as it is.
+
+    Raises:
+        BudgetError: When the text cannot be read, or names no amount above zero; the message
+            says what was given, what is possible, and an example to type.
+    """
+    if isinstance(text, Budget):
+        return text
+    if not isinstance(text, str):
+        if not _is_whole(text):
+            raise _refusal(text, "is neither a text nor a number of bytes", Scope.PEAK)
+        return Budget(Scope.PEAK, int(text))
+    before, colon, after = text.partition(":")
+    scope = _read_scope(before, text) if colon else Scope.PEAK
+    return Budget(scope, _read_amount(after if colon else before, scope, text))
+
+
+def format_bytes(n: float) -> str:
+    """Bytes for people, in the binary unit that leaves one to four digits, e.g. ``117.5 MiB``."""
+    if n < 0:
+        return f"-{format_bytes(-n)}"
+    if n < 1023.5:
+        return f"{n:.0f} B"
+    ascending = reversed(_BINARY.items())
+    unit, size = next(((u, s) for u, s in ascending if n < 1023.95 * s), ("TiB", 2**40))
+    return f"{n / size:.1f} {unit}"
+
+
+def below_least(budget: Budget, least_amount: int) -> BudgetError:
+    """The error for a budget that nothing fits in, with the text that would do.
+
+    Args:
+        budget: What was asked for.
+        least_amount: The least possible, in the unit of ``budget.scope``.
+    """
+    text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
+    least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
+    return BudgetError(
+        f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
+    )
+
+
+def _refusal(given: object, problem: str, scope: Scope, example: str | None = None) -> BudgetError:
+    usual = {Scope.PEAK: "300 MiB", Scope.UPDATE: "update:1 MiB", Scope.ELEMENTS: "elements:27946"}
+    return BudgetError(
+        f'budget {_shown(given)} {problem}; {_POSSIBLE}; type e.g. budget="{example or usual[scope]}"'
+    )
+
+
+def _shown(given: object) -> str:
+    try:
+        text = repr(given)
+    except ValueError:  # Python writes no integer of more than 4300 digits.
+        return "of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _is_whole(value: object) -> bool:
+    """Whether this is an integer of any library; ``True`` is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _read_scope(text: str, given: object) -> Scope:
+    try:
+        return Scope(text.strip().lower())
+    except ValueError:
+        raise _refusal(given, f"names no scope that exists ({', '.join(Scope)})", Scope.PEAK) from None
+
+
+def _read_amount(text: str, scope: Scope, given: str) -> int:
+    text = text.strip()
+    if _NOT_FINITE.match(text):
+        raise _refusal(given, "is not a finite amount", scope)
+    match = _AMOUNT.fullmatch(text) if len(text) <= _LONGEST else None
+    if match is None:
+        raise _refusal(given, "cannot be read", scope)
+    number = match["number"]
+    grouped = scope is Scope.ELEMENTS and _THOUSANDS.fullmatch(number)
+    if "," in number and scope.in_bytes:
+        raise _refusal(given, "has a comma; decimals take a point", scope)
+    if not grouped and not _UNDERSCORED.fullmatch(number):
+        raise _refusal(given, "has a number that cannot be read", scope)
+    value = Fraction(number.replace("_", "").replace(",", "") + (match["exponent"] or ""))
+    if match["sign"] == "-" or value == 0:
+        raise _refusal(given, "is not more than zero", scope)
+    size = _read_unit(match["unit"], text, scope, given)
+    if scope is Scope.ELEMENTS and value.denominator != 1:
+        raise _refusal(given, "is not a whole number of elements", scope)
+    amount = int(value * size)
+    if amount == 0:
+        raise _refusal(given, "is less than one byte", scope)
+    if amount > _LARGEST:
+        raise _refusal(given, "is more than any machine holds", scope)
+    return amount
+
+
+def _read_unit(unit: str, amount: str, scope: Scope, given: str) -> int:
+    if scope is Scope.ELEMENTS:
+        if unit:
+            raise _refusal(given, "has a unit, and elements have none", scope)
+        return 1
+    if not unit:
+        raise _refusal(given, "has no unit", scope, f"{scope}:{amount} MiB")
+    if unit.lower() == "elements":
+        raise _refusal(given, "counts elements behind the number", Scope.ELEMENTS)
+    if _BITS.fullmatch(unit):
+        raise _refusal(given, f"has the unit {unit}, which is bits", scope)
+    if unit.lower() not in _UNIT_BYTES:
+        raise _refusal(given, f"has an unknown unit {unit}", scope)
+    return _UNIT_BYTES[unit.lower()]
+
+
+def _exact_bytes(amount: int) -> str:
+    """The shortest text of a whole number of some unit; a binary one where two are as short."""
+    fitting = ((amount // size, unit) for unit, size in _UNITS.items() if amount % size == 0)
+    number, unit = min(fitting, key=lambda candidate: len(str(candidate[0])))
+    return f"{number} {unit}"
+
+
+def _rounded_up(amount: int) -> str:
+    """Bytes with one decimal, never less than given."""
+    unit, size = next(((u, s) for u, s in _BINARY.items() if amount >= s), ("B", 1))
+    tenths = -(-amount * 10 // size)
+    return f"{tenths // 10}{f'.{tenths % 10}' if tenths % 10 else ''} {unit}"

@@ -1,0 +1,88 @@
+"""The command line: ``trady COMMAND``. Each command is a file in ``trady/commands``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from trady.commands.demo import demo
+from trady.commands.finetune import finetune
+from trady.commands.measure import measure
+from trady.commands.plan import plan
+from trady.commands.rank import rank
+from trady.errors import TradyError
+
+DEBUG = "--debug"
+
+
+class Commands(TyperGroup):
+    """Turns errors of trady's into one message and exit code 2, Ctrl-C into 130."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take ``--debug`` anywhere on the line."""
+        ctx.meta[DEBUG] = DEBUG in args
+        rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except TradyError as error:
+            if ctx.meta[DEBUG]:
+                traceback.print_exc()
+            Console(stderr=True, soft_wrap=True).print(
+                f"error: {error}", style="red", highlight=False, markup=False
+            )
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            if ctx.meta[DEBUG]:
+                traceback.print_exc()
+            message = str(interrupt) or "stopped"
+            print(message, file=sys.stderr)  # noqa: T201
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune any PyTorch model inside a memory budget.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"trady {version('trady')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show where an error came from.")] = False,
+) -> None:
+    pass
+
+
+app.command(epilog="Example: trady demo --short")(demo)
+app.command(epilog="Example: trady plan efficientnet-lite0 --image-size 64 --budget 'update:1 MiB'")(plan)
+app.command(
+    epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "
+    "--limit 4000 --budget 'peak:60 MiB' --out runs/fashion"
+)(finetune)
+app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(
+    rank
+)
+app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)

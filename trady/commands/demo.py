@@ -1,0 +1,188 @@
+"""``trady demo``: an ImageNet network learns Fashion-MNIST, three ways, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trady.commands import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trady.budget import Budget
+    from trady.commands.comparison import Row
+    from trady.commands.example import Example
+    from trady.training.datasets import DataSplit
+    from trady.training.result import Result
+
+MODEL = "efficientnet-lite0"
+DATASET = "fashion-mnist"
+METHODS = ("head", "trady", "full")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long the demo trains, and on what."""
+
+    images: tuple[int, int]
+    epochs: int
+    timing_rounds: int
+    image_size: int = 64
+    batch_size: int = 32
+    lr: float = 0.1
+    full_lr: float = 0.05
+
+
+LONG = Recipe(images=(4000, 2000), epochs=4, timing_rounds=15)
+SHORT = Recipe(images=(640, 400), epochs=1, timing_rounds=5)
+
+
+def demo(
+    short: Annotated[bool, typer.Option("--short", help="One minute: fewer images, one epoch.")] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="What a training step may take; by default what inference takes."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Where the results go.")] = "runs/demo",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune EfficientNet-Lite0 on Fashion-MNIST: head only, TraDy and everything, side by side."""
+    from rich.console import Console
+
+    from trady.budget import Budget, Scope, parse_budget
+    from trady.commands.comparison import as_table, draw
+    from trady.training.data import load_data
+    from trady.training.files import write_json
+    from trady.training.models import image_format
+
+    console = Console(stderr=as_json, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    recipe = SHORT if short else LONG
+    given = None if budget is None else parse_budget(budget)
+    folder = Path(out)
+    normalization, _ = image_format(MODEL)
+    data = load_data(
+        DATASET,
+        image_size=recipe.image_size,
+        limit=recipe.images,
+        normalization=normalization,
+        seed=seed,
+    )
+    inference_peak = _inference_peak(data, recipe, seed)
+    limit = given or Budget(Scope.PEAK, inference_peak)
+    console.print(
+        f"{MODEL} on {len(data.train)} images of {DATASET} ({recipe.image_size} px), batches of "
+        f"{recipe.batch_size}: one inference pass peaks at {inference_peak / 2**20:.1f} MiB, "
+        f"weights included. The budget is {limit}."
+    )
+    _show_plan(console, data, recipe, limit, seed)
+    results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
+    seconds = _time_steps(data, recipe, limit, seed)
+    rows = [_row(method, results[method], seconds[method], inference_peak) for method in METHODS]
+    title = (
+        f"{MODEL}, {recipe.epochs} epochs on {len(data.train)} images of {DATASET}; "
+        f"evaluated on {len(data.evaluation)}"
+    )
+    written = {
+        "budget": str(limit),
+        "budget_bytes": limit.amount if limit.scope is not Scope.ELEMENTS else None,
+        "inference_peak_bytes": inference_peak,
+        "model": MODEL,
+        "dataset": DATASET,
+        "train_images": len(data.train),
+        "evaluation_images": len(data.evaluation),
+        "image_size": recipe.image_size,
+        "batch_size": recipe.batch_size,
+        "epochs": recipe.epochs,
+        "seed": seed,
+        "rows": [row.to_json() for row in rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "result.json", written)
+    pictures = draw(rows, title, folder)
+    if as_json:
+        options.print_json(written)
+    else:
+        console.print(as_table(rows, title))
+        console.print(f"written: {folder / 'result.json'}, {', '.join(map(str, pictures))}")
+
+
+def _example(data: DataSplit, recipe: Recipe, seed: int) -> Example:
+    """Return the untouched model with a first batch."""
+    from trady.commands.example import Example
+    from trady.training.models import load_model
+
+    images, labels = data.train.batch(range(recipe.batch_size))
+    return Example(load_model(MODEL, len(data.classes), seed=seed).model, images, labels)
+
+
+def _inference_peak(data: DataSplit, recipe: Recipe, seed: int) -> int:
+    from trady.commands.steps import full_step
+
+    peak = full_step(_example(data, recipe, seed)).ledger().inference_peak_bytes
+    assert peak is not None
+    return peak
+
+
+def _show_plan(console: Console, data: DataSplit, recipe: Recipe, limit: Budget, seed: int) -> None:
+    import trady
+
+    example = _example(data, recipe, seed)
+    console.print(trady.plan(example.model, example.images, budget=limit, seed=seed))
+
+
+def _train(method: str, data: DataSplit, recipe: Recipe, limit: Budget, folder: Path, seed: int) -> Result:
+    from trady.training.models import load_model
+    from trady.training.run import finetune
+
+    return finetune(
+        load_model(MODEL, len(data.classes), seed=seed).model,
+        data.train,
+        data.evaluation,
+        budget=limit if method == "trady" else None,
+        epochs=recipe.epochs,
+        out=folder / method,
+        batch_size=recipe.batch_size,
+        lr=recipe.full_lr if method == "full" else recipe.lr,
+        policy=method,
+        seed=seed,
+        overwrite=True,
+    )
+
+
+def _time_steps(data: DataSplit, recipe: Recipe, limit: Budget, seed: int) -> dict[str, float]:
+    from trady.commands.steps import full_step, step_seconds, tuned_step
+
+    steps = {
+        method: full_step(_example(data, recipe, seed))
+        if method == "full"
+        else tuned_step(
+            _example(data, recipe, seed),
+            budget=limit if method == "trady" else None,
+            policy=method,
+            ranking=None,
+            seed=seed,
+        )
+        for method in METHODS
+    }
+    return step_seconds(steps, recipe.timing_rounds)
+
+
+def _row(method: str, result: Result, seconds: float, inference_peak: int) -> Row:
+    from trady.commands.comparison import Row
+
+    return Row(
+        method=method,
+        accuracy=result.accuracy,
+        saved_bytes=result.saved_bytes,
+        peak_bytes=result.peak_bytes,
+        inference_peak_bytes=inference_peak,
+        step_seconds=seconds,
+        trainable_parameters=result.trainable_parameters,
+    )

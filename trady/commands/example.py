@@ -1,0 +1,86 @@
+"""A model with a batch or a data set, from what was typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from trady.ranking import LayerRanking
+    from trady.training.datasets import DataSplit
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with random images and labels of the right form."""
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def make_example(name: str, classes: int, image_size: int | None, batch_size: int, seed: int) -> Example:
+    """Load a model, and draw a batch."""
+    import torch
+
+    from trady.training.models import load_model
+
+    loaded = load_model(name, classes, seed=seed)
+    size = image_size or loaded.image_size
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch_size, 3, size, size, generator=generator)
+    return Example(loaded.model, images, torch.randint(classes, (batch_size,), generator=generator))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with a head for a data set."""
+
+    model: nn.Module
+    data: DataSplit
+
+
+def load_task(
+    model: str,
+    dataset: str,
+    image_size: int | None,
+    limit: int | None,
+    on_unreadable: str,
+    seed: int,
+    *,
+    split: Literal["both", "train"] = "both",
+) -> Task:
+    """Read a data set as the model wants it, then load the model with a head for its classes."""
+    from trady.training.data import load_data
+    from trady.training.models import image_format, load_model
+    from trady.training.source import OnUnreadable
+
+    normalization, usual_size = image_format(model)
+    data = load_data(
+        dataset,
+        image_size=image_size or usual_size,
+        split=split,
+        limit=limit,
+        normalization=normalization,
+        on_unreadable=cast(OnUnreadable, on_unreadable),
+        seed=seed,
+    )
+    if data.skipped:
+        typer.echo(
+            f"{len(data.skipped)} images cannot be read and are skipped: {data.skipped[0]}, …", err=True
+        )
+    return Task(load_model(model, len(data.classes), seed=seed).model, data)
+
+
+def load_ranking(path: str | None) -> LayerRanking | None:
+    """Load a ranking, if a file is named."""
+    if path is None:
+        return None
+    from trady.ranking import LayerRanking
+
+    return LayerRanking.load(path)

@@ -1,0 +1,92 @@
+"""``trady finetune``: the whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from trady.commands import options
+from trady.commands.example import load_ranking, load_task
+
+Mode = Literal["train", "eval"]
+Precision = Literal["no", "bf16"]
+
+
+def finetune(
+    model: options.Model,
+    dataset: options.Dataset,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". '
+            "--policy full takes none."
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
+    batch_size: options.BatchSize = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate at the end of the warm-up.")] = 0.1,
+    image_size: options.ImageSize = None,
+    limit: options.Limit = None,
+    policy: options.Policy = "trady",
+    ranking: options.RankingFile = None,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
+    momentum: Annotated[float, typer.Option(help="For sgd.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="For every optimizer.")] = 0.0,
+    warmup_epochs: Annotated[
+        float | None, typer.Option(help="Length of the warm-up; a tenth of the run by default.")
+    ] = None,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 2.0,
+    mode: Annotated[str, typer.Option(help="Dropout in training: on (train) or off (eval).")] = "train",
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    on_unreadable: options.OnUnreadable = "refuse",
+    seed: options.Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Fine-tune a model on images, inside a memory budget."""
+    from trady.budget import parse_budget
+    from trady.policies import get_policy
+    from trady.training.run import finetune as run
+    from trady.training.run_folder import RunFolder
+
+    # Everything that can be refused at once is, before minutes go into reading the data.
+    get_policy(policy)
+    if budget is not None:
+        parse_budget(budget)
+    given_ranking = load_ranking(ranking)
+    folder = RunFolder(Path(out))
+    folder.check(resume=resume, overwrite=overwrite)
+    task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
+    try:
+        result = run(
+            task.model,
+            task.data.train,
+            task.data.evaluation,
+            budget=budget,
+            epochs=epochs,
+            out=out,
+            batch_size=batch_size,
+            lr=lr,
+            policy=policy,
+            ranking=given_ranking,
+            seed=seed,
+            warmup_epochs=warmup_epochs,
+            max_grad_norm=max_grad_norm,
+            resume=resume,
+            overwrite=overwrite,
+            optimizer=optimizer,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            mode=cast(Mode, mode),
+            mixed_precision=cast(Precision, mixed_precision),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(folder.where_it_stands()) from None
+    if as_json:
+        options.print_json({**result.to_json(), "out": out, "skipped": list(task.data.skipped)})
+    else:
+        typer.echo(f"accuracy {result.accuracy:.1%}; weights, metrics and plan are in {out}")

@@ -1,0 +1,42 @@
+"""``trady measure``: where the memory of a training step goes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trady.commands import options
+from trady.commands.example import load_ranking, make_example
+
+
+def measure(
+    model: options.Model,
+    budget: Annotated[
+        str | None, typer.Option(help="Train inside this budget; without one, everything trains.")
+    ] = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = 32,
+    classes: options.Classes = 10,
+    policy: options.Policy = "trady",
+    ranking: options.RankingFile = None,
+    seed: options.Seed = 0,
+    out: Annotated[str | None, typer.Option(help="Also write the ledger to this JSON file.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run one training step and account for its memory."""
+    from trady.commands.steps import full_step, tuned_step
+
+    example = make_example(model, classes, image_size, batch_size, seed)
+    step = (
+        full_step(example)
+        if budget is None
+        else tuned_step(example, budget=budget, policy=policy, ranking=load_ranking(ranking), seed=seed)
+    )
+    ledger = step.ledger()
+    if out is not None:
+        ledger.save(out)
+    if as_json:
+        options.print_json(ledger.to_json())
+    else:
+        options.print_rich(ledger)

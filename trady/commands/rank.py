@@ -1,0 +1,49 @@
+"""``trady rank``: which layers carry the gradient on a task."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trady.commands import options
+from trady.commands.example import load_task
+
+
+def rank(
+    model: options.Model,
+    dataset: options.Dataset,
+    out: Annotated[str, typer.Option(help="Where the ranking is written.")] = "ranking.json",
+    batches: Annotated[int, typer.Option(min=1, help="Number of batches to measure on.")] = 8,
+    batch_size: options.BatchSize = 32,
+    budget: Annotated[
+        str | None, typer.Option(help="What ranking itself may take, e.g. 300 MiB; no limit by default.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="rgn (gradient for its cost) or norm.")] = "rgn",
+    image_size: options.ImageSize = None,
+    on_unreadable: options.OnUnreadable = "refuse",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Measure how much each layer matters on a data set."""
+    import trady
+    from trady.training.batch import cross_entropy
+
+    task = load_task(model, dataset, image_size, batches * batch_size, on_unreadable, seed, split="train")
+    train = task.data.train
+    starts = range(0, len(train), batch_size)
+    ranking = trady.rank(
+        task.model,
+        [train.batch(range(start, min(start + batch_size, len(train)))) for start in starts],
+        cross_entropy,
+        metric=metric,
+        budget=budget,
+    )
+    ranking.save(out)
+    if as_json:
+        options.print_json(ranking.to_json())
+        return
+    top = ranking.top()
+    for place, name in enumerate(ranking.order, start=1):
+        typer.echo(f"{place:4} {name:48} {ranking.scores[name]:.3e}{'  pool' if name in top else ''}")
+    typer.echo(f"{len(top)} of {len(ranking.scores)} layers hold 97 %; written to {out}")

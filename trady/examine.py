@@ -1,0 +1,94 @@
+"""All that is known of a model before it is armed: table, head, and how its calls will be computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map
+
+from trady.channels import ChannelTable
+from trady.fusion import FusionPlan, plan_fusion
+from trady.table import build_table, find_head, head_parameters
+from trady.trace import trace_forward
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model as one example batch shows it.
+
+    Attributes:
+        table: Its layers and their costs.
+        head: Modules that always train.
+        head_parameters: Their parameters, under full names.
+        plans: The expected calls in training (True) and evaluation mode (False).
+    """
+
+    table: ChannelTable
+    head: tuple[str, ...]
+    head_parameters: dict[str, nn.Parameter]
+    plans: dict[bool, FusionPlan]
+
+
+def examine(
+    model: nn.Module, example: Any, *, head: str | Sequence[str] | None = "auto", fuse: bool = True
+) -> Examined:
+    """Trace a model in both modes and list what can be updated.
+
+    Args:
+        model: The model, on any device.
+        example: One batch as training will see it.
+        head: See :func:`trady.table.find_head`.
+        fuse: Whether calls may be computed together and overwrite their inputs.
+
+    Raises:
+        ModelError: The model cannot be traced, or has nothing to update.
+
+    """
+    training = trace_forward(model, example, training=True)
+    names = find_head(model, training, head)
+    plain = head_parameters(model, names)
+    identities = {id(p) for p in plain.values()}
+    plans = {
+        True: plan_fusion(training, identities, fuse=fuse),
+        False: plan_fusion(trace_forward(model, example, training=False), identities, fuse=fuse),
+    }
+    table = build_table(model, training, plans[True], names, activation_dtype(model, example))
+    return Examined(table, names, plain, plans)
+
+
+def activation_dtype(model: nn.Module, example: Any) -> torch.dtype:
+    """The floating type that activations will have: the example's, or that of the weights for token ids."""
+    tensors = [*tensors_of(example), *model.parameters()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def tensors_of(example: Any) -> list[Tensor]:
+    """List the tensors in a batch."""
+    tree = dict(example) if hasattr(example, "keys") else example
+    return [t for t in tree_iter(tree) if isinstance(t, Tensor)]
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """Copy a model without its memory: same modules and shapes, every tensor on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        twin = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = twin
+    for buffer in model.buffers():
+        memo[id(buffer)] = _without_memory(buffer)
+    return copy.deepcopy(model, memo)
+
+
+def meta_batch(example: Any) -> Any:
+    """Copy a batch without its memory."""
+    tree = dict(example) if hasattr(example, "keys") else example
+    return tree_map(lambda t: _without_memory(t) if isinstance(t, Tensor) else t, tree)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -1,0 +1,238 @@
+"""Which calls of a trace can be computed together, and which may overwrite their input.
+
+Both are allowed only where the trace proves that nobody else reads what disappears: the value between
+two calls has one reader, nobody holds it when the forward pass has ended, and it is no view of another.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trady.ops.bits import Clamp
+from trady.recognize import ActivationCall, MaxPoolCall, NormCall, PadCall, WeightCall
+from trady.trace import Trace, TracedCall
+
+#: Functions whose backward does not read their output and whose output is memory of its own.
+_OUTPUT_NOT_SAVED = {
+    torch.add,
+    torch.sub,
+    torch.cat,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.sub,
+    torch.Tensor.sub_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+    torch.Tensor.__sub__,
+    operator.add,
+    operator.iadd,
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """This call was computed with an earlier one: hand its input on."""
+
+
+@dataclass(frozen=True)
+class WithLayer:
+    """A weight layer computed with its neighbours.
+
+    Attributes:
+        pad: Zero padding in front of it that was put off until here.
+        norm: The frozen normalisation behind it.
+        clamp: The activation behind that.
+        operation: The names of what is computed together.
+    """
+
+    pad: tuple[int, ...] = ()
+    norm: NormCall | None = None
+    clamp: Clamp | None = None
+    operation: str = ""
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """An activation or normalisation that may overwrite its input; ``clamp`` comes with a normalisation."""
+
+    overwrite: bool
+    clamp: Clamp | None = None
+
+
+Action = Done | WithLayer | InPlace
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the next call of a forward pass will be, and what to do with it."""
+
+    function: Any
+    action: Action | None = None
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """The expected calls of a forward pass, with the place where each module's own calls start.
+
+    Attributes:
+        steps: One entry a call.
+        starts: First call of every module that is called once.
+        saved_shapes: For a weight call, the shape of the input that is saved (before deferred padding).
+    """
+
+    steps: tuple[Step, ...]
+    starts: dict[str, int] = field(default_factory=dict)
+    saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
+    """Decide for every call of a trace how it is computed.
+
+    Args:
+        trace: The forward pass.
+        plain: Identities of parameters that train through PyTorch's own backward (the head): calls that
+            read one are left alone.
+        fuse: Whether to fuse and overwrite at all.
+
+    """
+    actions: dict[int, Action] = {}
+    saved_shapes: dict[int, tuple[int, ...]] = {}
+    if fuse:
+        for index, entry in enumerate(trace.calls):
+            if index in actions or any(id(p) in plain for p in entry.parameters):
+                continue
+            if isinstance(entry.call, WeightCall):
+                _fuse_layer(trace, index, plain, actions, saved_shapes)
+            elif isinstance(entry.call, NormCall):
+                _fuse_norm(trace, index, actions)
+            elif isinstance(entry.call, ActivationCall):
+                actions[index] = InPlace(_may_overwrite(trace, entry))
+    steps = tuple(Step(entry.function, actions.get(i)) for i, entry in enumerate(trace.calls))
+    return FusionPlan(steps, _module_starts(trace), saved_shapes)
+
+
+def _module_starts(trace: Trace) -> dict[str, int]:
+    starts: dict[str, int] = {}
+    repeated: set[str] = set()
+    for name, start, _ in trace.spans:
+        if name in starts:
+            repeated.add(name)
+        starts[name] = start
+    return {name: start for name, start in starts.items() if name not in repeated}
+
+
+def _only_reader(trace: Trace, value: int) -> int | None:
+    """The one call that reads a value which is gone afterwards; ``None`` if there is no such call."""
+    entry = trace.values[value]
+    if len(entry.readers) != 1 or entry.kept or entry.view:
+        return None
+    return entry.readers[0]
+
+
+def _next_call(trace: Trace, index: int, kind: type) -> int | None:
+    """The only reader of what a call makes, if it is of the given kind and reads nothing else."""
+    made = trace.calls[index].makes
+    reader = _only_reader(trace, made[0]) if len(made) == 1 else None
+    if reader is None:
+        return None
+    follower = trace.calls[reader]
+    return reader if isinstance(follower.call, kind) and follower.reads == made else None
+
+
+def _fuse_layer(
+    trace: Trace,
+    index: int,
+    plain: set[int],
+    actions: dict[int, Action],
+    saved_shapes: dict[int, tuple[int, ...]],
+) -> None:
+    entry = trace.calls[index]
+    call = entry.call
+    assert isinstance(call, WeightCall)
+    if not isinstance(call.weight, torch.nn.Parameter):
+        return
+    pad = _deferred_pad(trace, index)
+    names = [call.weight_map.kind]
+    last, norm, clamp = index, None, None
+    follower = _next_call(trace, last, NormCall)
+    if follower is not None and _scales_outputs(trace.calls[follower], call, plain):
+        found = trace.calls[follower].call
+        assert isinstance(found, NormCall)
+        norm, last = found, follower
+        actions[follower] = Done()
+        names.append("batch_norm")
+    follower = _next_call(trace, last, ActivationCall)
+    if follower is not None:
+        activation = trace.calls[follower].call
+        assert isinstance(activation, ActivationCall)
+        clamp = activation.clamp
+        actions[follower] = Done()
+        names.append(clamp.name)
+    if pad is not None:
+        padding = trace.calls[pad].call
+        assert isinstance(padding, PadCall)
+        actions[pad] = Done()
+        saved_shapes[index] = trace.calls[pad].input_shape
+        actions[index] = WithLayer(padding.pad, norm, clamp, "+".join(["pad", *names]))
+    else:
+        actions[index] = WithLayer((), norm, clamp, "+".join(names))
+
+
+def _deferred_pad(trace: Trace, index: int) -> int | None:
+    """The zero padding right in front of a convolution that nothing but this convolution looks at."""
+    call = trace.calls[index].call
+    assert isinstance(call, WeightCall)
+    if not call.weight_map.kind.startswith("conv") or not trace.calls[index].reads:
+        return None
+    value = trace.values[trace.calls[index].reads[0]]
+    padding = trace.calls[value.producer]
+    alone = _only_reader(trace, trace.calls[index].reads[0]) == index and not value.shape_readers
+    batched = len(padding.input_shape) == len(call.weight.shape)
+    adjacent = value.producer == index - 1  # so that nothing writes into the padding's input meanwhile
+    return value.producer if alone and batched and adjacent and isinstance(padding.call, PadCall) else None
+
+
+def _scales_outputs(norm: TracedCall, call: WeightCall, plain: set[int]) -> bool:
+    """Whether a normalisation acts on the output channels of the layer and is itself frozen."""
+    if any(id(p) in plain for p in norm.parameters) or not isinstance(norm.call, NormCall):
+        return False
+    shape = norm.input_shape
+    return call.weight_map.kind.startswith("conv") and len(shape) == len(call.weight.shape) or len(shape) == 2
+
+
+def _fuse_norm(trace: Trace, index: int, actions: dict[int, Action]) -> None:
+    clamp = None
+    follower = _next_call(trace, index, ActivationCall)
+    if follower is not None:
+        activation = trace.calls[follower].call
+        assert isinstance(activation, ActivationCall)
+        clamp = activation.clamp
+        actions[follower] = Done()
+    actions[index] = InPlace(_may_overwrite(trace, trace.calls[index]), clamp)
+
+
+def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:
+    if not entry.reads:
+        return False
+    value = trace.values[entry.reads[0]]
+    producer = trace.calls[value.producer]
+    recognised = isinstance(producer.call, (WeightCall, NormCall, PadCall, MaxPoolCall))
+    safe = recognised or producer.function in _OUTPUT_NOT_SAVED
+    reader = _only_reader(trace, entry.reads[0])
+    return safe and reader is not None and trace.calls[reader] is entry and producer.container == entry.container
+
+
+def frozen_norm(norm: NormCall) -> tuple[Tensor, Tensor]:
+    """Turn fixed statistics into ``scale`` and ``shift``, one of each a channel."""
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.variance + norm.epsilon)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -norm.mean * scale
+        return scale, shift if norm.bias is None else shift + norm.bias

@@ -1,0 +1,331 @@
+"""Routes a model's own calls to the lean operations while its forward pass runs.
+
+A ``TorchFunctionMode`` is pushed by a forward hook on the outermost module that is called and popped
+when it returns or raises, so that classes, keys and ``print(model)`` stay as they are. The calls are
+followed along the traced ones; where they leave the trace after something was fused or overwritten,
+the forward pass is stopped rather than computed wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trady.errors import ModelError
+from trady.fusion import Action, Done, FusionPlan, InPlace, WithLayer, frozen_norm
+from trady.labels import current_operation
+from trady.ops.activation import affine_clamp, clamp
+from trady.ops.bits import Clamp
+from trady.ops.dropout import dropout
+from trady.ops.layer import LayerCall, layer
+from trady.ops.maps import Convolution
+from trady.ops.pooling import average_pool, max_pool
+from trady.ops.selected import SelectedChannels
+from trady.recognize import (
+    ActivationCall,
+    AveragePoolCall,
+    Call,
+    DropoutCall,
+    MaxPoolCall,
+    NormCall,
+    WeightCall,
+    is_metadata,
+    recognize,
+)
+from trady.trace import batch_counters, is_count
+
+
+class ArmedLayer:
+    """The channels of one layer that train now, and the leaf that receives their gradient."""
+
+    __slots__ = ("compact", "name", "selected", "weight")
+
+    def __init__(self, name: str, weight: nn.Parameter, compact: nn.Parameter) -> None:
+        self.name, self.weight, self.compact = name, weight, compact
+        self.selected: SelectedChannels | None = None
+
+
+class Interceptor(TorchFunctionMode):
+    """Computes a model's forward pass with the lean operations.
+
+    Args:
+        model: The model; only its hooks are touched.
+        layers: The layers that can be updated by channel.
+        plans: The expected calls in training (True) and in evaluation mode (False).
+        plain: Identities of parameters that train through PyTorch's own backward (the head).
+
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[ArmedLayer], plans: Mapping[bool, FusionPlan], plain: set[int]
+    ) -> None:
+        super().__init__()
+        self._model, self._plans, self._plain = model, plans, plain
+        self._layers = {id(armed.weight): armed for armed in layers}
+        self._counters = batch_counters(model)
+        self._norms = _FrozenNorms(model)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._handles: list[Any] = []
+        self._hooks = 0
+        self._depth = 0
+        self._enabled = True
+        self._plan: FusionPlan | None = None
+        self._cursor = 0
+        self._at_risk = False
+        self.before_forward: Callable[[], None] | None = None
+        self.on_layer: Callable[[str], None] | None = None
+
+    # -- arming ------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
+        for module in self._model.modules():
+            enter, leave = _Hook(self._enter), _Hook(self._leave)
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._hooks = self._count_hooks()
+
+    def disarm(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Leave the model to PyTorch for a while: its own inference, untouched."""
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = True
+
+    def _count_hooks(self) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._model.modules())
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not self._enabled:
+            return
+        self._depth += 1
+        if self._depth > 1:
+            return
+        if self.before_forward is not None:
+            self.before_forward()
+        plan = self._plans.get(self._model.training)
+        start = plan.starts.get(self._names.get(id(module), "?")) if plan is not None else None
+        # A hook that was added after the trace may read what fusion would have overwritten.
+        known = start is not None and self._count_hooks() <= self._hooks
+        self._plan, self._cursor, self._at_risk = (plan if known else None), start or 0, False
+        self.__enter__()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._depth == 0:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self.__exit__(None, None, None)
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_metadata(func):
+            return func(*args, **kwargs)
+        if is_count(func, args, self._counters):
+            return args[0]
+        action = self._next_action(func)
+        if action is not None and isinstance(action, Done):
+            self._at_risk = True
+            return args[0] if args else kwargs["input"]
+        call = recognize(func, args, kwargs)
+        if call is None:
+            return func(*args, **kwargs)
+        handler = _HANDLERS.get(type(call))
+        if handler is None:
+            return func(*args, **kwargs)
+        out = handler(self, call, action)
+        return func(*args, **kwargs) if out is None else out
+
+    def _next_action(self, function: Any) -> Action | None:
+        plan = self._plan
+        if plan is None:
+            return None
+        if self._cursor < len(plan.steps):
+            step = plan.steps[self._cursor]
+            if step.function == function:
+                self._cursor += 1
+                return step.action
+        self._plan = None
+        if self._at_risk:
+            name = getattr(function, "__name__", str(function))
+            raise ModelError(
+                f"the forward pass took another path than the traced one: it called {name} where "
+                f"{self._expected(plan)} was expected. If the model's forward depends on data, random choices "
+                "or outside state, pass fuse=False to trady.prepare; if it depends on the kind of batch, "
+                "prepare with an example of that kind."
+            )
+        return None
+
+    def _expected(self, plan: FusionPlan) -> str:
+        if self._cursor >= len(plan.steps):
+            return "the end"
+        function = plan.steps[self._cursor].function
+        return getattr(function, "__name__", str(function))
+
+    def _layer(self, call: WeightCall, action: Action | None) -> Tensor | None:
+        if not isinstance(call.weight, nn.Parameter) or id(call.weight) in self._plain:
+            return None
+        if call.bias is not None and call.bias.requires_grad:
+            return None
+        armed = self._layers.get(id(call.weight))
+        if armed is None and call.weight.requires_grad:
+            return None
+        fused = action if isinstance(action, WithLayer) else WithLayer()
+        weight_map, x = call.weight_map, call.x
+        if isinstance(weight_map, Convolution):
+            x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
+            if fused.pad:
+                weight_map = _padded(weight_map, fused.pad)
+        elif x.dim() == 1:
+            x = x.unsqueeze(0)
+        scale, shift = (None, None) if fused.norm is None else self._norms.of(fused.norm)
+        self._at_risk |= fused.norm is not None or fused.clamp is not None or bool(fused.pad)
+        selected = None if armed is None else armed.selected
+        options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x))
+        with _label(fused.operation or weight_map.kind):
+            out = layer(
+                x, armed.compact if armed is not None else None, options, call.weight, call.bias, scale, shift
+            )
+        if self.on_layer is not None and armed is not None:
+            self.on_layer(armed.name)
+        return out if x.dim() == call.x.dim() else out.squeeze(0)
+
+    def _activation(self, call: ActivationCall, action: Action | None) -> Tensor | None:
+        planned = isinstance(action, InPlace) and action.overwrite
+        if call.in_place and not planned and (call.x._is_view() or not _is_plain(call.x)):
+            return None
+        self._at_risk |= planned
+        with _label(call.clamp.name):
+            return clamp(call.x, call.clamp, in_place=planned or call.in_place)
+
+    def _norm(self, call: NormCall, action: Action | None) -> Tensor | None:
+        if any(p is not None and id(p) in self._plain for p in (call.weight, call.bias)):
+            return None
+        scale, shift = self._norms.of(call)
+        kind = action if isinstance(action, InPlace) else InPlace(False)
+        self._at_risk |= kind.overwrite or kind.clamp is not None
+        with _label("batch_norm" if kind.clamp is None else f"batch_norm+{kind.clamp.name}"):
+            return affine_clamp(call.x, scale, shift, kind.clamp, in_place=kind.overwrite)
+
+    def _max_pool(self, call: MaxPoolCall, action: Action | None) -> Tensor:
+        with _label("max_pool"):
+            return max_pool(call.x, call.window)
+
+    def _average_pool(self, call: AveragePoolCall, action: Action | None) -> Tensor:
+        with _label("average_pool"):
+            return average_pool(call.x, call.pool, call.gradient)
+
+    def _dropout(self, call: DropoutCall, action: Action | None) -> Tensor:
+        with _label("dropout"):
+            return dropout(call.x, call.probability)
+
+
+_HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]] = {
+    WeightCall: Interceptor._layer,
+    NormCall: Interceptor._norm,
+    ActivationCall: Interceptor._activation,
+    MaxPoolCall: Interceptor._max_pool,
+    AveragePoolCall: Interceptor._average_pool,
+    DropoutCall: Interceptor._dropout,
+}
+
+
+class _Hook:
+    """A forward hook that a copy of the model does not take along: the copy is the plain model."""
+
+    def __init__(self, function: Callable[..., None] | None) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._function is not None:
+            self._function(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+
+class _FrozenNorms:
+    """Scale and shift of every frozen normalisation, made anew only when its statistics have changed.
+
+    A plan names a normalisation's buffers as they were when it was traced; ``model.to(...)`` replaces
+    buffers, so they are looked up by their place in the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = {
+            id(tensor): (module, name) for module in model.modules() for name, tensor in module._buffers.items()
+        }
+        self._made: dict[int, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
+
+    def of(self, norm: NormCall) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, one of each a channel."""
+        mean, variance = self._now(norm.mean), self._now(norm.variance)
+        sources = (mean, variance, norm.weight, norm.bias)
+        state = tuple((id(t), t._version, t.device) if t is not None else None for t in sources)
+        known = self._made.get(id(norm.mean))
+        if known is None or known[0] != state:
+            known = (state, frozen_norm(replace(norm, mean=mean, variance=variance)))
+            self._made[id(norm.mean)] = known
+        return known[1]
+
+    def _now(self, buffer: Tensor) -> Tensor:
+        place = self._places.get(id(buffer))
+        if place is None:
+            return buffer
+        now = place[0]._buffers.get(place[1])
+        return buffer if now is None else now
+
+
+@contextmanager
+def _label(operation: str) -> Iterator[None]:
+    token = current_operation.set(operation)
+    try:
+        yield
+    finally:
+        current_operation.reset(token)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and not (x.is_leaf and x.requires_grad)
+
+
+@lru_cache(maxsize=4096)
+def _padded(weight_map: Convolution, pad: tuple[int, ...]) -> Convolution:
+    """Move padding that was put off into the convolution: for free where both sides are equal."""
+    dimensions = len(weight_map.stride)
+    full = [*pad, *(0,) * (2 * dimensions - len(pad))]
+    sides = [(full[2 * d], full[2 * d + 1]) for d in reversed(range(dimensions))]
+    if not weight_map.pad and all(before == after for before, after in sides):
+        padding = tuple(p + before for p, (before, _) in zip(weight_map.padding, sides, strict=True))
+        return replace(weight_map, padding=padding)
+    inner = weight_map.pad or (0,) * (2 * dimensions)
+    return replace(weight_map, pad=tuple(a + b for a, b in zip(full, inner, strict=True)))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

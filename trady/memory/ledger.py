@@ -1,0 +1,253 @@
+"""The ledger: where the tensor memory of a training step goes, measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from torch import Tensor, nn
+
+from trady.budget import format_bytes
+from trady.errors import TradyError
+from trady.memory.recorder import PARTS, Recorder
+from trady.memory.saved import Saved
+
+_FORMAT = "trady ledger 1"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The tensor memory of one training step, in bytes.
+
+    All figures are storages that PyTorch's operations read and wrote; workspaces inside a
+    kernel are not among them (on CUDA, ``allocator_peak_bytes`` has those too). Memory papers
+    state peaks without weights and batch: those are the ``working_…`` figures.
+
+    Attributes:
+        peak_bytes: The most that was alive at one time in the step, weights and batch included.
+        weight_bytes: Parameters and buffers of the model.
+        input_bytes: The batch, as the model was given it.
+        inference_peak_bytes: The same for one pass of the untouched model in eval mode without
+            gradients; ``None`` if it was not or could not be measured.
+        saved: What autograd kept between forward and backward, largest first: storages that are
+            not parameters or buffers, each once, summed over all forwards of the step.
+        gradient_bytes: All ``.grad`` at their highest.
+        optimizer_state_bytes: State of the optimizers that stepped, at its highest.
+        parts: What the peak was made of, at that moment; sums to ``peak_bytes``.
+        allocator_peak_bytes: On CUDA, the peak of the caching allocator in the step.
+        remarks: What could not be measured, and why.
+    """
+
+    peak_bytes: int
+    weight_bytes: int
+    input_bytes: int
+    inference_peak_bytes: int | None
+    saved: tuple[Saved, ...]
+    gradient_bytes: int
+    optimizer_state_bytes: int
+    parts: Mapping[str, int]
+    allocator_peak_bytes: int | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def peak_without_weights_bytes(self) -> int:
+        """The peak less the model's weights."""
+        return self.peak_bytes - self.weight_bytes
+
+    @property
+    def inference_peak_without_weights_bytes(self) -> int | None:
+        """The inference peak less the model's weights."""
+        return None if self.inference_peak_bytes is None else self.inference_peak_bytes - self.weight_bytes
+
+    @property
+    def working_peak_bytes(self) -> int:
+        """The peak less weights and batch."""
+        return self.peak_bytes - self.weight_bytes - self.input_bytes
+
+    @property
+    def inference_working_peak_bytes(self) -> int | None:
+        """The inference peak less weights and batch."""
+        without_weights = self.inference_peak_without_weights_bytes
+        return None if without_weights is None else without_weights - self.input_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that autograd kept between forward and backward."""
+        return sum(saved.bytes for saved in self.saved)
+
+    def saved_bytes_of(self, kind: str) -> int:
+        """Bytes kept of one kind: ``activations``, ``channels``, ``bits`` or ``indices``."""
+        return sum(saved.bytes for saved in self.saved if saved.kind == kind)
+
+    def table(self, rows: int = 12) -> RenderableType:
+        """The ledger for people, to print with rich.
+
+        Args:
+            rows: How many of the largest savers to show.
+        """
+        return Group(self._peaks(), self._savers(rows), *self.remarks)
+
+    def __rich__(self) -> RenderableType:
+        return self.table()
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(self.table())
+        return text.getvalue().rstrip("\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as :meth:`from_json` takes them, with the totals beside them."""
+        return {
+            "format": _FORMAT,
+            **asdict(self),
+            "saved": [asdict(saved) for saved in self.saved],
+            "parts": dict(self.parts),
+            "remarks": list(self.remarks),
+            "saved_bytes": self.saved_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Ledger:
+        """The ledger of :meth:`to_json`.
+
+        Raises:
+            TradyError: If the data are not a ledger's.
+        """
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            given = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise TradyError(f"not a ledger: its format is {given!r}, expected {_FORMAT!r}; measure again")
+        try:
+            values = {field.name: data[field.name] for field in fields(cls)}
+            values["saved"] = tuple(Saved(**saved) for saved in values["saved"])
+            values["remarks"] = tuple(values["remarks"])
+            return cls(**values)
+        except (KeyError, TypeError) as damage:
+            raise TradyError(f"a damaged ledger ({damage}); measure again") from damage
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, all of it or nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, indent=2)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            TradyError: If the file is not a ledger.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TradyError, ValueError) as damage:
+            raise TradyError(f"{path}: {damage}") from damage
+
+    def _peaks(self) -> Table:
+        table = Table("at the peak", title="Tensor memory of a training step", title_justify="left")
+        table.add_column("", justify="right")
+        for part, amount in self.parts.items():
+            if amount:
+                table.add_row(part, format_bytes(amount))
+        table.add_section()
+        table.add_row("peak", format_bytes(self.peak_bytes), style="bold")
+        if self.inference_peak_bytes:
+            ratio = f"{self.peak_bytes / self.inference_peak_bytes:.2f} ×"
+            table.add_row("inference peak of the untouched model", format_bytes(self.inference_peak_bytes))
+            table.add_row("training / inference", ratio)
+        if self.inference_working_peak_bytes:
+            working = format_bytes(self.working_peak_bytes)
+            ratio = f"{self.working_peak_bytes / self.inference_working_peak_bytes:.2f} ×"
+            inference = format_bytes(self.inference_working_peak_bytes)
+            table.add_row("without weights and batch", f"{working} / {inference} = {ratio}")
+        if self.allocator_peak_bytes is not None:
+            table.add_row("peak of the CUDA allocator", format_bytes(self.allocator_peak_bytes))
+        return table
+
+    def _savers(self, rows: int) -> Table:
+        title = f"Kept between forward and backward: {format_bytes(self.saved_bytes)}"
+        table = Table(title=title, title_justify="left")
+        for column in ("layer", "operation", "kind"):
+            table.add_column(column, overflow="fold")
+        table.add_column("tensors", justify="right")
+        table.add_column("bytes", justify="right")
+        for saved in self.saved[:rows]:
+            size = format_bytes(saved.bytes)
+            table.add_row(saved.layer, saved.operation, saved.kind, str(saved.tensors), size)
+        if rest := self.saved[rows:]:
+            tensors, remaining = sum(entry.tensors for entry in rest), sum(entry.bytes for entry in rest)
+            table.add_row(f"({len(rest)} more)", "", "", str(tensors), format_bytes(remaining))
+        return table
+
+
+def measure(
+    step: Callable[[], object],
+    model: nn.Module | None = None,
+    *,
+    inference: bool = True,
+    untouched: Callable[[], AbstractContextManager[object]] = nullcontext,
+    compact: Iterable[Tensor] = (),
+) -> Ledger:
+    """Run one training step and account for its tensor memory.
+
+    The step trains: it is run once, as it would be without a ledger. A state that an
+    optimizer holds is counted if that optimizer steps in it.
+
+    Args:
+        step: Forward, backward and, as wanted, the optimizer's step and ``zero_grad``.
+        model: The model that is trained; by default the module with the most parameters
+            among those that the step calls.
+        inference: Whether to run the model once more, as an inference pass, on the step's
+            batch. Floating-point inputs that are gone by then are replaced by zeros.
+        untouched: Makes the context for that pass in which the model is as its author wrote it.
+        compact: Leaf tensors that are trained in place of (parts of) the model's weights;
+            their gradients are ``compact gradients``.
+
+    Returns:
+        The ledger. What could not be measured is in its ``remarks``.
+
+    Raises:
+        Exception: Whatever the step raises; no hooks stay behind.
+    """
+    recorder = Recorder(model, compact)
+    with recorder:
+        step()
+    return _ledger(recorder, recorder.inference_peak(untouched) if inference else None)
+
+
+def _ledger(recorder: Recorder, inference_peak: int | None) -> Ledger:
+    peak, parts = recorder.peak()
+    amounts: Counter[tuple[str, str, str]] = Counter()
+    tensors: Counter[tuple[str, str, str]] = Counter()
+    for saver, nbytes in recorder.savers():
+        amounts[saver] += nbytes
+        tensors[saver] += 1
+    saved = (Saved(*saver, amount, tensors[saver]) for saver, amount in amounts.items())
+    return Ledger(
+        peak_bytes=peak,
+        weight_bytes=recorder.weight_bytes(),
+        input_bytes=recorder.highest("inputs"),
+        inference_peak_bytes=inference_peak,
+        saved=tuple(sorted(saved, key=lambda entry: -entry.bytes)),
+        gradient_bytes=recorder.highest("gradients", "compact gradients"),
+        optimizer_state_bytes=recorder.highest("optimizer state"),
+        parts={part: parts.get(part, 0) for part in PARTS},
+        allocator_peak_bytes=recorder.allocator_peak_bytes,
+        remarks=tuple(recorder.remarks),
+    )

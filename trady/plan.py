@@ -1,0 +1,278 @@
+"""The plan: what a budget buys in a model, before anything trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trady.budget import Budget, format_bytes
+from trady.channels import ChannelTable, FrozenLayer, Layer, Selection
+from trady.errors import CheckpointError
+
+FORMAT, VERSION = "trady-plan", 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a selection takes and what it saves, held against updating every channel of every layer.
+
+    Attributes:
+        channels: Selected input channels.
+        elements: Sum of C^W + C^A, elements for one sample (B_mem).
+        saved_channel_bytes: Activations of the selected channels, for the whole batch.
+        compact_bytes: Weight elements of the selected channels in bytes: the size of the compact
+            parameters, and again of their gradients.
+        update_bytes: What updating adds to a frozen forward and backward: saved channels, compact
+            parameters, their gradients and optimizer state.
+        flops: Weight-gradient multiply-adds of one sample.
+        weight_sparsity: Share of weight elements without a gradient.
+        activation_sparsity: Share of layer inputs that is not saved.
+        flops_reduction: Share of the weight-gradient multiply-adds that is not executed.
+    """
+
+    channels: int
+    elements: int
+    saved_channel_bytes: int
+    compact_bytes: int
+    update_bytes: int
+    flops: int
+    weight_sparsity: float
+    activation_sparsity: float
+    flops_reduction: float
+
+
+def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) -> Cost:
+    """Account for a selection (DESIGN of the method: arXiv 2510.19675, section 3 and table 1).
+
+    Args:
+        table: The layers.
+        selection: Channels that train.
+        state_copies: Copies of a parameter that the optimizer keeps.
+
+    """
+    weights = sum(len(c) * table[name].weight_elements for name, c in selection.items())
+    activations = sum(len(c) * table[name].activation_elements for name, c in selection.items())
+    flops = sum(len(c) * table[name].flops for name, c in selection.items())
+    saved = activations * table.batch * table.element_bytes
+    compact = weights * table.weight_element_bytes
+
+    def sparsity(part: int, whole: int) -> float:
+        return 1.0 - part / whole if whole else 1.0
+
+    return Cost(
+        channels=selection.count,
+        elements=weights + activations,
+        saved_channel_bytes=saved,
+        compact_bytes=compact,
+        update_bytes=saved + compact * (2 + state_copies),
+        flops=flops,
+        weight_sparsity=sparsity(weights, sum(layer.channels * layer.weight_elements for layer in table)),
+        activation_sparsity=sparsity(activations, sum(layer.channels * layer.activation_elements for layer in table)),
+        flops_reduction=sparsity(flops, sum(layer.channels * layer.flops for layer in table)),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, at what cost.
+
+    Attributes:
+        model: Name of the model's class.
+        budget: What may be spent; ``None`` is no limit.
+        policy: Name of the policy.
+        seed: Seed of the draws.
+        table: Every layer, with the cost of a channel.
+        pool: Names of the layers that channels are drawn from.
+        ranking: Where the pool comes from: ``measured``, ``given``, ``prior``, ``online`` (found in the
+            first epoch; until then all layers are in the pool) or ``none`` (the policy needs none).
+        head: Modules that always train, outside the budget.
+        head_parameters: Elements of the head's parameters.
+        selection: The draw of epoch 0.
+        cost: What that draw takes.
+        predicted_peak_bytes: Peak of a training step, weights included; ``None`` where it was not measured.
+        least_peak_bytes: The same with one channel a layer.
+    """
+
+    model: str
+    budget: Budget | None
+    policy: str
+    seed: int
+    table: ChannelTable
+    pool: tuple[str, ...]
+    ranking: str
+    head: tuple[str, ...]
+    head_parameters: int
+    selection: Selection
+    cost: Cost
+    predicted_peak_bytes: int | None = None
+    least_peak_bytes: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON values; :meth:`from_json` reads it back."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "budget": None if self.budget is None else str(self.budget),
+            "policy": self.policy,
+            "seed": self.seed,
+            "pool": list(self.pool),
+            "ranking": self.ranking,
+            "head": list(self.head),
+            "head_parameters": self.head_parameters,
+            "cost": asdict(self.cost),
+            "weight_sparsity": self.cost.weight_sparsity,
+            "activation_sparsity": self.cost.activation_sparsity,
+            "flops_reduction": self.cost.flops_reduction,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "least_peak_bytes": self.least_peak_bytes,
+            "selection_hash": self.selection.digest,
+            "selection": self.selection.to_json(),
+            "batch": self.table.batch,
+            "element_bytes": self.table.element_bytes,
+            "weight_element_bytes": self.table.weight_element_bytes,
+            "parameters": self.table.parameters,
+            "layers": [asdict(layer) for layer in self.table],
+            "frozen": [asdict(frozen) for frozen in self.table.frozen],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: It is no plan, of another version, or damaged.
+
+        """
+        from trady.budget import parse_budget
+
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CheckpointError("this is no trady plan; make one with trady.plan(...).save(path)")
+        if data.get("version") != VERSION:
+            raise CheckpointError(f"the plan is of version {data.get('version')}, this trady reads version {VERSION}")
+        try:
+            table = ChannelTable(
+                layers=tuple(Layer(**_tuples(layer)) for layer in data["layers"]),
+                frozen=tuple(FrozenLayer(**frozen) for frozen in data["frozen"]),
+                batch=data["batch"],
+                element_bytes=data["element_bytes"],
+                weight_element_bytes=data["weight_element_bytes"],
+                parameters=data["parameters"],
+            )
+            return cls(
+                model=data["model"],
+                budget=None if data["budget"] is None else parse_budget(data["budget"]),
+                policy=data["policy"],
+                seed=data["seed"],
+                table=table,
+                pool=tuple(data["pool"]),
+                ranking=data["ranking"],
+                head=tuple(data["head"]),
+                head_parameters=data["head_parameters"],
+                selection=Selection(data["selection"]),
+                cost=Cost(**data["cost"]),
+                predicted_peak_bytes=data["predicted_peak_bytes"],
+                least_peak_bytes=data["least_peak_bytes"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON; a file of that name is replaced as a whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f".{uuid.uuid4().hex}.partial")
+        try:
+            partial.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: The file cannot be read, is damaged, or is of another version.
+
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def __rich__(self) -> Table:
+        """Render the layers as a table, with what they take and give."""
+        title = f"{self.model}: {self.policy} in {self.budget if self.budget is not None else 'no budget'}"
+        table = Table(title=title, caption=self._caption(), caption_justify="left", title_justify="left")
+        for heading in ("layer", "kind", "in the pool"):
+            table.add_column(heading)
+        for heading in ("channels", "drawn now", "C^W", "C^A", "saved now"):
+            table.add_column(heading, justify="right")
+        pool = set(self.pool)
+        for layer in self.table:
+            drawn = len(self.selection.channels.get(layer.name, ()))
+            saved = drawn * layer.activation_elements * self.table.batch * self.table.element_bytes
+            table.add_row(
+                layer.name,
+                layer.kind if layer.groups == 1 else f"{layer.kind}, {layer.groups} groups",
+                "yes" if layer.name in pool else "",
+                f"{layer.channels}",
+                f"{drawn}" if drawn else "",
+                f"{layer.weight_elements}",
+                f"{layer.activation_elements}",
+                format_bytes(saved) if drawn else "",
+            )
+        for name in self.head:
+            table.add_row(name, "head", "", "", "all", "", "", "")
+        return table
+
+    def _caption(self) -> str:
+        cost = self.cost
+        whence = {
+            "online": "found online in the first epoch; until then every layer is in the pool",
+            "none": "not needed by this policy",
+        }.get(self.ranking, self.ranking)
+        lines = [
+            f"{cost.channels} of {self.table.channel_count} input channels train, "
+            f"and {self.head_parameters} parameters of the head",
+            f"B_mem used: {cost.elements} elements a sample; saved channels: {format_bytes(cost.saved_channel_bytes)}; "
+            f"updating adds {format_bytes(cost.update_bytes)}",
+            f"sparsity: weight gradients {cost.weight_sparsity:.2%}, activations {cost.activation_sparsity:.2%}, "
+            f"weight-gradient FLOPs {cost.flops_reduction:.2%} fewer",
+            f"ranking: {whence}; pool of {len(self.pool)} layers out of {len(self.table)}",
+        ]
+        if self.predicted_peak_bytes is not None and self.least_peak_bytes is not None:
+            lines.append(
+                f"peak of a step: {format_bytes(self.predicted_peak_bytes)} "
+                f"(least possible {format_bytes(self.least_peak_bytes)}), weights included"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+def _rendered(*parts: Any) -> str:
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get()
+
+
+def _tuples(layer: dict[str, Any]) -> dict[str, Any]:
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+    return {name: freeze(value) for name, value in layer.items()}

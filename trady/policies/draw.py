@@ -1,0 +1,44 @@
+"""Asking a policy for channels, and not taking its word for it: users register their own."""
+
+from __future__ import annotations
+
+from trady.channels import Selection
+from trady.errors import PolicyError
+from trady.policies.base import Draw, Policy
+
+
+def draw_selection(policy: Policy, draw: Draw) -> Selection:
+    """The channels that the policy selects, checked.
+
+    Raises:
+        PolicyError: When the answer is no :class:`Selection`, names a layer or a channel that the
+            model lacks, or costs more than the draw's capacity; names the policy and the layer.
+        BudgetError: From a policy that cannot do with the capacity, such as ``full``.
+    """
+    selection = policy.select(draw)
+    if not isinstance(selection, Selection):
+        raise PolicyError(
+            f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.Selection"
+        )
+    spent: dict[str, int] = {}
+    for name, channels in selection.items():
+        layer = draw.table.by_name.get(name)
+        if layer is None:
+            raise PolicyError(f"policy {policy.name!r} selected layer {name!r}, which the model lacks")
+        if name not in draw.costs:
+            raise PolicyError(f"policy {policy.name!r} selected layer {name!r}, which has no cost here")
+        out_of_range = [int(c) for c in (channels[0], channels[-1]) if not 0 <= c < layer.channels]
+        if out_of_range:
+            raise PolicyError(
+                f"policy {policy.name!r} selected channel {out_of_range[0]} of layer {name!r}, "
+                f"which has channels 0 to {layer.channels - 1}"
+            )
+        spent[name] = len(channels) * draw.costs[name]
+    total = sum(spent.values())
+    if draw.capacity is not None and spent and total > draw.capacity:
+        costliest = max(spent, key=spent.__getitem__)
+        raise PolicyError(
+            f"policy {policy.name!r} selected channels that cost {total}, and {draw.capacity} is left; "
+            f"layer {costliest!r} takes most, {spent[costliest]} for {len(selection[costliest])} channels"
+        )
+    return selection

@@ -1,0 +1,81 @@
+"""A training step without memory or arithmetic: the timeline of live bytes, taken on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from trady.armed import Armed
+from trady.channels import Selection
+from trady.examine import examine, meta_batch, meta_twin, tensors_of
+from trady.memory.live import LiveBytes
+from trady.memory.timeline import Interval, Timeline
+from trady.trace import as_arguments
+
+
+def step_timeline(
+    model: nn.Module, example: Any, *, layers: Sequence[str], head: Sequence[str], fuse: bool = True
+) -> Timeline:
+    """Follow the live bytes of one training step in which one channel of each given layer trains.
+
+    The step runs on a copy of the model that has shapes but no memory, so it costs neither.
+
+    Args:
+        model: The model; only read.
+        example: One batch.
+        layers: Layers that will be drawn from.
+        head: Modules that always train.
+        fuse: As for :func:`trady.prepare`.
+
+    """
+    twin, batch = meta_twin(model), meta_batch(example)
+    examined = examine(twin, batch, head=head or None, fuse=fuse)
+    armed = Armed(twin, examined)
+    armed.select(Selection({name: np.zeros(1, dtype=np.int64) for name in layers}))
+    intervals: list[Interval] = []
+    live = LiveBytes()
+    twin.train()
+    try:
+        live.register([*twin.parameters(), *twin.buffers()], "weights")
+        live.register(tensors_of(batch), "inputs")
+        live.register([armed.layers[name].compact for name in layers], "compact parameters")
+        with live:
+            live.interval_peak()
+
+            def cut(phase: str, layer: str) -> None:
+                intervals.append(Interval(phase, layer, live.interval_peak()))
+
+            armed.interceptor.on_layer = lambda name: cut("forward", name)
+            handles = armed.on_gradient(lambda name, compact: cut("backward", name))
+            args, kwargs = as_arguments(batch)
+            loss = surrogate_loss(twin(*args, **kwargs))
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            cut("end", "")
+            for handle in handles:
+                handle.remove()
+    finally:
+        armed.disarm()
+    head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
+    return Timeline(tuple(intervals), examined.table, head_bytes)
+
+
+def surrogate_loss(output: Any) -> Tensor | None:
+    """A scalar that reaches every output as a cross-entropy would; the model's own loss where it gives one."""
+    loss = getattr(output, "loss", None) if not isinstance(output, Tensor) else None
+    if isinstance(loss, Tensor):
+        return loss
+    tree = dict(output) if hasattr(output, "keys") else output
+    floats = [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
+    total: Tensor | None = None
+    for tensor in floats:
+        term = torch.log_softmax(tensor, -1).mean() if tensor.dim() else tensor
+        total = term if total is None else total + term
+    return total
+
+

@@ -1,0 +1,172 @@
+"""From a trace to the channel table: which weights can be updated by input channel, and at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trady.channels import ChannelTable, FrozenLayer, Layer
+from trady.errors import ModelError
+from trady.fusion import FusionPlan
+from trady.recognize import WeightCall
+from trady.trace import Trace, TracedCall
+
+
+def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Name the modules of the classifier, which always trains and stands outside the budget.
+
+    Args:
+        model: The model.
+        trace: Its forward pass.
+        head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
+            too; else one or several module names; ``None`` or an empty sequence is no head.
+
+    Raises:
+        ModelError: A name that is no module with parameters.
+
+    """
+    if head is None:
+        return ()
+    if head != "auto":
+        names = (head,) if isinstance(head, str) else tuple(head)
+        modules = dict(model.named_modules())
+        for name in names:
+            if name not in modules or next(modules[name].parameters(), None) is None:
+                possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
+                raise ModelError(f"head {name!r} is no module with parameters; the last ones are {possible[-5:]}")
+        return names
+    weights = [entry for entry in trace.calls if _parameter_of(entry) is not None]
+    if not weights:
+        return ()
+    last = _parameter_of(weights[-1])
+    users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
+    owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
+    return (owners[0],) if len(users) == 1 and len(owners) == 1 else ()
+
+
+def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Collect the parameters of the head modules under their full names."""
+    found: dict[str, nn.Parameter] = {}
+    for name in head:
+        for inner, parameter in model.get_submodule(name).named_parameters():
+            found[f"{name}.{inner}" if name else inner] = parameter
+    return found
+
+
+def build_table(
+    model: nn.Module, trace: Trace, plan: FusionPlan, head: Sequence[str], example_dtype: torch.dtype
+) -> ChannelTable:
+    """List every layer that can be updated by input channel, in order of execution.
+
+    Args:
+        model: The model.
+        trace: Its forward pass in training mode.
+        plan: How its calls are computed (for the shape of what is saved).
+        head: Modules that always train.
+        example_dtype: Type of the activations.
+
+    Raises:
+        ModelError: There is nothing to update.
+
+    """
+    plain = {id(p) for p in head_parameters(model, head).values()}
+    names = _parameter_names(model)
+    calls: dict[int, list[tuple[int, TracedCall]]] = {}
+    others: dict[int, set[str]] = {}
+    for index, entry in enumerate(trace.calls):
+        weight = _parameter_of(entry)
+        if weight is not None:
+            calls.setdefault(id(weight), []).append((index, entry))
+        for parameter in entry.parameters:
+            if parameter is not weight:
+                others.setdefault(id(parameter), set()).add(getattr(entry.function, "__name__", str(entry.function)))
+    layers, frozen = [], []
+    reasons = {id(p): _reason(p, calls, others, plain) for p in model.parameters() if p.dim() > 1}
+    for identity, entries in calls.items():
+        if reasons.get(identity) is None:
+            layers.append(_layer(entries, plan, names[identity], trace.batch))
+    for parameter in model.parameters():
+        reason = reasons.get(id(parameter))
+        if reason is not None:
+            name = names[id(parameter)]
+            frozen.append(FrozenLayer(name.rpartition(".")[0], name, reason))
+    if not layers and not plain:
+        listed = "; ".join(f"{f.parameter}: {f.reason}" for f in frozen[:5]) or "it has no weights"
+        raise ModelError(
+            f"{type(model).__name__} has no layer that can be updated by input channel ({listed}). "
+            "trady updates linear layers and convolutions; name other modules to train as head=..."
+        )
+    return ChannelTable(
+        layers=tuple(layers),
+        frozen=tuple(frozen),
+        batch=trace.batch,
+        element_bytes=example_dtype.itemsize,
+        weight_element_bytes=max((model.get_parameter(layer.parameter).element_size() for layer in layers), default=4),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _parameter_of(entry: TracedCall) -> nn.Parameter | None:
+    call = entry.call
+    return call.weight if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter) else None
+
+
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _reason(
+    parameter: nn.Parameter,
+    calls: dict[int, list[tuple[int, TracedCall]]],
+    others: dict[int, set[str]],
+    plain: set[int],
+) -> str | None:
+    """Why a weight cannot be updated by input channel; ``None`` when it can."""
+    if id(parameter) in plain:
+        return "head: always trained, outside the budget"
+    used = ", ".join(sorted(others.get(id(parameter), ())))
+    if id(parameter) not in calls:
+        return f"used by {used}, which has no input channels to choose from" if used else "not used in the forward pass"
+    if used:
+        return f"also used by {used}: its input channels alone would give half a gradient"
+    maps = {(entry.call.weight_map.kind, entry.call.weight_map.groups) for _, entry in calls[id(parameter)]
+            if isinstance(entry.call, WeightCall)}
+    if len(maps) > 1:
+        return f"used as {' and '.join(sorted(kind for kind, _ in maps))} with different groups"
+    return None
+
+
+def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: str, batch: int) -> Layer:
+    first = entries[0][1].call
+    assert isinstance(first, WeightCall)
+    weight, weight_map = first.weight, first.weight_map
+    groups = weight_map.groups
+    if weight_map.kind == "addmm":
+        channels, weight_elements = weight.shape[0], weight.shape[1]
+    else:
+        channels = weight.shape[1] * groups
+        weight_elements = weight.numel() // channels
+    inputs = tuple(plan.saved_shapes.get(index, entry.input_shape) for index, entry in entries)
+    outputs = tuple(entry.output_shape for _, entry in entries)
+    # Output positions of one sample: everything but batch and output channels.
+    positions = [math.prod(shape) // (batch * _outputs(weight, weight_map.kind)) for shape in outputs]
+    return Layer(
+        name=parameter.rpartition(".")[0],
+        parameter=parameter,
+        kind=weight_map.kind,
+        channels=channels,
+        weight_elements=weight_elements,
+        activation_elements=sum(-(-math.prod(shape) // (batch * channels)) for shape in inputs),
+        flops=sum(weight_elements * p for p in positions),
+        weight_shape=tuple(weight.shape),
+        input_shapes=inputs,
+        output_shapes=outputs,
+        groups=groups,
+    )
+
+
+def _outputs(weight: nn.Parameter | torch.Tensor, kind: str) -> int:
+    return int(weight.shape[1] if kind == "addmm" else weight.shape[0])

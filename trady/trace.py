@@ -1,0 +1,316 @@
+"""One forward pass on the meta device: which layers a model calls, with what shapes, in what order.
+
+Nothing is computed and nothing is allocated: every tensor a call receives is replaced by one of the
+same shape on the meta device. The model itself is only read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from trady.errors import ModelError
+from trady.recognize import Call, NormCall, is_metadata, recognize
+
+#: Functions that may fail or lie without data; a model that needs them cannot be traced.
+_NEEDS_DATA = (NotImplementedError, RuntimeError)
+
+
+@dataclass
+class Value:
+    """A tensor at one point of the trace; writing into it makes a new value.
+
+    Attributes:
+        producer: Index of the call that made it.
+        readers: Calls that read its elements, in order.
+        shape_readers: Calls that read its shape or kind.
+        reference: The tensor, as long as somebody holds it.
+        replaced: Whether a later call wrote into the same tensor.
+        view: Whether it shares memory with another tensor.
+    """
+
+    producer: int
+    reference: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    readers: list[int] = field(default_factory=list)
+    shape_readers: list[int] = field(default_factory=list)
+    replaced: bool = False
+    view: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether somebody still held the tensor, with this content, when the forward had ended."""
+        return not self.replaced and self.reference() is not None
+
+
+@dataclass
+class TracedCall:
+    """One call of a torch function.
+
+    Attributes:
+        function: The torch function.
+        call: What it means, without its input tensor; ``None`` if it is not recognised.
+        reads: Values whose elements it reads, in order of its arguments.
+        makes: Values it returns.
+        parameters: Parameters and buffers among its arguments.
+        container: The innermost module with children that was running.
+        module: The innermost module that was running.
+    """
+
+    function: Any
+    call: Call | None
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    parameters: tuple[Tensor, ...]
+    container: str
+    module: str
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+
+
+@dataclass
+class Trace:
+    """A forward pass as a list of calls and the values between them.
+
+    Attributes:
+        calls: Calls that touch elements of tensors, in order.
+        values: The tensors between them.
+        spans: For every module call: module name, first call, one past the last call.
+        batch: Samples in the example.
+        element_bytes: Bytes of an element of the first layer's input.
+    """
+
+    calls: list[TracedCall] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    spans: list[tuple[str, int, int]] = field(default_factory=list)
+    batch: int = 1
+
+
+def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
+    """Run ``model`` on shapes alone.
+
+    Args:
+        model: Any module; its weights may lie on any device, also on meta.
+        example: One batch as training will see it: a tensor, a tuple (positional arguments) or a
+            mapping (keyword arguments).
+        training: Trace in training or evaluation mode; ``None`` keeps the model's own mode.
+
+    Returns:
+        The calls, values and module spans.
+
+    Raises:
+        ModelError: The model cannot run on the example, or its forward depends on the data.
+
+    """
+    args, kwargs = as_arguments(example)
+    recorder = _Recorder(model)
+    with ExitStack() as stack:
+        stack.enter_context(_kept_mode(model, training))
+        stack.enter_context(_module_spans(model, recorder))
+        stack.enter_context(torch.no_grad())
+        try:
+            with recorder:
+                output = model(*tree_map(recorder.to_meta, args), **tree_map(recorder.to_meta, kwargs))
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
+                f"{type(error).__name__}: {error}. The example must be one batch as training will see it, and "
+                "the forward pass must not branch on the values of tensors."
+            ) from error
+    recorder.trace.batch = batch_size(example)
+    outputs = list(tree_iter(output))
+    recorder.trace.values = [_settle(value) for value in recorder.trace.values]
+    del outputs
+    return recorder.trace
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn a batch into positional and keyword arguments of the model."""
+    if isinstance(example, Mapping) or hasattr(example, "keys"):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def batch_size(example: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor.
+
+    Raises:
+        ModelError: The batch holds no tensor, or an empty one.
+
+    """
+    sizes = [t.shape[0] for t in tree_iter(dict(example) if hasattr(example, "keys") else example)
+             if isinstance(t, Tensor) and t.dim()]
+    if not sizes or sizes[0] == 0:
+        raise ModelError(f"the example batch holds no samples ({describe(example)}); pass one batch of training data")
+    return int(sizes[0])
+
+
+def describe(example: Any) -> str:
+    """Name the shapes in a batch, for messages."""
+    shapes = tree_map(
+        lambda t: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if isinstance(t, Tensor) else type(t).__name__,
+        dict(example) if hasattr(example, "keys") else example,
+    )
+    return str(shapes).replace("'", "")
+
+
+class _Settled:
+    """Stands for a weak reference after the trace: whether the tensor was still held."""
+
+    def __init__(self, alive: bool) -> None:
+        self._alive = self if alive else None
+
+    def __call__(self) -> Any:
+        return self._alive
+
+
+def _settle(value: Value) -> Value:
+    return replace(value, reference=_Settled(value.reference() is not None))  # type: ignore[arg-type]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.containers: list[str] = [""]
+        self.modules: list[str] = [""]
+        self._own: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        self._counters = batch_counters(model)
+        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
+        self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def to_meta(self, value: Any) -> Any:
+        """Replace a tensor by one without memory; the same tensor always by the same one."""
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        known = self._meta.get(id(value))
+        if known is None or known[0] is not value:
+            with torch._C.DisableTorchFunction():
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            known = self._meta[id(value)] = (value, twin)
+        return known[1]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        index = len(self.trace.calls)
+        if is_metadata(func):
+            for value in map(self._value_of, tensors):
+                if value is not None:
+                    self.trace.values[value].shape_readers.append(index)
+            return func(*args, **kwargs)
+        if is_count(func, args, self._counters):
+            return args[0]
+        call = recognize(func, args, kwargs)
+        reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
+        for value in reads:
+            self.trace.values[value].readers.append(index)
+        entry = TracedCall(
+            function=func,
+            call=None if call is None else _without_input(call),
+            reads=reads,
+            makes=(),
+            parameters=tuple(t for t in tensors if id(t) in self._own),
+            container=self.containers[-1],
+            module=self.modules[-1],
+            input_shape=() if call is None else tuple(call.x.shape),
+        )
+        self.trace.calls.append(entry)
+        if any(t.is_meta for t in tensors) or entry.parameters:
+            out = self._run_on_meta(func, call, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        entry.makes = tuple(self._register(t, index, tensors) for t in made)
+        entry.output_shape = tuple(made[0].shape) if made else ()
+        return out
+
+    def _run_on_meta(self, func: Any, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(call, NormCall):
+            x = self.to_meta(call.x)
+            return torch.empty_like(x)
+        return func(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
+
+    def _value_of(self, tensor: Tensor) -> int | None:
+        entry = self._current.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def _register(self, tensor: Tensor, producer: int, arguments: list[Tensor]) -> int:
+        old = self._value_of(tensor)
+        if old is not None and any(t is tensor for t in arguments):
+            self.trace.values[old].replaced = True
+        values = self.trace.values
+        value = Value(producer, weakref.ref(tensor), tuple(tensor.shape), view=tensor._base is not None)
+        values.append(value)
+        self._current[id(tensor)] = (value.reference, len(values) - 1)
+        return len(values) - 1
+
+
+def _without_input(call: Call) -> Call:
+    """Drop the input tensor: the trace must not keep alive what the model lets go."""
+    assert is_dataclass(call)
+    return replace(call, **{f.name: None for f in fields(call) if f.name == "x"})  # type: ignore[arg-type]
+
+
+def batch_counters(model: nn.Module) -> dict[int, Tensor]:
+    """Find the buffers in which batch normalisations count batches; trady's norms are frozen and do not count."""
+    counters = [m._buffers.get("num_batches_tracked") for m in model.modules()]
+    return {id(t): t for t in counters if t is not None}
+
+
+def is_count(function: Any, args: tuple[Any, ...], counters: Mapping[int, Tensor]) -> bool:
+    """Whether a call is a batch normalisation counting a batch."""
+    return function is torch.Tensor.add_ and bool(args) and id(args[0]) in counters
+
+
+@contextmanager
+def _kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    if training is not None:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _module_spans(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    names = {id(module): name for name, module in model.named_modules()}
+    starts: list[tuple[int, int]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        name = names.get(id(module))
+        if name is None:
+            return
+        starts.append((id(module), len(recorder.trace.calls)))
+        recorder.modules.append(name)
+        if next(module.children(), None) is not None:
+            recorder.containers.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) not in names or not starts or starts[-1][0] != id(module):
+            return
+        _, start = starts.pop()
+        recorder.trace.spans.append((recorder.modules.pop(), start, len(recorder.trace.calls)))
+        if next(module.children(), None) is not None:
+            recorder.containers.pop()
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

@@ -1,0 +1,7 @@
+"""The whole run: data, loop, checkpoints, results."""
+
+from trady.training.data import DataSplit, load_data
+from trady.training.result import Result
+from trady.training.run import finetune
+
+__all__ = ["DataSplit", "Result", "finetune", "load_data"]

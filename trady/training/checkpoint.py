@@ -1,0 +1,200 @@
+"""Checkpoints: a folder with tensors and JSON, replaced as a whole after each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trady.errors import CheckpointError
+from trady.training.files import flush, separate
+from trady.training.state import State
+
+FORMAT = "trady-checkpoint"
+VERSION = 1
+TENSORS = "tensors.safetensors"
+DESCRIPTION = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        epoch: The last epoch that is done, from 0.
+        step: Optimizer steps done so far.
+        settings: What the run was started with; a resumed run must have the same.
+        model: Fingerprint of the untouched model.
+        states: State of each part of the run.
+    """
+
+    epoch: int
+    step: int
+    settings: Mapping[str, Any]
+    model: str
+    states: Mapping[str, State] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; at every instant one whole checkpoint exists.
+
+    The new one is written beside the old one; the old one is renamed out of the way, the new
+    one takes its name, the old one is removed. :func:`load_checkpoint` looks in both places.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {
+        f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()
+    }
+    save_file(separate(tensors), temporary / TENSORS, {"format": FORMAT})
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "model": checkpoint.model,
+        "settings": dict(checkpoint.settings),
+        "states": {part: dict(state.meta) for part, state in checkpoint.states.items()},
+        "tensors": {"file": TENSORS, "sha256": _digest(temporary / TENSORS)},
+    }
+    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+    for path in (temporary / TENSORS, temporary / DESCRIPTION, temporary):
+        flush(path)
+    previous = _previous(folder)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return where the last whole checkpoint lies, ``None`` if there is none."""
+    return next((place for place in (folder, _previous(folder)) if place.is_dir()), None)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written beside its checkpoint."""
+    for path in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(_previous(folder), ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check that it is whole.
+
+    Raises:
+        CheckpointError: It is missing, damaged, no checkpoint of trady's, or of another version.
+    """
+    place = find_checkpoint(folder)
+    if place is None:
+        raise CheckpointError(f"{folder} does not exist; start the run without --resume")
+    description = _description(place / DESCRIPTION)
+    tensors = _tensors(place / TENSORS, description)
+    try:
+        states = {
+            part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()
+        }
+        return Checkpoint(
+            int(description["epoch"]),
+            int(description["step"]),
+            dict(description["settings"]),
+            str(description["model"]),
+            states,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(place / DESCRIPTION, f"an entry is missing or wrong: {error!r}") from error
+
+
+def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
+    """Refuse to go on with other settings than the run was started with."""
+    keys = sorted({*checkpoint.settings, *settings})
+    changed = [
+        f"{key} was {checkpoint.settings.get(key)!r}, is now {settings.get(key)!r}"
+        for key in keys
+        if checkpoint.settings.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{place} belongs to a run with other settings: {'; '.join(changed)}; "
+            "resume with the same ones, or start anew in another folder or with --overwrite"
+        )
+
+
+def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
+    """Return sixteen digits that name a model: its tensors' names, shapes, dtypes and contents.
+
+    Args:
+        model: The model, untouched.
+        without: Tensors whose contents do not count (the head, which a user may draw anew).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if name not in without and tensor.numel():
+            bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(bits.numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise _damaged(path, f"it is not whole JSON ({error})") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of trady; choose another folder")
+    if description.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {description.get('version')!r}, this trady reads {VERSION}; "
+            "resume with the trady that wrote it, or start anew with --overwrite"
+        )
+    return description
+
+
+def _tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+    expected = description.get("tensors")
+    try:
+        if not isinstance(expected, dict) or _digest(path) != expected.get("sha256"):
+            raise _damaged(path, "it is truncated or changed: its checksum is not the one written with it")
+        return load_file(path)
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _part(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    prefix = f"{part}:"
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {reason}; start the run anew with --overwrite")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.previous")

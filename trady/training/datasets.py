@@ -1,0 +1,142 @@
+"""Images in memory as bytes, turned into normalized float batches on demand."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+Example = tuple[torch.Tensor, int]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a model expects of its pixels: ``(pixel - mean) / std``, pixels from 0 to 255.
+
+    Attributes:
+        mean: One value a channel, or one for all.
+        std: One value a channel, or one for all.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return float32 pixels ``[N, C, H, W]``, normalized."""
+        shape = (1, -1, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32).view(shape)
+        std = torch.tensor(self.std, dtype=torch.float32).view(shape)
+        return (pixels - mean) / std
+
+
+#: Pixels in [-1, 1].
+CENTERED = Normalization((127.5,), (127.5,))
+#: The mean and standard deviation of ImageNet's channels.
+IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+class ImageDataset(Dataset[Example]):
+    """Images and labels; pixels stay bytes until a batch is asked for.
+
+    Args:
+        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8.
+        labels: ``[N]``, int64.
+        image_size: Height and width of the images that come out.
+        normalization: Applied to the resized pixels.
+    """
+
+    def __init__(self, pixels: Pixels, labels: Labels, image_size: int, normalization: Normalization) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.image_size = image_size
+        self.normalization = normalization
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """Return the images at ``indices``, each ``[3, size, size]`` float32, with their labels."""
+        images, labels = self.batch(indices)
+        return list(zip(images.unbind(), labels.tolist(), strict=True))
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``[N, 3, size, size]`` float32 images and ``[N]`` int64 labels."""
+        index = np.asarray(indices, dtype=np.int64)
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[index]))
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        images = pixels.to(torch.float32)
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        images = self.normalization(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
+        return images.contiguous(), torch.from_numpy(self.labels[index])
+
+    def head(self, limit: int | None, seed: int) -> ImageDataset:
+        """Return ``limit`` images drawn with ``seed``; all of them without a limit."""
+        if limit is None or limit >= len(self):
+            return self
+        index = np.sort(epoch_order(len(self), seed, 0).numpy()[:limit])
+        return ImageDataset(self.pixels[index], self.labels[index], self.image_size, self.normalization)
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """A data set, read.
+
+    Attributes:
+        train: Images to train on.
+        evaluation: Images to measure accuracy on; never trained on.
+        classes: Names of the classes; a label is an index into them.
+        skipped: Files that could not be read and were left out.
+    """
+
+    train: ImageDataset
+    evaluation: ImageDataset
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def epoch_seed(seed: int, epoch: int, purpose: str = "") -> int:
+    """Return 31 bits that depend on nothing but the arguments."""
+    return zlib.crc32(f"{seed}/{epoch}/{purpose}".encode()) >> 1
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return a permutation of ``range(length)`` that is a pure function of (seed, epoch)."""
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, "order"))
+    return torch.randperm(length, generator=generator)
+
+
+class EpochSampler(Sampler[int]):
+    """Every example once, in an order of its own for each epoch.
+
+    Args:
+        length: Number of examples.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch's order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self.length, self.seed, self.epoch).tolist())

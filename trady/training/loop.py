@@ -1,0 +1,217 @@
+"""The loop: epochs, checkpoints, the guard. It knows of no policy; a trainer does."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from trady.errors import CheckpointError, DataError, TradyError, TrainingError
+from trady.training.batch import Loss
+from trady.training.checkpoint import (
+    Checkpoint,
+    check_settings,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from trady.training.evaluate import evaluate
+from trady.training.loaders import Batches, start_epoch
+from trady.training.metrics import EpochMetrics
+from trady.training.optimizers import OptimizerFactory
+from trady.training.progress import Display
+from trady.training.randomness import seed_epoch
+from trady.training.result import Result
+from trady.training.run_folder import RunFolder
+from trady.training.schedule import Schedule
+from trady.training.settings import Settings
+from trady.training.state import load_optimizer_state, optimizer_to_state
+from trady.training.step import NotFiniteError, Stepper, StepResult
+from trady.training.trainer import Trainer
+
+
+@dataclass
+class Loop:
+    """One run, from its first step or its last checkpoint to the result.
+
+    Attributes:
+        trainer: What is trained, and how.
+        batches: Training batches.
+        evaluation: Evaluation batches.
+        accelerator: Where it runs.
+        schedule: Rate of every step.
+        settings: Written in each checkpoint.
+        display: Told of every step.
+        loss: From (output, labels) to a scalar.
+        factory: Makes the optimizer.
+        folder: The run folder; ``None`` writes nothing. Only the main process writes.
+    """
+
+    trainer: Trainer
+    batches: Batches
+    evaluation: Batches
+    accelerator: Accelerator
+    schedule: Schedule
+    settings: Settings
+    display: Display
+    loss: Loss
+    factory: OptimizerFactory
+    folder: RunFolder | None
+    _finished: bool = field(default=False, init=False)
+
+    def run(self, checkpoint: Path | None) -> Result:
+        """Train all epochs that are not done yet, and write down what came out."""
+        model = self._fingerprint()
+        history: list[EpochMetrics] = []
+        found = None if checkpoint is None else load_checkpoint(checkpoint)
+        if found is not None and checkpoint is not None:
+            history = self._restore(found, checkpoint, model)
+        if (folder := self._writable()) is not None:
+            folder.begin(keep=found is not None)
+            if found is None:
+                folder.write_plan(self.trainer.plan())
+            else:
+                folder.rewrite(history)
+        self.accelerator.wait_for_everyone()
+        optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
+        if found is not None:
+            load_optimizer_state(optimizer, found.states["optimizer"])
+        for epoch in range(len(history), self.settings.epochs):
+            history.append(self._epoch(epoch, optimizer))
+            self._write(history, optimizer, model)
+        return self._finish(history)
+
+    def disarm(self) -> None:
+        """Give the model back plain, also after an error."""
+        if not self._finished:
+            with suppress(TradyError):
+                self.trainer.finish()
+
+    def _fingerprint(self) -> str:
+        trained = {id(parameter) for parameter in self.trainer.parameters()}
+        model = self.trainer.model
+        head = frozenset(name for name, p in model.named_parameters() if id(p) in trained)
+        everything = len(head) == sum(1 for _ in model.parameters())
+        return fingerprint(model, frozenset(model.state_dict()) if everything else head)
+
+    def _restore(self, checkpoint: Checkpoint, place: Path, model: str) -> list[EpochMetrics]:
+        assert self.folder is not None
+        check_settings(checkpoint, self.settings.to_json(), place)
+        if checkpoint.model != model:
+            raise CheckpointError(
+                f"{place} is of another model ({checkpoint.model}, this one is {model}); resume with the "
+                "model and the pretrained weights that the run was started with"
+            )
+        if set(checkpoint.states) != {"trainer", "optimizer"}:
+            raise CheckpointError(f"{place} has states {sorted(checkpoint.states)}; start anew")
+        history = self.folder.history(checkpoint.epoch)
+        self.trainer.load_state(checkpoint.states["trainer"])
+        return history
+
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> EpochMetrics:
+        started = time.perf_counter()
+        seed_epoch(self.settings.seed, epoch, self.accelerator.process_index)
+        start_epoch(self.batches, epoch)
+        self.trainer.start_epoch(epoch)
+        self.trainer.model.train(self.settings.mode == "train")
+        stepper = Stepper(
+            self.accelerator,
+            self.trainer.model,
+            optimizer,
+            self.loss,
+            self.settings.max_grad_norm,
+            self.settings.mixed_precision,
+        )
+        first = epoch * len(self.batches)
+        self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
+        examples, total, rate = 0, 0.0, 0.0
+        peak_bytes = saved_bytes = 0
+        for step, batch in enumerate(self.batches, start=first):
+            rate = self.schedule.rate(step)
+            try:
+                if step == first:
+                    result, peak_bytes, saved_bytes = self._measured(stepper, batch, rate)
+                else:
+                    result = stepper(batch, self.trainer.parameters(), rate)
+            except NotFiniteError as error:
+                raise self._stopped(str(error), epoch, step, rate) from error
+            examples += result.examples
+            total += result.loss * result.examples
+            speed = examples / (time.perf_counter() - started)
+            self.display.step(total / examples, speed, peak_bytes)
+        if not examples:
+            raise DataError("the training data gave no batch")
+        training_seconds = time.perf_counter() - started
+        accuracy, evaluation_loss = evaluate(
+            self.trainer.model, self.evaluation, self.loss, self.accelerator, self.settings.mixed_precision
+        )
+        if not evaluation_loss < float("inf"):
+            raise self._stopped(f"the evaluation loss became {evaluation_loss}", epoch, step, rate)
+        drawn = self.trainer.draw()
+        metrics = EpochMetrics(
+            epoch=epoch,
+            step=step + 1,
+            train_loss=total / examples,
+            accuracy=accuracy,
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak_bytes,
+            channels=drawn.channels,
+            selection_hash=drawn.digest,
+            evaluation_loss=evaluation_loss,
+            saved_bytes=saved_bytes,
+            trainable_parameters=drawn.trainable_parameters,
+            lr=rate,
+            samples_per_second=examples * self.accelerator.num_processes / training_seconds,
+        )
+        self.display.end_epoch(metrics)
+        return metrics
+
+    def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, int, int]:
+        """Do a step like any other, and measure it on the way."""
+        results: list[StepResult] = []
+        ledger = self.trainer.ledger(lambda: results.append(stepper(batch, self.trainer.parameters(), rate)))
+        (result,) = results
+        return result, ledger.peak_bytes, ledger.saved_bytes
+
+    def _stopped(self, what: str, epoch: int, step: int, rate: float) -> TrainingError:
+        kept = (
+            f"the checkpoint of epoch {epoch} is kept in {self.folder.checkpoint}"
+            if self.folder is not None and epoch > 0
+            else "there is no checkpoint yet"
+        )
+        return TrainingError(
+            f"{what} in epoch {epoch + 1}, step {step + 1}, at a learning rate of {rate:.3g}; {kept}. "
+            f"Try a lower rate (--lr {self.settings.lr / 4:.2g}), a longer warm-up (--warmup-epochs) "
+            "or a smaller gradient norm (--max-grad-norm)"
+        )
+
+    def _write(self, history: list[EpochMetrics], optimizer: torch.optim.Optimizer, model: str) -> None:
+        if (folder := self._writable()) is None:
+            return
+        last = history[-1]
+        folder.append(last)
+        states = {"trainer": self.trainer.state(), "optimizer": optimizer_to_state(optimizer)}
+        save_checkpoint(
+            folder.checkpoint,
+            Checkpoint(last.epoch, last.step, self.settings.to_json(), model, states),
+        )
+
+    def _finish(self, history: list[EpochMetrics]) -> Result:
+        delta = self.trainer.delta()
+        model = self.trainer.finish()
+        self._finished = True
+        path = None if self.folder is None else self.folder.path
+        seconds = sum(epoch.seconds for epoch in history)
+        result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path)
+        if (folder := self._writable()) is not None:
+            folder.write_model(model.state_dict(), delta)
+            folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
+        return result
+
+    def _writable(self) -> RunFolder | None:
+        return self.folder if self.accelerator.is_main_process else None

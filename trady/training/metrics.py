@@ -1,0 +1,49 @@
+"""What is written of each epoch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        epoch: Counted from 0.
+        step: Optimizer steps done at its end, since the run began.
+        train_loss: Mean over the epoch's training examples.
+        accuracy: Top-1 accuracy on the evaluation set after the epoch, 0 to 1.
+        seconds: Time the epoch took, evaluation included.
+        peak_bytes: Peak tensor memory of the epoch's first step, weights included.
+        channels: Number of selected input channels at the epoch's end.
+        selection_hash: Names those channels; the same hash means the same channels.
+        evaluation_loss: Mean loss on the evaluation set.
+        saved_bytes: What the epoch's first step kept between forward and backward.
+        trainable_parameters: Elements that the optimizer updated.
+        lr: Learning rate of the epoch's last step.
+        samples_per_second: Training examples a second, evaluation excluded.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    accuracy: float
+    seconds: float
+    peak_bytes: int
+    channels: int
+    selection_hash: str
+    evaluation_loss: float
+    saved_bytes: int
+    trainable_parameters: int
+    lr: float
+    samples_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line as a dict; a loss that is not finite becomes null."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }

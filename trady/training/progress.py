@@ -1,0 +1,100 @@
+"""How a run shows where it is: a live line for people, one line an epoch for logs, or nothing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from trady.budget import format_bytes
+from trady.training.metrics import EpochMetrics
+
+
+class Display(Protocol):
+    """What the loop tells of itself."""
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Tell that an epoch of so many steps begins."""
+
+    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+        """Tell of one step: mean loss of the epoch so far, speed, measured peak."""
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        """Tell of a whole epoch."""
+
+    def close(self) -> None:
+        """Leave the screen as the next line needs it."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Show nothing."""
+
+    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+        """Show nothing."""
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Lines:
+    """One line an epoch; on a terminal a live line while it lasts."""
+
+    def __init__(self, title: str, budget_bytes: int | None, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.title = title
+        self.budget = f" of {format_bytes(budget_bytes)}" if budget_bytes else ""
+        self.accuracy = ""
+        self.epochs = 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Open the live line."""
+        self.epochs = epochs
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            transient=True,
+        )
+        label = f"{self.title} epoch {epoch + 1}/{epochs}"
+        self._task = self._bar.add_task(label, total=steps, figures="")
+        self._bar.start()
+
+    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+        """Move the live line."""
+        if self._bar is not None:
+            figures = (
+                f"loss {loss:.3f} {self.accuracy} {samples_per_second:.0f}/s "
+                f"peak {format_bytes(peak_bytes)}{self.budget}"
+            )
+            self._bar.update(self._task, advance=1, figures=figures)
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        """Print the epoch's line."""
+        self.close()
+        self.accuracy = f"accuracy {metrics.accuracy:.1%}"
+        self.console.print(
+            f"{self.title} epoch {metrics.epoch + 1}/{self.epochs}: loss {metrics.train_loss:.3f}, "
+            f"{self.accuracy}, {metrics.samples_per_second:.0f} samples/s, "
+            f"peak {format_bytes(metrics.peak_bytes)}{self.budget}",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

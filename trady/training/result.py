@@ -1,0 +1,74 @@
+"""What came out of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trady.training.metrics import EpochMetrics
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        model: The plain model, trained.
+        policy: Where it was updated.
+        budget: The budget as text, e.g. ``peak:300 MiB``; ``None`` for plain full fine-tuning.
+        history: One entry an epoch.
+        seconds: Time over all epochs, those before a resume included.
+        out: The run folder, if there is one.
+    """
+
+    model: nn.Module = field(repr=False)
+    policy: str
+    budget: str | None
+    history: tuple[EpochMetrics, ...]
+    seconds: float
+    out: Path | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy after the last epoch, 0 to 1."""
+        return self.history[-1].accuracy
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the highest accuracy, the first of several."""
+        return max(self.history, key=lambda epoch: epoch.accuracy).epoch
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest measured peak of a training step, weights included."""
+        return max(epoch.peak_bytes for epoch in self.history)
+
+    @property
+    def saved_bytes(self) -> int:
+        """The most that a measured step kept between forward and backward."""
+        return max(epoch.saved_bytes for epoch in self.history)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The most elements that were updated at a time."""
+        return max(epoch.trainable_parameters for epoch in self.history)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the model, as in ``result.json``."""
+        return {
+            "policy": self.policy,
+            "budget": self.budget,
+            "epochs": len(self.history),
+            "steps": self.history[-1].step,
+            "accuracy": self.accuracy,
+            "best_accuracy": self.history[self.best_epoch].accuracy,
+            "best_epoch": self.best_epoch,
+            "train_loss": self.history[-1].train_loss,
+            "peak_bytes": self.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "trainable_parameters": self.trainable_parameters,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,193 @@
+"""``trady.finetune``: the whole run in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from trady.budget import Budget, Scope, parse_budget
+from trady.errors import BudgetError, TrainingError
+from trady.policies import Policy, get_policy
+from trady.ranking import LayerRanking
+from trady.training.batch import Loss, cross_entropy, split_batch
+from trady.training.loaders import Batches, evaluation_batches, training_batches
+from trady.training.loop import Loop
+from trady.training.optimizers import OptimizerFactory, optimizer_factory
+from trady.training.precision import Precision
+from trady.training.progress import Display, Lines, Silent
+from trady.training.randomness import own_randomness, seed_epoch
+from trady.training.result import Result
+from trady.training.run_folder import RunFolder
+from trady.training.schedule import make_schedule
+from trady.training.settings import Settings, ranking_digest
+from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
+from trady.tuner import prepare
+
+#: The policy that is plain PyTorch here: every parameter, no tuner, no budget.
+FULL = "full"
+#: The policy that needs no budget: nothing but the head trains.
+HEAD = "head"
+
+
+def finetune(
+    model: nn.Module,
+    train: Dataset[Any] | DataLoader[Any],
+    evaluation: Dataset[Any] | DataLoader[Any],
+    *,
+    budget: str | int | Budget | None = None,
+    epochs: int,
+    out: str | Path | None,
+    batch_size: int = 32,
+    lr: float = 0.1,
+    policy: str | Policy = "trady",
+    ranking: LayerRanking | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    warmup_epochs: float | None = None,
+    max_grad_norm: float | None = 2.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    optimizer: str | OptimizerFactory = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    loss: Loss | None = None,
+    mode: Literal["train", "eval"] = "train",
+    mixed_precision: Precision = "no",
+    progress: bool | Display = True,
+) -> Result:
+    """Fine-tune a model inside a memory budget, the whole run.
+
+    The method is TraDy (arXiv 2510.19675): each epoch trains input channels drawn anew in the
+    top-K layers. The rate warms up over a tenth of the steps and falls along a cosine to zero.
+
+    Args:
+        model: Trained in place, and returned in the result.
+        train: A map-style dataset of (inputs, label), or a ``DataLoader`` of (inputs, labels) or
+            of dicts with ``labels``.
+        evaluation: The same, to measure accuracy on after each epoch.
+        budget: What a training step may take, e.g. ``"300 MiB"``. ``policy="full"`` takes
+            none, ``head`` needs none.
+        epochs: Number of passes over the training data.
+        out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
+        batch_size: Examples a step, also of the evaluation.
+        lr: Learning rate at the end of the warm-up.
+        policy: Where to update. ``full`` is plain PyTorch fine-tuning of everything, for comparison.
+        ranking: A layer ranking; without one it is shipped or found online.
+        head: Modules that always train, outside the budget; ``auto`` is the last weight layer.
+        seed: Decides the channels, the order of the data and all other random numbers.
+        warmup_epochs: Length of the warm-up; a tenth of the run by default.
+        max_grad_norm: The gradient over all trained parameters is scaled down to this norm;
+            ``None`` does not clip.
+        resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start.
+        overwrite: Replace a run that is in the folder already.
+        optimizer: ``sgd``, ``adam``, ``adamw``, or a function from parameters to an optimizer.
+        momentum: For ``sgd``.
+        weight_decay: For named optimizers.
+        loss: From (the model's output, labels) to a scalar; cross entropy by default.
+        mode: ``train`` has dropout on in training, ``eval`` has it off. Evaluation always has it off.
+        mixed_precision: ``bf16`` runs forward passes under autocast.
+        progress: Show progress on standard error, or a display of your own.
+
+    Returns:
+        The trained model with its measured history.
+
+    Raises:
+        BudgetError: The budget cannot be read or is below the least possible.
+        DataError: The data is empty, or a label is out of range.
+        StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
+        CheckpointError: The checkpoint is damaged, or of another model, version or setting.
+        TrainingError: The loss is no longer finite; the last good checkpoint is kept.
+    """
+    if epochs < 1:
+        raise TrainingError(f"epochs is {epochs}; it must be at least 1")
+    limit = _budget(budget, policy)
+    accelerator = Accelerator()
+    loader = training_batches(train, batch_size, seed)
+    batches: Batches = accelerator.prepare_data_loader(loader)
+    schedule = make_schedule(lr, epochs, len(batches), warmup_epochs)
+    settings = Settings(
+        policy=_name(policy),
+        budget=None if limit is None else str(limit),
+        ranking=ranking_digest(ranking),
+        epochs=epochs,
+        steps=schedule.steps,
+        batch_size=loader.batch_size,
+        lr=lr,
+        warmup_steps=schedule.warmup_steps,
+        max_grad_norm=max_grad_norm,
+        optimizer=optimizer if isinstance(optimizer, str) else "custom",
+        momentum=momentum,
+        weight_decay=weight_decay,
+        mode=mode,
+        mixed_precision=mixed_precision,
+        seed=seed,
+    )
+    factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
+    folder = None if out is None else RunFolder(Path(out))
+    resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
+    with own_randomness():
+        seed_epoch(seed, -1)
+        model.to(accelerator.device)
+        loop = Loop(
+            trainer=_trainer(model, loader, accelerator, limit, policy, ranking, head, seed),
+            batches=batches,
+            evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
+            accelerator=accelerator,
+            schedule=schedule,
+            settings=settings,
+            display=_display(progress, accelerator, settings.policy, limit),
+            loss=loss or cross_entropy,
+            factory=factory,
+            folder=folder,
+        )
+        try:
+            return loop.run(folder.checkpoint if folder is not None and resuming else None)
+        finally:
+            loop.display.close()
+            loop.disarm()
+
+
+def _budget(budget: str | int | Budget | None, policy: str | Policy) -> Budget | None:
+    name = _name(policy)
+    if name == FULL:
+        return None
+    if budget is None and name != HEAD:
+        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
+    return None if budget is None else parse_budget(budget)
+
+
+def _name(policy: str | Policy) -> str:
+    return get_policy(policy).name
+
+
+def _trainer(
+    model: nn.Module,
+    loader: Batches,
+    accelerator: Accelerator,
+    budget: Budget | None,
+    policy: str | Policy,
+    ranking: LayerRanking | None,
+    head: str | Sequence[str] | None,
+    seed: int,
+) -> Trainer:
+    if _name(policy) == FULL:
+        return FullTrainer(model)
+    example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
+    tuner = prepare(model, example, budget=budget, policy=policy, ranking=ranking, head=head, seed=seed)
+    return TunerTrainer(tuner)
+
+
+def _display(
+    progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None
+) -> Display:
+    if not isinstance(progress, bool):
+        return progress
+    if not progress or not accelerator.is_main_process:
+        return Silent()
+    return Lines(title, budget.amount if budget is not None and budget.scope is Scope.PEAK else None)

@@ -1,0 +1,71 @@
+"""What a run was started with: checked here, written in its checkpoint, the same on resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trady.errors import TrainingError
+from trady.ranking import LayerRanking
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides how a run goes. Two runs with equal settings and data are equal.
+
+    Attributes:
+        policy: Where to update.
+        budget: As text, ``None`` for plain full fine-tuning.
+        ranking: Digest of the given layer ranking; empty without one.
+        epochs: Passes over the training data.
+        steps: Optimizer steps of the whole run.
+        batch_size: Examples a step; ``None`` where the user's loader decides.
+        lr: Rate at the end of the warm-up.
+        warmup_steps: Steps of the warm-up.
+        max_grad_norm: Limit of the gradient's norm; ``None`` is no limit.
+        optimizer: Its name; ``custom`` for the user's own.
+        momentum: For ``sgd``.
+        weight_decay: For named optimizers.
+        mode: ``train`` or ``eval``: whether dropout is on in training.
+        mixed_precision: ``no`` or ``bf16``.
+        seed: Seed of everything random.
+    """
+
+    policy: str
+    budget: str | None
+    ranking: str
+    epochs: int
+    steps: int
+    batch_size: int | None
+    lr: float
+    warmup_steps: int
+    max_grad_norm: float | None
+    optimizer: str
+    momentum: float
+    weight_decay: float
+    mode: str
+    mixed_precision: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value, possible in (
+            ("mode", self.mode, ("train", "eval")),
+            ("mixed_precision", self.mixed_precision, ("no", "bf16")),
+        ):
+            if value not in possible:
+                raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise TrainingError(f"max_grad_norm is {self.max_grad_norm}; give more than zero, or None")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+
+def ranking_digest(ranking: LayerRanking | None) -> str:
+    """Return sixteen digits that name a ranking; empty for none."""
+    if ranking is None:
+        return ""
+    return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""State as tensors and JSON: the only two forms in which trady stores anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trady.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class State:
+    """A state in two parts.
+
+    Attributes:
+        tensors: Tensors under their names.
+        meta: Everything else, JSON-able.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def optimizer_to_state(optimizer: torch.optim.Optimizer) -> State:
+    """Take an optimizer's state apart: ``<parameter index>/<name>`` for its tensors."""
+    given = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in given["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}/{name}"] = value
+    return State(tensors, {"scalars": scalars, "param_groups": given["param_groups"]})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Put the state back into an optimizer over parameters of the same shapes.
+
+    Raises:
+        CheckpointError: The optimizer is another, or over other parameters.
+    """
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in (*state.tensors.items(), *state.meta["scalars"].items()):
+        index, name = key.split("/", 1)
+        values.setdefault(int(index), {})[name] = value
+    try:
+        optimizer.load_state_dict({"state": values, "param_groups": list(state.meta["param_groups"])})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state does not fit this optimizer: {error}"
+        ) from error

@@ -1,0 +1,171 @@
+"""What the loop trains: a model armed by trady, or a plain one for comparison. One loop runs both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trady.errors import ModelError
+from trady.memory import Ledger, measure
+from trady.training.state import State
+from trady.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What trains now.
+
+    Attributes:
+        channels: Number of selected input channels; 0 where nothing is selected by channel.
+        digest: Names the selection; empty where there is none.
+        trainable_parameters: Elements that the optimizer updates.
+    """
+
+    channels: int
+    digest: str
+    trainable_parameters: int
+
+
+class Trainer(Protocol):
+    """Everything about a run that depends on how the model is trained."""
+
+    model: nn.Module
+
+    def plan(self) -> Mapping[str, Any]:
+        """Return what was decided before the first step."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer updates."""
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Make the optimizer follow the trainer's parameters."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of each epoch."""
+
+    def draw(self) -> Draw:
+        """Return what trains now."""
+
+    def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
+        """Run one training step and measure it."""
+
+    def state(self) -> State:
+        """Return all that is needed to go on later."""
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state."""
+
+    def delta(self) -> dict[str, torch.Tensor] | None:
+        """Return the changed channels; ``None`` where everything may have changed."""
+
+    def finish(self) -> nn.Module:
+        """Return the plain model."""
+
+
+class TunerTrainer:
+    """A model that a :class:`trady.Tuner` has armed."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        self.tuner = tuner
+        self.model = tuner.model
+
+    def plan(self) -> Mapping[str, Any]:
+        """Return the tuner's plan."""
+        return self.tuner.plan.to_json()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the compact parameters and the head's."""
+        return list(self.tuner.parameters())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let the tuner see the optimizer's steps."""
+        return self.tuner.attach(optimizer)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw new channels."""
+        self.tuner.resample(epoch)
+
+    def draw(self) -> Draw:
+        """Return the selection in numbers."""
+        selection = self.tuner.selection
+        return Draw(selection.count, selection.digest, sum(p.numel() for p in self.parameters()))
+
+    def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
+        """Measure a step with the tuner's own labels."""
+        return self.tuner.ledger(step, inference=inference)
+
+    def state(self) -> State:
+        """Return the head, the changed weights, the selection and the ranking so far."""
+        given = self.tuner.state_dict()
+        return State(given["tensors"], given["meta"])
+
+    def load_state(self, state: State) -> None:
+        """Restore the tuner."""
+        self.tuner.load_state_dict({"tensors": dict(state.tensors), "meta": dict(state.meta)})
+
+    def delta(self) -> dict[str, torch.Tensor] | None:
+        """Return the changed channels and the head."""
+        return self.tuner.delta()
+
+    def finish(self) -> nn.Module:
+        """Disarm the model."""
+        return self.tuner.finish()
+
+
+class FullTrainer:
+    """Plain PyTorch: every parameter trains, batch normalisation follows the batches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if not self.parameters():
+            raise ModelError("the model has no parameters to train")
+
+    def plan(self) -> Mapping[str, Any]:
+        """Return the number of parameters: there is nothing to decide."""
+        return {"policy": "full", "trainable_parameters": self.draw().trainable_parameters}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all parameters."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer as it is."""
+        return optimizer
+
+    def start_epoch(self, epoch: int) -> None:
+        """Nothing changes between epochs."""
+
+    def draw(self) -> Draw:
+        """Return the number of parameters."""
+        return Draw(0, "", sum(p.numel() for p in self.parameters()))
+
+    def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
+        """Measure a step."""
+        return measure(step, model=self.model, inference=inference)
+
+    def state(self) -> State:
+        """Return all weights and buffers."""
+        return State(dict(self.model.state_dict()))
+
+    def load_state(self, state: State) -> None:
+        """Load all weights and buffers."""
+        self.model.load_state_dict(dict(state.tensors))
+
+    def delta(self) -> dict[str, torch.Tensor] | None:
+        """Return nothing: every weight changes."""
+        return None
+
+    def finish(self) -> nn.Module:
+        """Give the parameters their old flags and drop their gradients."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for parameter in self._frozen_before:
+            parameter.requires_grad_(False)
+        return self.model

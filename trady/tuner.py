@@ -1,0 +1,546 @@
+"""The tuner: decides, arms a model, draws channels anew, and gives the plain model back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trady.armed import Armed
+from trady.budget import Budget, Scope, below_least, parse_budget
+from trady.channels import Selection
+from trady.delta import changed_tensors, load_changed_tensors
+from trady.errors import BudgetError, CheckpointError, ModelError, StateError
+from trady.examine import Examined, examine, meta_batch
+from trady.memory import Ledger, measure
+from trady.memory.timeline import Timeline
+from trady.optimizer_state import remap_state, state_copies
+from trady.plan import Cost, Plan, cost_of
+from trady.policies import Draw, Policy, draw_selection, get_policy
+from trady.ranking import LayerRanking, OnlineRanking, structure_digest
+from trady.simulate import step_timeline
+
+FORMAT, VERSION = "trady-tuner", 1
+
+#: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
+POOL_SHARE = 0.97
+
+#: Optimizer steps between two draws while the ranking is being learnt.
+STEPS_A_DRAW = 2
+
+
+def prepare(
+    model: nn.Module,
+    example: Any,
+    *,
+    budget: str | Budget | None = None,
+    policy: str | Policy = "trady",
+    ranking: LayerRanking | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    plan: Plan | None = None,
+    fuse: bool = True,
+) -> Tuner:
+    """Decide what trains inside a budget and arm the model for it.
+
+    Args:
+        model: Any module. Its classes, keys and printed form stay; its parameters outside the head are frozen.
+        example: One batch as training will see it: a tensor, a tuple (positional arguments) or a mapping
+            (keyword arguments). Only its shapes are read.
+        budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
+            adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
+        policy: A registered policy or one of your own.
+        ranking: Which layers are worth updating; without one it is learnt in the first epoch, from the
+            gradients that training computes anyway.
+        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer.
+        seed: Seed of the draws.
+        plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
+        fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
+            model whose forward takes another path from call to call.
+
+    Returns:
+        The tuner, with the channels of epoch 0 drawn.
+
+    Raises:
+        BudgetError: The budget cannot be read, or is below the least possible.
+        ModelError: The model cannot be traced or has nothing to update.
+        PolicyError: There is no such policy.
+        RankingError: The ranking is of another model.
+        StateError: The model is prepared already.
+
+    """
+    return Tuner(*decide(model, example, budget, policy, ranking, head, seed, plan, fuse))
+
+
+def plan(
+    model: nn.Module,
+    example: Any,
+    *,
+    budget: str | Budget | None = None,
+    policy: str | Policy = "trady",
+    ranking: LayerRanking | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    fuse: bool = True,
+) -> Plan:
+    """Say what :func:`prepare` would do, without touching the model or allocating a step.
+
+    The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
+    """
+    decision = decide(model, example, budget, policy, ranking, head, seed, None, fuse)
+    return decision[2].plan(decision[1].head, decision[1].head_parameters)
+
+
+class Drawing:
+    """Budget, policy and ranking together: which channels train at which epoch and redraw.
+
+    Attributes:
+        pool: Layers that channels are drawn from.
+        online: The ranking being learnt; ``None`` when one is given, settled or not needed.
+        state_copies: Copies of a parameter that the optimizer keeps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        examined: Examined,
+        budget: Budget | None,
+        policy: Policy,
+        ranking: LayerRanking | None,
+        seed: int,
+        fuse: bool,
+        pool: tuple[str, ...] | None = None,
+    ) -> None:
+        self.model_name, self.table = type(model).__name__, examined.table
+        self.budget, self.policy, self.seed = budget, policy, seed
+        self.ranking, self.state_copies = ranking, 0
+        self.online: OnlineRanking | None = None
+        self._timeline_of: Callable[[tuple[str, ...]], Timeline] = lambda layers: step_timeline(
+            model, batch, layers=layers, head=examined.head, fuse=fuse
+        )
+        self._timeline: tuple[tuple[str, ...], Timeline] | None = None
+        self._capacity: dict[tuple[int, int], int | None] = {}
+        if not policy.uses_ranking:
+            self.pool, self.source = self.table.names, "none"
+        elif pool is not None:
+            self.pool, self.source = pool, "given"
+        elif ranking is not None:
+            ranking.check(self.table)
+            self.pool, self.source = ranking.top(POOL_SHARE), ranking.source
+        else:
+            self.pool, self.source = self.table.names, "online"
+        self.check_budget()
+        if self.source == "online":
+            self.online = OnlineRanking(self.table, drawable=self._drawable(), share=POOL_SHARE)
+
+    def check_budget(self) -> None:
+        """Refuse a budget that not even the cheapest channel fits in.
+
+        Raises:
+            BudgetError: It names the least possible.
+
+        """
+        if self.budget is None:
+            if self.policy.name not in ("head", "full"):
+                raise BudgetError(
+                    f'policy {self.policy.name!r} needs a budget: type budget="300 MiB", "update:1 MiB" or "elements:27946"'
+                )
+            return
+        if not self.pool or self.policy.name == "head":
+            return
+        if self.budget.scope is Scope.PEAK:
+            least = self.timeline.predicted_peak(Selection(), self.state_copies)
+        else:
+            least = min(self._costs()[name] for name in self.pool)
+        if self.budget.amount < least:
+            raise below_least(self.budget, least)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Live bytes of a step that updates the layers of the pool."""
+        layers = () if self.policy.name == "head" else self.pool
+        if self._timeline is None or self._timeline[0] != layers:
+            self._timeline = (layers, self._timeline_of(layers))
+        return self._timeline[1]
+
+    def _costs(self) -> dict[str, int]:
+        if self.budget is None or self.budget.scope is not Scope.UPDATE:
+            return {layer.name: layer.elements for layer in self.table}
+        sample = self.table.batch * self.table.element_bytes
+        weight = self.table.weight_element_bytes * (2 + self.state_copies)
+        return {
+            layer.name: layer.activation_elements * sample + layer.weight_elements * weight for layer in self.table
+        }
+
+    def _drawable(self) -> list[str]:
+        if self.budget is None or self.budget.scope is Scope.PEAK:
+            return list(self.table.names)
+        return [name for name, cost in self._costs().items() if cost <= self.budget.amount]
+
+    def draw(self, epoch: int, redraw: int) -> Selection:
+        """Draw the channels of an epoch: a pure function of seed, epoch, redraw, pool and optimizer."""
+        if self.budget is None or self.budget.scope is not Scope.PEAK:
+            return self._select(epoch, redraw, None if self.budget is None else self.budget.amount)
+        return self._largest_within(epoch, redraw, self.budget.amount)
+
+    def _select(self, epoch: int, redraw: int, capacity: int | None) -> Selection:
+        return draw_selection(
+            self.policy, Draw(self.table, self.pool, self._costs(), capacity, self.seed, epoch, redraw)
+        )
+
+    def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
+        """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
+        timeline = self.timeline
+
+        def fits(selection: Selection) -> bool:
+            return timeline.predicted_peak(selection, self.state_copies) <= peak_bytes
+
+        if self.policy.name in ("head", "full"):
+            whole = self._select(epoch, redraw, None)
+            if not fits(whole):
+                raise below_least(
+                    self.budget or Budget(Scope.PEAK, peak_bytes), timeline.predicted_peak(whole, self.state_copies)
+                )
+            return whole
+        everything = sum(layer.channels * layer.elements for layer in self.table)
+        whole = self._select(epoch, redraw, everything)
+        if fits(whole):
+            return whole
+        low, high, best = 0, everything, Selection()
+        while high - low > max(1, low // 100):
+            middle = (low + high) // 2
+            selection = self._select(epoch, redraw, middle)
+            if fits(selection):
+                low, best = middle, selection
+            else:
+                high = middle
+        return best
+
+    def settle(self) -> None:
+        """End the online phase: the layers that carry the gradient become the pool."""
+        if self.online is not None:
+            self.ranking = self.online.ranking()
+            self.pool = self.ranking.top(POOL_SHARE)
+            self.online = None
+
+    def plan(self, head: tuple[str, ...], parameters: Mapping[str, nn.Parameter], epoch: int = 0) -> Plan:
+        """Describe the decision."""
+        selection = self.draw(epoch, 0)
+        peak = self.budget is not None and self.budget.scope is Scope.PEAK
+        return Plan(
+            model=self.model_name,
+            budget=self.budget,
+            policy=self.policy.name,
+            seed=self.seed,
+            table=self.table,
+            pool=self.pool,
+            ranking=self.source,
+            head=head,
+            head_parameters=sum(p.numel() for p in parameters.values()),
+            selection=selection,
+            cost=cost_of(self.table, selection, self.state_copies),
+            predicted_peak_bytes=self.timeline.predicted_peak(selection, self.state_copies) if peak else None,
+            least_peak_bytes=self.timeline.least_bytes if peak else None,
+        )
+
+
+def decide(
+    model: nn.Module,
+    example: Any,
+    budget: str | Budget | None,
+    policy: str | Policy,
+    ranking: LayerRanking | None,
+    head: str | Sequence[str] | None,
+    seed: int,
+    plan: Plan | None,
+    fuse: bool,
+) -> tuple[nn.Module, Examined, Drawing]:
+    """Examine a model and fix budget, policy and pool; nothing is changed yet."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
+    pool = None
+    if plan is not None:
+        budget, policy, seed, head = plan.budget if budget is None else budget, plan.policy, plan.seed, plan.head
+        pool = plan.pool if plan.ranking not in ("online", "none") else None
+    asked = None if budget is None else parse_budget(budget)
+    rule = get_policy(policy)
+    examined = examine(model, example, head=head, fuse=fuse)
+    if plan is not None and structure_digest(plan.table) != structure_digest(examined.table):
+        raise ModelError(
+            f"the plan is for a {plan.model} with other layers than this {type(model).__name__}; make a new one with trady.plan"
+        )
+    drawing = Drawing(model, meta_batch(example), examined, asked, rule, ranking, seed, fuse, pool)
+    return model, examined, drawing
+
+
+class Tuner:
+    """An armed model. Made by :func:`prepare`; ends with :meth:`finish`."""
+
+    def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing) -> None:
+        self._examined, self._drawing = examined, drawing
+        selection = drawing.draw(0, 0)
+        self._armed = Armed(model, examined)
+        self._epoch, self._redraw, self._steps = 0, 0, 0
+        self._finished = False
+        self._touched: dict[str, set[int]] = {}
+        self._norms: dict[str, Any] = {}
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._selection = Selection()
+        self._handles = self._armed.on_gradient(self._gradient_arrived)
+        self._apply(selection)
+
+    # -- what trains ---------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The armed model: the object that was given to :func:`prepare`."""
+        return self._armed.model
+
+    @property
+    def selection(self) -> Selection:
+        """The channels that train now."""
+        return self._selection
+
+    @property
+    def ranking(self) -> LayerRanking | None:
+        """The ranking in use; while it is being learnt, as far as it is known; ``None`` if none is needed."""
+        online = self._drawing.online
+        return self._drawing.ranking if online is None else online.ranking()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it stands: after the first epoch with the pool that was learnt."""
+        return self._drawing.plan(self._examined.head, self._examined.head_parameters, self._epoch)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what an optimizer should get: ``<weight>.channels`` of every layer, then the head's parameters.
+
+        A compact parameter has shape [selected channels, output channels / groups, *kernel]; its object
+        stays the same over all draws, its shape does not. Layers without a selected channel have 0 rows.
+        """
+        for layer in self._examined.table:
+            yield f"{layer.parameter}.channels", self._armed.layers[layer.name].compact
+        yield from self._examined.head_parameters.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of :meth:`named_parameters`."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def cost(self) -> Cost:
+        """Account for the channels that train now."""
+        return cost_of(self._examined.table, self._selection, self._drawing.state_copies)
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Follow an optimizer: write its steps back, carry its state over from draw to draw.
+
+        State of channels that leave is dropped, state of channels that stay is kept; a channel that joins
+        a layer starts without momentum and with the mean second moment of the channels that stayed.
+
+        Args:
+            optimizer: Any ``torch.optim`` optimizer over :meth:`parameters`.
+
+        Returns:
+            The same optimizer.
+
+        Raises:
+            StateError: The tuner is finished, the optimizer has none of the tuner's parameters, or its
+                state cannot be carried over (LBFGS).
+            BudgetError: The optimizer's state does not fit in the budget.
+
+        """
+        self._check_alive("attach an optimizer")
+        mine = {id(p) for p in self.parameters()}
+        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
+        self._drawing.state_copies = max(self._drawing.state_copies, state_copies(optimizer))
+        self._drawing.check_budget()
+        self._optimizers.append(weakref.ref(optimizer))
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        self._apply(self._drawing.draw(self._epoch, self._redraw))
+        return optimizer
+
+    def resample(self, epoch: int) -> Selection:
+        """Draw the channels of an epoch.
+
+        A pure function of seed, epoch, model and what the policy has learnt: every rank and every restart
+        draws the same. A ranking that was being learnt is settled when epoch 1 begins.
+
+        Args:
+            epoch: From 0.
+
+        Raises:
+            StateError: The tuner is finished.
+
+        """
+        self._check_alive("resample")
+        if epoch > 0:
+            self._drawing.settle()
+        self._epoch, self._redraw = epoch, 0
+        self._apply(self._drawing.draw(epoch, 0))
+        return self._selection
+
+    def _apply(self, selection: Selection) -> None:
+        for change in self._armed.select(selection):
+            for optimizer in filter(None, (reference() for reference in self._optimizers)):
+                remap_state(optimizer, change)
+        self._selection = selection
+        self._norms.clear()
+        for name, channels in selection.items():
+            self._touched.setdefault(name, set()).update(channels.tolist())
+
+    def _gradient_arrived(self, layer: str, compact: nn.Parameter) -> None:
+        gradient = compact.grad
+        if gradient is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(torch.distributed.get_world_size())
+        if self._drawing.online is not None:
+            self._norms[layer] = gradient.detach().flatten(1).float().square().sum(1)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._check_alive("step the optimizer")
+
+    def _after_step(self, *_: Any) -> None:
+        self._armed.write_back()
+        online = self._drawing.online
+        if online is None or not self._norms:
+            return
+        online.observe({name: norms.cpu().numpy() for name, norms in self._norms.items()})
+        self._norms.clear()
+        self._steps += 1
+        if online.settled:
+            self._drawing.settle()
+        elif self._steps % STEPS_A_DRAW:
+            return
+        self._redraw += 1
+        self._apply(self._drawing.draw(self._epoch, self._redraw))
+
+    def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
+        """Measure a training step of this model (see :func:`trady.measure`); the step is executed.
+
+        Args:
+            step: Runs forward, backward and the optimizer.
+            inference: Also measure one inference pass of the untouched model on the same batch.
+
+        """
+        self._check_alive("measure")
+        return measure(
+            step,
+            self.model,
+            inference=inference,
+            compact=[armed.compact for armed in self._armed.layers.values()],
+            untouched=self.untouched,
+        )
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Context in which the model runs as its author wrote it, through PyTorch alone."""
+        return self._armed.interceptor.off()
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a restart needs beside the base model and the optimizer.
+
+        Returns:
+            ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
+
+        """
+        online, ranking = self._drawing.online, self._drawing.ranking
+        return {
+            "tensors": self.delta(),
+            "meta": {
+                "format": FORMAT,
+                "version": VERSION,
+                "structure": structure_digest(self._examined.table),
+                "policy": self._drawing.policy.name,
+                "seed": self._drawing.seed,
+                "epoch": self._epoch,
+                "redraw": self._redraw,
+                "steps": self._steps,
+                "state_copies": self._drawing.state_copies,
+                "pool": list(self._drawing.pool),
+                "selection": self._selection.to_json(),
+                "ranking": None if ranking is None else ranking.to_json(),
+                "online": None if online is None else online.to_json(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, on a model as it was before the first step.
+
+        Call it before the optimizer's own ``load_state_dict``.
+
+        Raises:
+            CheckpointError: The state is of another model, policy, seed or version, or damaged.
+            StateError: The tuner is finished.
+
+        """
+        self._check_alive("load a state")
+        meta = _checked_meta(state)
+        found = (meta["structure"], meta["policy"], meta["seed"])
+        expected = (structure_digest(self._examined.table), self._drawing.policy.name, self._drawing.seed)
+        for what, given, wanted in zip(("model structure", "policy", "seed"), found, expected, strict=True):
+            if given != wanted:
+                raise CheckpointError(f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it")
+        try:
+            drawing, selection = self._drawing, Selection(meta["selection"])
+            ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
+            online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
+            pool = tuple(drawing.table[name].name for name in meta["pool"])
+            numbers = [int(meta[key]) for key in ("epoch", "redraw", "steps", "state_copies")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
+        self._armed.select(Selection())
+        touched = load_changed_tensors(self.model, state["tensors"])
+        drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
+        self._epoch, self._redraw, self._steps, drawing.state_copies = numbers
+        by_parameter = {layer.parameter: layer.name for layer in drawing.table}
+        self._touched = {by_parameter[name]: channels for name, channels in touched.items() if name in by_parameter}
+        self._apply(selection)
+
+    def delta(self) -> dict[str, Tensor]:
+        """Collect what training has changed: the channels that were ever selected, and the head.
+
+        :func:`trady.apply_delta` turns the base model into the fine-tuned one with it; it holds tensors
+        only, for safetensors.
+        """
+        self._check_alive("read the delta")
+        self._armed.write_back()
+        return changed_tensors(self.model, self._examined.table, self._touched, self._examined.head_parameters)
+
+    def finish(self) -> nn.Module:
+        """Give the plain model back: hooks out, flags as they were, trained channels in its weights."""
+        self._check_alive("finish again")
+        for handle in self._handles:
+            handle.remove()
+        self._armed.disarm()
+        self._finished = True
+        return self.model
+
+    def _check_alive(self, wish: str) -> None:
+        if self._finished:
+            raise StateError(f"cannot {wish}: this tuner is finished; prepare the model again to train on")
+
+
+def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = state.get("meta") if isinstance(state, Mapping) else None
+    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
+        raise CheckpointError("this is no state of a trady tuner")
+    if meta.get("version") != VERSION:
+        raise CheckpointError(
+            f"the checkpoint is of version {meta.get('version')}, this trady reads version {VERSION}: "
+            "go on with the trady that wrote it, or start anew"
+        )
+    missing = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"} - set(meta)
+    if missing:
+        raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
+    return meta
