@@ -8,7 +8,9 @@ and yields ``dL/dW[:, c]`` for those alone (TraDy, arXiv 2510.19675, section 3).
 
 from __future__ import annotations
 
+import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
-from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_owned, memory_format
+from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_dense, is_owned, memory_format
 from trady.ops.maps import WeightMap
 from trady.ops.selected import SelectedChannels
 
@@ -115,7 +117,7 @@ class _Layer(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if call.dtype is None else torch.autocast(x.device.type, enabled=False):
             y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
             inputs = None
             if compact is not None and call.selected is not None:
@@ -144,7 +146,9 @@ class _Layer(torch.autograd.Function):
             shape, dtype = ctx.compact_like
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
-        parts = _parts(gradient, masks=bits is not None and not owned, pad=getattr(call.weight_map, "pad", ()))
+        sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
+        in_parts = getattr(call.weight_map, "pad", ()) or (bits is not None and not owned)
+        parts = _parts(gradient, sizes) if in_parts else [slice(None)]
         for part in parts:
             whole = len(parts) == 1
             g = gradient if whole else gradient[part]
@@ -158,22 +162,22 @@ class _Layer(torch.autograd.Function):
                 made = call.weight_map.input_gradient(g, folded, shape)
                 del g
                 if whole:
-                    input_gradient = made.to(ctx.input_dtype)
+                    input_gradient = (made if is_dense(made) else made.contiguous()).to(ctx.input_dtype)
                 else:
                     if input_gradient is None:
                         input_gradient = empty_like_batch(made.to(ctx.input_dtype), ctx.input_shape[0])
                     input_gradient[part].copy_(made)
+                del made
         if weight_gradient is not None and scale is not None:
             weight_gradient = _scale_gradient(weight_gradient, scale, call)
         return input_gradient, weight_gradient, None, None, None, None, None
 
 
-def _parts(gradient: Tensor, *, masks: bool, pad: tuple[int, ...]) -> list[slice]:
-    """Slices of the batch: all of it at once unless a second copy of it has to be made and is large."""
-    total = gradient.numel() * gradient.element_size()
-    if not (masks or pad) or total <= CHUNK_BYTES or gradient.dim() < 2:
+def _parts(gradient: Tensor, total_bytes: int) -> list[slice]:
+    """Slices of the batch, so that a second copy of what they hold stays small."""
+    if total_bytes <= CHUNK_BYTES or gradient.dim() < 2:
         return [slice(None)]
-    return list(chunks(gradient.shape[0], total // gradient.shape[0]))
+    return list(chunks(gradient.shape[0], total_bytes // gradient.shape[0]))
 
 
 def _before_activation(

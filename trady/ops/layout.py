@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 #: Temporaries of one operation stay below this many bytes where they can be made in chunks of samples.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

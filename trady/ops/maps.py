@@ -30,7 +30,7 @@ class WeightMap(Protocol):
         ...
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        """Gradient of the input, of shape ``input_shape``."""
+        """Gradient of the input, of shape ``input_shape``; maybe a view into a padded one."""
         ...
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
@@ -88,7 +88,9 @@ class Convolution:
         padded = _padded_shape(input_shape, self.pad)
         unread = gradient.new_empty(1).expand(padded)
         made: Tensor = self._backward(gradient, unread, weight, self.groups, (True, False, False))[0]
-        return made if not self.pad else F.pad(made, tuple(-n for n in self.pad))
+        for axis, before in enumerate(self.pad[::2]):
+            made = made.narrow(-1 - axis, before, input_shape[-1 - axis])
+        return made
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
         """Add the gradient of the selected channels to ``out``."""
