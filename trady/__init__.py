@@ -23,6 +23,7 @@ from trady.memory import Ledger, measure
 from trady.plan import Cost, Plan
 from trady.policies import register_policy
 from trady.ranking import LayerRanking
+from trady.sweeps import rank
 from trady.tuner import Tuner, plan, prepare
 
 __version__ = "0.1.0"
@@ -51,5 +52,6 @@ __all__ = [
     "parse_budget",
     "plan",
     "prepare",
+    "rank",
     "register_policy",
 ]

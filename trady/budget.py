@@ -126,16 +126,12 @@ def below_least(budget: Budget, least_amount: int) -> BudgetError:
     """
     text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
     least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
-    return BudgetError(
-        f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
-    )
+    return BudgetError(f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"')
 
 
 def _refusal(given: object, problem: str, scope: Scope, example: str | None = None) -> BudgetError:
     usual = {Scope.PEAK: "300 MiB", Scope.UPDATE: "update:1 MiB", Scope.ELEMENTS: "elements:27946"}
-    return BudgetError(
-        f'budget {_shown(given)} {problem}; {_POSSIBLE}; type e.g. budget="{example or usual[scope]}"'
-    )
+    return BudgetError(f'budget {_shown(given)} {problem}; {_POSSIBLE}; type e.g. budget="{example or usual[scope]}"')
 
 
 def _shown(given: object) -> str:

@@ -138,7 +138,7 @@ class Selection(Mapping[str, Channels]):
 
     def __post_init__(self) -> None:
         clean = {
-            name: np.unique(np.asarray(indices, dtype=np.int64))
+            name: np.unique(_channel_indices(name, indices))
             for name, indices in sorted(self.channels.items())
             if len(indices)
         }
@@ -177,3 +177,13 @@ class Selection(Mapping[str, Channels]):
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for checkpoints."""
         return {name: indices.tolist() for name, indices in self.channels.items()}
+
+
+def _channel_indices(name: str, indices: Any) -> Channels:
+    given = np.asarray(indices)
+    if given.dtype.kind not in "iu" or given.ndim != 1:
+        raise ModelError(
+            f"channels of {name!r} must be a list of channel numbers, not {given.ndim}-dimensional {given.dtype}; "
+            "np.flatnonzero turns a mask into numbers"
+        )
+    return given.astype(np.int64)

@@ -36,9 +36,7 @@ class Commands(TyperGroup):
         except TradyError as error:
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            Console(stderr=True, soft_wrap=True).print(
-                f"error: {error}", style="red", highlight=False, markup=False
-            )
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             if ctx.meta[DEBUG]:
@@ -60,9 +58,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from trady import __version__
 
-        typer.echo(f"trady {version('trady')}")
+        typer.echo(f"trady {__version__}")
         raise typer.Exit
 
 
@@ -82,7 +80,5 @@ app.command(
     epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "
     "--limit 4000 --budget 'peak:60 MiB' --out runs/fashion"
 )(finetune)
-app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(
-    rank
-)
+app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(rank)
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)

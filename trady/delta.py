@@ -84,7 +84,7 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
             count = int(groups)
             rows = _rows(parameter.detach(), count)
             total = rows.shape[0] * rows.shape[1]
-            if tensor.numel() and not (0 <= int(tensor.min()) and int(tensor.max()) < total):
+            if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < total):
                 raise CheckpointError(f"the delta changes channel {int(tensor.max())} of {name!r}, which has {total}")
             _check_shape(name, values.shape, torch.Size((tensor.numel(), *rows.shape[2:])))
             writes.append((rows, _place(parameter, count, tensor), values))

@@ -203,7 +203,7 @@ def _scales_outputs(norm: TracedCall, call: WeightCall, plain: set[int]) -> bool
     if any(id(p) in plain for p in norm.parameters) or not isinstance(norm.call, NormCall):
         return False
     shape = norm.input_shape
-    return call.weight_map.kind.startswith("conv") and len(shape) == len(call.weight.shape) or len(shape) == 2
+    return (call.weight_map.kind.startswith("conv") and len(shape) == len(call.weight.shape)) or len(shape) == 2
 
 
 def _fuse_norm(trace: Trace, index: int, actions: dict[int, Action]) -> None:

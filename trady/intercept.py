@@ -22,7 +22,6 @@ from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, WithLayer, frozen_norm
 from trady.labels import current_operation
 from trady.ops.activation import affine_clamp, clamp
-from trady.ops.bits import Clamp
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
 from trady.ops.maps import Convolution
@@ -31,7 +30,6 @@ from trady.ops.selected import SelectedChannels
 from trady.recognize import (
     ActivationCall,
     AveragePoolCall,
-    Call,
     DropoutCall,
     MaxPoolCall,
     NormCall,
@@ -202,9 +200,7 @@ class Interceptor(TorchFunctionMode):
         selected = None if armed is None else armed.selected
         options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x))
         with _label(fused.operation or weight_map.kind):
-            out = layer(
-                x, armed.compact if armed is not None else None, options, call.weight, call.bias, scale, shift
-            )
+            out = layer(x, armed.compact if armed is not None else None, options, call.weight, call.bias, scale, shift)
         if self.on_layer is not None and armed is not None:
             self.on_layer(armed.name)
         return out if x.dim() == call.x.dim() else out.squeeze(0)

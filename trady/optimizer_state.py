@@ -39,8 +39,10 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
 def _rearranged(value: Tensor, sources: Tensor, *, mean: bool) -> Tensor:
     stays = sources >= 0
     kept = value[sources[stays]]
-    made = kept.mean(0, keepdim=True).expand(len(sources), *value.shape[1:]).clone() if mean else value.new_zeros(
-        (len(sources), *value.shape[1:])
+    made = (
+        kept.mean(0, keepdim=True).expand(len(sources), *value.shape[1:]).clone()
+        if mean
+        else value.new_zeros((len(sources), *value.shape[1:]))
     )
     made[stays] = kept
     return made

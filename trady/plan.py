@@ -194,7 +194,7 @@ class Plan:
         partial = target.with_name(f".{uuid.uuid4().hex}.partial")
         try:
             partial.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
-            os.replace(partial, target)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -521,8 +521,7 @@ def _norms_of(squared_norms: npt.ArrayLike, layer: Layer) -> Floats:
     values = np.asarray(squared_norms, dtype=np.float64)
     if values.shape != (layer.channels,):
         raise RankingError(
-            f"squared norms of shape {values.shape} for layer {layer.name!r}; "
-            f"it has {layer.channels} channels"
+            f"squared norms of shape {values.shape} for layer {layer.name!r}; it has {layer.channels} channels"
         )
     return values
 

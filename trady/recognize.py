@@ -187,7 +187,9 @@ def _relu6(input: Tensor, inplace: bool = False) -> ActivationCall:
     return ActivationCall(input, Clamp(0.0, 6.0), inplace)
 
 
-def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> ActivationCall | None:
+def _hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> ActivationCall | None:
     return ActivationCall(input, Clamp(float(min_val), float(max_val)), inplace) if min_val < max_val else None
 
 
@@ -255,7 +257,14 @@ def _average_pool(
 
         def gradient_1d(g: Tensor, x: Tensor) -> Tensor:
             made: Tensor = _aten.avg_pool2d_backward(
-                g.unsqueeze(2), x.unsqueeze(2), (1, *kernel), (1, *steps), (0, *sides), ceil_mode, count_include_pad, None
+                g.unsqueeze(2),
+                x.unsqueeze(2),
+                (1, *kernel),
+                (1, *steps),
+                (0, *sides),
+                ceil_mode,
+                count_include_pad,
+                None,
             )
             return made.squeeze(2)
 
@@ -330,20 +339,16 @@ _READERS: dict[Any, Callable[..., Any]] = {
     torch.dropout: _dropout_of_torch,
 }
 
+#: Properties and methods of a tensor that read its shape or kind only.
+_METADATA_PROPERTIES = """
+    shape dtype device ndim requires_grad is_cuda is_cpu is_meta is_leaf is_sparse is_quantized is_mkldnn is_nested
+    is_mps is_xpu layout names itemsize nbytes grad_fn _version retains_grad output_nr
+"""
+_METADATA_METHODS = """
+    size dim numel stride nelement ndimension is_contiguous is_floating_point is_complex element_size storage_offset
+    get_device __len__ is_signed is_inference
+"""
 _METADATA = frozenset(
-    [
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape dtype device ndim requires_grad is_cuda is_cpu is_meta is_leaf is_sparse is_quantized is_mkldnn "
-            "is_nested is_mps is_xpu layout names itemsize nbytes grad_fn _version retains_grad output_nr"
-        ).split()
-        if hasattr(torch.Tensor, name)
-    ]
-    + [
-        getattr(torch.Tensor, name)
-        for name in (
-            "size dim numel stride nelement ndimension is_contiguous is_floating_point is_complex element_size "
-            "storage_offset get_device __len__ is_signed is_inference"
-        ).split()
-    ]
+    [getattr(torch.Tensor, n).__get__ for n in _METADATA_PROPERTIES.split() if hasattr(torch.Tensor, n)]
+    + [getattr(torch.Tensor, n) for n in _METADATA_METHODS.split()]
 )

@@ -55,7 +55,7 @@ def step_timeline(
             args, kwargs = as_arguments(batch)
             loss = surrogate_loss(twin(*args, **kwargs))
             if loss is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             cut("end", "")
             for handle in handles:
                 handle.remove()
@@ -77,5 +77,3 @@ def surrogate_loss(output: Any) -> Tensor | None:
         term = torch.log_softmax(tensor, -1).mean() if tensor.dim() else tensor
         total = term if total is None else total + term
     return total
-
-

@@ -132,8 +132,11 @@ def _reason(
         return f"used by {used}, which has no input channels to choose from" if used else "not used in the forward pass"
     if used:
         return f"also used by {used}: its input channels alone would give half a gradient"
-    maps = {(entry.call.weight_map.kind, entry.call.weight_map.groups) for _, entry in calls[id(parameter)]
-            if isinstance(entry.call, WeightCall)}
+    maps = {
+        (entry.call.weight_map.kind, entry.call.weight_map.groups)
+        for _, entry in calls[id(parameter)]
+        if isinstance(entry.call, WeightCall)
+    }
     if len(maps) > 1:
         return f"used as {' and '.join(sorted(kind for kind, _ in maps))} with different groups"
     return None

@@ -146,8 +146,11 @@ def batch_size(example: Any) -> int:
         ModelError: The batch holds no tensor, or an empty one.
 
     """
-    sizes = [t.shape[0] for t in tree_iter(dict(example) if hasattr(example, "keys") else example)
-             if isinstance(t, Tensor) and t.dim()]
+    sizes = [
+        t.shape[0]
+        for t in tree_iter(dict(example) if hasattr(example, "keys") else example)
+        if isinstance(t, Tensor) and t.dim()
+    ]
     if not sizes or sizes[0] == 0:
         raise ModelError(f"the example batch holds no samples ({describe(example)}); pass one batch of training data")
     return int(sizes[0])
@@ -156,7 +159,9 @@ def batch_size(example: Any) -> int:
 def describe(example: Any) -> str:
     """Name the shapes in a batch, for messages."""
     shapes = tree_map(
-        lambda t: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if isinstance(t, Tensor) else type(t).__name__,
+        lambda t: (
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if isinstance(t, Tensor) else type(t).__name__
+        ),
         dict(example) if hasattr(example, "keys") else example,
     )
     return str(shapes).replace("'", "")

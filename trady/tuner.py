@@ -11,26 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from trady.armed import Armed
-from trady.budget import Budget, Scope, below_least, parse_budget
+from trady.budget import Budget
 from trady.channels import Selection
 from trady.delta import changed_tensors, load_changed_tensors
-from trady.errors import BudgetError, CheckpointError, ModelError, StateError
-from trady.examine import Examined, examine, meta_batch
+from trady.drawing import STEPS_A_DRAW, Drawing, decide
+from trady.errors import CheckpointError, StateError
+from trady.examine import Examined
 from trady.memory import Ledger, measure
-from trady.memory.timeline import Timeline
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
-from trady.policies import Draw, Policy, draw_selection, get_policy
+from trady.policies import Policy
 from trady.ranking import LayerRanking, OnlineRanking, structure_digest
-from trady.simulate import step_timeline
 
 FORMAT, VERSION = "trady-tuner", 1
-
-#: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
-POOL_SHARE = 0.97
-
-#: Optimizer steps between two draws while the ranking is being learnt.
-STEPS_A_DRAW = 2
 
 
 def prepare(
@@ -93,189 +86,6 @@ def plan(
     """
     decision = decide(model, example, budget, policy, ranking, head, seed, None, fuse)
     return decision[2].plan(decision[1].head, decision[1].head_parameters)
-
-
-class Drawing:
-    """Budget, policy and ranking together: which channels train at which epoch and redraw.
-
-    Attributes:
-        pool: Layers that channels are drawn from.
-        online: The ranking being learnt; ``None`` when one is given, settled or not needed.
-        state_copies: Copies of a parameter that the optimizer keeps.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Any,
-        examined: Examined,
-        budget: Budget | None,
-        policy: Policy,
-        ranking: LayerRanking | None,
-        seed: int,
-        fuse: bool,
-        pool: tuple[str, ...] | None = None,
-    ) -> None:
-        self.model_name, self.table = type(model).__name__, examined.table
-        self.budget, self.policy, self.seed = budget, policy, seed
-        self.ranking, self.state_copies = ranking, 0
-        self.online: OnlineRanking | None = None
-        self._timeline_of: Callable[[tuple[str, ...]], Timeline] = lambda layers: step_timeline(
-            model, batch, layers=layers, head=examined.head, fuse=fuse
-        )
-        self._timeline: tuple[tuple[str, ...], Timeline] | None = None
-        self._capacity: dict[tuple[int, int], int | None] = {}
-        if not policy.uses_ranking:
-            self.pool, self.source = self.table.names, "none"
-        elif pool is not None:
-            self.pool, self.source = pool, "given"
-        elif ranking is not None:
-            ranking.check(self.table)
-            self.pool, self.source = ranking.top(POOL_SHARE), ranking.source
-        else:
-            self.pool, self.source = self.table.names, "online"
-        self.check_budget()
-        if self.source == "online":
-            self.online = OnlineRanking(self.table, drawable=self._drawable(), share=POOL_SHARE)
-
-    def check_budget(self) -> None:
-        """Refuse a budget that not even the cheapest channel fits in.
-
-        Raises:
-            BudgetError: It names the least possible.
-
-        """
-        if self.budget is None:
-            if self.policy.name not in ("head", "full"):
-                raise BudgetError(
-                    f'policy {self.policy.name!r} needs a budget: type budget="300 MiB", "update:1 MiB" or "elements:27946"'
-                )
-            return
-        if not self.pool or self.policy.name == "head":
-            return
-        if self.budget.scope is Scope.PEAK:
-            least = self.timeline.predicted_peak(Selection(), self.state_copies)
-        else:
-            least = min(self._costs()[name] for name in self.pool)
-        if self.budget.amount < least:
-            raise below_least(self.budget, least)
-
-    @property
-    def timeline(self) -> Timeline:
-        """Live bytes of a step that updates the layers of the pool."""
-        layers = () if self.policy.name == "head" else self.pool
-        if self._timeline is None or self._timeline[0] != layers:
-            self._timeline = (layers, self._timeline_of(layers))
-        return self._timeline[1]
-
-    def _costs(self) -> dict[str, int]:
-        if self.budget is None or self.budget.scope is not Scope.UPDATE:
-            return {layer.name: layer.elements for layer in self.table}
-        sample = self.table.batch * self.table.element_bytes
-        weight = self.table.weight_element_bytes * (2 + self.state_copies)
-        return {
-            layer.name: layer.activation_elements * sample + layer.weight_elements * weight for layer in self.table
-        }
-
-    def _drawable(self) -> list[str]:
-        if self.budget is None or self.budget.scope is Scope.PEAK:
-            return list(self.table.names)
-        return [name for name, cost in self._costs().items() if cost <= self.budget.amount]
-
-    def draw(self, epoch: int, redraw: int) -> Selection:
-        """Draw the channels of an epoch: a pure function of seed, epoch, redraw, pool and optimizer."""
-        if self.budget is None or self.budget.scope is not Scope.PEAK:
-            return self._select(epoch, redraw, None if self.budget is None else self.budget.amount)
-        return self._largest_within(epoch, redraw, self.budget.amount)
-
-    def _select(self, epoch: int, redraw: int, capacity: int | None) -> Selection:
-        return draw_selection(
-            self.policy, Draw(self.table, self.pool, self._costs(), capacity, self.seed, epoch, redraw)
-        )
-
-    def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
-        """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
-        timeline = self.timeline
-
-        def fits(selection: Selection) -> bool:
-            return timeline.predicted_peak(selection, self.state_copies) <= peak_bytes
-
-        if self.policy.name in ("head", "full"):
-            whole = self._select(epoch, redraw, None)
-            if not fits(whole):
-                raise below_least(
-                    self.budget or Budget(Scope.PEAK, peak_bytes), timeline.predicted_peak(whole, self.state_copies)
-                )
-            return whole
-        everything = sum(layer.channels * layer.elements for layer in self.table)
-        whole = self._select(epoch, redraw, everything)
-        if fits(whole):
-            return whole
-        low, high, best = 0, everything, Selection()
-        while high - low > max(1, low // 100):
-            middle = (low + high) // 2
-            selection = self._select(epoch, redraw, middle)
-            if fits(selection):
-                low, best = middle, selection
-            else:
-                high = middle
-        return best
-
-    def settle(self) -> None:
-        """End the online phase: the layers that carry the gradient become the pool."""
-        if self.online is not None:
-            self.ranking = self.online.ranking()
-            self.pool = self.ranking.top(POOL_SHARE)
-            self.online = None
-
-    def plan(self, head: tuple[str, ...], parameters: Mapping[str, nn.Parameter], epoch: int = 0) -> Plan:
-        """Describe the decision."""
-        selection = self.draw(epoch, 0)
-        peak = self.budget is not None and self.budget.scope is Scope.PEAK
-        return Plan(
-            model=self.model_name,
-            budget=self.budget,
-            policy=self.policy.name,
-            seed=self.seed,
-            table=self.table,
-            pool=self.pool,
-            ranking=self.source,
-            head=head,
-            head_parameters=sum(p.numel() for p in parameters.values()),
-            selection=selection,
-            cost=cost_of(self.table, selection, self.state_copies),
-            predicted_peak_bytes=self.timeline.predicted_peak(selection, self.state_copies) if peak else None,
-            least_peak_bytes=self.timeline.least_bytes if peak else None,
-        )
-
-
-def decide(
-    model: nn.Module,
-    example: Any,
-    budget: str | Budget | None,
-    policy: str | Policy,
-    ranking: LayerRanking | None,
-    head: str | Sequence[str] | None,
-    seed: int,
-    plan: Plan | None,
-    fuse: bool,
-) -> tuple[nn.Module, Examined, Drawing]:
-    """Examine a model and fix budget, policy and pool; nothing is changed yet."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-    pool = None
-    if plan is not None:
-        budget, policy, seed, head = plan.budget if budget is None else budget, plan.policy, plan.seed, plan.head
-        pool = plan.pool if plan.ranking not in ("online", "none") else None
-    asked = None if budget is None else parse_budget(budget)
-    rule = get_policy(policy)
-    examined = examine(model, example, head=head, fuse=fuse)
-    if plan is not None and structure_digest(plan.table) != structure_digest(examined.table):
-        raise ModelError(
-            f"the plan is for a {plan.model} with other layers than this {type(model).__name__}; make a new one with trady.plan"
-        )
-    drawing = Drawing(model, meta_batch(example), examined, asked, rule, ranking, seed, fuse, pool)
-    return model, examined, drawing
 
 
 class Tuner:
@@ -490,7 +300,9 @@ class Tuner:
         expected = (structure_digest(self._examined.table), self._drawing.policy.name, self._drawing.seed)
         for what, given, wanted in zip(("model structure", "policy", "seed"), found, expected, strict=True):
             if given != wanted:
-                raise CheckpointError(f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it")
+                raise CheckpointError(
+                    f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
+                )
         try:
             drawing, selection = self._drawing, Selection(meta["selection"])
             ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
@@ -532,7 +344,7 @@ class Tuner:
 
 
 def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = state.get("meta") if isinstance(state, Mapping) else None
+    meta = state.get("meta")
     if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
         raise CheckpointError("this is no state of a trady tuner")
     if meta.get("version") != VERSION:

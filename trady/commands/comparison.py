@@ -70,7 +70,6 @@ def draw(rows: Sequence[Row], title: str, folder: Path) -> list[Path]:
 
     names = [TITLES.get(row.method, row.method) for row in rows]
     colors = ["#1f6f8b" if row.method == "trady" else "#b8c4cc" for row in rows]
-    full = max(row.step_seconds for row in rows)
     figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 3.4), constrained_layout=True)
     panels = (
         ("accuracy, %", [100 * row.accuracy for row in rows], "{:.1f}"),
@@ -78,25 +77,25 @@ def draw(rows: Sequence[Row], title: str, folder: Path) -> list[Path]:
         ("time of a step, ms", [1000 * row.step_seconds for row in rows], "{:.0f}"),
     )
     for axis, (label, values, form) in zip(axes, panels, strict=True):
-        bars = axis.bar(names, values, color=colors, width=0.62)
-        axis.bar_label(bars, labels=[form.format(value) for value in values], padding=2)
+        bars = axis.bar(names, values, color=colors, width=0.62, zorder=2)
+        texts = axis.bar_label(bars, labels=[form.format(value) for value in values], padding=3, zorder=4)
+        for text in texts:
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         axis.set_title(label, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.14)
         axis.tick_params(axis="x", length=0, labelsize=9)
+    axes[0].set_ylim(0, 100)
     inference = rows[0].inference_peak_bytes / MIB
-    axes[1].axhline(inference, color="#c0392b", linewidth=1.2, linestyle="--")
-    axes[1].annotate(
-        f"inference: {inference:.0f}",
-        (0.02, inference),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 16),
-        textcoords="offset points",
+    axes[1].axhline(
+        inference,
         color="#c0392b",
-        fontsize=9,
+        linewidth=1.2,
+        linestyle="--",
+        zorder=3,
+        label=f"inference: {inference:.0f}",
     )
-    if full > 0:
-        axes[0].set_ylim(0, 100)
+    axes[1].legend(loc="upper left", frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     paths = [folder / "demo.png", folder / "demo.svg"]
     for path in paths:

@@ -54,7 +54,7 @@ def demo(
     """Fine-tune EfficientNet-Lite0 on Fashion-MNIST: head only, TraDy and everything, side by side."""
     from rich.console import Console
 
-    from trady.budget import Budget, Scope, parse_budget
+    from trady.budget import Budget, Scope, format_bytes, parse_budget
     from trady.commands.comparison import as_table, draw
     from trady.training.data import load_data
     from trady.training.files import write_json
@@ -78,17 +78,15 @@ def demo(
     limit = given or Budget(Scope.PEAK, inference_peak)
     console.print(
         f"{MODEL} on {len(data.train)} images of {DATASET} ({recipe.image_size} px), batches of "
-        f"{recipe.batch_size}: one inference pass peaks at {inference_peak / 2**20:.1f} MiB, "
+        f"{recipe.batch_size}: one inference pass peaks at {format_bytes(inference_peak)}, "
         f"weights included. The budget is {limit}."
     )
     _show_plan(console, data, recipe, limit, seed)
     results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
     seconds = _time_steps(data, recipe, limit, seed)
     rows = [_row(method, results[method], seconds[method], inference_peak) for method in METHODS]
-    title = (
-        f"{MODEL}, {recipe.epochs} epochs on {len(data.train)} images of {DATASET}; "
-        f"evaluated on {len(data.evaluation)}"
-    )
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    title = f"{MODEL}, {epochs} on {len(data.train)} images of {DATASET}, evaluated on {len(data.evaluation)}"
     written = {
         "budget": str(limit),
         "budget_bytes": limit.amount if limit.scope is not Scope.ELEMENTS else None,

@@ -71,9 +71,8 @@ def load_task(
         seed=seed,
     )
     if data.skipped:
-        typer.echo(
-            f"{len(data.skipped)} images cannot be read and are skipped: {data.skipped[0]}, …", err=True
-        )
+        count = f"{len(data.skipped)} unreadable image{'s' if len(data.skipped) > 1 else ''}"
+        typer.echo(f"skipped {count}: {', '.join(data.skipped[:5])}", err=True)
     return Task(load_model(model, len(data.classes), seed=seed).model, data)
 
 

@@ -36,7 +36,7 @@ class Step:
     def __call__(self) -> None:
         """Run forward, backward and update."""
         output = forward(self.trainer.model, self.example.images)
-        cross_entropy(output, self.example.labels).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(output, self.example.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

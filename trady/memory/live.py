@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, on_peak: Callable[[int], object] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.current = 0
         self.peak = 0
         self.log: list[Storage] = []
@@ -181,11 +181,11 @@ class LiveBytes(TorchDispatchMode):
 
         self._resize.append(plain)
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._resize.pop()  # type: ignore[method-assign, assignment]
         self._settle(None)
 

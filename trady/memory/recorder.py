@@ -70,7 +70,7 @@ class Recorder:
             stack.enter_context(self._modules)
             self._saved_remarks = stack.enter_context(saved_tensors(self._saved))
             stack.enter_context(self._operations)
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            if torch.cuda.is_initialized():
                 for index in range(torch.cuda.device_count()):
                     torch.cuda.reset_peak_memory_stats(index)
             stack.enter_context(self._live)
@@ -137,7 +137,7 @@ class Recorder:
                 "the step called no module with parameters: there is no model to compare with"
             )
         on_cuda = self._device in (None, "cuda")
-        if on_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if on_cuda and torch.cuda.is_initialized():
             indices = range(torch.cuda.device_count())
             self.allocator_peak_bytes = sum(torch.cuda.max_memory_allocated(index) for index in indices)
 

@@ -52,11 +52,11 @@ class Timeline:
 
         """
         names = [layer.name for layer in self.table]
-        extra = np.array(
-            [max(len(selection.channels.get(name, ())) - 1, 0) for name in names], dtype=np.int64
-        )
+        extra = np.array([max(len(selection.channels.get(name, ())) - 1, 0) for name in names], dtype=np.int64)
         base, added = self._matrix()
-        always = np.array([layer.weight_elements * self.table.weight_element_bytes for layer in self.table], dtype=np.int64)
+        always = np.array(
+            [layer.weight_elements * self.table.weight_element_bytes for layer in self.table], dtype=np.int64
+        )
         counts = np.array([len(selection.channels.get(name, ())) for name in names], dtype=np.int64)
         kept = int(always @ extra) + state_copies * (int(always @ counts) + self.head_bytes)
         return int((base + added @ extra).max(initial=0)) + kept

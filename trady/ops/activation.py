@@ -83,7 +83,7 @@ class _AffineClamp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         references = sys.getrefcount(gradient)
         bits, scale = ctx.saved_tensors

@@ -133,7 +133,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         references = sys.getrefcount(gradient)
         inputs, bits, weight, scale = ctx.saved_tensors
@@ -147,7 +147,7 @@ class _Layer(torch.autograd.Function):
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
         sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
-        in_parts = getattr(call.weight_map, "pad", ()) or (bits is not None and not owned)
+        in_parts = call.weight_map.pad or (bits is not None and not owned)
         parts = _parts(gradient, sizes) if in_parts else [slice(None)]
         for part in parts:
             whole = len(parts) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def _references(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Probe(torch.autograd.Function):
-    seen: list[tuple[int, int, int]] = []
+    seen: ClassVar[list[tuple[int, int, int]]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

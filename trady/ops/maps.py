@@ -16,14 +16,27 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 
 class WeightMap(Protocol):
-    """A layer that is linear in its input and in its weight.
+    """A layer that is linear in its input and in its weight."""
 
-    ``channel_dim`` is the dimension of the input that holds input channels.
-    """
+    @property
+    def kind(self) -> str:
+        """Name of the kind."""
+        ...
 
-    kind: str
-    channel_dim: int
-    groups: int
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the input that holds the input channels."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, 1 for linear layers."""
+        ...
+
+    @property
+    def pad(self) -> tuple[int, ...]:
+        """Zero padding that differs between sides, in the order of ``F.pad``; empty for none."""
+        ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer to a batch."""
@@ -97,8 +110,8 @@ class Convolution:
         if self.pad:
             inputs = F.pad(inputs, self.pad)
         if self.groups == 1 and self._is_pointwise(out.shape[2:]):
-            steps = tuple(slice(None, None, s) for s in self.stride)
-            x, g = inputs[(..., *steps)].flatten(2), gradient.flatten(2).transpose(1, 2)
+            steps = [slice(None, None, s) for s in self.stride]
+            x, g = inputs[(slice(None), slice(None), *steps)].flatten(2), gradient.flatten(2).transpose(1, 2)
             total = out.view(out.shape[:2])
             for part in chunks(x.shape[0], total.numel() * x.element_size()):
                 total.add_(torch.bmm(x[part], g[part]).sum(0))
@@ -151,6 +164,7 @@ class Linear:
     input_major: bool = False
     channel_dim: int = -1
     groups: int = 1
+    pad: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -161,7 +175,11 @@ class Linear:
         """Apply the layer; x: [..., in]."""
         if not self.input_major:
             return F.linear(x, weight, bias)
-        return x @ weight if bias is None else torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return (
+            x @ weight
+            if bias is None
+            else torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        )
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""

@@ -113,7 +113,7 @@ class _MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         (local,) = ctx.saved_tensors
         made = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
@@ -149,7 +149,7 @@ class _LinearPool(torch.autograd.Function):
         return pool(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         unread = gradient.new_empty(1).expand(ctx.shape)
         return ctx.gradient(gradient, unread), None, None

@@ -75,12 +75,14 @@ def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
     """View a weight as [groups, input channels a group, output channels a group, *kernel]."""
     if kind == "addmm":
         return weight.unsqueeze(0)
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    view: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return view
 
 
 def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
     """Copy the selected slices ``W[:, c]``: [n, output channels a group, *kernel]."""
-    return channel_major(weight, kind, groups)[selected.group, selected.channel]
+    rows: Tensor = channel_major(weight, kind, groups)[selected.group, selected.channel]
+    return rows
 
 
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:

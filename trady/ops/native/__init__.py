@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _cache_folders() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     return [Path(home) / "trady", Path(tempfile.gettempdir()) / f"trady-{user}"]
 
@@ -83,7 +83,7 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
         subprocess.run([compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", str(made)], **quiet)  # type: ignore[call-overload]
         # Linked without -fopenmp on purpose: naming a second OpenMP runtime would start a second thread pool.
         subprocess.run([compiler, "-shared", str(made), "-o", str(linked)], **quiet)  # type: ignore[call-overload]
-        os.replace(linked, path)
+        linked.replace(path)
 
 
 def _processor() -> str:

@@ -1,0 +1,1 @@
+"""Memory, speed and sparsity of fine-tuning, measured: each claim is one command (see README.md here)."""

@@ -1,0 +1,85 @@
+"""What the commands share: where files are looked for, the choice of workloads, JSON, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trady.errors import TradyError
+
+#: Beside the repository.
+DEFAULT_MODELS = Path(__file__).resolve().parent.parent.parent / "shared" / "models"
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Offer ``--models``."""
+    parser.add_argument(
+        "--models",
+        metavar="DIR",
+        help="folder with the backbones' .json and .safetensors files "
+        "(default: $TRADY_MODELS, or ../shared/models beside the repository)",
+    )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Offer ``--images``."""
+    parser.add_argument(
+        "--images",
+        metavar="NPZ",
+        help="labelled ImageNet images (default: imagenet-samples-250.npz in data/ beside the models' folder)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Offer ``--json``."""
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file; - is standard output")
+
+
+def models_folder(given: str | None) -> Path:
+    """Return the folder of the backbones: the one given, that of the environment, or the default."""
+    return Path(given or os.environ.get("TRADY_MODELS") or DEFAULT_MODELS)
+
+
+def images_file(given: str | None, models: Path) -> Path:
+    """Return the file of labelled images: the one given, or the default beside the models."""
+    return Path(given) if given else models.parent / "data" / "imagenet-samples-250.npz"
+
+
+def write_json(target: str | None, figures: dict[str, Any]) -> None:
+    """Write a command's figures, together with the machine they are of."""
+    if target is None:
+        return
+    text = json.dumps({"machine": machine(), **figures}, indent=1)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What timings depend on."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+    }
+
+
+def main(run: Callable[[], int]) -> None:
+    """Run a command and leave with its exit code: 1 for a missed bar, 2 for what the user can mend."""
+    try:
+        code = run()
+    except TradyError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,47 @@
+"""A policy for benchmarks: the same share of the channels of every layer."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import trady
+from trady.policies import Draw, Policy
+
+
+class ShareOfEveryLayer:
+    """Draw ``share`` of the input channels of every layer, at least one, uniformly at random.
+
+    Memory and time of such a step do not depend on luck: every layer trains, and every draw costs the same.
+
+    Args:
+        share: Above 0, at most 1. The number of channels is rounded to the nearest.
+    """
+
+    uses_ranking = False
+
+    def __init__(self, share: Fraction) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; it lies above 0 and at most at 1")
+        self.share = share
+        self.name = f"share-{share}"
+
+    def select(self, draw: Draw) -> trady.Selection:
+        """Draw anew for this seed, epoch and redraw."""
+        random = np.random.default_rng((draw.seed, draw.epoch, draw.redraw))
+        return trady.Selection(
+            {
+                layer.name: random.permutation(layer.channels)[: max(1, round(self.share * layer.channels))]
+                for layer in draw.table
+            }
+        )
+
+
+def budget_of(policy: str | Policy, model: nn.Module, example: Any) -> str:
+    """Return the budget, in elements, that a policy's draw fills to the last element."""
+    all_there_is = trady.plan(model, example, policy="full").cost.elements
+    drawn = trady.plan(model, example, policy=policy, budget=f"elements:{all_there_is}").cost.elements
+    return f"elements:{drawn}"
