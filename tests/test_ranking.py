@@ -8,9 +8,9 @@ from scipy import stats
 
 from trady.channels import ChannelTable, Layer
 from trady.errors import RankingError
+from trady.online_ranking import OnlineRanking
 from trady.ranking import (
     LayerRanking,
-    OnlineRanking,
     channel_rgn,
     channel_scores,
     layer_rgn,

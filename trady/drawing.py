@@ -12,9 +12,10 @@ from trady.channels import Selection
 from trady.errors import BudgetError, ModelError
 from trady.examine import Examined, examine, meta_batch
 from trady.memory.timeline import Timeline
+from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, cost_of
 from trady.policies import Draw, Policy, draw_selection, get_policy
-from trady.ranking import LayerRanking, OnlineRanking, structure_digest
+from trady.ranking import LayerRanking, structure_digest
 from trady.simulate import step_timeline
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).

@@ -18,10 +18,11 @@ from trady.drawing import STEPS_A_DRAW, Drawing, decide
 from trady.errors import CheckpointError, StateError
 from trady.examine import Examined
 from trady.memory import Ledger, measure
+from trady.online_ranking import OnlineRanking
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
 from trady.policies import Policy
-from trady.ranking import LayerRanking, OnlineRanking, structure_digest
+from trady.ranking import LayerRanking, structure_digest
 
 FORMAT, VERSION = "trady-tuner", 1
 
