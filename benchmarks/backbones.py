@@ -94,14 +94,16 @@ class Backbone(nn.Module):
         super().__init__()
         epsilon, mix, classifier = (architecture[key] for key in ("bn_eps", "feature_mix", "classifier"))
         self.stem = ConvLayer(architecture["stem"], epsilon)
-        self.blocks = nn.Sequential(*(Block(block, epsilon) for block in architecture["blocks"]))
+        self.blocks = nn.ModuleList(Block(block, epsilon) for block in architecture["blocks"])
         self.feature_mix = nn.Identity() if mix is None else ConvLayer(mix, epsilon)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(classifier["in_features"], num_classes or classifier["out_features"])
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.pool(self.feature_mix(self.blocks(self.stem(x))))
-        scores: Tensor = self.classifier(features.flatten(1))
+        x = self.stem(x)
+        for block in self.blocks:  # not blocks(x): that call would keep the stem's output until it returns
+            x = block(x)
+        scores: Tensor = self.classifier(self.pool(self.feature_mix(x)).flatten(1))
         return scores
 
 
@@ -168,13 +170,16 @@ def load_images(path: Path) -> tuple[Tensor, Tensor]:
     return pixels.contiguous(), torch.from_numpy(labels).long()
 
 
-def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 50) -> float:
+def batches(images: Tensor, labels: Tensor, size: int = 50) -> list[tuple[Tensor, Tensor]]:
+    """Cut images and labels into batches."""
+    return [(images[start : start + size], labels[start : start + size]) for start in range(0, len(labels), size)]
+
+
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of images whose highest score is that of their label."""
     model.eval()
-    right = 0
     with torch.no_grad():
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            right += int((model(x).argmax(1) == y).sum())
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches(images, labels))
     return right / len(labels)
 
 

@@ -6,7 +6,7 @@ Each takes a task of its own: full fine-tuning changes running statistics, TraDy
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,12 +28,21 @@ class Step:
     Attributes:
         run: Forward, backward and, where something trains, the update.
         ledger: Runs it once and accounts for its tensor memory.
-        tuner: The tuner, where there is one.
     """
 
     run: Callable[[], None]
     ledger: Callable[[], trady.Ledger]
-    tuner: trady.Tuner | None = None
+
+
+@dataclass(frozen=True)
+class TunedStep(Step):
+    """A step of TraDy.
+
+    Attributes:
+        tuner: The tuner of the armed model.
+    """
+
+    tuner: trady.Tuner
 
 
 @contextmanager
@@ -55,13 +64,15 @@ def head_only(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
 
 
 @contextmanager
-def trady_step(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+def trady_step(
+    workload: Workload, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None
+) -> Iterator[TunedStep]:
     """TraDy, armed as the workload says: the drawn channels and the head train."""
-    tuner = workload.arm(task, seed)
+    tuner = workload.arm(task, seed, ranking)
     task.model.train()
     run = _sgd_step(task, tuner.attach(torch.optim.SGD(tuner.parameters(), lr=RATE)))
     try:
-        yield Step(run, partial(tuner.ledger, run), tuner)
+        yield TunedStep(run, partial(tuner.ledger, run), tuner)
     finally:
         tuner.finish()
 
@@ -80,8 +91,10 @@ def floor(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     yield Step(run, partial(trady.measure, run, task.model))
 
 
-#: In the order of the tables.
-METHODS = {
+Method = Callable[..., AbstractContextManager[Step]]
+
+#: In the order of the tables. Each takes a workload, a task and, if it likes, a seed.
+METHODS: dict[str, Method] = {
     "full": full_fine_tuning,
     "head": head_only,
     "trady": trady_step,

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="NPZ",
         help="labelled ImageNet images (default: imagenet-samples-250.npz in data/ beside the models' folder)",
+    )
+
+
+def add_workloads(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Offer ``--workload``."""
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=list(names),
+        default=list(names),
+        metavar="NAME",
+        help=f"which ones (default: all of {', '.join(names)})",
     )
 
 

@@ -19,6 +19,9 @@ from trady.errors import ModelError
 
 MIB = 2**20
 
+#: Outputs of the new heads of the pretrained models.
+CLASSES = 10
+
 
 @dataclass(frozen=True)
 class Task:
@@ -79,10 +82,10 @@ class Workload:
     budget: str | None = None
     bars: Bars = Bars()
 
-    def arm(self, task: Task, seed: int = 0) -> trady.Tuner:
+    def arm(self, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None) -> trady.Tuner:
         """Prepare the task's model for TraDy."""
         budget = self.budget or budget_of(self.policy, task.model, task.images)
-        return trady.prepare(task.model, task.images, budget=budget, policy=self.policy, seed=seed)
+        return trady.prepare(task.model, task.images, budget=budget, policy=self.policy, ranking=ranking, seed=seed)
 
 
 def noise(batch: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -106,13 +109,12 @@ def _resnet50(models: Path) -> Task:
 def _efficientnet_lite0(models: Path) -> Task:
     from trady.training.models import EFFICIENTNET_LITE0, load_model
 
-    return Task(load_model(EFFICIENTNET_LITE0, num_classes=10).model, *noise(32, 128, 10))
+    return Task(load_model(EFFICIENTNET_LITE0, CLASSES).model, *noise(32, 128, CLASSES))
 
 
 def _backbone(name: str) -> Callable[[Path], Task]:
     def make(models: Path) -> Task:
-        model = load_backbone(name, models)
-        return Task(model, *noise(32, IMAGE_SIZE, model.classifier.out_features))
+        return Task(load_backbone(name, models, num_classes=CLASSES), *noise(32, IMAGE_SIZE, CLASSES))
 
     return make
 

@@ -14,6 +14,9 @@ from trady.ops.selected import SelectedChannels
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
+#: Positions (height times width) from which on a pointwise convolution is computed as a matrix product.
+_MATRIX_POSITIONS = 64
+
 
 class WeightMap(Protocol):
     """A layer that is linear in its input and in its weight."""
@@ -93,11 +96,39 @@ class Convolution:
         return out if out is not None else self._convolve(F.pad(x, self.pad), weight, bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._is_matrix_product(x, weight):
+            matrix = weight.view(1, *weight.shape[:2]).expand(x.shape[0], -1, -1)
+            made = (
+                torch.bmm(matrix, x.flatten(2))
+                if bias is None
+                else torch.baddbmm(bias.view(1, -1, 1), matrix, x.flatten(2))
+            )
+            return made.view(*made.shape[:2], *x.shape[2:])
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def _is_matrix_product(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a pointwise convolution is faster as a matrix product.
+
+        It is on the CPU, where the convolution reorders its whole input and output; measured 1.3 to 4 times
+        faster from 64 positions on, slower below.
+        """
+        return (
+            x.device.type in ("cpu", "meta")
+            and x.dtype in (torch.float32, torch.float64)
+            and self.groups == 1
+            and self._is_pointwise(weight.shape[2:])
+            and all(s == 1 for s in self.stride)
+            and x.is_contiguous()
+            and weight.is_contiguous()
+            and x[0, 0].numel() >= _MATRIX_POSITIONS
+        )
+
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [N, O, *spatial of the output]."""
+        if self._is_matrix_product(gradient, weight) and not self.pad:
+            matrix = weight.view(1, *weight.shape[:2]).transpose(1, 2).expand(gradient.shape[0], -1, -1)
+            return torch.bmm(matrix, gradient.flatten(2)).view(input_shape)
         padded = _padded_shape(input_shape, self.pad)
         unread = gradient.new_empty(1).expand(padded)
         made: Tensor = self._backward(gradient, unread, weight, self.groups, (True, False, False))[0]
