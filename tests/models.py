@@ -194,7 +194,7 @@ def one_dimensional() -> nn.Module:
 def three_dimensional() -> nn.Module:
     return nn.Sequential(
         nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.MaxPool3d((1, 2, 2)),
-        nn.Conv3d(4, 6, (1, 3, 3), groups=2), nn.ReLU6(), nn.AvgPool3d(2, ceil_mode=True),
+        nn.Conv3d(4, 6, (1, 3, 3), groups=2), nn.ReLU6(), nn.AvgPool3d((2, 2, 1), ceil_mode=True),
         nn.Conv3d(6, 6, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 4),
     )
 
@@ -356,6 +356,7 @@ def gradient_errors(
         relative error of the output under ``"output"``.
 
     """
+    model.zero_grad()
     dense = copy.deepcopy(model).train(train)
     dense.requires_grad_(True)
     freeze_norms(dense)
@@ -405,8 +406,8 @@ def channels_of(weight: Tensor, layer: trady.Layer, channels: Any) -> Tensor:
 def relative_error(found: Tensor | None, expected: Tensor) -> float:
     assert found is not None, "no gradient"
     assert found.shape == expected.shape
-    difference = (found.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-300))
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

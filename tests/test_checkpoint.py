@@ -31,9 +31,7 @@ from trady.training.state import State, load_optimizer_state, optimizer_to_state
 
 def example(epoch: int = 0) -> Checkpoint:
     tensors = {"a.weight": torch.full((3, 2), float(epoch)), "0/step": torch.tensor(7)}
-    return Checkpoint(
-        epoch, 10 * epoch, {"lr": 0.1, "seed": 0}, "f00d", {"trainer": State(tensors, {"epoch": epoch})}
-    )
+    return Checkpoint(epoch, 10 * epoch, {"lr": 0.1, "seed": 0}, "f00d", {"trainer": State(tensors, {"epoch": epoch})})
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -138,9 +136,7 @@ def test_every_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
         ({"epoch": None}, "an entry is missing or wrong"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused_with_the_reason(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_foreign_checkpoint_is_refused_with_the_reason(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = tmp_path / "checkpoint"
     save_checkpoint(folder, example())
     description = json.loads((folder / DESCRIPTION).read_text())

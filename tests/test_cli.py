@@ -99,9 +99,7 @@ def test_measure_accounts_for_a_step(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(trady, "rank"), reason="trady.rank is not there yet")
 def test_rank_writes_a_ranking_that_plan_takes(data: Path, tmp_path: Path) -> None:
     ranking = tmp_path / "ranking.json"
-    shown = trady_command(
-        "rank", MODEL, data, "--image-size", 12, "--batch-size", 8, "--batches", 2, "--out", ranking
-    )
+    shown = trady_command("rank", MODEL, data, "--image-size", 12, "--batch-size", 8, "--batches", 2, "--out", ranking)
     assert shown.returncode == 0, shown.stderr
     assert "features.3" in shown.stdout
     plan = trady_command(
@@ -125,9 +123,7 @@ def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> N
     plan = ("plan", MODEL, "--image-size", 12)
     assert "300 MiB" in refused(*plan, "--budget", "many")
     assert "below the least possible" in refused(*plan, "--budget", "elements:1")
-    assert "did you mean 'dynamic-random'" in refused(
-        *plan, "--budget", "1 MiB", "--policy", "dynamic-randon"
-    )
+    assert "did you mean 'dynamic-random'" in refused(*plan, "--budget", "1 MiB", "--policy", "dynamic-randon")
     assert "no function" in refused("plan", "tests.small_task:none", "--budget", "1 MiB")
     out = tmp_path / "run"
     assert "does not exist" in refused(*finetune(tmp_path / "none.npz", out))

@@ -195,9 +195,7 @@ def test_a_folder_without_classes_or_images_is_refused(tmp_path: Path) -> None:
         load_data(tmp_path, image_size=8)
 
 
-def test_a_large_folder_is_kept_in_a_file_with_the_same_pixels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_folder_is_kept_in_a_file_with_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_tree(tmp_path, {"train": {"a": 3, "b": 2}, "val": {"a": 1, "b": 1}})
     inside = load_data(tmp_path, image_size=8)
     monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 10)
@@ -217,9 +215,7 @@ def test_images_are_upright_and_cropped_to_their_centre(tmp_path: Path) -> None:
 
 
 def idx(values: np.ndarray) -> bytes:
-    return gzip.compress(
-        struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
-    )
+    return gzip.compress(struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes())
 
 
 @pytest.fixture
@@ -279,9 +275,7 @@ def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(
 
 def test_pixels_are_normalized_as_the_model_wants_them() -> None:
     images = np.array([[[[0, 127, 255]]]], dtype=np.uint8)
-    dataset = ImageDataset(
-        images, np.zeros(1, np.int64), 1, Normalization((0.0, 127.0, 255.0), (1.0, 2.0, 3.0))
-    )
+    dataset = ImageDataset(images, np.zeros(1, np.int64), 1, Normalization((0.0, 127.0, 255.0), (1.0, 2.0, 3.0)))
     assert dataset[0][0].flatten().tolist() == [0.0, 0.0, 0.0]
 
 

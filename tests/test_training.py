@@ -289,9 +289,7 @@ def test_the_rate_rises_to_its_peak_and_falls_towards_zero(epochs: int, steps: i
 
 
 @pytest.mark.parametrize("policy", ["trady"])
-def test_a_run_killed_five_times_ends_with_the_losses_of_one_never_killed(
-    tmp_path: Path, policy: str
-) -> None:
+def test_a_run_killed_five_times_ends_with_the_losses_of_one_never_killed(tmp_path: Path, policy: str) -> None:
     data = write_npz(tmp_path / "data.npz")
     epochs = 12
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
@@ -308,9 +306,7 @@ def test_a_run_killed_five_times_ends_with_the_losses_of_one_never_killed(
     for goal in (1, 3, 5, 8, 10):
         process = subprocess.Popen([*command, str(killed)], **quiet)
         metrics = killed / "metrics.jsonl"
-        while process.poll() is None and (
-            not metrics.exists() or len(metrics.read_bytes().splitlines()) < goal
-        ):
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_bytes().splitlines()) < goal):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
         if process.poll() is None:

@@ -51,6 +51,8 @@ class Armed:
             shape = channel_major(weight, layer.kind, layer.groups).shape
             compact = nn.Parameter(weight.new_empty((0, *shape[2:])))
             self.layers[layer.name] = ArmedLayer(layer.name, weight, compact)
+        #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
+        self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
         self.channels: dict[str, Channels] = {}
         self._written: dict[str, int] = {}
         self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain)
@@ -77,6 +79,7 @@ class Armed:
                 armed.selected = None
                 armed.compact.data = weight.new_empty((0, *armed.compact.shape[1:]))
             armed.compact.grad = None
+            armed.leaf = self._new_leaf(name) if len(now) else None
             self.channels[name] = now
             self._written[name] = armed.compact._version
             changes.append(Change(armed.compact, _sources(before, now), len(before)))
@@ -92,18 +95,32 @@ class Armed:
                 scatter_channels_(armed.weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
             self._written[name] = armed.compact._version
 
-    def on_gradient(self, callback: Callable[[str, nn.Parameter], None]) -> list[torch.utils.hooks.RemovableHandle]:
-        """Call ``callback(layer, compact)`` whenever the gradient of a layer's channels has arrived."""
+    def _new_leaf(self, name: str) -> torch.Tensor:
+        armed = self.layers[name]
+        leaf = armed.compact.detach().requires_grad_()
 
-        def hook(name: str) -> Callable[[torch.Tensor], None]:
-            return lambda compact: callback(name, self.layers[name].compact)
+        def deliver(leaf: torch.Tensor) -> None:
+            if armed.leaf is not leaf:
+                raise StateError(
+                    f"a backward pass reached {name} after its channels were drawn anew: run backward() before "
+                    "resample(), and before the optimizer step of another batch"
+                )
+            gradient, leaf.grad, compact = leaf.grad, None, armed.compact
+            if compact.grad is None:
+                compact.grad = gradient
+            elif gradient is not None:
+                compact.grad.add_(gradient)
+            for callback in self.on_gradient:
+                callback(name, compact)
 
-        return [armed.compact.register_post_accumulate_grad_hook(hook(name)) for name, armed in self.layers.items()]
+        leaf.register_post_accumulate_grad_hook(deliver)
+        return leaf
 
     def disarm(self) -> None:
         """Write back, take out the hooks, restore the flags."""
         self.write_back()
         self.interceptor.disarm()
+        self.on_gradient.clear()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         _armed.difference_update(self.model.modules())

@@ -41,12 +41,21 @@ from trady.trace import batch_counters, is_count
 
 
 class ArmedLayer:
-    """The channels of one layer that train now, and the leaf that receives their gradient."""
+    """The channels of one layer that train now, and where their gradient goes.
 
-    __slots__ = ("compact", "name", "selected", "weight")
+    Attributes:
+        weight: The frozen weight, which holds the truth.
+        compact: What an optimizer updates: the same object over all draws, while its shape changes.
+        leaf: The same values as the graph's own leaf: one a draw, since autograd remembers a leaf's shape
+            as long as any graph refers to it.
+        selected: The channels; ``None`` when none trains.
+    """
+
+    __slots__ = ("compact", "leaf", "name", "selected", "weight")
 
     def __init__(self, name: str, weight: nn.Parameter, compact: nn.Parameter) -> None:
         self.name, self.weight, self.compact = name, weight, compact
+        self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
 
 
@@ -200,7 +209,7 @@ class Interceptor(TorchFunctionMode):
         selected = None if armed is None else armed.selected
         options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x))
         with _label(fused.operation or weight_map.kind):
-            out = layer(x, armed.compact if armed is not None else None, options, call.weight, call.bias, scale, shift)
+            out = layer(x, armed.leaf if armed is not None else None, options, call.weight, call.bias, scale, shift)
         if self.on_layer is not None and armed is not None:
             self.on_layer(armed.name)
         return out if x.dim() == call.x.dim() else out.squeeze(0)

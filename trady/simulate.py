@@ -51,14 +51,12 @@ def step_timeline(
                 intervals.append(Interval(phase, layer, live.interval_peak()))
 
             armed.interceptor.on_layer = lambda name: cut("forward", name)
-            handles = armed.on_gradient(lambda name, compact: cut("backward", name))
+            armed.on_gradient.append(lambda name, compact: cut("backward", name))
             args, kwargs = as_arguments(batch)
             loss = surrogate_loss(twin(*args, **kwargs))
             if loss is not None:
                 loss.backward()
             cut("end", "")
-            for handle in handles:
-                handle.remove()
     finally:
         armed.disarm()
     head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())

@@ -72,7 +72,7 @@ def rank(
             now[name] = compact.grad.detach().flatten(1).double().square().sum(1)
             compact.grad = None
 
-    handles = armed.on_gradient(arrived)
+    armed.on_gradient.append(arrived)
     devices = sorted({t.device for t in model.parameters() if t.device.type == "cuda"}, key=str)
     try:
         for number, selection in enumerate(selections):
@@ -89,8 +89,6 @@ def rank(
                 if progress is not None:
                     progress(number * len(data) + index + 1, len(selections) * len(data))
     finally:
-        for handle in handles:
-            handle.remove()
         armed.select(Selection())
         armed.disarm()
         for name, parameter in model.named_parameters():

@@ -102,7 +102,7 @@ class Tuner:
         self._norms: dict[str, Any] = {}
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._selection = Selection()
-        self._handles = self._armed.on_gradient(self._gradient_arrived)
+        self._armed.on_gradient.append(self._gradient_arrived)
         self._apply(selection)
 
     # -- what trains ---------------------------------------------------------------------------------
@@ -333,8 +333,6 @@ class Tuner:
     def finish(self) -> nn.Module:
         """Give the plain model back: hooks out, flags as they were, trained channels in its weights."""
         self._check_alive("finish again")
-        for handle in self._handles:
-            handle.remove()
         self._armed.disarm()
         self._finished = True
         return self.model

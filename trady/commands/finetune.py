@@ -20,8 +20,7 @@ def finetune(
     budget: Annotated[
         str | None,
         typer.Option(
-            help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". '
-            "--policy full takes none."
+            help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". --policy full takes none.'
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",

@@ -9,26 +9,18 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="efficientnet-lite0; a folder or a Hub name (transformers); or package.module:function."
-    ),
+    typer.Argument(help="efficientnet-lite0; a folder or a Hub name (transformers); or package.module:function."),
 ]
 Dataset = Annotated[str, typer.Argument(help="fashion-mnist; a .npz file; or a folder of images.")]
-Budget = Annotated[
-    str, typer.Option(help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946".')
-]
+Budget = Annotated[str, typer.Option(help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946".')]
 Policy = Annotated[str, typer.Option(help="Where to update.")]
-RankingFile = Annotated[
-    str | None, typer.Option("--ranking", help="A layer ranking that trady rank has written.")
-]
+RankingFile = Annotated[str | None, typer.Option("--ranking", help="A layer ranking that trady rank has written.")]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Height and width of the images; the model's own by default.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 Classes = Annotated[int, typer.Option(min=1, help="Outputs of the head.")]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="At most so many images, drawn with the seed, a part.")
-]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, drawn with the seed, a part.")]
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -27,16 +27,17 @@ def rank(
 ) -> None:
     """Measure how much each layer matters on a data set."""
     import trady
+    from trady.ranking import Metric
     from trady.training.batch import cross_entropy
 
     task = load_task(model, dataset, image_size, batches * batch_size, on_unreadable, seed, split="train")
     train = task.data.train
     starts = range(0, len(train), batch_size)
     ranking = trady.rank(
-        task.model,
+        task.model.train(),
         [train.batch(range(start, min(start + batch_size, len(train)))) for start in starts],
         cross_entropy,
-        metric=metric,
+        metric=cast(Metric, metric),
         budget=budget,
     )
     ranking.save(out)

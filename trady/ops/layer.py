@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
-from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_dense, is_owned, memory_format
+from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_dense, is_owned, memory_format, unviewed
 from trady.ops.maps import WeightMap
 from trady.ops.selected import SelectedChannels
 
@@ -92,7 +92,7 @@ def _forward(
     bits = None
     if call.clamp is not None:
         bits = clamp_(y, call.clamp, keep_bits=keep_bits)
-    return y, bits
+    return unviewed(y), bits
 
 
 def _fold(weight: Tensor, scale: Tensor | None, call: LayerCall) -> Tensor:

@@ -120,3 +120,11 @@ def count_write(x: Tensor) -> None:
     """Tell autograd's version counter of a write that went past PyTorch."""
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
+
+
+def unviewed(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own.
+
+    What an autograd function returns must be no view, or the model may not write into it (``out += x``).
+    """
+    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trady.labels import label_saved
-from trady.ops.layout import chunks, empty_like_batch
+from trady.ops.layout import chunks, empty_like_batch, unviewed
 
 _aten = torch.ops.aten
 
@@ -146,7 +146,7 @@ class _LinearPool(torch.autograd.Function):
         ctx: Any, x: Tensor, pool: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         ctx.shape, ctx.gradient = x.shape, gradient
-        return pool(x)
+        return unviewed(pool(x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

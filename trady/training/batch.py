@@ -21,9 +21,7 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], torch.Tensor):
         return batch[0], batch[1]
-    raise DataError(
-        f"a batch is a {type(batch).__name__}; expected a pair (inputs, labels), or a dict with 'labels'"
-    )
+    raise DataError(f"a batch is a {type(batch).__name__}; expected a pair (inputs, labels), or a dict with 'labels'")
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -65,6 +63,5 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
-            f"labels run from {low} to {high}, but the model has {classes} classes: "
-            f"0 to {classes - 1} are possible"
+            f"labels run from {low} to {high}, but the model has {classes} classes: 0 to {classes - 1} are possible"
         )

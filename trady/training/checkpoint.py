@@ -54,9 +54,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {
-        f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()
-    }
+    tensors = {f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()}
     save_file(separate(tensors), temporary / TENSORS, {"format": FORMAT})
     description = {
         "format": FORMAT,
@@ -105,9 +103,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     description = _description(place / DESCRIPTION)
     tensors = _tensors(place / TENSORS, description)
     try:
-        states = {
-            part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()
-        }
+        states = {part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()}
         return Checkpoint(
             int(description["epoch"]),
             int(description["step"]),

@@ -44,9 +44,7 @@ def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    classes = tuple(
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
-    )
+    classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"))
     if not classes:
         raise DataError(f"{folder} has no subfolders; expected one a class with its images in it")
     return classes

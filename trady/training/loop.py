@@ -202,13 +202,14 @@ class Loop:
         )
 
     def _finish(self, history: list[EpochMetrics]) -> Result:
-        delta = self.trainer.delta()
+        plan, ranking, delta = self.trainer.plan(), self.trainer.ranking(), self.trainer.delta()
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path
         seconds = sum(epoch.seconds for epoch in history)
-        result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path)
+        result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
         if (folder := self._writable()) is not None:
+            folder.write_plan(plan)
             folder.write_model(model.state_dict(), delta)
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result

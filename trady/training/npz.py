@@ -87,15 +87,12 @@ def _pixels(images: Array, key: str, name: str) -> Pixels:
         images = images.transpose(0, 2, 3, 1)
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
         raise DataError(
-            f"{name}: {key} is {list(images.shape)}; expected [N, H, W], [N, H, W, 1 or 3] "
-            "or [N, 1 or 3, H, W]"
+            f"{name}: {key} is {list(images.shape)}; expected [N, H, W], [N, H, W, 1 or 3] or [N, 1 or 3, H, W]"
         )
     if 0 in images.shape[1:]:
         raise DataError(f"{name}: {key} is {list(images.shape)}; the images have no pixels")
     if images.dtype != np.uint8:
-        in_range = images.dtype.kind in "iu" and (
-            not images.size or (images.min() >= 0 and images.max() <= 255)
-        )
+        in_range = images.dtype.kind in "iu" and (not images.size or (images.min() >= 0 and images.max() <= 255))
         if not in_range:
             raise DataError(f"{name}: {key} is {images.dtype}; expected uint8 pixels from 0 to 255")
         images = images.astype(np.uint8)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from trady.ranking import LayerRanking
 from trady.training.metrics import EpochMetrics
 
 
@@ -22,6 +23,7 @@ class Result:
         history: One entry an epoch.
         seconds: Time over all epochs, those before a resume included.
         out: The run folder, if there is one.
+        ranking: The layer ranking in use at the end, if the policy uses one.
     """
 
     model: nn.Module = field(repr=False)
@@ -30,6 +32,7 @@ class Result:
     history: tuple[EpochMetrics, ...]
     seconds: float
     out: Path | None = None
+    ranking: LayerRanking | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:

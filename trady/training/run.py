@@ -183,9 +183,7 @@ def _trainer(
     return TunerTrainer(tuner)
 
 
-def _display(
-    progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None
-) -> Display:
+def _display(progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None) -> Display:
     if not isinstance(progress, bool):
         return progress
     if not progress or not accelerator.is_main_process:

@@ -129,9 +129,7 @@ class RunFolder:
         """Write ``plan.json``."""
         write_json(self.plan, plan)
 
-    def write_model(
-        self, weights: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor] | None
-    ) -> None:
+    def write_model(self, weights: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor] | None) -> None:
         """Write ``model.safetensors`` and, if there is one, ``delta.safetensors``."""
         aliases = _aliases(weights)
         kept = {name: tensor for name, tensor in weights.items() if name not in aliases}

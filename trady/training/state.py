@@ -48,6 +48,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
     try:
         optimizer.load_state_dict({"state": values, "param_groups": list(state.meta["param_groups"])})
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint's optimizer state does not fit this optimizer: {error}"
-        ) from error
+        raise CheckpointError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error

@@ -11,6 +11,7 @@ from torch import nn
 
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
+from trady.ranking import LayerRanking
 from trady.training.state import State
 from trady.tuner import Tuner
 
@@ -36,7 +37,10 @@ class Trainer(Protocol):
     model: nn.Module
 
     def plan(self) -> Mapping[str, Any]:
-        """Return what was decided before the first step."""
+        """Return what is decided so far."""
+
+    def ranking(self) -> LayerRanking | None:
+        """Return the layer ranking in use, if there is one."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer updates."""
@@ -76,6 +80,10 @@ class TunerTrainer:
     def plan(self) -> Mapping[str, Any]:
         """Return the tuner's plan."""
         return self.tuner.plan.to_json()
+
+    def ranking(self) -> LayerRanking | None:
+        """Return the ranking given or learnt."""
+        return self.tuner.ranking
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the compact parameters and the head's."""
@@ -130,6 +138,10 @@ class FullTrainer:
     def plan(self) -> Mapping[str, Any]:
         """Return the number of parameters: there is nothing to decide."""
         return {"policy": "full", "trainable_parameters": self.draw().trainable_parameters}
+
+    def ranking(self) -> LayerRanking | None:
+        """Return nothing: every layer trains."""
+        return None
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters."""
