@@ -5,6 +5,8 @@ real: the bytes of what does not train are not allocated, its floating-point ope
 and a ledger measures both.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from trady.budget import Budget, parse_budget
 from trady.channels import ChannelTable, Layer, Selection
 from trady.delta import apply_delta
@@ -26,7 +28,22 @@ from trady.ranking import LayerRanking
 from trady.sweeps import rank
 from trady.tuner import Tuner, plan, prepare
 
+if TYPE_CHECKING:
+    from trady.training import DataSplit, Result, finetune, load_data
+
 __version__ = "0.1.0"
+
+#: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
+_TRAINING = ("DataSplit", "Result", "finetune", "load_data")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINING:
+        import trady.training
+
+        return getattr(trady.training, name)
+    raise AttributeError(f"module 'trady' has no attribute {name!r}")
+
 
 __all__ = [
     "Budget",
@@ -35,6 +52,7 @@ __all__ = [
     "CheckpointError",
     "Cost",
     "DataError",
+    "DataSplit",
     "Layer",
     "LayerRanking",
     "Ledger",
@@ -42,12 +60,15 @@ __all__ = [
     "Plan",
     "PolicyError",
     "RankingError",
+    "Result",
     "Selection",
     "StateError",
     "TradyError",
     "TrainingError",
     "Tuner",
     "apply_delta",
+    "finetune",
+    "load_data",
     "measure",
     "parse_budget",
     "plan",

@@ -54,7 +54,7 @@ class Armed:
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
         self.channels: dict[str, Channels] = {}
-        self._written: dict[str, int] = {}
+        self._written: dict[str, tuple[int, int]] = {}
         self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain)
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
@@ -81,19 +81,25 @@ class Armed:
             armed.compact.grad = None
             armed.leaf = self._new_leaf(name) if len(now) else None
             self.channels[name] = now
-            self._written[name] = armed.compact._version
+            self._written[name] = armed.versions
             changes.append(Change(armed.compact, _sources(before, now), len(before)))
         return changes
 
     def write_back(self) -> None:
-        """Copy the compact parameters that an optimizer has changed into the weights."""
+        """Copy the compact parameters that an optimizer has changed into the weights.
+
+        Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
+        """
         for name, armed in self.layers.items():
-            if armed.selected is None or self._written.get(name) == armed.compact._version:
+            if armed.selected is None or self._written[name] == armed.versions:
                 continue
-            layer = self.table[name]
+            layer, weight = self.table[name], armed.weight.detach()
             with torch.no_grad():
-                scatter_channels_(armed.weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
-            self._written[name] = armed.compact._version
+                if self._written[name][0] == armed.compact._version:
+                    armed.compact.copy_(gather_channels(weight, layer.kind, layer.groups, armed.selected))
+                else:
+                    scatter_channels_(weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
+            self._written[name] = armed.versions
 
     def _new_leaf(self, name: str) -> torch.Tensor:
         armed = self.layers[name]

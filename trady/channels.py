@@ -26,7 +26,8 @@ class Layer:
     """One weight that can be updated by input channel.
 
     Attributes:
-        name: Path of the module that owns the weight, as in ``named_modules()``.
+        name: Path of the module that owns the weight, as in ``named_modules()``; of a module with several
+            such weights, the full name of the weight.
         parameter: Full name of the weight, as in ``named_parameters()``.
         kind: ``linear``, ``addmm`` (weight stored input-major), ``conv1d``, ``conv2d`` or ``conv3d``.
         channels: Number of input channels.

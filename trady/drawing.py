@@ -55,6 +55,7 @@ class Drawing:
         )
         self._timeline: tuple[tuple[str, ...], Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
+        learn = False
         if not policy.uses_ranking:
             self.pool, self.source = self.table.names, "none"
         elif pool is not None:
@@ -64,8 +65,9 @@ class Drawing:
             self.pool, self.source = ranking.top(POOL_SHARE), ranking.source
         else:
             self.pool, self.source = self.table.names, "online"
+            learn = True
         self.check_budget()
-        if self.source == "online":
+        if learn:
             self.online = OnlineRanking(
                 self.table, drawable=self._drawable(), share=POOL_SHARE, window=8 * STEPS_A_DRAW
             )

@@ -7,7 +7,7 @@ two calls has one reader, nobody holds it when the forward pass has ended, and i
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,15 +65,31 @@ class InPlace:
     clamp: Clamp | None = None
 
 
-Action = Done | WithLayer | InPlace
+@dataclass(frozen=True)
+class Leave:
+    """Leave this call to PyTorch: it is recomputed where nothing is intercepted, or inside a custom function."""
+
+
+Action = Done | WithLayer | InPlace | Leave
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the next call of a forward pass will be, and what to do with it."""
+    """What the next call of a forward pass will be, and what to do with it.
+
+    Attributes:
+        function: The torch function.
+        parameters: Identities of the parameters among its arguments: calls may look alike and differ in these.
+        action: How it is computed; ``None`` is on its own.
+        first: First call that the action depends on.
+        last: Last call that the action depends on.
+    """
 
     function: Any
+    parameters: tuple[int, ...] = ()
     action: Action | None = None
+    first: int = 0
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,12 +98,12 @@ class FusionPlan:
 
     Attributes:
         steps: One entry a call.
-        starts: First call of every module that is called once.
+        spans: First call and one past the last call of every module that is called once.
         saved_shapes: For a weight call, the shape of the input that is saved (before deferred padding).
     """
 
     steps: tuple[Step, ...]
-    starts: dict[str, int] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -103,8 +119,11 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
     """
     actions: dict[int, Action] = {}
     saved_shapes: dict[int, tuple[int, ...]] = {}
-    if fuse:
-        for index, entry in enumerate(trace.calls):
+    spans = _module_spans(trace)
+    for index, entry in enumerate(trace.calls):
+        if entry.scope is None and entry.call is not None:
+            actions[index] = Leave()
+        elif fuse and (entry.scope == "" or entry.scope in spans):
             if index in actions or any(id(p) in plain for p in entry.parameters):
                 continue
             if isinstance(entry.call, WeightCall):
@@ -113,18 +132,49 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
                 _fuse_norm(trace, index, actions)
             elif isinstance(entry.call, ActivationCall):
                 actions[index] = InPlace(_may_overwrite(trace, entry))
-    steps = tuple(Step(entry.function, actions.get(i)) for i, entry in enumerate(trace.calls))
-    return FusionPlan(steps, _module_starts(trace), saved_shapes)
+    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes)
 
 
-def _module_starts(trace: Trace) -> dict[str, int]:
-    starts: dict[str, int] = {}
+def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:
+    steps = []
+    for index, entry in enumerate(trace.calls):
+        parameters = tuple(id(p) for p in entry.parameters if isinstance(p, torch.nn.Parameter))
+        steps.append(Step(entry.function, parameters, actions.get(index), index, index))
+    for index, action in actions.items():
+        if not isinstance(action, (WithLayer, InPlace)):
+            continue
+        together = [index, *_computed_with(trace, index, action)]
+        first = min(together)
+        if isinstance(action, InPlace) and action.overwrite:
+            first = _producer(trace, index)
+        for member in together:
+            steps[member] = replace(steps[member], first=first, last=max(together))
+    return steps
+
+
+def _computed_with(trace: Trace, index: int, action: WithLayer | InPlace) -> list[int]:
+    """The calls that an action takes over."""
+    found = [_producer(trace, index)] if isinstance(action, WithLayer) and action.pad else []
+    norm = isinstance(action, WithLayer) and action.norm is not None
+    for _ in range(norm + (action.clamp is not None)):
+        index = trace.values[trace.calls[index].makes[0]].readers[0]
+        found.append(index)
+    return found
+
+
+def _producer(trace: Trace, index: int) -> int:
+    """The call that made what a call reads first."""
+    return trace.values[trace.calls[index].reads[0]].producer
+
+
+def _module_spans(trace: Trace) -> dict[str, tuple[int, int]]:
+    spans: dict[str, tuple[int, int]] = {}
     repeated: set[str] = set()
-    for name, start, _ in trace.spans:
-        if name in starts:
+    for name, start, end in trace.spans:
+        if name in spans:
             repeated.add(name)
-        starts[name] = start
-    return {name: start for name, start in starts.items() if name not in repeated}
+        spans[name] = start, end
+    return {name: span for name, span in spans.items() if name not in repeated}
 
 
 def _only_reader(trace: Trace, value: int) -> int | None:
@@ -142,7 +192,8 @@ def _next_call(trace: Trace, index: int, kind: type) -> int | None:
     if reader is None:
         return None
     follower = trace.calls[reader]
-    return reader if isinstance(follower.call, kind) and follower.reads == made else None
+    together = isinstance(follower.call, kind) and follower.reads == made and follower.scope == trace.calls[index].scope
+    return reader if together else None
 
 
 def _fuse_layer(
@@ -195,15 +246,15 @@ def _deferred_pad(trace: Trace, index: int) -> int | None:
     alone = _only_reader(trace, trace.calls[index].reads[0]) == index and not value.shape_readers
     batched = len(padding.input_shape) == len(call.weight.shape)
     adjacent = value.producer == index - 1  # so that nothing writes into the padding's input meanwhile
-    return value.producer if alone and batched and adjacent and isinstance(padding.call, PadCall) else None
+    together = adjacent and padding.scope == trace.calls[index].scope
+    return value.producer if alone and batched and together and isinstance(padding.call, PadCall) else None
 
 
 def _scales_outputs(norm: TracedCall, call: WeightCall, plain: set[int]) -> bool:
     """Whether a normalisation acts on the output channels of the layer and is itself frozen."""
     if any(id(p) in plain for p in norm.parameters) or not isinstance(norm.call, NormCall):
         return False
-    shape = norm.input_shape
-    return (call.weight_map.kind.startswith("conv") and len(shape) == len(call.weight.shape)) or len(shape) == 2
+    return len(norm.input_shape) == call.weight.dim()
 
 
 def _fuse_norm(trace: Trace, index: int, actions: dict[int, Action]) -> None:
@@ -225,12 +276,14 @@ def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:
     recognised = isinstance(producer.call, (WeightCall, NormCall, PadCall, MaxPoolCall))
     safe = recognised or producer.function in _OUTPUT_NOT_SAVED
     reader = _only_reader(trace, entry.reads[0])
-    return safe and reader is not None and trace.calls[reader] is entry and producer.container == entry.container
+    near = producer.container == entry.container and producer.scope == entry.scope
+    return safe and near and reader is not None and trace.calls[reader] is entry
 
 
 def frozen_norm(norm: NormCall) -> tuple[Tensor, Tensor]:
     """Turn fixed statistics into ``scale`` and ``shift``, one of each a channel."""
-    with torch.no_grad():
+    # Made once and kept, maybe during an evaluation: tensors of inference mode could not be trained with.
+    with torch.inference_mode(False), torch.no_grad():
         scale = torch.rsqrt(norm.variance + norm.epsilon)
         if norm.weight is not None:
             scale = scale * norm.weight

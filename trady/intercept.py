@@ -8,22 +8,26 @@ the forward pass is stopped rather than computed wrongly.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_iter
 
 from trady.errors import ModelError
-from trady.fusion import Action, Done, FusionPlan, InPlace, WithLayer, frozen_norm
+from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
 from trady.labels import current_operation
 from trady.ops.activation import affine_clamp, clamp
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
+from trady.ops.layout import is_dense
 from trady.ops.maps import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.selected import SelectedChannels
@@ -37,7 +41,7 @@ from trady.recognize import (
     is_metadata,
     recognize,
 )
-from trady.trace import batch_counters, is_count
+from trady.trace import READS_ONE, batch_counters, batches_counted, is_count
 
 
 class ArmedLayer:
@@ -57,6 +61,11 @@ class ArmedLayer:
         self.name, self.weight, self.compact = name, weight, compact
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """How often compact parameter and weight have been written to."""
+        return self.compact._version, self.weight._version
 
 
 class Interceptor(TorchFunctionMode):
@@ -80,11 +89,13 @@ class Interceptor(TorchFunctionMode):
         self._norms = _FrozenNorms(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._handles: list[Any] = []
-        self._hooks = 0
+        self._newest_hook = 0
         self._depth = 0
+        self._outermost: FrameType | None = None
         self._enabled = True
         self._plan: FusionPlan | None = None
         self._cursor = 0
+        self._span = (0, 0)
         self._at_risk = False
         self.before_forward: Callable[[], None] | None = None
         self.on_layer: Callable[[str], None] | None = None
@@ -97,10 +108,11 @@ class Interceptor(TorchFunctionMode):
             enter, leave = _Hook(self._enter), _Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._hooks = self._count_hooks()
+        self._newest_hook = self._hooks_now()[0]
 
     def disarm(self) -> None:
         """Take the hooks out again."""
+        self._recover()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -114,22 +126,33 @@ class Interceptor(TorchFunctionMode):
         finally:
             self._enabled = True
 
-    def _count_hooks(self) -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._model.modules())
+    def _hooks_now(self) -> tuple[int, bool]:
+        """Number of the newest forward hook (they are numbered as they come), and whether there is a backward hook."""
+        modules = list(self._model.modules())
+        newest = max((n for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for n in hooks), default=0)
+        return newest, any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not self._enabled:
             return
+        if self._depth:
+            self._recover()
         self._depth += 1
         if self._depth > 1:
             return
+        self._outermost = sys._getframe(2)
         if self.before_forward is not None:
             self.before_forward()
         plan = self._plans.get(self._model.training)
-        start = plan.starts.get(self._names.get(id(module), "?")) if plan is not None else None
-        # A hook that was added after the trace may read what fusion would have overwritten.
-        known = start is not None and self._count_hooks() <= self._hooks
-        self._plan, self._cursor, self._at_risk = (plan if known else None), start or 0, False
+        name = self._names.get(id(module), "?")
+        span = plan.spans.get(name) if plan is not None else None
+        # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
+        # is to see the gradient of its own module.
+        newest, backward = self._hooks_now()
+        known = plan is not None and span is not None and newest <= self._newest_hook and not backward
+        self._plan, self._at_risk = (plan if known else None), False
+        self._span = span if span is not None and name else (0, sys.maxsize)
+        self._cursor = self._span[0]
         self.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -137,7 +160,29 @@ class Interceptor(TorchFunctionMode):
             return
         self._depth -= 1
         if self._depth == 0:
+            self._outermost = None
             self.__exit__(None, None, None)
+
+    def _recover(self) -> None:
+        """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""
+        if self._depth and self._is_abandoned():
+            self._depth, self._outermost = 0, None
+            above = []
+            while self in _get_current_function_mode_stack():
+                mode = _pop_mode()
+                if mode is not self:
+                    above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)
+
+    def _is_abandoned(self) -> bool:
+        """Whether the outermost call has ended without a word: only a frame that runs refuses to be cleared."""
+        try:
+            if self._outermost is not None:
+                self._outermost.clear()
+        except RuntimeError:
+            return False
+        return True
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -149,10 +194,17 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         if is_count(func, args, self._counters):
             return args[0]
-        action = self._next_action(func)
-        if action is not None and isinstance(action, Done):
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        if not tensors or self._is_abandoned():
+            return func(*args, **kwargs)
+        if func in READS_ONE and id(tensors[0]) in self._counters:
+            return batches_counted(func, tensors[0])
+        action = self._next_action(func, tensors)
+        if isinstance(action, Done):
             self._at_risk = True
             return args[0] if args else kwargs["input"]
+        if isinstance(action, Leave):
+            return func(*args, **kwargs)
         call = recognize(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
@@ -162,15 +214,18 @@ class Interceptor(TorchFunctionMode):
         out = handler(self, call, action)
         return func(*args, **kwargs) if out is None else out
 
-    def _next_action(self, function: Any) -> Action | None:
+    def _next_action(self, function: Any, tensors: list[Tensor]) -> Action | None:
         plan = self._plan
         if plan is None:
             return None
         if self._cursor < len(plan.steps):
             step = plan.steps[self._cursor]
-            if step.function == function:
+            parameters = tuple(id(t) for t in tensors if isinstance(t, nn.Parameter))
+            if step.function == function and step.parameters == parameters:
                 self._cursor += 1
-                return step.action
+                # What reaches beyond the module that was called is computed call by call.
+                whole = self._span[0] <= step.first and step.last < self._span[1]
+                return step.action if whole else None
         self._plan = None
         if self._at_risk:
             name = getattr(function, "__name__", str(function))
@@ -191,12 +246,14 @@ class Interceptor(TorchFunctionMode):
     def _layer(self, call: WeightCall, action: Action | None) -> Tensor | None:
         if not isinstance(call.weight, nn.Parameter) or id(call.weight) in self._plain:
             return None
-        if call.bias is not None and call.bias.requires_grad:
-            return None
         armed = self._layers.get(id(call.weight))
-        if armed is None and call.weight.requires_grad:
+        if _trains(call.weight, call.bias):
+            if isinstance(action, WithLayer):
+                raise ModelError(_MADE_TRAINABLE)
             return None
         fused = action if isinstance(action, WithLayer) else WithLayer()
+        if fused.norm is not None and _trains(fused.norm.weight, fused.norm.bias):
+            raise ModelError(_MADE_TRAINABLE)
         weight_map, x = call.weight_map, call.x
         if isinstance(weight_map, Convolution):
             x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
@@ -216,7 +273,9 @@ class Interceptor(TorchFunctionMode):
 
     def _activation(self, call: ActivationCall, action: Action | None) -> Tensor | None:
         planned = isinstance(action, InPlace) and action.overwrite
-        if call.in_place and not planned and (call.x._is_view() or not _is_plain(call.x)):
+        if not call.x.is_floating_point():
+            return None
+        if call.in_place and not planned and not (_is_plain(call.x) and is_dense(call.x)):
             return None
         self._at_risk |= planned
         with _label(call.clamp.name):
@@ -225,6 +284,8 @@ class Interceptor(TorchFunctionMode):
     def _norm(self, call: NormCall, action: Action | None) -> Tensor | None:
         if any(p is not None and id(p) in self._plain for p in (call.weight, call.bias)):
             return None
+        if _trains(call.weight, call.bias):
+            raise ModelError(_MADE_TRAINABLE)
         scale, shift = self._norms.of(call)
         kind = action if isinstance(action, InPlace) else InPlace(False)
         self._at_risk |= kind.overwrite or kind.clamp is not None
@@ -303,6 +364,16 @@ class _FrozenNorms:
         return buffer if now is None else now
 
 
+_MADE_TRAINABLE = (
+    "a parameter of the model was made trainable after it had been prepared: name its module as head=... in "
+    "trady.prepare, or set requires_grad_(False) again"
+)
+
+
+def _trains(*parameters: Tensor | None) -> bool:
+    return any(p is not None and p.requires_grad for p in parameters)
+
+
 @contextmanager
 def _label(operation: str) -> Iterator[None]:
     token = current_operation.set(operation)
@@ -313,7 +384,7 @@ def _label(operation: str) -> Iterator[None]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and not (x.is_leaf and x.requires_grad)
+    return type(x) in (Tensor, nn.Parameter) and not x._is_view() and not (x.is_leaf and x.requires_grad)
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         model: The model.
         trace: Its forward pass.
         head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
-            too; else one or several module names; ``None`` or an empty sequence is no head.
+            too; else one or several names of modules or parameters; ``None`` or an empty sequence is no head.
 
     Raises:
         ModelError: A name that is no module with parameters.
@@ -32,9 +34,9 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         return ()
     if head != "auto":
         names = (head,) if isinstance(head, str) else tuple(head)
-        modules = dict(model.named_modules())
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for name in names:
-            if name not in modules or next(modules[name].parameters(), None) is None:
+            if name not in parameters and (name not in modules or next(modules[name].parameters(), None) is None):
                 possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
                 raise ModelError(f"head {name!r} is no module with parameters; the last ones are {possible[-5:]}")
         return names
@@ -44,13 +46,23 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
     last = _parameter_of(weights[-1])
     users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
     owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
-    return (owners[0],) if len(users) == 1 and len(owners) == 1 else ()
+    if len(users) != 1 or len(owners) != 1:
+        return ()
+    own = {id(p) for p in users[0].parameters}
+    if all(id(p) in own for p in model.get_submodule(owners[0]).parameters()):
+        return (owners[0],)
+    # The module has other weights too: the head is what the last call reads.
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
 
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
     """Collect the parameters of the head modules under their full names."""
     found: dict[str, nn.Parameter] = {}
+    parameters = dict(model.named_parameters())
     for name in head:
+        if name in parameters:
+            found[name] = parameters[name]
+            continue
         for inner, parameter in model.get_submodule(name).named_parameters():
             found[f"{name}.{inner}" if name else inner] = parameter
     return found
@@ -82,12 +94,14 @@ def build_table(
             calls.setdefault(id(weight), []).append((index, entry))
         for parameter in entry.parameters:
             if parameter is not weight:
-                others.setdefault(id(parameter), set()).add(getattr(entry.function, "__name__", str(entry.function)))
+                others.setdefault(id(parameter), set()).add(_use(entry))
     layers, frozen = [], []
     reasons = {id(p): _reason(p, calls, others, plain) for p in model.parameters() if p.dim() > 1}
     for identity, entries in calls.items():
         if reasons.get(identity) is None:
             layers.append(_layer(entries, plan, names[identity], trace.batch))
+    owners = Counter(layer.name for layer in layers)
+    layers = [replace(layer, name=layer.parameter) if owners[layer.name] > 1 else layer for layer in layers]
     for parameter in model.parameters():
         reason = reasons.get(id(parameter))
         if reason is not None:
@@ -111,7 +125,17 @@ def build_table(
 
 def _parameter_of(entry: TracedCall) -> nn.Parameter | None:
     call = entry.call
+    if entry.scope is None:
+        return None
     return call.weight if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter) else None
+
+
+_UNSEEN = " in a custom function, or in a checkpointed one outside of any module"
+
+
+def _use(entry: TracedCall) -> str:
+    name = str(getattr(entry.function, "__name__", entry.function))
+    return name + _UNSEEN if entry.scope is None else name
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
@@ -128,6 +152,8 @@ def _reason(
     if id(parameter) in plain:
         return "head: always trained, outside the budget"
     used = ", ".join(sorted(others.get(id(parameter), ())))
+    if id(parameter) not in calls and _UNSEEN in used:
+        return f"used by {used}, where it cannot be intercepted"
     if id(parameter) not in calls:
         return f"used by {used}, which has no input channels to choose from" if used else "not used in the forward pass"
     if used:

@@ -6,6 +6,7 @@ same shape on the meta device. The model itself is only read.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,10 @@ class TracedCall:
         parameters: Parameters and buffers among its arguments.
         container: The innermost module with children that was running.
         module: The innermost module that was running.
+        scope: The module whose call is computed anew as a whole if this call is: the model itself, or inside
+            a checkpointed section the outermost module called there. ``None`` for calls that no module
+            of ours surrounds when they are recomputed, or that run inside a custom autograd function or
+            under ``torch.no_grad()``.
     """
 
     function: Any
@@ -72,6 +77,7 @@ class TracedCall:
     parameters: tuple[Tensor, ...]
     container: str
     module: str
+    scope: str | None = ""
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
 
@@ -115,7 +121,11 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
     with ExitStack() as stack:
         stack.enter_context(_kept_mode(model, training))
         stack.enter_context(_module_spans(model, recorder))
-        stack.enter_context(torch.no_grad())
+        # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
+        # (custom functions, checkpoints) shows.
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # this pass is ours: the model's own will warn
         try:
             with recorder:
                 output = model(*tree_map(recorder.to_meta, args), **tree_map(recorder.to_meta, kwargs))
@@ -187,6 +197,7 @@ class _Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
+        self.sections: list[Section] = [current_section()]
         self._own: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self._counters = batch_counters(model)
         self._meta: dict[int, tuple[Tensor, Tensor]] = {}
@@ -216,6 +227,10 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if is_count(func, args, self._counters):
             return args[0]
+        if not tensors:
+            return func(*args, **kwargs)
+        if func in READS_ONE and id(tensors[0]) in self._counters:
+            return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
@@ -228,6 +243,7 @@ class _Recorder(TorchFunctionMode):
             parameters=tuple(t for t in tensors if id(t) in self._own),
             container=self.containers[-1],
             module=self.modules[-1],
+            scope=self._scope(),
             input_shape=() if call is None else tuple(call.x.shape),
         )
         self.trace.calls.append(entry)
@@ -245,6 +261,14 @@ class _Recorder(TorchFunctionMode):
             x = self.to_meta(call.x)
             return torch.empty_like(x)
         return func(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
+
+    def _scope(self) -> str | None:
+        section, scope = current_section(), None
+        for module, entered in zip(reversed(self.modules), reversed(self.sections), strict=True):
+            if entered != section:
+                break
+            scope = module
+        return scope
 
     def _value_of(self, tensor: Tensor) -> int | None:
         entry = self._current.get(id(tensor))
@@ -278,6 +302,26 @@ def is_count(function: Any, args: tuple[Any, ...], counters: Mapping[int, Tensor
     return function is torch.Tensor.add_ and bool(args) and id(args[0]) in counters
 
 
+#: How a batch normalisation reads its counter: ``momentum=None`` divides by it.
+READS_ONE = {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.item}
+
+
+def batches_counted(function: Any, counter: Tensor) -> float | int:
+    """The number of batches, at least 1: what it weighs does not matter where statistics are fixed."""
+    count = 1 if counter.is_meta else max(1, int(counter))
+    return float(count) if function is torch.Tensor.__float__ else count
+
+
+#: What tells a section that is recomputed, or runs without gradients, from its surroundings.
+Section = tuple[int, bool]
+
+
+def current_section() -> Section:
+    """Identify the checkpointed section, or the stretch without gradients, that is running."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return (0 if hooks is None else id(hooks[0])), torch.is_grad_enabled()
+
+
 @contextmanager
 def _kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
@@ -301,16 +345,18 @@ def _module_spans(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             return
         starts.append((id(module), len(recorder.trace.calls)))
         recorder.modules.append(name)
-        if next(module.children(), None) is not None:
-            recorder.containers.append(name)
+        recorder.sections.append(current_section())
+        has_children = next(module.children(), None) is not None
+        recorder.containers.append(name if has_children else recorder.containers[-1])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) not in names or not starts or starts[-1][0] != id(module):
+        depth = next((d for d in reversed(range(len(starts))) if starts[d][0] == id(module)), None)
+        if depth is None:
             return
-        _, start = starts.pop()
-        recorder.trace.spans.append((recorder.modules.pop(), start, len(recorder.trace.calls)))
-        if next(module.children(), None) is not None:
-            recorder.containers.pop()
+        recorder.trace.spans.append((names[id(module)], starts[depth][1], len(recorder.trace.calls)))
+        del starts[depth:]  # with the modules inside that raised
+        for stack in (recorder.modules, recorder.sections, recorder.containers):
+            del stack[depth + 1 :]
 
     before = nn.modules.module.register_module_forward_pre_hook(enter)
     after = nn.modules.module.register_module_forward_hook(leave)

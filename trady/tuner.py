@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trady.armed import Armed
 from trady.budget import Budget
 from trady.channels import Selection
+from trady.clipping import clip_channels_
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing, decide
 from trady.errors import CheckpointError, StateError
@@ -234,6 +235,29 @@ class Tuner:
             return
         self._redraw += 1
         self._apply(self._drawing.draw(self._epoch, self._redraw))
+
+    def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
+        """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.clipping`).
+
+        Call it between ``backward()`` and ``optimizer.step()``.
+
+        Args:
+            ratio: Largest gradient norm of a channel over the channel's own norm; ``None`` leaves channels alone.
+            max_norm: Largest gradient norm of the head; ``None`` leaves the head alone.
+
+        Returns:
+            The norm of all gradients together, before clipping.
+
+        """
+        self._check_alive("clip gradients")
+        head = list(self._examined.head_parameters.values())
+        compact = [armed.compact for armed in self._armed.layers.values() if armed.compact.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in (*compact, *head) if p.grad is not None])
+        if ratio is not None:
+            clip_channels_(compact, ratio)
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(head, max_norm)
+        return float(norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.

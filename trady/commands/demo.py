@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,7 +174,7 @@ def _time_steps(
             _example(data, recipe, seed),
             budget=limit if method == "trady" else None,
             policy=method,
-            ranking=None if ranking is None or method != "trady" else replace(ranking, source="given"),
+            ranking=ranking if method == "trady" else None,
             seed=seed,
         )
         for method in METHODS

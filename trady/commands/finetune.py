@@ -37,7 +37,10 @@ def finetune(
     warmup_epochs: Annotated[
         float | None, typer.Option(help="Length of the warm-up; a tenth of the run by default.")
     ] = None,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 2.0,
+    channel_clip: Annotated[
+        float, typer.Option(help="A channel's gradient is scaled down to this share of the channel's norm.")
+    ] = 0.1,
+    max_grad_norm: Annotated[float, typer.Option(help="The head's gradient is scaled down to this norm.")] = 2.0,
     mode: Annotated[str, typer.Option(help="Dropout in training: on (train) or off (eval).")] = "train",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
     on_unreadable: options.OnUnreadable = "refuse",
@@ -74,6 +77,7 @@ def finetune(
             ranking=given_ranking,
             seed=seed,
             warmup_epochs=warmup_epochs,
+            channel_clip=channel_clip,
             max_grad_norm=max_grad_norm,
             resume=resume,
             overwrite=overwrite,

@@ -121,9 +121,10 @@ class Loop:
         self.trainer.model.train(self.settings.mode == "train")
         stepper = Stepper(
             self.accelerator,
-            self.trainer.model,
+            self.trainer,
             optimizer,
             self.loss,
+            self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
         )
@@ -187,7 +188,7 @@ class Loop:
         return TrainingError(
             f"{what} in epoch {epoch + 1}, step {step + 1}, at a learning rate of {rate:.3g}; {kept}. "
             f"Try a lower rate (--lr {self.settings.lr / 4:.2g}), a longer warm-up (--warmup-epochs) "
-            "or a smaller gradient norm (--max-grad-norm)"
+            "or tighter clipping (--channel-clip, --max-grad-norm)"
         )
 
     def _write(self, history: list[EpochMetrics], optimizer: torch.optim.Optimizer, model: str) -> None:

@@ -91,6 +91,7 @@ class Lines:
             f"{self.accuracy}, {metrics.samples_per_second:.0f} samples/s, "
             f"peak {format_bytes(metrics.peak_bytes)}{self.budget}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:

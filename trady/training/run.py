@@ -50,6 +50,7 @@ def finetune(
     head: str | Sequence[str] | None = "auto",
     seed: int = 0,
     warmup_epochs: float | None = None,
+    channel_clip: float | None = 0.1,
     max_grad_norm: float | None = 2.0,
     resume: bool = False,
     overwrite: bool = False,
@@ -82,8 +83,10 @@ def finetune(
         head: Modules that always train, outside the budget; ``auto`` is the last weight layer.
         seed: Decides the channels, the order of the data and all other random numbers.
         warmup_epochs: Length of the warm-up; a tenth of the run by default.
-        max_grad_norm: The gradient over all trained parameters is scaled down to this norm;
-            ``None`` does not clip.
+        channel_clip: The gradient of a channel is scaled down to this share of the channel's own norm
+            (adaptive gradient clipping, arXiv 2102.06171); ``None`` does not clip.
+        max_grad_norm: The gradient of the head (with ``policy="full"``: of everything) is scaled down to
+            this norm; ``None`` does not clip.
         resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start.
         overwrite: Replace a run that is in the folder already.
         optimizer: ``sgd``, ``adam``, ``adamw``, or a function from parameters to an optimizer.
@@ -120,6 +123,7 @@ def finetune(
         batch_size=loader.batch_size,
         lr=lr,
         warmup_steps=schedule.warmup_steps,
+        channel_clip=channel_clip,
         max_grad_norm=max_grad_norm,
         optimizer=optimizer if isinstance(optimizer, str) else "custom",
         momentum=momentum,

@@ -24,7 +24,8 @@ class Settings:
         batch_size: Examples a step; ``None`` where the user's loader decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.
-        max_grad_norm: Limit of the gradient's norm; ``None`` is no limit.
+        channel_clip: Limit of a channel's gradient norm over the channel's own; ``None`` is no limit.
+        max_grad_norm: Limit of the head's gradient norm (of all gradients without a tuner); ``None`` is no limit.
         optimizer: Its name; ``custom`` for the user's own.
         momentum: For ``sgd``.
         weight_decay: For named optimizers.
@@ -41,6 +42,7 @@ class Settings:
     batch_size: int | None
     lr: float
     warmup_steps: int
+    channel_clip: float | None
     max_grad_norm: float | None
     optimizer: str
     momentum: float
@@ -56,8 +58,9 @@ class Settings:
         ):
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise TrainingError(f"max_grad_norm is {self.max_grad_norm}; give more than zero, or None")
+        for name, limit in (("channel_clip", self.channel_clip), ("max_grad_norm", self.max_grad_norm)):
+            if limit is not None and not limit > 0:
+                raise TrainingError(f"{name} is {limit}; give more than zero, or None")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain values."""

@@ -14,6 +14,7 @@ from torch import nn
 from trady.errors import TrainingError
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
+from trady.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Stepper:
     """Everything that stays the same from step to step."""
 
     accelerator: Accelerator
-    model: nn.Module
+    trainer: Trainer
     optimizer: torch.optim.Optimizer
     loss: Loss
+    channel_clip: float | None
     max_grad_norm: float | None
     precision: str
 
@@ -44,13 +46,13 @@ class Stepper:
         """
         inputs, labels = split_batch(batch)
         with autocast(self.accelerator.device, self.precision):
-            value = self.loss(forward(self.model, inputs), labels)
+            value = self.loss(forward(self.trainer.model, inputs), labels)
         loss = float(value.detach())
         if not math.isfinite(loss):
             raise NotFiniteError("loss", loss)
         self.accelerator.backward(value)
         self._average(parameters)
-        norm = self._clip(parameters)
+        norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
         for group in self.optimizer.param_groups:
@@ -58,10 +60,6 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, len(labels))
-
-    def _clip(self, parameters: Sequence[nn.Parameter]) -> float:
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average the gradients over processes: they are few, so no wrapper is needed for it."""

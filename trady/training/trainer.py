@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,6 +49,9 @@ class Trainer(Protocol):
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Make the optimizer follow the trainer's parameters."""
 
+    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+        """Clip the gradients; return their norm before."""
+
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
 
@@ -92,6 +96,10 @@ class TunerTrainer:
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Let the tuner see the optimizer's steps."""
         return self.tuner.attach(optimizer)
+
+    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+        """Clip each channel against its own weights, the head by its norm."""
+        return self.tuner.clip_gradients(ratio, max_norm)
 
     def start_epoch(self, epoch: int) -> None:
         """Draw new channels."""
@@ -150,6 +158,11 @@ class FullTrainer:
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return the optimizer as it is."""
         return optimizer
+
+    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+        """Clip all gradients together by their norm, as plain fine-tuning usually does."""
+        limit = math.inf if max_norm is None else max_norm
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
 
     def start_epoch(self, epoch: int) -> None:
         """Nothing changes between epochs."""
