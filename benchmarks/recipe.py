@@ -27,9 +27,7 @@ BUDGETS = {"mbv2-w0.35": "elements:27946", "mcunet-5fps": "elements:27946", "eff
 METHODS = ("head", "trady", "full")
 
 
-def accuracy(
-    name: str, method: str, arguments: argparse.Namespace, lr: float | None, seed: int
-) -> tuple[float, float]:
+def accuracy(name: str, method: str, arguments: argparse.Namespace, lr: float | None, seed: int) -> tuple[float, float]:
     """Train once; return the last accuracy and the seconds it took (0 if the guard stopped it)."""
     lite = name == "efficientnet-lite0"
     data = load_data(

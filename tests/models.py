@@ -41,7 +41,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 8, blocks: int = 2, classes: int = 5, inplace: bool = True) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace)
+        )
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.blocks = nn.Sequential(*(BasicBlock(width, inplace) for _ in range(blocks)))
         self.head = nn.Linear(width, classes)
@@ -75,8 +77,12 @@ class PreActivation(nn.Module):
         for _ in range(blocks):
             self.blocks.append(
                 nn.Sequential(
-                    nn.BatchNorm2d(width), nn.ReLU(inplace), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width), nn.ReLU(inplace), nn.Conv2d(width, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace),
+                    nn.Conv2d(width, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace),
+                    nn.Conv2d(width, width, 3, padding=1, bias=False),
                 )
             )
         self.head = nn.Linear(width, 5)
@@ -139,7 +145,9 @@ class SharedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
-        return self.head((F.relu(self.left(x)) + self.right(F.max_pool2d(x, 2)).mean((2, 3), keepdim=True)).mean((2, 3)))
+        return self.head(
+            (F.relu(self.left(x)) + self.right(F.max_pool2d(x, 2)).mean((2, 3), keepdim=True)).mean((2, 3))
+        )
 
 
 class Grouped(nn.Module):
@@ -175,35 +183,66 @@ class StaticSame(nn.Conv2d):
 def padded() -> nn.Module:
     """Padding in front of a convolution: by a subclass, by a module, as a string, even and odd kernels."""
     return nn.Sequential(
-        StaticSame(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU6(),
-        nn.ZeroPad2d((2, 1, 0, 3)), nn.Conv2d(6, 8, 4, padding=1), nn.ReLU(),
-        nn.Conv2d(8, 8, 4, padding="same", dilation=1), nn.LeakyReLU(0.1),
+        StaticSame(3, 6, 3, stride=2, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU6(),
+        nn.ZeroPad2d((2, 1, 0, 3)),
+        nn.Conv2d(6, 8, 4, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 4, padding="same", dilation=1),
+        nn.LeakyReLU(0.1),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
     )
 
 
 def one_dimensional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(3, 6, 5, stride=2, padding=2), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2),
-        nn.Conv1d(6, 8, 3, padding="same", dilation=2, groups=2), nn.LeakyReLU(0.1), nn.AvgPool1d(2, padding=1),
-        nn.Conv1d(8, 8, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4),
+        nn.Conv1d(3, 6, 5, stride=2, padding=2),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(6, 8, 3, padding="same", dilation=2, groups=2),
+        nn.LeakyReLU(0.1),
+        nn.AvgPool1d(2, padding=1),
+        nn.Conv1d(8, 8, 1),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
     )
 
 
 def three_dimensional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.MaxPool3d((1, 2, 2)),
-        nn.Conv3d(4, 6, (1, 3, 3), groups=2), nn.ReLU6(), nn.AvgPool3d((2, 2, 1), ceil_mode=True),
-        nn.Conv3d(6, 6, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 4),
+        nn.Conv3d(2, 4, 3, padding=1),
+        nn.BatchNorm3d(4),
+        nn.ReLU(),
+        nn.MaxPool3d((1, 2, 2)),
+        nn.Conv3d(4, 6, (1, 3, 3), groups=2),
+        nn.ReLU6(),
+        nn.AvgPool3d((2, 2, 1), ceil_mode=True),
+        nn.Conv3d(6, 6, 1),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
     )
 
 
 def perceptron() -> nn.Module:
     """Linear layers with normalisation, activation and dropout."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(48, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Dropout(0.3),
-        nn.Linear(16, 12), nn.Hardtanh(-0.5, 0.5), nn.Linear(12, 12), nn.BatchNorm1d(12, affine=False), nn.Linear(12, 4),
+        nn.Flatten(),
+        nn.Linear(48, 16, bias=False),
+        nn.BatchNorm1d(16),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3),
+        nn.Linear(16, 12),
+        nn.Hardtanh(-0.5, 0.5),
+        nn.Linear(12, 12),
+        nn.BatchNorm1d(12, affine=False),
+        nn.Linear(12, 4),
     )
 
 

@@ -36,7 +36,7 @@ from tests.models import (
     seeded,
     snapshot,
 )
-from trady.errors import ModelError, StateError, TradyError
+from trady.errors import ModelError, StateError
 
 #: PyTorch's own: it pads strings of even kernels by a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -329,7 +329,9 @@ def test_every_submodule_called_directly_gives_what_it_gives_alone(name: str) ->
         module = model.get_submodule(path)
         kept = given.clone()
         given.requires_grad_(True)
-        asked = getattr(module, "inplace", False) or any(getattr(m, "inplace", False) for m in list(module.modules())[1:2])
+        asked = getattr(module, "inplace", False) or any(
+            getattr(m, "inplace", False) for m in list(module.modules())[1:2]
+        )
         with torch.set_grad_enabled(not asked):
             found = module(given)
         assert relative_error(found, expected) < 1e-12, path
@@ -340,7 +342,9 @@ def test_every_submodule_called_directly_gives_what_it_gives_alone(name: str) ->
 def test_a_layer_called_directly_has_the_dense_gradient() -> None:
     model, x = seeded(Residual).double(), normal(2, 3, 9, 9, dtype=torch.float64)
     tuner = armed(model, x)
-    assert_dense_gradients(model, tuner, lambda m: m.blocks[0].conv1(m.stem(x)).square().sum() + m.blocks(m.stem(x)).sum())
+    assert_dense_gradients(
+        model, tuner, lambda m: m.blocks[0].conv1(m.stem(x)).square().sum() + m.blocks(m.stem(x)).sum()
+    )
     tuner.finish()
 
 
@@ -482,7 +486,11 @@ def test_an_armed_model_prints_and_saves_as_before() -> None:
     tuner.finish()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301 (our own bytes)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_a_copy_of_an_armed_model_is_a_plain_working_model(copied: Callable[[nn.Module], nn.Module]) -> None:
     model, x = seeded(Residual).double().eval(), normal(2, 3, 9, 9, dtype=torch.float64)
     with torch.no_grad():
@@ -517,7 +525,12 @@ def test_a_norm_that_averages_over_all_batches_is_frozen_like_any_other() -> Non
 
     def build() -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4, momentum=None),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
         )
 
     model, x = seeded(build).double(), normal(2, 3, 6, 6, dtype=torch.float64)
@@ -621,12 +634,11 @@ def test_another_branch_of_the_same_shape_is_never_computed_with_the_traced_one(
     model.route = 0
     tuner = armed(model, x)
     model.route = 1
-    try:
-        found = model(x)
-    except ModelError as error:
-        assert "fuse=False" in str(error)
-    else:
-        assert relative_error(found, expected) < 1e-12
+    if what == "layer":  # nothing was computed together yet: it goes on without
+        assert relative_error(model(x), expected) < 1e-12
+    else:  # convolution and norm were computed together already
+        with pytest.raises(ModelError, match="fuse=False"):
+            model(x)
     tuner.finish()
     model.route = 0
     tuner = armed(model, x, fuse=False)
@@ -639,20 +651,12 @@ def test_another_branch_of_the_same_shape_is_never_computed_with_the_traced_one(
 def test_a_parameter_made_trainable_afterwards_is_never_silently_wrong(which: str) -> None:
     build, shape = IMAGE_NETWORKS["padded"]
     model, x = seeded(build).double().eval(), normal(2, *shape, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(x)
     tuner = armed(model, x)
-    parameter = model.get_parameter(which)
-    parameter.requires_grad_(True)
-    try:
-        found = model(x)
-    except TradyError as error:
-        assert "head=" in str(error)
-    else:
-        assert relative_error(found, expected) < 1e-12
-        found.sum().backward()
-        assert parameter.grad is not None
+    model.get_parameter(which).requires_grad_(True)
+    with pytest.raises(ModelError, match="head="):
+        model(x)
     tuner.finish()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 class Odd(nn.Module):
@@ -746,7 +750,17 @@ def test_nothing_is_kept_and_no_gradient_computed_in_front_of_the_first_selected
 
     tuner = trady.prepare(model, x, budget=EVERYTHING, policy=Last())
     ledger = tuner.ledger(lambda: squares(x)(model).backward())
-    assert {saved.layer for saved in ledger.saved} <= {"blocks.2.conv1", "blocks.2.conv2", "blocks.2", "head", "(loss)", "(model)", "blocks.2.bn1", "blocks.2.bn2", "blocks.2.relu"}
+    assert {saved.layer for saved in ledger.saved} <= {
+        "blocks.2.conv1",
+        "blocks.2.conv2",
+        "blocks.2",
+        "head",
+        "(loss)",
+        "(model)",
+        "blocks.2.bn1",
+        "blocks.2.bn2",
+        "blocks.2.relu",
+    }
     assert ledger.saved_bytes_of("channels") == 2 * 9 * 9 * 4 * 4 == tuner.cost().saved_channel_bytes
     assert model.stem(x).requires_grad is False
     tuner.finish()
@@ -858,7 +872,13 @@ def test_functional_networks_have_a_layer_for_every_weight() -> None:
     tuner = armed(model, x)
     assert [layer.parameter for layer in tuner.plan.table] == ["first", "second", "hidden"]
     assert len(set(tuner.plan.table.names)) == 3
-    assert set(dict(tuner.named_parameters())) == {"first.channels", "second.channels", "hidden.channels", "classifier", "bias"}
+    assert set(dict(tuner.named_parameters())) == {
+        "first.channels",
+        "second.channels",
+        "hidden.channels",
+        "classifier",
+        "bias",
+    }
     assert_dense_gradients(model, tuner, squares(x))
     tuner.finish()
 

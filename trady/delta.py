@@ -82,6 +82,8 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
             if values is None or groups is None:
                 raise CheckpointError(f"the delta is damaged: {name!r} has channels but no values")
             count = int(groups)
+            if parameter.dim() < 2 or count < 0 or (count and parameter.shape[0] % count):
+                raise CheckpointError(f"the delta has {count} groups for {name!r} of shape {tuple(parameter.shape)}")
             rows = _rows(parameter.detach(), count)
             total = rows.shape[0] * rows.shape[1]
             if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < total):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._pytree import tree_iter
 
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
@@ -41,7 +40,7 @@ from trady.recognize import (
     is_metadata,
     recognize,
 )
-from trady.trace import READS_ONE, batch_counters, batches_counted, is_count
+from trady.trace import READS_ONE, batch_counters, batches_counted, is_count, tensors_among, tracing
 
 
 class ArmedLayer:
@@ -127,13 +126,13 @@ class Interceptor(TorchFunctionMode):
             self._enabled = True
 
     def _hooks_now(self) -> tuple[int, bool]:
-        """Number of the newest forward hook (they are numbered as they come), and whether there is a backward hook."""
+        """Number of the newest forward hook (they count up), and whether there is a backward hook."""
         modules = list(self._model.modules())
-        newest = max((n for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for n in hooks), default=0)
+        newest = max((number for m in modules for number in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
         return newest, any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if not self._enabled:
+        if not self._enabled or tracing.get():
             return
         if self._depth:
             self._recover()
@@ -194,7 +193,7 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         if is_count(func, args, self._counters):
             return args[0]
-        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(tensors_among((*args, *kwargs.values())))
         if not tensors or self._is_abandoned():
             return func(*args, **kwargs)
         if func in READS_ONE and id(tensors[0]) in self._counters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,20 @@ from trady.errors import StateError
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
 #: bias correction of Adam counts the layer's steps, not the channel's), so it starts at the layer's mean.
-_SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "acc_delta", "row_var"}
+_SECOND_MOMENTS = {
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "sum",
+    "square_avg",
+    "acc_delta",
+    "row_var",
+    "col_var",
+    "step_size",
+}
+
+#: Copies that an optimizer is taken to keep where it cannot be tried out: Adam's.
+_ASSUMED = 2
 
 
 def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
@@ -24,16 +38,43 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
 
     """
     state: dict[str, Any] | None = optimizer.state.get(change.compact)
-    if not state:
-        return
     sources = torch.from_numpy(change.sources)
     stays = sources >= 0
-    if not bool(stays.any()):
-        del optimizer.state[change.compact]
+    if not state or not bool(stays.any()):
+        _start_anew(optimizer, change.compact)
         return
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.dim() == change.compact.dim() and value.shape[0] == change.rows_before:
+        # Adafactor's mean over the rows of a matrix has no row of its own for each channel.
+        by_row = isinstance(value, Tensor) and not (name == "col_var" and value.dim() == 2)
+        if by_row and value.dim() == change.compact.dim() and value.shape[0] == change.rows_before:
             state[name] = _rearranged(value, sources.to(value.device), mean=name in _SECOND_MOMENTS)
+
+
+def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
+    """Leave the state as the optimizer makes it before a first step; most make none."""
+    group = next((g for g in optimizer.param_groups if any(p is compact for p in g["params"])), None)
+    if group is None:
+        return
+    fresh = None if len(compact) == 0 else _twin(optimizer, group, compact)
+    made = {} if fresh is None else dict(fresh.state.get(compact, {}))
+    if made:
+        optimizer.state[compact] = made
+    else:
+        optimizer.state.pop(compact, None)
+
+
+def _twin(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter
+) -> torch.optim.Optimizer | None:
+    """An optimizer of the same kind and options over one parameter; ``None`` where it cannot be made."""
+    options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    accepted = inspect.signature(type(optimizer)).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    defaults = {name: value for name, value in optimizer.defaults.items() if takes_all or name in accepted}
+    try:
+        return type(optimizer)([{"params": [parameter], **options}], **defaults)
+    except Exception:
+        return None
 
 
 def _rearranged(value: Tensor, sources: Tensor, *, mean: bool) -> Tensor:
@@ -57,16 +98,22 @@ def state_copies(optimizer: torch.optim.Optimizer) -> int:
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise StateError("LBFGS keeps one flat history that cannot follow changing channels; use SGD or AdamW")
-    probe = nn.Parameter(torch.zeros(4, 4))
+    return max(_copies(optimizer, group, shape) for group in optimizer.param_groups for shape in _PROBES)
+
+
+#: A matrix, one row and a pointwise convolution: factored second moments take most for the last two.
+_PROBES = ((4, 4), (1, 8), (4, 4, 1, 1))
+
+
+def _copies(optimizer: torch.optim.Optimizer, group: dict[str, Any], shape: tuple[int, ...]) -> int:
+    probe = nn.Parameter(torch.zeros(shape))
     probe.grad = torch.ones_like(probe)
-    copies = 0
-    for group in optimizer.param_groups:
-        options = {name: value for name, value in group.items() if name != "params"}
-        try:
-            twin = type(optimizer)([{"params": [probe], **options}], **optimizer.defaults)
-            twin.step()
-        except Exception:  # an optimizer that cannot be made from its own options: assume Adam's state
-            return 2
-        elements = sum(v.numel() for v in twin.state[probe].values() if isinstance(v, Tensor) and v.dim() > 0)
-        copies = max(copies, -(-elements // probe.numel()))
-    return copies
+    twin = _twin(optimizer, group, probe)
+    try:
+        if twin is None:
+            return _ASSUMED
+        twin.step()
+    except Exception:
+        return _ASSUMED
+    elements = sum(v.numel() for v in twin.state[probe].values() if isinstance(v, Tensor) and v.dim() > 0)
+    return -(-elements // probe.numel())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.errors import ModelError
 from trady.recognize import Call, NormCall, is_metadata, recognize
 
-#: Functions that may fail or lie without data; a model that needs them cannot be traced.
-_NEEDS_DATA = (NotImplementedError, RuntimeError)
+#: Whether a trace is running: a model that trains already is traced as its author wrote it.
+tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
 @dataclass
@@ -126,6 +127,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # this pass is ours: the model's own will warn
+        token = tracing.set(True)
         try:
             with recorder:
                 output = model(*tree_map(recorder.to_meta, args), **tree_map(recorder.to_meta, kwargs))
@@ -135,6 +137,8 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
                 f"{type(error).__name__}: {error}. The example must be one batch as training will see it, and "
                 "the forward pass must not branch on the values of tensors."
             ) from error
+        finally:
+            tracing.reset(token)
     recorder.trace.batch = batch_size(example)
     outputs = list(tree_iter(output))
     recorder.trace.values = [_settle(value) for value in recorder.trace.values]
@@ -204,8 +208,8 @@ class _Recorder(TorchFunctionMode):
         self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def to_meta(self, value: Any) -> Any:
-        """Replace a tensor by one without memory; the same tensor always by the same one."""
-        if not isinstance(value, Tensor) or value.is_meta:
+        """Replace a tensor by one without memory or gradient; the same tensor always by the same one."""
+        if not isinstance(value, Tensor) or (value.is_meta and not value.requires_grad):
             return value
         known = self._meta.get(id(value))
         if known is None or known[0] is not value:
@@ -218,7 +222,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_metadata(func):
             for value in map(self._value_of, tensors):
@@ -302,6 +306,15 @@ def is_count(function: Any, args: tuple[Any, ...], counters: Mapping[int, Tensor
     return function is torch.Tensor.add_ and bool(args) and id(args[0]) in counters
 
 
+def tensors_among(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of a torch function, also in lists of them."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_among(value)
+
+
 #: How a batch normalisation reads its counter: ``momentum=None`` divides by it.
 READS_ONE = {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.item}
 
@@ -318,7 +331,7 @@ Section = tuple[int, bool]
 
 def current_section() -> Section:
     """Identify the checkpointed section, or the stretch without gradients, that is running."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (0 if hooks is None else id(hooks[0])), torch.is_grad_enabled()
 
 

@@ -16,7 +16,7 @@ from trady.channels import Selection
 from trady.clipping import clip_channels_
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing, decide
-from trady.errors import CheckpointError, StateError
+from trady.errors import BudgetError, CheckpointError, StateError
 from trady.examine import Examined
 from trady.memory import Ledger, measure
 from trady.online_ranking import OnlineRanking
@@ -171,8 +171,13 @@ class Tuner:
         mine = {id(p) for p in self.parameters()}
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
-        self._drawing.state_copies = max(self._drawing.state_copies, state_copies(optimizer))
-        self._drawing.check_budget()
+        before, copies = self._drawing.state_copies, state_copies(optimizer)
+        self._drawing.state_copies = max(before, copies)
+        try:
+            self._drawing.check_budget()
+        except BudgetError:
+            self._drawing.state_copies = before
+            raise
         self._optimizers.append(weakref.ref(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -330,6 +335,9 @@ class Tuner:
                 )
         try:
             drawing, selection = self._drawing, Selection(meta["selection"])
+            for name, channels in selection.items():
+                if not 0 <= channels[0] <= channels[-1] < drawing.table[name].channels:
+                    raise ValueError(f"channel {channels[-1]} of {name}")
             ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
             online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
             pool = tuple(drawing.table[name].name for name in meta["pool"])
@@ -337,7 +345,11 @@ class Tuner:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
         self._armed.select(Selection())
-        touched = load_changed_tensors(self.model, state["tensors"])
+        try:
+            touched = load_changed_tensors(self.model, state["tensors"])
+        except CheckpointError:
+            self._armed.select(self._selection)
+            raise
         drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
         self._epoch, self._redraw, self._steps, drawing.state_copies = numbers
         by_parameter = {layer.parameter: layer.name for layer in drawing.table}

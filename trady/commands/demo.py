@@ -38,7 +38,7 @@ class Recipe:
     full_lr: float = 0.05
 
 
-LONG = Recipe(images=(4000, 2000), epochs=4, timing_rounds=15)
+LONG = Recipe(images=(2400, 1500), epochs=4, timing_rounds=9)
 SHORT = Recipe(images=(640, 400), epochs=1, timing_rounds=5)
 
 

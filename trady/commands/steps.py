@@ -31,7 +31,7 @@ class Step:
         self.example = example
         self.optimizer = trainer.attach(torch.optim.SGD(trainer.parameters(), lr=RATE))
         trainer.start_epoch(0)
-        trainer.model.train()
+        trainer.set_mode(training=True)
 
     def __call__(self) -> None:
         """Run forward, backward and update."""

@@ -31,6 +31,11 @@ class Clamp:
     slope: float = 0.0
 
     @property
+    def bound(self) -> float:
+        """What lies at or above it has no gradient: NaN, which no comparison reaches, where there is no ``high``."""
+        return math.nan if self.high == math.inf else self.high
+
+    @property
     def name(self) -> str:
         """The activation's usual name."""
         if self.slope:
@@ -60,7 +65,7 @@ def clamp_(x: Tensor, clamp: Clamp, *, keep_bits: bool) -> Tensor | None:
         count_write(x)
         return bits
     for block, packed in _blocks(rows, bits):
-        inside = (block > clamp.low) & (block < clamp.high) | block.isnan()
+        inside = ~((block <= clamp.low) | (block >= clamp.bound))
         if clamp.slope:
             torch.where(inside, block, block * clamp.slope, out=block)
         else:
@@ -128,14 +133,14 @@ def _clamp_natively(rows: Tensor, clamp: Clamp, bits: Tensor | None) -> bool:
     pointer, packed = rows.data_ptr(), None if bits is None else bits.data_ptr()
     count, length = rows.shape
     if rows.dtype == torch.float32:
-        kernels.trady_clamp_f32(pointer, pointer, packed, count, length, clamp.low, clamp.high, clamp.slope)
+        kernels.trady_clamp_f32(pointer, pointer, packed, count, length, clamp.low, clamp.bound, clamp.slope)
         return True
     if rows.dtype == torch.bfloat16 and not clamp.slope:
         bounds = torch.tensor([clamp.low, clamp.high], dtype=torch.bfloat16)
         if bounds.tolist() == [clamp.low, clamp.high]:
             low_bits, high_bits = (int(v) & 0xFFFF for v in bounds.view(torch.int16).tolist())
             kernels.trady_clamp_bf16(
-                pointer, pointer, packed, count, length, clamp.low, clamp.high, low_bits, high_bits
+                pointer, pointer, packed, count, length, clamp.low, clamp.bound, low_bits, high_bits
             )
             return True
     return False

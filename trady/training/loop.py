@@ -118,7 +118,7 @@ class Loop:
         seed_epoch(self.settings.seed, epoch, self.accelerator.process_index)
         start_epoch(self.batches, epoch)
         self.trainer.start_epoch(epoch)
-        self.trainer.model.train(self.settings.mode == "train")
+        self.trainer.set_mode(training=self.settings.mode == "train")
         stepper = Stepper(
             self.accelerator,
             self.trainer,

@@ -55,6 +55,9 @@ class Trainer(Protocol):
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
 
+    def set_mode(self, *, training: bool) -> None:
+        """Put the model in training or evaluation mode."""
+
     def draw(self) -> Draw:
         """Return what trains now."""
 
@@ -105,6 +108,10 @@ class TunerTrainer:
         """Draw new channels."""
         self.tuner.resample(epoch)
 
+    def set_mode(self, *, training: bool) -> None:
+        """Set the mode; an armed model keeps its normalisation statistics fixed in both."""
+        self.model.train(training)
+
     def draw(self) -> Draw:
         """Return the selection in numbers."""
         selection = self.tuner.selection
@@ -133,7 +140,7 @@ class TunerTrainer:
 
 
 class FullTrainer:
-    """Plain PyTorch: every parameter trains, batch normalisation follows the batches."""
+    """Plain PyTorch: every parameter trains, those of the normalisation too; its statistics are fixed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -166,6 +173,17 @@ class FullTrainer:
 
     def start_epoch(self, epoch: int) -> None:
         """Nothing changes between epochs."""
+
+    def set_mode(self, *, training: bool) -> None:
+        """Set the mode, with the statistics of batch normalisation fixed as under a tuner.
+
+        So the methods are compared in the same mode. It is also the stronger baseline: on a few hundred small
+        steps, running statistics do not settle (EfficientNet-Lite0 on 1 200 images: 39 % against 79 %).
+        """
+        self.model.train(training)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                module.eval()
 
     def draw(self) -> Draw:
         """Return the number of parameters."""
