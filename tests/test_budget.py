@@ -195,6 +195,5 @@ def test_a_budget_below_the_least_reads_well():
         'budget "peak:10 MiB" is below the least possible; the least is 37.2 MiB: type budget="peak:37.3 MiB"'
     )
     assert str(below_least(parse_budget("elements:3"), 400)) == (
-        'budget "elements:3" is below the least possible; the least is 400 elements: '
-        'type budget="elements:400"'
+        'budget "elements:3" is below the least possible; the least is 400 elements: type budget="elements:400"'
     )

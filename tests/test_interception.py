@@ -16,6 +16,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 import trady
 from tests.models import (
@@ -466,6 +467,32 @@ def test_checkpointed_segments_have_the_gradients_of_plain_ones(what: str, reent
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 1e-10, name
+    tuner.finish()
+
+
+class StartsWithNorm(nn.Module):
+    """Checkpointed blocks that begin with what could overwrite its input: the input is what is recomputed from."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(6), nn.LeakyReLU(0.3), nn.Conv2d(6, 6, 3, padding=1)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_what_a_checkpoint_recomputes_from_is_not_overwritten(reentrant: bool) -> None:
+    model, x = seeded(lambda: StartsWithNorm(reentrant)).double(), normal(2, 3, 7, 7, dtype=torch.float64)
+    tuner = armed(model, x)
+    assert_dense_gradients(model, tuner, squares(x))
     tuner.finish()
 
 

@@ -116,9 +116,7 @@ def test_the_parts_sum_to_the_peak(optimizer):
 
 
 def test_saved_bytes_are_those_of_an_independent_count():
-    model = nn.Sequential(
-        net(), nn.BatchNorm1d(10), nn.GELU(), nn.Dropout(), nn.LayerNorm(10), nn.Softmax(-1)
-    )
+    model = nn.Sequential(net(), nn.BatchNorm1d(10), nn.GELU(), nn.Dropout(), nn.LayerNorm(10), nn.Softmax(-1))
     x = torch.randn(4, 3, 8, 8)
     expected = saved_by_hand(lambda: model(x), [*model.parameters(), *model.buffers()])
     ledger = measure(lambda: model(x).sum().backward(), inference=False)
@@ -457,9 +455,7 @@ def test_changing_a_saved_tensor_in_place_is_still_an_error():
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4))
         self.reentrant = reentrant
 
     def forward(self, x):
@@ -508,9 +504,7 @@ def test_a_model_on_the_meta_device_takes_the_same_bytes():
     figures = []
     for device in ("cpu", "meta"):
         model = net(device=device)
-        step = Step(
-            model, torch.zeros(4, 3, 8, 8, device=device), torch.optim.SGD(model.parameters(), lr=0.1)
-        )
+        step = Step(model, torch.zeros(4, 3, 8, 8, device=device), torch.optim.SGD(model.parameters(), lr=0.1))
         figures.append(measure(step).to_json())
     assert figures[0] == figures[1]
 

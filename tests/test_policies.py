@@ -25,9 +25,7 @@ RANDOM = ["trady", "dynamic-random", "static-random", "static-topk-random"]
 
 
 def layer(name, channels=8, weight=3, activation=4):
-    return Layer(
-        name, f"{name}.weight", "linear", channels, weight, activation, weight, (weight, channels), (), ()
-    )
+    return Layer(name, f"{name}.weight", "linear", channels, weight, activation, weight, (weight, channels), (), ())
 
 
 def draw_of(layers, *, pool=None, capacity=None, seed=0, epoch=0, redraw=0):
@@ -53,9 +51,7 @@ def fillings(draw):
 
 @st.composite
 def draws(draw):
-    sizes = draw(
-        st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
-    )
+    sizes = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
     layers = [layer(f"l{i}", *size) for i, size in enumerate(sizes)]
     pool = draw(st.lists(st.sampled_from([each.name for each in layers]), unique=True))
     return draw_of(
@@ -229,9 +225,7 @@ def test_no_two_draws_share_their_random_numbers():
     assert len({tuple(shuffled(50, *each)) for each in draws}) == len(draws)
 
 
-@pytest.mark.parametrize(
-    ("static", "dynamic"), [("static-random", "dynamic-random"), ("static-topk-random", "trady")]
-)
+@pytest.mark.parametrize(("static", "dynamic"), [("static-random", "dynamic-random"), ("static-topk-random", "trady")])
 def test_a_static_policy_holds_the_channels_that_its_dynamic_twin_starts_with(static, dynamic):
     later = draw_of(LAYERS, pool=("a", "b"), capacity=300, epoch=7, redraw=2)
     start = draw_of(LAYERS, pool=("a", "b"), capacity=300)
@@ -266,9 +260,7 @@ def test_pairs_of_channels_are_drawn_independently_of_their_neighbourhood():
     assert np.abs(pairs - expected).max() < 4.5 * np.sqrt(expected)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"seed": -1}, {"seed": 2**64}, {"epoch": -1}, {"redraw": -1}, {"epoch": 2**32}]
-)
+@pytest.mark.parametrize("bad", [{"seed": -1}, {"seed": 2**64}, {"epoch": -1}, {"redraw": -1}, {"epoch": 2**32}])
 def test_seeds_and_epochs_out_of_range_are_refused(bad):
     with pytest.raises(PolicyError, match="they start at 0"):
         draw_selection(get_policy("trady"), draw_of(LAYERS, **bad))

@@ -20,9 +20,7 @@ from trady.ranking import (
     top_layers,
 )
 
-scores_of_layers = st.dictionaries(
-    st.text(max_size=5), st.floats(0, allow_infinity=False), min_size=1, max_size=12
-)
+scores_of_layers = st.dictionaries(st.text(max_size=5), st.floats(0, allow_infinity=False), min_size=1, max_size=12)
 
 
 def layer(name, channels=8, weight=3, activation=4, kind="linear", groups=1, tokens=1):
@@ -183,9 +181,7 @@ def test_a_ranking_of_impossible_values_is_refused(values, message):
 )
 def test_a_ranking_survives_its_file(tmp_path_factory, scores, metric, source, batches, data):
     channels = data.draw(
-        st.dictionaries(
-            st.sampled_from(sorted(scores)), st.lists(st.floats(0, allow_infinity=False)).map(tuple)
-        )
+        st.dictionaries(st.sampled_from(sorted(scores)), st.lists(st.floats(0, allow_infinity=False)).map(tuple))
     )
     ranking = LayerRanking(scores, metric, source, "0123", channels, batches)
     path = tmp_path_factory.mktemp("ranking") / "ranking.json"

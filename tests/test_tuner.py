@@ -877,3 +877,12 @@ def test_a_step_whose_backward_comes_after_a_draw_is_refused() -> None:
     with pytest.raises(StateError, match="resample"):
         loss.backward()
     tuner.finish()
+
+
+def test_a_model_that_was_moved_after_prepare_is_refused() -> None:
+    model, example = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), torch.randn(2, 6)
+    tuner = trady.prepare(model, example, budget="elements:1000")
+    model.to("meta")
+    with pytest.raises(StateError, match="move it first"):
+        model(example.to("meta"))
+    del tuner

@@ -91,7 +91,14 @@ class Armed:
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
         """
         for name, armed in self.layers.items():
-            if armed.selected is None or self._written[name] == armed.versions:
+            if armed.selected is None:
+                continue
+            if armed.compact.device != armed.weight.device:
+                raise StateError(
+                    f"the model was moved to {armed.weight.device} after it had been prepared on "
+                    f"{armed.compact.device}: move it first, then call trady.prepare and build the optimizer"
+                )
+            if self._written[name] == armed.versions:
                 continue
             layer, weight = self.table[name], armed.weight.detach()
             with torch.no_grad():

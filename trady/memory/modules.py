@@ -56,9 +56,7 @@ class Call:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Remember a call that is being made."""
         autocast = {
-            device: torch.get_autocast_dtype(device)
-            for device in ("cpu", "cuda")
-            if torch.is_autocast_enabled(device)
+            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
         }
         return cls(tree_map(_recalled, args), tree_map(_recalled, kwargs), autocast)
 

@@ -133,9 +133,7 @@ class Recorder:
             self._device = devices.pop()
         self.remarks += self._saved_remarks
         if model is None:
-            self.remarks.append(
-                "the step called no module with parameters: there is no model to compare with"
-            )
+            self.remarks.append("the step called no module with parameters: there is no model to compare with")
         on_cuda = self._device in (None, "cuda")
         if on_cuda and torch.cuda.is_initialized():
             indices = range(torch.cuda.device_count())
@@ -181,9 +179,7 @@ class Recorder:
         self._optimizer_stepped(optimizer)
 
     def _optimizer_stepped(self, optimizer: optimizers.Optimizer, *_: object) -> None:
-        state = [
-            leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)
-        ]
+        state = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
         self._live.register(state, "optimizer state", since_start=True)
 
     def _saved(self, tensor: torch.Tensor, kind: str, frame: Any) -> None:

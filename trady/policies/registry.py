@@ -45,8 +45,7 @@ def register_policy(policy: T | None = None, *, replace: bool = False) -> T | Ca
         made = _instance(given)
         if made.name in _policies and not replace:
             raise PolicyError(
-                f"a policy {made.name!r} exists already; choose another name or type "
-                "register_policy(..., replace=True)"
+                f"a policy {made.name!r} exists already; choose another name or type register_policy(..., replace=True)"
             )
         _policies[made.name] = made
         return given
