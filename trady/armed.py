@@ -46,8 +46,11 @@ class Armed:
         for parameter, _ in self._flags:
             parameter.requires_grad_(id(parameter) in plain)
         self.layers: dict[str, ArmedLayer] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
         for layer in self.table:
             weight = model.get_parameter(layer.parameter)
+            path, _, attribute = layer.parameter.rpartition(".")
+            self._owners[layer.name] = (model.get_submodule(path), attribute)
             shape = channel_major(weight, layer.kind, layer.groups).shape
             compact = nn.Parameter(weight.new_empty((0, *shape[2:])))
             self.layers[layer.name] = ArmedLayer(layer.name, weight, compact)
@@ -93,10 +96,12 @@ class Armed:
         for name, armed in self.layers.items():
             if armed.selected is None:
                 continue
-            if armed.compact.device != armed.weight.device:
+            owner, attribute = self._owners[name]
+            now = owner._parameters.get(attribute)
+            if now is not armed.weight or now.device != armed.compact.device:
                 raise StateError(
-                    f"the model was moved to {armed.weight.device} after it had been prepared on "
-                    f"{armed.compact.device}: move it first, then call trady.prepare and build the optimizer"
+                    f"the weight of {name} was moved or replaced after the model had been prepared: "
+                    "do that first, then call trady.prepare and build the optimizer"
                 )
             if self._written[name] == armed.versions:
                 continue
@@ -131,12 +136,14 @@ class Armed:
 
     def disarm(self) -> None:
         """Write back, take out the hooks, restore the flags."""
-        self.write_back()
-        self.interceptor.disarm()
-        self.on_gradient.clear()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        _armed.difference_update(self.model.modules())
+        try:
+            self.write_back()
+        finally:
+            self.interceptor.disarm()
+            self.on_gradient.clear()
+            for parameter, flag in self._flags:
+                parameter.requires_grad_(flag)
+            _armed.difference_update(self.model.modules())
 
 
 def _sources(before: Channels, now: Channels) -> Channels:

@@ -136,12 +136,12 @@ class Interceptor(TorchFunctionMode):
             return
         if self._depth:
             self._recover()
+        if self._depth == 0 and self.before_forward is not None:
+            self.before_forward()  # may refuse: before anything is pushed
         self._depth += 1
         if self._depth > 1:
             return
         self._outermost = sys._getframe(2)
-        if self.before_forward is not None:
-            self.before_forward()
         plan = self._plans.get(self._model.training)
         name = self._names.get(id(module), "?")
         span = plan.spans.get(name) if plan is not None else None
