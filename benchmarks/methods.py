@@ -85,7 +85,7 @@ def floor(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     task.images.requires_grad_(True)
 
     def run() -> None:
-        task.loss().backward()  # type: ignore[no-untyped-call]
+        task.loss().backward()
         task.images.grad = None
 
     yield Step(run, partial(trady.measure, run, task.model))
@@ -111,7 +111,7 @@ TITLES = {
 
 def _sgd_step(task: Task, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def run() -> None:
-        task.loss().backward()  # type: ignore[no-untyped-call]
+        task.loss().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
