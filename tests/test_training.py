@@ -21,6 +21,7 @@ from torch import nn
 import trady
 from tests.small_task import small_data, small_net, write_npz
 from trady.errors import BudgetError, DataError, PolicyError, StateError, TrainingError
+from trady.training.interrupt import Interrupts
 from trady.training.metrics import EpochMetrics
 from trady.training.progress import Silent
 from trady.training.run import finetune
@@ -328,3 +329,22 @@ def test_a_run_killed_five_times_ends_with_the_losses_of_one_never_killed(tmp_pa
 
 def test_finetune_is_part_of_the_public_face() -> None:
     assert trady.finetune is finetune
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not() -> None:
+    reached = []
+
+    def step(*, signals: int) -> None:
+        with Interrupts() as interrupts:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+            reached.append(f"the end of the step, after {signals}")
+            interrupts.check()
+            reached.append("the next step")
+
+    with pytest.raises(KeyboardInterrupt):
+        step(signals=1)
+    with pytest.raises(KeyboardInterrupt):
+        step(signals=2)
+    assert reached == ["the end of the step, after 1"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.ops.layout import chunks, empty_like_batch
+from trady.ops.layout import chunks, empty_like_batch, unviewed
 from trady.ops.selected import SelectedChannels
 
 _convolution_backward = torch.ops.aten.convolution_backward
@@ -128,7 +128,8 @@ class Convolution:
         """Gradient of the input; gradient: [N, O, *spatial of the output]."""
         if self._is_matrix_product(gradient, weight) and not self.pad:
             matrix = weight.view(1, *weight.shape[:2]).transpose(1, 2).expand(gradient.shape[0], -1, -1)
-            return torch.bmm(matrix, gradient.flatten(2)).view(input_shape)
+            # No view: the layer below may then see that it owns this gradient.
+            return unviewed(torch.bmm(matrix, gradient.flatten(2)).view(input_shape))
         padded = _padded_shape(input_shape, self.pad)
         unread = gradient.new_empty(1).expand(padded)
         made: Tensor = self._backward(gradient, unread, weight, self.groups, (True, False, False))[0]

@@ -21,6 +21,7 @@ from trady.training.checkpoint import (
     save_checkpoint,
 )
 from trady.training.evaluate import evaluate
+from trady.training.interrupt import Interrupts
 from trady.training.loaders import Batches, start_epoch
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
@@ -63,6 +64,7 @@ class Loop:
     factory: OptimizerFactory
     folder: RunFolder | None
     _finished: bool = field(default=False, init=False)
+    _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
     def run(self, checkpoint: Path | None) -> Result:
         """Train all epochs that are not done yet, and write down what came out."""
@@ -81,9 +83,11 @@ class Loop:
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         if found is not None:
             load_optimizer_state(optimizer, found.states["optimizer"])
-        for epoch in range(len(history), self.settings.epochs):
-            history.append(self._epoch(epoch, optimizer))
-            self._write(history, optimizer, model)
+        with self._interrupts:
+            for epoch in range(len(history), self.settings.epochs):
+                history.append(self._epoch(epoch, optimizer))
+                self._write(history, optimizer, model)
+                self._interrupts.check()
         return self._finish(history)
 
     def disarm(self) -> None:
@@ -145,6 +149,7 @@ class Loop:
             total += result.loss * result.examples
             speed = examples / (time.perf_counter() - started)
             self.display.step(total / examples, speed, peak_bytes)
+            self._interrupts.check()
         if not examples:
             raise DataError("the training data gave no batch")
         training_seconds = time.perf_counter() - started
