@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,6 @@ class Plan:
     cost: Cost
     predicted_peak_bytes: int | None = None
     least_peak_bytes: int | None = None
-    notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
@@ -143,7 +142,6 @@ class Plan:
             "parameters": self.table.parameters,
             "layers": [asdict(layer) for layer in self.table],
             "frozen": [asdict(frozen) for frozen in self.table.frozen],
-            "notes": list(self.notes),
         }
 
     @classmethod
@@ -183,7 +181,6 @@ class Plan:
                 cost=Cost(**data["cost"]),
                 predicted_peak_bytes=data["predicted_peak_bytes"],
                 least_peak_bytes=data["least_peak_bytes"],
-                notes=tuple(data["notes"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error
@@ -257,7 +254,7 @@ class Plan:
                 f"peak of a step: {format_bytes(self.predicted_peak_bytes)} "
                 f"(least possible {format_bytes(self.least_peak_bytes)}), weights included"
             )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return _rendered(self)
