@@ -7,6 +7,7 @@ and a ledger measures both.
 
 from typing import TYPE_CHECKING, Any
 
+from trady import optim
 from trady.budget import Budget, parse_budget
 from trady.channels import ChannelTable, Layer, Selection
 from trady.delta import apply_delta
@@ -70,6 +71,7 @@ __all__ = [
     "finetune",
     "load_data",
     "measure",
+    "optim",
     "parse_budget",
     "plan",
     "prepare",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trady.armed import Change
 from trady.errors import StateError
+from trady.optim import UpdatesInBackward
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
 #: bias correction of Adam counts the layer's steps, not the channel's), so it starts at the layer's mean.
@@ -68,11 +69,13 @@ def _twin(
 ) -> torch.optim.Optimizer | None:
     """An optimizer of the same kind and options over one parameter; ``None`` where it cannot be made."""
     options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-    accepted = inspect.signature(type(optimizer)).parameters
+    # One that updates inside the backward pass keeps the state of its outer optimizer, which needs no tuner.
+    kind = optimizer.outer if isinstance(optimizer, UpdatesInBackward) else type(optimizer)
+    accepted = inspect.signature(kind).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     defaults = {name: value for name, value in optimizer.defaults.items() if takes_all or name in accepted}
     try:
-        return type(optimizer)([{"params": [parameter], **options}], **defaults)
+        return kind([{"params": [parameter], **options}], **defaults)
     except Exception:
         return None
 

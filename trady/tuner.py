@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from trady.errors import BudgetError, CheckpointError, StateError
 from trady.examine import Examined
 from trady.memory import Ledger, measure
 from trady.online_ranking import OnlineRanking
+from trady.optim import UpdatesInBackward
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
 from trady.policies import Policy
@@ -156,7 +158,8 @@ class Tuner:
         a layer starts without momentum and with the mean second moment of the channels that stayed.
 
         Args:
-            optimizer: Any ``torch.optim`` optimizer over :meth:`parameters`.
+            optimizer: Any ``torch.optim`` optimizer over :meth:`parameters`, or one of :mod:`trady.optim`, which
+                from now on updates a layer when its gradient arrives.
 
         Returns:
             The same optimizer.
@@ -179,6 +182,8 @@ class Tuner:
             self._drawing.state_copies = before
             raise
         self._optimizers.append(weakref.ref(optimizer))
+        if isinstance(optimizer, UpdatesInBackward):
+            optimizer.take(armed.compact for armed in self._armed.layers.values())
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self._apply(self._drawing.draw(self._epoch, self._redraw))
@@ -206,7 +211,7 @@ class Tuner:
 
     def _apply(self, selection: Selection) -> None:
         for change in self._armed.select(selection):
-            for optimizer in filter(None, (reference() for reference in self._optimizers)):
+            for optimizer in self._attached():
                 remap_state(optimizer, change)
         self._selection = selection
         self._norms.clear()
@@ -222,11 +227,25 @@ class Tuner:
             gradient.div_(torch.distributed.get_world_size())
         if self._drawing.online is not None:
             self._norms[layer] = gradient.detach().flatten(1).float().square().sum(1)
+        # No node of the graph accumulates into a compact parameter, so nobody else runs these hooks.
+        for hook in tuple((getattr(compact, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(compact)
+        for optimizer in reversed(self._attached()):
+            if isinstance(optimizer, UpdatesInBackward) and compact.grad is not None:
+                optimizer.gradient_arrived(compact)
+
+    def _attached(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_alive("step the optimizer")
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for armed in self._armed.layers.values():
+            if armed.selected is not None and id(armed.compact) in stepped:
+                # Fused kernels write without saying so.
+                torch.autograd.graph.increment_version(armed.compact)
         self._armed.write_back()
         online = self._drawing.online
         if online is None or not self._norms:
@@ -244,7 +263,8 @@ class Tuner:
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.clipping`).
 
-        Call it between ``backward()`` and ``optimizer.step()``.
+        Call it between ``backward()`` and ``optimizer.step()``. An optimizer of :mod:`trady.optim` has used the
+        gradients of the channels up by then: it clips them itself, with ``channel_clip=ratio``.
 
         Args:
             ratio: Largest gradient norm of a channel over the channel's own norm; ``None`` leaves channels alone.
@@ -253,8 +273,18 @@ class Tuner:
         Returns:
             The norm of all gradients together, before clipping.
 
+        Raises:
+            StateError: The tuner is finished, or an attached optimizer has clipped with another ratio.
+
         """
         self._check_alive("clip gradients")
+        in_backward = [optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)]
+        for optimizer in in_backward:
+            if ratio is not None and not optimizer.clips_channels(ratio):
+                raise StateError(
+                    "the channels have been updated inside the backward pass: give the optimizer "
+                    f"channel_clip={ratio}, or call clip_gradients(ratio=None) to clip the head alone"
+                )
         head = list(self._examined.head_parameters.values())
         compact = [armed.compact for armed in self._armed.layers.values() if armed.compact.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in (*compact, *head) if p.grad is not None])
@@ -262,7 +292,7 @@ class Tuner:
             clip_channels_(compact, ratio)
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(head, max_norm)
-        return float(norm)
+        return math.hypot(float(norm), *(used for optimizer in in_backward for used in optimizer.gradient_norms))
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.

@@ -1,4 +1,4 @@
-"""Optimizers by name; the paper's is plain SGD."""
+"""Optimizers by name; the paper's is plain SGD. The Stepper hands ``channel_clip`` to those of trady.optim."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from trady import optim
 from trady.errors import TrainingError
 
 #: Makes an optimizer over parameters.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-NAMES = ("sgd", "adam", "adamw")
+NAMES = ("sgd", "adam", "adamw", "sgd-in-backward", "adamw-in-backward")
 
 
 def optimizer_factory(
@@ -23,10 +24,14 @@ def optimizer_factory(
         return optimizer
     if optimizer == "sgd":
         return lambda p: torch.optim.SGD(p, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if optimizer == "sgd-in-backward":
+        return lambda p: optim.SGD(p, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if momentum:
         raise TrainingError(f"momentum belongs to sgd; {optimizer} has its own betas")
     if optimizer == "adam":
         return lambda p: torch.optim.Adam(p, lr=lr, weight_decay=weight_decay)
     if optimizer == "adamw":
         return lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay)
+    if optimizer == "adamw-in-backward":
+        return lambda p: optim.AdamW(p, lr=lr, weight_decay=weight_decay)
     raise TrainingError(f"no optimizer {optimizer!r}; there are {', '.join(NAMES)}")

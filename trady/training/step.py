@@ -42,8 +42,14 @@ class Stepper:
         """Train on one batch.
 
         Raises:
-            NotFiniteError: The loss or the gradient is not finite; the weights are as before.
+            NotFiniteError: The loss or the gradient is not finite; the weights are as before, but for layers
+                whose gradient was finite and that were updated inside the backward pass.
         """
+        # Before the backward pass: an optimizer of trady.optim updates inside it.
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            if "channel_clip" in group:
+                group["channel_clip"] = self.channel_clip
         inputs, labels = split_batch(batch)
         with autocast(self.accelerator.device, self.precision):
             value = self.loss(forward(self.trainer.model, inputs), labels)
@@ -55,8 +61,6 @@ class Stepper:
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, len(labels))

@@ -1,0 +1,561 @@
+"""Updates inside the backward pass: the same numbers as torch.optim's, without the gradients of all layers at once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
+
+import trady
+from tests.models import Residual, SharedLayer, Tokens, normal, same, seeded, snapshot
+from tests.small_task import small_data, small_net
+from trady.errors import StateError, TrainingError
+from trady.optimizer_state import state_copies
+
+#: One of trady.optim against the one of torch.optim: name and options.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("SGD", {"lr": 0.05}),
+    "momentum": ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "dampening": ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "maximize": True}),
+    "nesterov": ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "foreach": ("SGD", {"lr": 0.05, "momentum": 0.9, "foreach": True}),
+    "fused": ("SGD", {"lr": 0.05, "fused": True}),
+    "AdamW": ("AdamW", {"lr": 0.01}),
+    "amsgrad": ("AdamW", {"lr": 0.01, "amsgrad": True, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    "fused AdamW": ("AdamW", {"lr": 0.01, "fused": True}),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+def outer(kind: str) -> Make:
+    name, options = KINDS[kind]
+    return lambda parameters: getattr(torch.optim, name)(parameters, **options)
+
+
+def inside(kind: str, **more: Any) -> Make:
+    name, options = KINDS[kind]
+    return lambda parameters: getattr(trady.optim, name)(parameters, **options, **more)
+
+
+def images(step: int) -> Tensor:
+    return normal(4, 3, 9, 9, seed=step)
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(20, (4, 6), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), torch.arange(len(x)))
+
+
+def prepared(
+    build: Callable[[], nn.Module] = Residual, batch: Callable[[int], Tensor] = images, **options: Any
+) -> trady.Tuner:
+    return trady.prepare(seeded(build), batch(0), **{"budget": "elements:1500", "policy": "dynamic-random", **options})
+
+
+def train(
+    tuner: trady.Tuner,
+    optimizer: torch.optim.Optimizer,
+    batch: Callable[[int], Tensor] = images,
+    steps: range = range(9),
+    clip: Callable[[], object] = lambda: None,
+    schedule: bool = True,
+) -> list[float]:
+    """Train with a new draw every four steps and a rate that falls."""
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7) if schedule else None
+    losses = []
+    for step in steps:
+        if step % 4 == 0:
+            tuner.resample(step // 4)
+        optimizer.zero_grad()
+        loss = loss_of(tuner.model, batch(step))
+        loss.backward()
+        clip()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def states(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    return {(i, name): v for i, state in optimizer.state_dict()["state"].items() for name, v in state.items()}
+
+
+def assert_same_states(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
+    a, b = states(left), states(right)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key] for key in a)
+
+
+# -- the same result -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "policy"),
+    [(Residual, images, "trady"), (SharedLayer, images, "dynamic-random"), (Tokens, tokens, "trady")],
+    ids=["cnn", "shared", "tokens"],
+)
+@every_kind
+def test_equals_the_outer_optimizer_bit_for_bit(
+    kind: str, build: Callable[[], nn.Module], batch: Callable[[int], Tensor], policy: str
+) -> None:
+    """Over draws, redraws while the ranking is being learnt, and a scheduler."""
+    ends = []
+    for make in (outer(kind), inside(kind)):
+        tuner = prepared(build, batch, policy=policy)
+        before = snapshot(tuner.model)
+        optimizer = tuner.attach(make(tuner.parameters()))
+        losses = train(tuner, optimizer, batch)
+        ends.append((losses, tuner.selection.digest, optimizer, snapshot(tuner.finish())))
+        assert sum(not torch.equal(before[name], ends[-1][3][name]) for name in before) > 2
+    (losses, drawn, first, weights), (found, redrawn, second, updated) = ends
+    assert losses == found
+    assert drawn == redrawn
+    assert same(weights, updated)
+    assert_same_states(first, second)
+
+
+def test_parameter_groups_keep_their_own_options() -> None:
+    ends = []
+    for make in (torch.optim.SGD, trady.optim.SGD):
+        tuner = prepared()
+        named = dict(tuner.named_parameters())
+        channels = [p for name, p in named.items() if name.endswith(".channels")]
+        groups = [
+            {"params": channels[::2], "lr": 0.01, "momentum": 0.9},
+            {"params": channels[1::2], "weight_decay": 0.1},
+            {"params": [p for name, p in named.items() if not name.endswith(".channels")], "lr": 0.1},
+        ]
+        optimizer = tuner.attach(make(groups, lr=0.03))
+        ends.append((train(tuner, optimizer), snapshot(tuner.finish())))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
+def test_two_optimizers_update_what_is_theirs() -> None:
+    ends = []
+    for module in (torch.optim, trady.optim):
+        tuner = prepared()
+        parameters = list(tuner.parameters())
+        first = tuner.attach(module.SGD(parameters[::2], lr=0.05))
+        second = tuner.attach(module.AdamW(parameters[1::2], lr=0.01))
+        for step in range(4):
+            loss_of(tuner.model, images(step)).backward()
+            first.step()
+            second.step()
+            first.zero_grad()
+            second.zero_grad()
+        ends.append(snapshot(tuner.finish()))
+    assert same(*ends)
+
+
+def test_an_optimizer_that_is_attached_later_takes_over() -> None:
+    tuner, other = prepared(), prepared()
+    old = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=100.0))
+    train(tuner, tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.05)))
+    train(other, other.attach(trady.optim.SGD(other.parameters(), lr=0.05)))
+    assert old.gradient_norms == ()
+    assert same(snapshot(tuner.finish()), snapshot(other.finish()))
+
+
+def test_a_channel_is_updated_when_its_gradient_arrives_and_the_head_in_step() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.05))
+    named = dict(tuner.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    weights = snapshot(tuner.model)
+    loss_of(tuner.model, images(0)).backward()
+    for name, parameter in named.items():
+        waits = not name.endswith(".channels")
+        assert (parameter.grad is not None) == waits
+        assert torch.equal(parameter, before[name]) == (waits or not len(parameter))
+    assert same(snapshot(tuner.model), weights)
+    optimizer.step()
+    assert not torch.equal(named["head.weight"], before["head.weight"])
+    assert not same(snapshot(tuner.model), weights)
+    tuner.finish()
+
+
+class ReadAgain(nn.Module):
+    """The head's weight is read three times: as a classifier, tied to an embedding or not, and without a gradient."""
+
+    def __init__(self, tied: bool, width: int = 12) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+        self.head = nn.Linear(width, 20, bias=False)
+        nn.init.normal_(self.embedding.weight, 0, 0.2)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.up(self.embedding(ids).mean(1))
+        # Saved for the gradient of x, which is computed after that of the weight.
+        x = x + F.linear(x, self.head.weight.detach()[:12])
+        x = x + self.down(F.gelu(x))
+        return self.head(x + self.head(x) @ self.head.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+def test_a_head_that_the_backward_pass_reads_again_trains_as_ever(kind: str, tied: bool) -> None:
+    ends = []
+    for make in (outer(kind), inside(kind)):
+        tuner = prepared(lambda: ReadAgain(tied), tokens, head=("head",))
+        ends.append((train(tuner, tuner.attach(make(tuner.parameters())), tokens), snapshot(tuner.finish())))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
+def test_a_closure_computes_the_gradients() -> None:
+    ends = []
+    for make in (outer("momentum"), inside("momentum")):
+        tuner = prepared()
+        optimizer = tuner.attach(make(tuner.parameters()))
+
+        def closure(tuner: trady.Tuner = tuner, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(tuner.model, images(0))
+            loss.backward()
+            return loss
+
+        ends.append(([float(optimizer.step(closure).detach()) for _ in range(3)], snapshot(tuner.finish())))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_hooks_run_once_a_step(kind: str) -> None:
+    outer(kind)([nn.Parameter(torch.zeros(1))])  # torch wraps the step of a class when its first optimizer is made
+    tuner = prepared()
+    optimizer = tuner.attach(inside(kind)(tuner.parameters()))
+    calls: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: calls.append(optimizer))
+    try:
+        train(tuner, optimizer, steps=range(3))
+    finally:
+        handle.remove()
+    assert calls == [optimizer] * 3
+    tuner.finish()
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SGD", "momentum", "AdamW"])
+def test_compact_gradients_are_freed_one_by_one(kind: str) -> None:
+    ledgers = []
+    for make in (outer(kind), inside(kind)):
+        tuner = prepared(lambda: Residual(width=32, blocks=4), budget="elements:200000")
+        optimizer = tuner.attach(make(tuner.parameters()))
+        named = dict(tuner.named_parameters())
+        sizes = [p.nbytes for name, p in named.items() if name.endswith(".channels")]
+        head = sum(p.nbytes for name, p in named.items() if not name.endswith(".channels"))
+
+        def step(tuner: trady.Tuner = tuner, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            loss_of(tuner.model, images(0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        ledgers.append(tuner.ledger(step))
+        tuner.finish()
+    before, after = ledgers
+    assert sum(sizes) > 3 * max(sizes)
+    assert before.gradient_bytes == sum(sizes) + head
+    assert max(sizes) <= after.gradient_bytes <= max(sizes) + head
+    assert after.optimizer_state_bytes == before.optimizer_state_bytes
+    assert after.peak_bytes <= before.peak_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_counts_in_the_budget_as_the_outer_optimizers_does(kind: str) -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 2))]
+    assert state_copies(inside(kind)(parameters)) == state_copies(outer(kind)(parameters))
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+@pytest.mark.parametrize("when", [1, 4, 6])
+def test_a_restart_goes_on_bit_for_bit(kind: str, when: int) -> None:
+    make = inside(kind, channel_clip=0.1, max_norm=0.5)
+
+    def run(stop: int | None) -> tuple[list[float], dict[str, Tensor]]:
+        tuner = prepared(policy="trady")
+        optimizer = tuner.attach(make(tuner.parameters()))
+        losses = train(tuner, optimizer, steps=range(9 if stop is None else stop), schedule=False)
+        if stop is not None:
+            file = io.BytesIO()
+            torch.save((tuner.state_dict(), optimizer.state_dict()), file)
+            file.seek(0)
+            state, moments = torch.load(file, weights_only=True)
+            tuner.finish()
+            tuner = prepared(policy="trady")
+            optimizer = tuner.attach(make(tuner.parameters()))
+            tuner.load_state_dict(state)
+            optimizer.load_state_dict(moments)
+            losses += train(tuner, optimizer, steps=range(stop, 9), schedule=False)
+        return losses, snapshot(tuner.finish())
+
+    (expected, weights), (losses, restarted) = run(None), run(when)
+    assert losses == expected
+    assert same(weights, restarted)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+@pytest.mark.parametrize("there", [True, False])
+def test_states_are_exchanged_with_torch(kind: str, there: bool) -> None:
+    """A run begun with one goes on with the other, and ends where it would have ended."""
+    makes = [outer(kind), inside(kind, channel_clip=None)]
+    begin, go_on = makes if there else reversed(makes)
+    whole, first = prepared(), prepared()
+    expected = train(whole, whole.attach(outer(kind)(whole.parameters())), schedule=False)
+    old = first.attach(begin(first.parameters()))
+    train(first, old, steps=range(4), schedule=False)
+    second = prepared()
+    new = second.attach(go_on(second.parameters()))
+    second.load_state_dict(first.state_dict())
+    new.load_state_dict(old.state_dict())
+    assert train(second, new, steps=range(4, 9), schedule=False) == expected[4:]
+    assert same(snapshot(whole.finish()), snapshot(second.finish()))
+    first.finish()
+
+
+def test_the_limits_given_stay_when_a_state_of_torch_is_loaded() -> None:
+    parameters = [nn.Parameter(torch.zeros(2))]
+    optimizer = trady.optim.SGD(parameters, lr=0.1, channel_clip=0.2, max_norm=3.0)
+    optimizer.load_state_dict(torch.optim.SGD(parameters, lr=0.7).state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["channel_clip"], group["max_norm"]) == (0.7, 0.2, 3.0)
+
+
+def test_a_copy_is_attached_to_nothing() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.1))
+    with pytest.raises(StateError, match=r"tuner\.attach"):
+        copy.deepcopy(optimizer).step()
+    tuner.finish()
+
+
+# -- clipping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_clipping_by_channel_equals_the_outer_one(kind: str) -> None:
+    ends = []
+    for make in (outer(kind), inside(kind, channel_clip=0.01)):
+        tuner = prepared()
+        optimizer = tuner.attach(make(tuner.parameters()))
+        norms: list[float] = []
+        clip = lambda tuner=tuner, norms=norms: norms.append(tuner.clip_gradients(0.01, 0.05))  # noqa: E731
+        losses = train(tuner, optimizer, clip=clip)
+        ends.append((losses, norms, snapshot(tuner.finish())))
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-6)
+    assert same(ends[0][2], ends[1][2])
+    unclipped = prepared()
+    train(unclipped, unclipped.attach(outer(kind)(unclipped.parameters())))
+    assert not same(ends[0][2], snapshot(unclipped.finish()))
+
+
+def test_clipping_in_the_loop_and_in_the_optimizer_must_agree() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.1))
+    loss_of(tuner.model, images(0)).backward()
+    with pytest.raises(StateError, match=r"channel_clip=0\.1"):
+        tuner.clip_gradients()
+    assert tuner.clip_gradients(ratio=None, max_norm=1e-3) > 1e-3
+    head = [p.grad for name, p in tuner.named_parameters() if not name.endswith(".channels")]
+    assert float(torch.nn.utils.get_total_norm(head)) == pytest.approx(1e-3, rel=1e-3)
+    optimizer.step()
+    tuner.finish()
+
+
+def gradients_and_moves(tuner: trady.Tuner, optimizer: torch.optim.Optimizer, scale: float) -> tuple[float, float]:
+    """Norm of all gradients of a step, and of what a step with rate 1 changed."""
+    parameters = list(tuner.parameters())
+    before = [p.detach().clone() for p in parameters]
+    (scale * loss_of(tuner.model, images(0))).backward()
+    norm = tuner.clip_gradients(None, None)
+    optimizer.step()
+    optimizer.zero_grad()
+    moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+    return norm, float(torch.nn.utils.get_total_norm(moved))
+
+
+def test_a_norm_below_the_limit_changes_nothing() -> None:
+    ends = []
+    for options in ({}, {"max_norm": 1e6}):
+        tuner = prepared()
+        optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.05, **options))
+        train(tuner, optimizer)
+        ends.append(snapshot(tuner.finish()))
+    assert same(*ends)
+
+
+def test_steps_of_equal_norm_are_clipped_to_the_limit() -> None:
+    """From the second step on the running norm knows the norm of all gradients."""
+    tuner = prepared()
+    # So small a limit that the weights, and with them the gradient, hardly change.
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=1.0, max_norm=1e-4))
+    moves = [gradients_and_moves(tuner, optimizer, 1.0)[1] for _ in range(4)]
+    assert moves[0] > 1.01e-4
+    assert moves[1:] == pytest.approx([1e-4] * 3, rel=1e-2)
+    tuner.finish()
+
+
+def test_a_sudden_large_gradient_is_clipped_by_what_has_arrived_of_it() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=1.0, max_norm=1e-4))
+    gradients_and_moves(tuner, optimizer, 1.0)
+    norm, moved = gradients_and_moves(tuner, optimizer, 1e6)
+    assert norm > 1e4
+    tensors = sum(len(p) > 0 for p in tuner.parameters())
+    assert moved <= 1e-4 * math.sqrt(tensors)
+    tuner.finish()
+
+
+def test_the_running_norm_follows_the_norms_of_the_steps() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=1e-9, max_norm=0.1))
+    norms = [gradients_and_moves(tuner, optimizer, scale)[0] for scale in (1.0, 3.0, 0.5)]
+    expected = norms[0]
+    for norm in norms[1:]:
+        expected = 0.9 * expected + 0.1 * norm
+    assert optimizer.param_groups[0]["running_norm"] == pytest.approx(expected, rel=1e-6)
+    tuner.finish()
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_backward_pass_before_the_step_is_refused() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.05))
+    loss_of(tuner.model, images(0)).backward()
+    compact = {name: p.detach().clone() for name, p in tuner.named_parameters() if name.endswith(".channels")}
+    with pytest.raises(StateError, match=r"torch\.optim\.SGD"):
+        loss_of(tuner.model, images(1)).backward()
+    assert all(torch.equal(p, compact[name]) for name, p in tuner.named_parameters() if name in compact)
+    optimizer.step()
+    optimizer.zero_grad()
+    train(tuner, optimizer, schedule=False)
+    tuner.finish()
+
+
+class Recomputed(nn.Module):
+    """One layer in two segments that are recomputed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem, self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(2):
+            x = checkpoint(lambda x: torch.tanh(self.shared(x)), x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def test_a_layer_shared_between_recomputed_segments() -> None:
+    """Its gradient arrives once, or, with reentrant checkpoints, twice, which is refused."""
+
+    def batch(step: int) -> Tensor:
+        return normal(4, 6, seed=step)
+
+    ends = []
+    for make in (outer("SGD"), inside("SGD")):
+        tuner = prepared(lambda: Recomputed(False), batch)
+        ends.append((train(tuner, tuner.attach(make(tuner.parameters())), batch), snapshot(tuner.finish())))
+    assert ends[0][0] == ends[1][0]
+    assert same(ends[0][1], ends[1][1])
+    tuner = prepared(lambda: Recomputed(True), batch, policy="full", budget="elements:100000")
+    tuner.attach(kept := trady.optim.SGD(tuner.parameters(), lr=0.05))
+    with pytest.raises(StateError, match="use_reentrant"):
+        loss_of(tuner.model, batch(0)).backward()
+    assert len(kept.gradient_norms)
+    tuner.finish()
+
+
+def test_an_optimizer_without_a_tuner_is_refused() -> None:
+    model = seeded(Residual)
+    optimizer = trady.optim.AdamW(model.parameters())
+    loss_of(model, images(0)).backward()
+    with pytest.raises(StateError, match=r"torch\.optim\.AdamW"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_gradient_scaler_is_refused(fused: bool | None) -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(trady.optim.SGD(tuner.parameters(), lr=0.05, fused=fused))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(tuner.model, images(0))).backward()
+    with pytest.raises(StateError, match="bfloat16"):
+        scaler.step(optimizer)
+    tuner.finish()
+
+
+@pytest.mark.parametrize("options", [{"channel_clip": 0.0}, {"max_norm": -1.0}, {"max_norm": math.nan}])
+def test_limits_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"more than zero"):
+        trady.optim.SGD([nn.Parameter(torch.zeros(1))], **options)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+def test_a_gradient_that_is_not_finite_is_not_applied(kind: str) -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(inside(kind, channel_clip=0.1, max_norm=1.0)(tuner.parameters()))
+    train(tuner, optimizer, steps=range(2), schedule=False)
+    before, moments = snapshot(tuner.model), states(optimizer)
+    moments = {key: value.clone() for key, value in moments.items()}
+    (loss_of(tuner.model, images(0)) * math.inf).backward()
+    assert not math.isfinite(tuner.clip_gradients(0.1, None))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert same(snapshot(tuner.model), before)
+    assert all(torch.equal(value, states(optimizer)[key]) for key, value in moments.items())
+    assert all(math.isfinite(loss) for loss in train(tuner, optimizer, schedule=False))
+    tuner.finish()
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adamw", "lr": 0.01}])
+def test_a_run_by_name_ends_where_the_outer_optimizer_does(options: dict[str, Any], tmp_path: Path) -> None:
+    def run(out: Path | None = None, epochs: int = 3, **more: Any) -> Any:
+        return trady.finetune(
+            small_net(), small_data(48, 0), small_data(24, 1), budget="update:12 KiB", epochs=epochs, batch_size=8,
+            out=out, progress=False, **{"lr": 0.05, **options, **more},
+        )  # fmt: skip
+
+    expected, found = run(), run(optimizer=f"{options['optimizer']}-in-backward", out=tmp_path)
+    assert [m.train_loss for m in found.history] == [m.train_loss for m in expected.history]
+    assert same(snapshot(found.model), snapshot(expected.model))
+    assert max(m.peak_bytes for m in found.history) <= max(m.peak_bytes for m in expected.history)
+
+
+def test_a_run_without_a_tuner_is_refused() -> None:
+    with pytest.raises(StateError, match=r"torch\.optim\.SGD"):
+        trady.finetune(
+            small_net(), small_data(48, 0), small_data(24, 1), epochs=1, batch_size=8, out=None, progress=False,
+            policy="full", optimizer="sgd-in-backward",
+        )  # fmt: skip
