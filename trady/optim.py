@@ -143,7 +143,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
         self._squares = 0.0
         return loss
 
-    def _measure(self, group: dict[str, Any], parameter: Tensor) -> bool:
+    def _measure(self, group: dict[str, Any], parameter: nn.Parameter) -> bool:
         """Clip the channels of a gradient and note its norm; one that is not finite is dropped."""
         norm = _norm(parameter)
         self._norms.append(norm)
