@@ -1,4 +1,4 @@
-"""Tensor memory of one training step: full fine-tuning, head only and TraDy against inference.
+"""Tensor memory of one training step: TraDy and its peers against inference.
 
 ``saved`` is what autograd keeps between forward and backward, ``peak`` the most that was alive at one
 time, both from ``trady.measure``; peaks are without weights and batch, for training and for inference.
@@ -7,22 +7,33 @@ time, both from ``trady.measure``; peaks are without weights and batch, for trai
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
 from rich.table import Table
 
-from benchmarks.methods import METHODS, TITLES
-from benchmarks.options import add_json, add_models, add_workloads, main, models_folder, write_json
+import trady
+from benchmarks.gradients import gradient_errors
+from benchmarks.methods import METHODS, PEERS, TITLES, Step
+from benchmarks.options import (
+    add_json,
+    add_methods,
+    add_models,
+    add_workloads,
+    console_for,
+    main,
+    models_folder,
+    write_json,
+)
+from benchmarks.skipped import SkippedError
+from benchmarks.tasks import MissingPackageError, Task
 from benchmarks.workloads import MIB, WORKLOADS, Workload
-from trady import Ledger
-from trady.errors import TradyError
 
 #: The floor is a bound of time, not of memory.
-MEASURED = ("full", "head", "trady")
+MEASURED = tuple(method for method in METHODS if method != "floor")
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,13 @@ class Row:
         method: A key of ``METHODS``.
         saved_bytes: Kept between forward and backward.
         peak_bytes: Peak without weights and batch.
-        inference_peak_bytes: That of an inference pass of the untouched model.
+        inference_peak_bytes: That of an inference pass of the untouched model on the same batch.
         channel_bytes: Saved input channels, a part of ``saved_bytes``.
         seed: Seed of the channels drawn.
+        trainable_parameters: Elements that an update changes.
+        gradient_error: Largest relative error of a layer's selected channels against the dense gradient;
+            ``None`` where it is not measured.
+        note: What a reader should know.
     """
 
     method: str
@@ -44,6 +59,9 @@ class Row:
     inference_peak_bytes: int
     channel_bytes: int
     seed: int
+    trainable_parameters: int = 0
+    gradient_error: float | None = None
+    note: str = ""
 
     @property
     def ratio(self) -> float:
@@ -51,13 +69,36 @@ class Row:
         return self.peak_bytes / self.inference_peak_bytes
 
     @classmethod
-    def of(cls, method: str, ledger: Ledger, seed: int) -> Row:
-        """Read the row off a ledger."""
-        inference = ledger.inference_working_peak_bytes
-        if inference is None:
-            raise TradyError("; ".join(ledger.remarks))
-        channels = ledger.saved_bytes_of("channels")
-        return cls(method, ledger.saved_bytes, ledger.working_peak_bytes, inference, channels, seed)
+    def of(cls, method: str, step: Step, inference_peak_bytes: int, seed: int, error: float | None) -> Row:
+        """Run a step and read the row off its ledger."""
+        ledger = step.ledger()
+        return cls(
+            method,
+            ledger.saved_bytes,
+            ledger.working_peak_bytes,
+            inference_peak_bytes,
+            ledger.saved_bytes_of("channels"),
+            seed,
+            step.trainable_parameters,
+            error,
+            step.note,
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Memory of every method on one workload.
+
+    Attributes:
+        rows: One a method, or one a draw.
+        skipped: The other methods, and why each is left out.
+        scores_peak_bytes: The inference peak without labels in the batch, that is without a loss; ``None``
+            where the batch has none.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str]
+    scores_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +110,24 @@ class Verdict:
     met: bool
 
 
-def measure(workload: Workload, models: Path, draws: int = 1) -> list[Row]:
+def inference_peak(task: Task, *, labels: bool = True) -> int:
+    """Measure the working peak of one pass of the untouched model, in evaluation mode without gradients.
+
+    Args:
+        task: The task.
+        labels: Whether labels in the batch stay there, so that the model computes its loss.
+
+    """
+    batch = task.batch
+    if not labels:
+        batch = {name: value for name, value in batch.items() if name != "labels"}
+    task.model.eval()
+    inference = Task(task.model, batch, lambda output: torch.empty(0))
+    with torch.no_grad():
+        return trady.measure(inference.run, task.model, inference=False).working_peak_bytes
+
+
+def measure(workload: Workload, models: Path, draws: int = 1, methods: Collection[str] = MEASURED) -> Measured:
     """Measure every method.
 
     Args:
@@ -77,67 +135,119 @@ def measure(workload: Workload, models: Path, draws: int = 1) -> list[Row]:
         models: Folder of the backbones.
         draws: Draws of TraDy's channels to measure, one a seed, where their memory depends on luck; there
             is a row for each.
+        methods: Keys of ``METHODS``.
 
     """
-    rows = []
-    for method in MEASURED:
-        for seed in range(draws if method == "trady" and workload.budget else 1):
-            with METHODS[method](workload, workload.make(models), seed) as step:
-                rows.append(Row.of(method, step.ledger(), seed))
-    return rows
+    task = workload.make(models)
+    inference = inference_peak(task)
+    labelled = isinstance(task.batch, Mapping) and "labels" in task.batch
+    rows, skipped = [], {}
+    for method in methods:
+        for seed in range(draws if method in ("trady", "static-random") and workload.budget else 1):
+            error = None
+            if method == "trady" and seed == 0 and workload.bars.gradient_error is not None:
+                error = max(gradient_errors(workload, models, seed).values())
+            task_of_method = workload.make(models)
+            try:
+                with METHODS[method](workload, task_of_method, seed) as step:
+                    rows.append(Row.of(method, step, inference, seed, error))
+            except (SkippedError, MissingPackageError) as reason:
+                skipped[method] = str(reason)
+    return Measured(tuple(rows), skipped, inference_peak(task, labels=False) if labelled else None)
 
 
 def judge(workload: Workload, rows: Sequence[Row]) -> list[Verdict]:
     """Hold every draw of TraDy against the workload's bars."""
     drawn = [row for row in rows if row.method == "trady"]
+    if not drawn:
+        return []
     bars = workload.bars
-    ratio = max(row.ratio for row in drawn)
-    most = f"at most {bars.peak_over_inference:.1f} × the inference peak"
+    ratio, saved, peak = (max(getattr(row, name) for row in drawn) for name in ("ratio", "saved_bytes", "peak_bytes"))
+    aim = f" (aim {bars.peak_aim:.1f} ×)" if bars.peak_aim is not None else ""
+    most = f"at most {bars.peak_over_inference:.1f} × the inference peak{aim}"
     verdicts = [Verdict(f"peak {most}", f"{ratio:.3f} ×", ratio <= bars.peak_over_inference)]
     if bars.saved_bytes is not None:
-        saved = max(row.saved_bytes for row in drawn)
         most = f"at most {bars.saved_bytes / MIB:.0f} MiB"
         verdicts.append(Verdict(f"saved {most}", f"{saved / MIB:.1f} MiB", saved <= bars.saved_bytes))
+    peers = [row for row in rows if row.method in PEERS]
+    if bars.below_peers and peers:
+        least = min(peers, key=lambda row: row.peak_bytes)
+        measured = f"{peak / MIB:.1f} MiB, {TITLES[least.method]} {least.peak_bytes / MIB:.1f} MiB"
+        verdicts.append(Verdict("peak below that of every peer but the head alone", measured, peak < least.peak_bytes))
+    errors = [row.gradient_error for row in drawn if row.gradient_error is not None]
+    if bars.gradient_error is not None and errors:
+        most = f"at most {bars.gradient_error:.0e}"
+        verdicts.append(Verdict(f"gradient error {most}", f"{max(errors):.1e}", max(errors) <= bars.gradient_error))
     return verdicts
+
+
+def worst_draws(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+    """Return, for every method, the row with the highest peak and the number of draws that it is of."""
+    drawn: dict[str, list[Row]] = {}
+    for row in rows:
+        drawn.setdefault(row.method, []).append(row)
+    return [(max(group, key=lambda row: row.peak_bytes), len(group)) for group in drawn.values()]
 
 
 def as_table(workload: Workload, rows: Sequence[Row]) -> Table:
     """Return the table that a person reads; of several draws it shows the one with the highest peak."""
     table = Table(title=f"{workload.name}: {workload.describe}", title_justify="left")
     table.add_column("method")
-    for column in ("saved", "peak", "inference peak", "peak ÷ inference"):
+    columns = ["saved", "peak", "inference peak", "peak ÷ inference", "trainable"]
+    with_errors = any(row.gradient_error is not None for row in rows)
+    for column in [*columns, "gradient error"] if with_errors else columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for method in dict.fromkeys(row.method for row in rows):
-        drawn = [row for row in rows if row.method == method]
-        row = max(drawn, key=lambda row: row.peak_bytes)
-        title = TITLES[method] + (f" (worst of {len(drawn)} draws)" if len(drawn) > 1 else "")
+    for row, draws in worst_draws(rows):
+        title = TITLES[row.method] + (f" (worst of {draws} draws)" if draws > 1 else "")
         sizes = (f"{size / MIB:.1f} MiB" for size in (row.saved_bytes, row.peak_bytes, row.inference_peak_bytes))
-        table.add_row(title, *sizes, f"{row.ratio:.2f} ×")
+        trainable = f"{row.trainable_parameters:,}".replace(",", " ")
+        error = [] if not with_errors else [f"{row.gradient_error:.1e}" if row.gradient_error is not None else ""]
+        table.add_row(title, *sizes, f"{row.ratio:.2f} ×", trainable, *error)
     return table
+
+
+def remarks(measured: Measured) -> list[str]:
+    """List what belongs below the table: how methods were applied, what is left out, and why."""
+    found = {row.method: f"{TITLES[row.method]}: {row.note}" for row in measured.rows if row.note}
+    left_out = [f"{TITLES[method]} is left out: {reason}" for method, reason in measured.skipped.items()]
+    if measured.scores_peak_bytes is not None:
+        peak = f"{measured.scores_peak_bytes / MIB:.1f} MiB"
+        left_out.append(f"The inference pass computes the model's own loss, as the step does; without labels: {peak}")
+    return [*found.values(), *left_out]
+
+
+def as_json(measured: Measured, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return every figure of a workload."""
+    return {
+        "rows": [{**asdict(row), "ratio": row.ratio} for row in measured.rows],
+        "skipped": dict(measured.skipped),
+        "inference_peak_without_labels_bytes": measured.scores_peak_bytes,
+        "bars": [asdict(verdict) for verdict in verdicts],
+    }
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_workloads(parser, WORKLOADS)
+    add_methods(parser, MEASURED, MEASURED)
     parser.add_argument("--draws", type=int, default=3, help="draws of TraDy's channels to measure (default: 3)")
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    console, figures, missed = Console(stderr=options.json == "-"), dict[str, Any](), False
+    console, figures, missed = console_for(options.json), dict[str, Any](), False
     for name in options.workload:
         workload = WORKLOADS[name]
-        rows = measure(workload, models_folder(options.models), max(1, options.draws))
-        verdicts = judge(workload, rows)
-        console.print(as_table(workload, rows))
+        measured = measure(workload, models_folder(options.models), max(1, options.draws), options.method)
+        verdicts = judge(workload, measured.rows)
+        console.print(as_table(workload, measured.rows))
+        for remark in remarks(measured):
+            console.print(remark, style="dim", highlight=False)
         for verdict in verdicts:
             word = "[green]pass[/]" if verdict.met else "[red]FAIL[/]"
             console.print(f"{word}  {verdict.bar}: {verdict.measured}")
         missed |= not all(verdict.met for verdict in verdicts)
-        figures[name] = {
-            "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
-            "bars": [asdict(verdict) for verdict in verdicts],
-        }
+        figures[name] = as_json(measured, verdicts)
     write_json(options.json, {"workloads": figures})
     return int(missed)
 

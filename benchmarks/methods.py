@@ -1,21 +1,29 @@
 """The methods that are compared, each as a training step that can be run, measured and timed.
 
-Each takes a task of its own: full fine-tuning changes running statistics, TraDy arms the model.
+Each takes a task of its own: full fine-tuning changes running statistics, LoRA and TraDy change the model. All
+step with plain SGD but GaLore, which is an Adam. Those that train the whole network run in training mode;
+the others keep the statistics of batch normalisation fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 import trady
-from benchmarks.workloads import Task, Workload
+from benchmarks.checkpointing import checkpoint_blocks
+from benchmarks.floor import input_gradients
+from benchmarks.galore import galore_optimizer
+from benchmarks.heads import head_of, train_with_fixed_statistics
+from benchmarks.lora import add_adapters
+from benchmarks.skipped import SkippedError
+from benchmarks.tasks import Task
+from benchmarks.workloads import Workload
 
 #: Small enough that repeated steps on one batch leave the weights where they are.
 RATE = 1e-6
@@ -27,11 +35,15 @@ class Step:
 
     Attributes:
         run: Forward, backward and, where something trains, the update.
-        ledger: Runs it once and accounts for its tensor memory.
+        ledger: Runs it once and accounts for its tensor memory; the inference pass is not among it.
+        trainable_parameters: Elements that an update changes.
+        note: What a reader should know of this method on this model.
     """
 
     run: Callable[[], None]
     ledger: Callable[[], trady.Ledger]
+    trainable_parameters: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,53 +54,121 @@ class TunedStep(Step):
         tuner: The tuner of the armed model.
     """
 
-    tuner: trady.Tuner
+    tuner: trady.Tuner = field(kw_only=True)
+
+
+def _step(task: Task, optimizer: torch.optim.Optimizer | None = None, note: str = "") -> Step:
+    """Return the step of whatever of the task's model requires a gradient."""
+    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    run = _update(task, optimizer or torch.optim.SGD(trained, lr=RATE))
+    return Step(run, partial(trady.measure, run, task.model, inference=False), _elements(trained), note)
+
+
+def _update(task: Task, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def run() -> None:
+        task.run().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _elements(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @contextmanager
 def full_fine_tuning(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Plain PyTorch in training mode; every parameter trains."""
     task.model.requires_grad_(True).train()
-    run = _sgd_step(task, torch.optim.SGD(task.model.parameters(), lr=RATE))
-    yield Step(run, partial(trady.measure, run, task.model))
+    yield _step(task)
 
 
 @contextmanager
 def head_only(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Plain PyTorch; the last linear layer trains behind a frozen network (statistics fixed)."""
+    head = head_of(task.model)
+    if head is None:
+        raise SkippedError("the output layer is tied to the embedding: there is no head that could train alone")
     task.model.requires_grad_(False)
-    _train_with_fixed_statistics(task.model)
-    head = [module for module in task.model.modules() if isinstance(module, nn.Linear)][-1].requires_grad_(True)
-    run = _sgd_step(task, torch.optim.SGD(head.parameters(), lr=RATE))
-    yield Step(run, partial(trady.measure, run, task.model))
+    train_with_fixed_statistics(task.model)
+    head.requires_grad_(True)
+    yield _step(task)
+
+
+@contextmanager
+def bitfit(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+    """Only biases train, those of normalisation layers and of the head included (arXiv 2106.10199)."""
+    biases = [parameter for name, parameter in task.model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    body = set(task.model.parameters()) - set((head_of(task.model) or nn.Module()).parameters())
+    if body.isdisjoint(biases):
+        raise SkippedError("the network has no bias in front of its head")
+    task.model.requires_grad_(False)
+    train_with_fixed_statistics(task.model)
+    for bias in biases:
+        bias.requires_grad_(True)
+    yield _step(task)
+
+
+@contextmanager
+def lora(workload: Workload, task: Task, seed: int = 0, checkpoint: bool = False) -> Iterator[Step]:
+    """Low-rank adapters of peft beside frozen weights (:mod:`benchmarks.lora`); statistics fixed."""
+    where = f", {checkpoint_blocks(task.model, workload.blocks)}" if checkpoint else ""
+    note = add_adapters(task.model, convolutions=workload.kind == "cnn")
+    train_with_fixed_statistics(task.model)
+    yield _step(task, note=note + where)
+
+
+@contextmanager
+def checkpointing(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+    """Full fine-tuning that recomputes each block in the backward pass (:mod:`benchmarks.checkpointing`)."""
+    task.model.requires_grad_(True).train()
+    yield _step(task, note=checkpoint_blocks(task.model, workload.blocks))
+
+
+@contextmanager
+def galore(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+    """Full fine-tuning with moments of projected gradients (:mod:`benchmarks.galore`)."""
+    task.model.requires_grad_(True).train()
+    optimizer, note = galore_optimizer(task.model, RATE)
+    step = _step(task, optimizer, note)
+    step.run()  # the moments are there from the second step on
+    yield step
 
 
 @contextmanager
 def trady_step(
-    workload: Workload, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None
+    workload: Workload,
+    task: Task,
+    seed: int = 0,
+    ranking: trady.LayerRanking | None = None,
+    policy: str | None = None,
 ) -> Iterator[TunedStep]:
     """TraDy, armed as the workload says: the drawn channels and the head train."""
-    tuner = workload.arm(task, seed, ranking)
+    tuner = workload.arm(task, seed, ranking, policy)
     task.model.train()
-    run = _sgd_step(task, tuner.attach(torch.optim.SGD(tuner.parameters(), lr=RATE)))
+    run = _update(task, tuner.attach(torch.optim.SGD(tuner.parameters(), lr=RATE)))
+    ledger = partial(tuner.ledger, run, inference=False)
     try:
-        yield TunedStep(run, partial(tuner.ledger, run), tuner)
+        yield TunedStep(run, ledger, _elements(tuner.parameters()), tuner=tuner)
     finally:
         tuner.finish()
 
 
 @contextmanager
+def static_random(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+    """PaCA's rule (arXiv 2503.01905) in the same engine: channels drawn once, at random."""
+    with trady_step(workload, task, seed, policy=workload.static_policy) as step:
+        yield step
+
+
+@contextmanager
 def floor(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
-    """Plain PyTorch; forward and input gradients only: no weight trains, the input requires a gradient."""
+    """Plain PyTorch; forward and input gradients only (:mod:`benchmarks.floor`): nothing trains."""
     task.model.requires_grad_(False)
-    _train_with_fixed_statistics(task.model)
-    task.images.requires_grad_(True)
-
-    def run() -> None:
-        task.loss().backward()
-        task.images.grad = None
-
-    yield Step(run, partial(trady.measure, run, task.model))
+    train_with_fixed_statistics(task.model)
+    with input_gradients(task) as run:
+        yield Step(run, partial(trady.measure, run, task.model, inference=False), 0)
 
 
 Method = Callable[..., AbstractContextManager[Step]]
@@ -97,6 +177,12 @@ Method = Callable[..., AbstractContextManager[Step]]
 METHODS: dict[str, Method] = {
     "full": full_fine_tuning,
     "head": head_only,
+    "bitfit": bitfit,
+    "lora": lora,
+    "lora-checkpoint": partial(lora, checkpoint=True),
+    "checkpoint": checkpointing,
+    "galore": galore,
+    "static-random": static_random,
     "trady": trady_step,
     "floor": floor,
 }
@@ -104,23 +190,16 @@ METHODS: dict[str, Method] = {
 TITLES = {
     "full": "full fine-tuning",
     "head": "head only",
+    "bitfit": "BitFit",
+    "lora": "LoRA",
+    "lora-checkpoint": "LoRA + checkpointing",
+    "checkpoint": "checkpointing",
+    "galore": "GaLore",
+    "static-random": "static random",
     "trady": "TraDy",
     "floor": "floor (input gradients only)",
 }
 
-
-def _sgd_step(task: Task, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def run() -> None:
-        task.loss().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def _train_with_fixed_statistics(model: nn.Module) -> None:
-    """Training mode, so that dropout is as in full fine-tuning; batch normalisation in evaluation mode."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+#: What TraDy's peak is held against: not the head alone, which trains no body, nor static-random, which is
+#: the same engine with other draws.
+PEERS = ("full", "bitfit", "lora", "lora-checkpoint", "checkpoint", "galore")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from trady.errors import TradyError
 
@@ -50,9 +51,28 @@ def add_workloads(parser: argparse.ArgumentParser, names: Collection[str]) -> No
     )
 
 
+def add_methods(parser: argparse.ArgumentParser, names: Collection[str], default: Collection[str]) -> None:
+    """Offer ``--method``."""
+    usual = "all" if set(default) == set(names) else ", ".join(default)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(names),
+        default=list(default),
+        metavar="NAME",
+        help=f"which methods, out of {', '.join(names)} (default: {usual})",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Offer ``--json``."""
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file; - is standard output")
+
+
+def console_for(json_target: str | None) -> Console:
+    """Return where tables go: standard output, unless that is JSON's; wide enough for them where it is a file."""
+    console = Console(stderr=json_target == "-")
+    return console if console.is_terminal else Console(stderr=json_target == "-", width=max(console.width, 140))
 
 
 def models_folder(given: str | None) -> Path:

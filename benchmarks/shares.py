@@ -19,19 +19,21 @@ class ShareOfEveryLayer:
 
     Args:
         share: Above 0, at most 1. The number of channels is rounded to the nearest.
+        once: Keep the first draw for good, as PaCA does (arXiv 2503.01905).
     """
 
     uses_ranking = False
 
-    def __init__(self, share: Fraction) -> None:
+    def __init__(self, share: Fraction, *, once: bool = False) -> None:
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; it lies above 0 and at most at 1")
-        self.share = share
-        self.name = f"share-{share}"
+        self.share, self.once = share, once
+        self.name = f"static-share-{share}" if once else f"share-{share}"
 
     def select(self, draw: Draw) -> trady.Selection:
-        """Draw anew for this seed, epoch and redraw."""
-        random = np.random.default_rng((draw.seed, draw.epoch, draw.redraw))
+        """Draw, anew for this epoch and redraw unless it is once for all."""
+        epoch, redraw = (0, 0) if self.once else (draw.epoch, draw.redraw)
+        random = np.random.default_rng((draw.seed, epoch, redraw))
         return trady.Selection(
             {
                 layer.name: random.permutation(layer.channels)[: max(1, round(self.share * layer.channels))]

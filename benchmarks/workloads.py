@@ -6,60 +6,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import Literal
 
 import trady
-from benchmarks.backbones import IMAGE_SIZE, load_backbone
+from benchmarks import text, vision
 from benchmarks.shares import ShareOfEveryLayer, budget_of
-from trady.errors import ModelError
+from benchmarks.tasks import Task
 
 MIB = 2**20
-
-#: Outputs of the new heads of the pretrained models.
-CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model and one batch to train it on.
-
-    Attributes:
-        model: Gives class scores, alone or as ``output.logits``.
-        images: The batch, [N, 3, H, W].
-        labels: Class indices, [N].
-    """
-
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-
-    def loss(self) -> Tensor:
-        """Run the model on the batch; return the mean cross entropy."""
-        return F.cross_entropy(class_scores(self.model(self.images)), self.labels)
-
-
-def class_scores(output: Any) -> Tensor:
-    """Return the scores in a model's output."""
-    scores: Tensor = output if isinstance(output, Tensor) else output.logits
-    return scores
 
 
 @dataclass(frozen=True)
 class Bars:
-    """What a workload is held to.
+    """What TraDy's step is held to. Peaks are working peaks: without weights and batch.
 
     Attributes:
-        peak_over_inference: Highest working peak of a TraDy step over that of inference (working: without
-            weights and batch).
-        saved_bytes: Most that a TraDy step may keep between forward and backward; ``None`` is no bar.
+        peak_over_inference: Highest peak over that of inference.
+        saved_bytes: Most that a step may keep between forward and backward; ``None`` is no bar.
+        peak_aim: Where the first should come to; ``None`` is no further aim.
+        below_peers: Whether the peak must be below that of every other method but ``head``.
+        gradient_error: Largest relative error of a layer's gradient; ``None`` measures none.
+        step_over_full: Aim for the time of a step over that of full fine-tuning. No gate.
+        step_over_floor: Aim for the time of a step over that of the floor. No gate.
     """
 
     peak_over_inference: float = 1.0
     saved_bytes: int | None = None
+    peak_aim: float | None = None
+    below_peers: bool = False
+    gradient_error: float | None = None
+    step_over_full: float = 0.5
+    step_over_floor: float = 1.0
+
+
+CNN = Bars()
+TRANSFORMER = Bars(
+    peak_over_inference=2.0,
+    peak_aim=1.6,
+    below_peers=True,
+    gradient_error=1e-4,
+    step_over_full=0.7,
+    step_over_floor=1.15,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,10 @@ class Workload:
         make: Builds a fresh task; takes the folder of the backbones. The same one every time.
         policy: Where TraDy updates.
         budget: What TraDy may spend; ``None`` is exactly what the policy draws.
+        static_policy: The same with channels drawn once: PaCA's rule.
         bars: What TraDy must reach.
+        kind: A ``transformer`` keeps its convolutions out of LoRA; a ``cnn`` lives in them.
+        blocks: Classes of the modules that checkpointing recomputes, where the model has no switch of its own.
     """
 
     name: str
@@ -80,49 +71,18 @@ class Workload:
     make: Callable[[Path], Task]
     policy: str
     budget: str | None = None
-    bars: Bars = Bars()
+    static_policy: str = "static-random"
+    bars: Bars = CNN
+    kind: Literal["cnn", "transformer"] = "cnn"
+    blocks: tuple[str, ...] = ()
 
-    def arm(self, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None) -> trady.Tuner:
-        """Prepare the task's model for TraDy."""
-        budget = self.budget or budget_of(self.policy, task.model, task.images)
-        return trady.prepare(task.model, task.images, budget=budget, policy=self.policy, ranking=ranking, seed=seed)
-
-
-def noise(batch: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Return images in [-1, 1] and labels, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, 3, size, size, generator=generator) * 2 - 1
-    return images, torch.randint(classes, (batch,), generator=generator)
-
-
-def _resnet50(models: Path) -> Task:
-    try:
-        from transformers import ResNetConfig, ResNetForImageClassification
-    except ImportError:
-        raise ModelError('resnet50 needs an extra: pip install "trady[transformers]"') from None
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        model = ResNetForImageClassification(ResNetConfig())
-    return Task(model, *noise(16, 224, model.config.num_labels))
-
-
-def _efficientnet_lite0(models: Path) -> Task:
-    from trady.training.models import EFFICIENTNET_LITE0, load_model
-
-    return Task(load_model(EFFICIENTNET_LITE0, CLASSES).model, *noise(32, 128, CLASSES))
-
-
-def _backbone(name: str) -> Callable[[Path], Task]:
-    def make(models: Path) -> Task:
-        return Task(load_backbone(name, models, num_classes=CLASSES), *noise(32, IMAGE_SIZE, CLASSES))
-
-    return make
-
-
-def _share(numerator: int, denominator: int) -> str:
-    """Register the policy that trains this share of every layer; return its name."""
-    policy = trady.register_policy(ShareOfEveryLayer(Fraction(numerator, denominator)), replace=True)
-    return policy.name
+    def arm(
+        self, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None, policy: str | None = None
+    ) -> trady.Tuner:
+        """Prepare the task's model for TraDy, or for another policy in the same budget."""
+        policy = policy or self.policy
+        budget = self.budget or budget_of(policy, task.model, task.batch)
+        return trady.prepare(task.model, task.batch, budget=budget, policy=policy, ranking=ranking, seed=seed)
 
 
 #: B_mem of the paper's smallest budget, in elements for one sample.
@@ -130,35 +90,101 @@ B_MEM = "elements:27946"
 
 _IN_FIRST_EPOCH = "policy trady without a ranking, in its first epoch: draws from all layers"
 
+
+def _share(
+    name: str,
+    describe: str,
+    make: Callable[[], Task],
+    share: Fraction,
+    bars: Bars,
+    blocks: tuple[str, ...] = (),
+) -> Workload:
+    """Return a workload in which this share of every layer trains."""
+    drawn, once = (
+        trady.register_policy(ShareOfEveryLayer(share, once=once), replace=True).name for once in (False, True)
+    )
+    return Workload(
+        name,
+        describe,
+        lambda models: make(),
+        drawn,
+        static_policy=once,
+        bars=bars,
+        kind="transformer" if bars is TRANSFORMER else "cnn",
+        blocks=blocks,
+    )
+
+
+def _backbone(name: str, title: str) -> Workload:
+    describe = f"{title}, 32×3×128×128; {B_MEM}, {_IN_FIRST_EPOCH}"
+    return Workload(name, describe, vision.backbone(name), "trady", B_MEM, blocks=("Block",))
+
+
+_TWO_PERCENT = Fraction(2, 100)
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload(
+        _share(
             "resnet50",
             "ResNet-50 (transformers, random weights), 16×3×224×224; 1/64 of the channels of every layer",
-            _resnet50,
-            _share(1, 64),
-            bars=Bars(saved_bytes=40 * MIB),
+            vision.resnet50,
+            Fraction(1, 64),
+            Bars(saved_bytes=40 * MIB),
+            blocks=("ResNetBottleNeckLayer",),
         ),
-        Workload(
+        _share(
             "effnet",
             "EfficientNet-Lite0, 32×3×128×128; 3 % of the channels of every layer",
-            _efficientnet_lite0,
-            _share(3, 100),
+            vision.efficientnet_lite0,
+            Fraction(3, 100),
+            CNN,
+            blocks=("MBConvBlock",),
         ),
-        Workload(
-            "mbv2-w0.35",
-            f"MobileNetV2-w0.35, 32×3×128×128; {B_MEM}, {_IN_FIRST_EPOCH}",
-            _backbone("mbv2-w0.35"),
-            "trady",
-            B_MEM,
+        _share(
+            "mobilenetv2",
+            "MobileNetV2 1.0 (transformers, random weights), 32×3×128×128; 3 % of the channels of every layer",
+            vision.mobilenet_v2,
+            Fraction(3, 100),
+            CNN,
+            blocks=("MobileNetV2Stem", "MobileNetV2InvertedResidual"),
         ),
-        Workload(
-            "mcunet-5fps",
-            f"MCUNet-5fps, 32×3×128×128; {B_MEM}, {_IN_FIRST_EPOCH}",
-            _backbone("mcunet-5fps"),
-            "trady",
-            B_MEM,
+        _backbone("mbv2-w0.35", "MobileNetV2-w0.35"),
+        _backbone("mcunet-5fps", "MCUNet-5fps"),
+        _share(
+            "minilm",
+            "MiniLM-L6 (real weights) with a classifier, 32×128 tokens; 2 % of the channels of every layer",
+            text.minilm,
+            _TWO_PERCENT,
+            TRANSFORMER,
+        ),
+        _share(
+            "gpt2-small-like",
+            "GPT-2 (4 layers, 256 wide, random weights), 8×256 tokens; 2 % of the channels of every layer",
+            text.gpt2,
+            _TWO_PERCENT,
+            TRANSFORMER,
+        ),
+        _share(
+            "vit-tiny",
+            "ViT-Tiny (random weights), 8×3×224×224; 2 % of the channels of every layer",
+            vision.vit,
+            _TWO_PERCENT,
+            TRANSFORMER,
+        ),
+        _share(
+            "swin-tiny",
+            "Swin-Tiny (random weights), 4×3×224×224; 2 % of the channels of every layer",
+            vision.swin,
+            _TWO_PERCENT,
+            TRANSFORMER,
+        ),
+        _share(
+            "llama-tiny",
+            "Llama (4 layers, 256 wide, random weights), 8×256 tokens; 2 % of the channels of every layer",
+            text.llama,
+            _TWO_PERCENT,
+            TRANSFORMER,
         ),
     )
 }

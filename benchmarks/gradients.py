@@ -1,0 +1,46 @@
+"""Are the gradients of the selected channels those of the dense model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.heads import train_with_fixed_statistics
+from benchmarks.workloads import Workload
+from trady.ops.selected import channel_major
+
+
+def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str, float]:
+    """Compare one backward pass of TraDy with one of the plain model: same mode, same batch, same weights.
+
+    Args:
+        workload: The workload; its model is built twice.
+        models: Folder of the backbones.
+        seed: Seed of the draw.
+
+    Returns:
+        For every layer with selected channels ‖g - d‖ / ‖d‖, g the gradient of its selected channels and
+        d those channels of the dense gradient.
+
+    """
+    dense, sparse = workload.make(models), workload.make(models)
+    train_with_fixed_statistics(dense.model.requires_grad_(True))
+    dense.run().backward()
+    tuner = workload.arm(sparse, seed)
+    try:
+        sparse.model.train()
+        sparse.run().backward()
+        compact = {name: parameter.grad for name, parameter in tuner.named_parameters()}
+        errors = {}
+        for name, channels in tuner.selection.items():
+            layer = tuner.plan.table[name]
+            whole, got = dense.model.get_parameter(layer.parameter).grad, compact[f"{layer.parameter}.channels"]
+            assert whole is not None
+            assert got is not None
+            wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)[torch.from_numpy(channels.copy())]
+            norm = float(wanted.norm())
+            errors[name] = float((got - wanted).norm()) / norm if norm else float(got.norm() > 0)
+        return errors
+    finally:
+        tuner.finish()

@@ -1,0 +1,78 @@
+"""A task of the benchmarks: a model, one batch to train it on, and a loss."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trady.errors import ModelError
+
+
+class MissingPackageError(ModelError):
+    """A package of an extra that is not installed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and one batch to train it on.
+
+    Attributes:
+        model: Any module.
+        batch: What it is called with: a tensor, or a mapping of keyword arguments; also the example for
+            ``trady.prepare``.
+        loss: The loss, from the model's output.
+    """
+
+    model: nn.Module
+    batch: Any
+    loss: Callable[[Any], Tensor]
+
+    def run(self) -> Tensor:
+        """Run the model on the batch; return the loss."""
+        # Nothing here holds the output when the loss returns, so logits do not outlive the forward pass.
+        return self.loss(self.model(**self.batch) if isinstance(self.batch, Mapping) else self.model(self.batch))
+
+
+def cross_entropy(labels: Tensor) -> Callable[[Any], Tensor]:
+    """Return the mean cross entropy of class scores, given alone or as ``output.logits``.
+
+    Args:
+        labels: Class indices, [N].
+    """
+
+    def loss(output: Any) -> Tensor:
+        return F.cross_entropy(output if isinstance(output, Tensor) else output.logits, labels)
+
+    return loss
+
+
+def own_loss(output: Any) -> Tensor:
+    """Return the loss that the model computed itself, from the labels in the batch."""
+    loss: Tensor = output.loss
+    return loss
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model with the same random weights every time; the generator stays where it was."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return build()
+
+
+def needs(package: str, extra: str) -> Any:
+    """Import a package that an extra of trady installs.
+
+    Raises:
+        MissingPackageError: It is not installed; the message says what to type.
+
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(f'{package} cannot be imported ({error}): pip install "trady[{extra}]"') from None
