@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trady.ops.layout import count_write, rows_of
-from trady.ops.native import library
+from trady.ops.native import library, on_this_processor
 
 #: Elements that the plain PyTorch path packs at once: keeps its temporaries small.
 _BLOCK = 1 << 20
@@ -121,13 +121,8 @@ def _unpack(bits: Tensor, length: int) -> Tensor:
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :length].bool()
 
 
-def _on_this_processor(*tensors: Tensor) -> bool:
-    """Whether the tensors have real memory on the CPU that a C function can be handed."""
-    return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-
-
 def _clamp_natively(rows: Tensor, clamp: Clamp, bits: Tensor | None) -> bool:
-    kernels = library() if _on_this_processor(rows) else None
+    kernels = library() if on_this_processor(rows) else None
     if kernels is None:
         return False
     pointer, packed = rows.data_ptr(), None if bits is None else bits.data_ptr()
@@ -147,7 +142,7 @@ def _clamp_natively(rows: Tensor, clamp: Clamp, bits: Tensor | None) -> bool:
 
 
 def _select_natively(rows: Tensor, out: Tensor, bits: Tensor, clamp: Clamp) -> bool:
-    kernels = library() if _on_this_processor(rows, out) and rows.dtype == out.dtype else None
+    kernels = library() if on_this_processor(rows, out) and rows.dtype == out.dtype else None
     if kernels is None:
         return False
     count, length = rows.shape

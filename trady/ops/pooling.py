@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trady.labels import label_saved
-from trady.ops.layout import chunks, empty_like_batch, unviewed
+from trady.ops.layout import chunks, empty_like_batch, memory_format, unviewed
+from trady.ops.native import library, numbers, on_this_processor, unwritten
 
 _aten = torch.ops.aten
 
@@ -46,7 +47,8 @@ def max_pool(x: Tensor, window: Window) -> Tensor:
         out: Tensor = _MaxPool.apply(x, window)
         return out
     with torch.no_grad():
-        return _max_pool(x, window)[0]
+        made = _max_pool_natively(x, window, keep_places=False)
+        return _max_pool(x, window)[0] if made is None else made[0]
 
 
 def _max_pool(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -94,9 +96,84 @@ def _places_in_input(local: Tensor, window: Window, inputs: torch.Size) -> Tenso
     return places
 
 
+def _native_geometry(shape: torch.Size, window: Window, last: bool) -> tuple[int, ...] | None:
+    """Geometry as the C kernels read it; a 1d pooling is a 2d one of height 1; ``None`` for what they do not know."""
+    w, dimensions = window, len(window.kernel)
+    if dimensions > 2 or len(shape) != dimensions + 2 or w.size > 256 or min(shape, default=0) < 1:
+        return None
+    if min(*w.kernel, *w.stride, *w.dilation) < 1 or min(w.padding) < 0:
+        return None
+    if any(2 * p > k for p, k in zip(w.padding, w.kernel, strict=True)):
+        return None
+    inputs, line = tuple(shape[2:]), (w.kernel, w.stride, w.padding, w.dilation)
+    outputs = tuple(_output_size(n, k, s, p, d, w.ceil_mode) for n, k, s, p, d in zip(inputs, *line, strict=True))
+    if min(outputs) < 1:
+        return None
+    fill = ((1,), (1,), (0,), (1,)) if dimensions == 1 else ((),) * 4
+    sizes = (inputs, outputs) if dimensions == 2 else ((1, *inputs), (1, *outputs))
+    sides = (n for first, rest in zip(fill, line, strict=True) for n in (*first, *rest))
+    planes, channels = (shape[0], shape[1]) if last else (shape[0] * shape[1], 1)
+    return (planes, channels, *sizes[0], *sizes[1], *sides)
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    if reach < 0:
+        return 0
+    count = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # The last window begins inside the input or its left padding.
+    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
+
+
+def _kernels(x: Tensor) -> Any:
+    """The C kernels if they can pool ``x``; tensors without memory are treated like those that have it."""
+    usable = x.dtype in (torch.float32, torch.float64) and (x.is_meta or on_this_processor(x))
+    return library() if usable else None
+
+
+def _max_pool_natively(x: Tensor, window: Window, *, keep_places: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Values and uint8 places in their windows, both laid out as ``x``."""
+    kernels, layout = _kernels(x), memory_format(x)
+    if kernels is None or not x.is_contiguous(memory_format=layout):
+        return None
+    last = layout == torch.channels_last
+    geometry = _native_geometry(x.shape, window, last)
+    if geometry is None:
+        return None
+    shape = (*x.shape[:2], *geometry[4:6][2 - len(window.kernel) :])
+    out = unwritten(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout))
+    local = None
+    if keep_places:
+        local = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout)
+    if not x.is_meta:
+        pool = kernels.trady_max_pool_f32 if x.dtype == torch.float32 else kernels.trady_max_pool_f64
+        pool(x.data_ptr(), out.data_ptr(), None if local is None else local.data_ptr(), numbers(*geometry))
+    return out, local
+
+
+def _gradient_natively(gradient: Tensor, local: Tensor, window: Window, shape: torch.Size) -> Tensor | None:
+    kernels, layout = _kernels(gradient), memory_format(local)
+    last = layout == torch.channels_last
+    geometry = _native_geometry(shape, window, last)
+    if kernels is None or geometry is None:
+        return None
+    gradient, local = (t.contiguous(memory_format=layout) for t in (gradient, local))
+    made = unwritten(torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=layout))
+    if not gradient.is_meta:
+        single = gradient.dtype == torch.float32
+        spread = kernels.trady_max_pool_gradient_f32 if single else kernels.trady_max_pool_gradient_f64
+        spread(gradient.data_ptr(), local.data_ptr(), made.data_ptr(), numbers(*geometry))
+    return made
+
+
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+        native = _max_pool_natively(x, window, keep_places=True)
+        if native is not None and native[1] is not None:
+            ctx.window, ctx.shape = window, x.shape
+            ctx.save_for_backward(label_saved(native[1], "indices"))
+            return native[0]
         out: Tensor | None = None
         local: Tensor | None = None
         for part in chunks(x.shape[0], 2 * x.element_size() * x[0].numel() if x.shape[0] else 1):
@@ -116,6 +193,9 @@ class _MaxPool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         (local,) = ctx.saved_tensors
+        native = _gradient_natively(gradient, local, ctx.window, ctx.shape)
+        if native is not None:
+            return native, None
         made = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
         flat = made.flatten(2)
         for part in chunks(ctx.shape[0], 4 * 8 * local[0].numel()):

@@ -16,7 +16,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("bits.c")
+import torch
+from torch import Tensor
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c"))
 
 _POINTER, _COUNT, _FLOAT, _HALF = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint16
 _SIGNATURES = {
@@ -24,7 +27,21 @@ _SIGNATURES = {
     "trady_select_f32": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT],
     "trady_clamp_bf16": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2 + [_HALF] * 2,
     "trady_select_bf16": [_POINTER] * 3 + [_COUNT] * 2,
+    "trady_max_pool_f32": [_POINTER] * 4,
+    "trady_max_pool_f64": [_POINTER] * 4,
+    "trady_max_pool_gradient_f32": [_POINTER] * 4,
+    "trady_max_pool_gradient_f64": [_POINTER] * 4,
+    "trady_depthwise": [_POINTER] * 5,
+    "trady_depthwise_input": [_POINTER] * 4,
+    "trady_depthwise_weight": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2,
+    "trady_large_pages": [_POINTER, _COUNT],
 }
+
+#: These return whether they could be computed.
+_TELL_SUCCESS = ("trady_depthwise", "trady_depthwise_input", "trady_depthwise_weight")
+
+#: Smaller tensors mostly get memory that was written to before; from here on the allocator asks the system each time.
+_LARGE_BYTES = 32 << 20
 
 #: Tried in this order; the last one asks nothing special of compiler or machine.
 _COMPILE_FLAGS = (
@@ -51,6 +68,26 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def on_this_processor(*tensors: Tensor) -> bool:
+    """Whether the tensors have real memory on the CPU that a C function can be handed."""
+    return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """Return whole numbers as C reads them; the same ones are made once."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def unwritten(x: Tensor) -> Tensor:
+    """Ask for large pages for a large tensor that nothing was written to yet; return it."""
+    if x.numel() * x.element_size() >= _LARGE_BYTES and on_this_processor(x):
+        kernels = library()
+        if kernels is not None:
+            kernels.trady_large_pages(x.data_ptr(), x.numel() * x.element_size())
+    return x
+
+
 def _cache_folders() -> list[Path]:
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
@@ -58,8 +95,9 @@ def _cache_folders() -> list[Path]:
 
 
 def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDLL | None:
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *flags, _processor()]).encode()).hexdigest()[:16]
-    path = folder / f"bits-{key}.so"
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(sources + " ".join([compiler, *flags, _processor()]).encode()).hexdigest()[:16]
+    path = folder / f"kernels-{key}.so"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
@@ -72,17 +110,19 @@ def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDL
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name in _TELL_SUCCESS else None
     return loaded
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made, linked = Path(scratch) / "bits.o", Path(scratch) / "bits.so"
         quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 120}
-        subprocess.run([compiler, *flags, "-fPIC", "-c", str(SOURCE), "-o", str(made)], **quiet)  # type: ignore[call-overload]
+        made = [str(Path(scratch) / f"{source.stem}.o") for source in SOURCES]
+        for source, target in zip(SOURCES, made, strict=True):
+            subprocess.run([compiler, *flags, "-fPIC", "-c", str(source), "-o", target], **quiet)  # type: ignore[call-overload]
+        linked = Path(scratch) / "kernels.so"
         # Linked without -fopenmp on purpose: naming a second OpenMP runtime would start a second thread pool.
-        subprocess.run([compiler, "-shared", str(made), "-o", str(linked)], **quiet)  # type: ignore[call-overload]
+        subprocess.run([compiler, "-shared", *made, "-o", str(linked)], **quiet)  # type: ignore[call-overload]
         linked.replace(path)
 
 
