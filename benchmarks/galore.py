@@ -65,9 +65,9 @@ def galore_optimizer(model: nn.Module, rate: float) -> tuple[torch.optim.Optimiz
         lr=rate,
         no_deprecation_warning=True,
     )
-    ranks = " and ".join(str(rank) for rank in sorted(groups))
+    ranks = ", ".join(str(rank) for rank in sorted(groups))
     return (
         optimizer,
-        f"AdamW; {len(weights)} linear weights projected to rank {ranks}; the step that projects anew "
+        f"AdamW; {len(weights)} linear weights projected to ranks {ranks}; the step that projects anew "
         f"(every {UPDATE_PROJECTION_EVERY}th) is not in the figures",
     )

@@ -27,10 +27,10 @@ def _classifier(model: nn.Module, batch: int, size: int, classes: int = CLASSES)
     return Task(model, images, cross_entropy(labels))
 
 
-def resnet50(batch: int = 16, size: int = 224) -> Task:
+def resnet50(batch: int = 16, size: int = 224, depths: tuple[int, ...] = (3, 4, 6, 3)) -> Task:
     """ResNet-50 with random weights."""
     hf = needs("transformers", "transformers")
-    config = hf.ResNetConfig()
+    config = hf.ResNetConfig(depths=list(depths))
     return _classifier(seeded(lambda: hf.ResNetForImageClassification(config)), batch, size, config.num_labels)
 
 

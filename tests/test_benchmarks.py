@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import memory, options, peers, sparsity, speed, text, vision
+from benchmarks import backbones, memory, options, peers, sparsity, speed, text, vision
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES
@@ -150,7 +150,7 @@ TOY = Workload("toy", "two convolutions", toy_task, "trady", "elements:2000", bl
 
 #: Every workload at a size that a test can afford; the backbones are the fixture's.
 SMALL = {
-    "resnet50": lambda models: vision.resnet50(2, 32),
+    "resnet50": lambda models: vision.resnet50(2, 32, depths=(1, 1, 1, 1)),
     "effnet": lambda models: vision.efficientnet_lite0(2, 32),
     "mobilenetv2": lambda models: vision.mobilenet_v2(2, 32),
     "mbv2-w0.35": vision.backbone("tiny"),
@@ -210,9 +210,6 @@ def test_workloads_are_those_that_the_claims_are_about() -> None:
         "mbv2-w0.35": ("trady", "static-random", "elements:27946"),
         "mcunet-5fps": ("trady", "static-random", "elements:27946"),
         **dict.fromkeys(transformers, ("share-1/50", "static-share-1/50", None)),
-            ("minilm", "gpt2-small-like", "vit-tiny", "swin-tiny", "llama-tiny"),
-            ("share-1/50", "static-share-1/50", None),
-        ),
     }
     assert all(get_policy(p).name == p for w in WORKLOADS.values() for p in (w.policy, w.static_policy))
     assert WORKLOADS["resnet50"].bars.saved_bytes == 40 * MIB
@@ -231,7 +228,8 @@ def test_bars_are_those_of_the_kind() -> None:
             assert bars.peak_aim == 1.6
 
 
-@pytest.mark.parametrize("name", list(WORKLOADS))
+# The fixture's backbone stands for both.
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "mcunet-5fps"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_workload_steps_with_every_method(name: str, method: str, models: Path) -> None:
     if method.startswith("lora"):
@@ -349,7 +347,7 @@ def test_galore_projects_linear_weights_to_a_rank_below_their_smallest_dimension
     assert "rank" not in plain
     assert [(group["rank"], len(group["params"])) for group in projected] == [(32, 4)]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(task.model.parameters()))
-    assert "4 linear weights projected to rank 32" in note
+    assert "4 linear weights projected to ranks 32" in note
 
 
 def test_missing_package_says_what_to_type() -> None:
@@ -549,14 +547,23 @@ def test_sparsity_faults_name_seed_and_figure() -> None:
     assert "68 bytes, planned 64" in found[1]
 
 
-@pytest.mark.parametrize("command", ["memory", "speed", "peers", "sparsity", "backbones"])
-def test_commands_explain_themselves(command: str) -> None:
+@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones])
+def test_commands_explain_themselves(command, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.run(["--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert command.__name__ in told
+    assert "--models" in told
+
+
+def test_command_is_a_process_of_its_own() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{command}", "--help"],
+        [sys.executable, "-m", "benchmarks.peers", "--help"],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(options.__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    assert "--models" in done.stdout
+    assert "--out" in done.stdout
