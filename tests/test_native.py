@@ -40,7 +40,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small planes take the kernels too, so that what is tested is quick."""
     monkeypatch.setattr(depthwise, "_POSITIONS", 0)
-    monkeypatch.setattr(depthwise, "_POSITIONS_BACKWARD", 0)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

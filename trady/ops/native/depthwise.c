@@ -57,45 +57,56 @@ static void make_plan(const Geometry *g, Plan *p) {
 static inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Copy one plane of the input into its phases, zeros around it. */
-static void split(const float *x, float *out, const Geometry *g, const Plan *p) {
-    for (int64_t a = 0; a < g->sh; a++)
-        for (int64_t b = 0; b < g->sw; b++) {
-            float *phase = out + (a * g->sw + b) * p->phase;
-            const int64_t shift = b - g->left; /* input column of column 0 */
-            const int64_t low = smaller(ceil_div(-shift, g->sw), p->pitch);
-            int64_t high = smaller(ceil_div(g->w - shift, g->sw), p->pitch);
-            if (high < low) high = low;
-            for (int64_t r = 0; r < p->rows; r++) {
-                float *row = phase + r * p->pitch;
-                const int64_t y = r * g->sh + a - g->top;
-                if (y < 0 || y >= g->h) {
-                    memset(row, 0, (size_t)p->pitch * sizeof(float));
-                    continue;
-                }
-                const float *line = x + y * g->w + shift;
-                for (int64_t i = 0; i < low; i++) row[i] = 0.0f;
-                if (g->sw == 1) for (int64_t i = low; i < high; i++) row[i] = line[i];
-                else if (g->sw == 2) for (int64_t i = low; i < high; i++) row[i] = line[2 * i];
-                else for (int64_t i = low; i < high; i++) row[i] = line[g->sw * i];
-                for (int64_t i = high; i < p->pitch; i++) row[i] = 0.0f;
-            }
-        }
+/* memcpy of a few numbers without a call: rows of small planes are short. */
+static inline __attribute__((always_inline)) void copy(float *to, const float *from, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    if (n - i >= 8) { memcpy(to + i, from + i, 32); i += 8; }
+    if (n - i >= 4) { memcpy(to + i, from + i, 16); i += 4; }
+    if (n - i >= 2) { memcpy(to + i, from + i, 8); i += 2; }
+    if (n - i >= 1) to[i] = from[i];
 }
 
-/* Copy one plane of the gradient to rows of the pitch, zeros behind each. */
-static void spread(const float *gradient, float *out, const Geometry *g, const Plan *p) {
-    for (int64_t r = 0; r < g->oh; r++) {
-        float *row = out + r * p->pitch;
-        for (int64_t i = 0; i < g->ow; i++) row[i] = gradient[r * g->ow + i];
-        for (int64_t i = g->ow; i < p->pitch; i++) row[i] = 0.0f;
+/* Copy one plane of the input into its phases; the zeros around it are there already and stay. */
+static void split(const float *x, float *out, const Geometry *g, const Plan *p) {
+    for (int64_t a = 0; a < g->sh; a++) {
+        const int64_t first = smaller(ceil_div(g->top - a, g->sh), p->rows);
+        const int64_t last = smaller(ceil_div(g->h + g->top - a, g->sh), p->rows);
+        for (int64_t b = 0; b < g->sw; b++) {
+            const int64_t shift = b - g->left; /* input column of column 0 */
+            const int64_t low = smaller(ceil_div(-shift, g->sw), p->pitch);
+            const int64_t n = smaller(ceil_div(g->w - shift, g->sw), p->pitch) - low;
+            if (n <= 0) continue;
+            float *row = out + (a * g->sw + b) * p->phase + first * p->pitch + low;
+            const float *line = x + (first * g->sh + a - g->top) * g->w + low * g->sw + shift;
+            for (int64_t r = first; r < last; r++, row += p->pitch, line += g->sh * g->w) {
+                if (g->sw == 1) copy(row, line, n);
+                else if (g->sw == 2 && n >= 2 * LANES) for (int64_t i = 0; i < n; i++) row[i] = line[2 * i];
+                else {
+                    int64_t i = 0; /* by hand: what a compiler makes of the plain loop is slow for short rows */
+                    for (; i + 4 <= n; i += 4) {
+                        row[i] = line[g->sw * i];
+                        row[i + 1] = line[g->sw * (i + 1)];
+                        row[i + 2] = line[g->sw * (i + 2)];
+                        row[i + 3] = line[g->sw * (i + 3)];
+                    }
+                    for (; i < n; i++) row[i] = line[g->sw * i];
+                }
+            }
+        }
     }
+}
+
+/* Copy one plane of the gradient to rows of the pitch; the zeros behind each are there already and stay. */
+static void spread(const float *gradient, float *out, const Geometry *g, const Plan *p) {
+    for (int64_t r = 0; r < g->oh; r++) copy(out + r * p->pitch, gradient + r * g->ow, g->ow);
 }
 
 /* out[i] = bias + sum of weight[t] * at[t][i]; may write up to BLOCK - 1 results too many. */
 static inline __attribute__((always_inline)) void sum_taps(const float *const *at, const float *weight, int64_t taps,
                                                            float bias, float *out, int64_t length) {
-    for (int64_t i = 0; i < length; i += BLOCK) {
+    int64_t i = 0;
+    for (; i + 2 * LANES < length; i += BLOCK) {
         Lanes s0 = {0}, s1, s2, s3;
         s0 += bias;
         s1 = s2 = s3 = s0;
@@ -112,6 +123,12 @@ static inline __attribute__((always_inline)) void sum_taps(const float *const *a
         store(out + i + 2 * LANES, s2);
         store(out + i + 3 * LANES, s3);
     }
+    for (; i < length; i += LANES) {
+        Lanes s0 = {0};
+        s0 += bias;
+        for (int64_t t = 0; t < taps; t++) s0 += weight[t] * load(at[t] + i);
+        store(out + i, s0);
+    }
 }
 
 /* y: [samples, channels, oh, ow]; returns whether there was memory for it. */
@@ -122,9 +139,8 @@ int trady_depthwise(const float *x, const float *weight, const float *bias, floa
     const Plan *p = &plan;
     const int64_t inputs = p->phases * p->phase + p->slack, outputs = g->oh * p->pitch + BLOCK;
     _Pragma("omp parallel if (g->samples * g->channels * g->oh * g->ow > 8192)") {
-        float *scratch = malloc((size_t)(inputs + outputs) * sizeof(float)), *made = scratch + inputs;
+        float *scratch = calloc((size_t)(inputs + outputs), sizeof(float)), *made = scratch + inputs;
         if (!scratch) failed = 1;
-        else memset(made - p->slack, 0, (size_t)p->slack * sizeof(float));
         _Pragma("omp for schedule(static)") for (int64_t task = 0; task < g->samples * g->channels; task++) {
             if (!scratch) continue;
             const int64_t c = task % g->channels;
@@ -133,7 +149,7 @@ int trady_depthwise(const float *x, const float *weight, const float *bias, floa
             for (int64_t t = 0; t < p->taps; t++) at[t] = scratch + p->phase_of[t] * p->phase + p->shift[t];
             sum_taps(at, weight + c * p->taps, p->taps, bias ? bias[c] : 0.0f, made, g->oh * p->pitch);
             for (int64_t r = 0; r < g->oh; r++)
-                memcpy(y + (task * g->oh + r) * g->ow, made + r * p->pitch, (size_t)g->ow * sizeof(float));
+                copy(y + (task * g->oh + r) * g->ow, made + r * p->pitch, g->ow);
         }
         free(scratch);
     }
@@ -151,7 +167,7 @@ static void join(const float *phases, float *out, float *line, const Geometry *g
         }
         const int64_t r = (y + g->top) / g->sh, a = (y + g->top) % g->sh;
         const float *from = phases + a * g->sw * p->phase + r * p->pitch;
-        if (g->sw == 1) memcpy(row, from + g->left, (size_t)columns * sizeof(float));
+        if (g->sw == 1) copy(row, from + g->left, columns);
         else {
             if (g->sw == 2)
                 for (int64_t i = 0; i < p->pitch; i++) {
@@ -161,7 +177,7 @@ static void join(const float *phases, float *out, float *line, const Geometry *g
             else
                 for (int64_t b = 0; b < g->sw; b++)
                     for (int64_t i = 0; i < p->pitch; i++) line[g->sw * i + b] = from[b * p->phase + i];
-            memcpy(row, line + g->left, (size_t)columns * sizeof(float));
+            copy(row, line + g->left, columns);
         }
         for (int64_t i = columns; i < g->w; i++) row[i] = 0.0f;
     }

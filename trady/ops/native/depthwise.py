@@ -18,7 +18,7 @@ from trady.ops.native import library, numbers, on_this_processor, unwritten
 _MOST_TAPS, _MOST_ELEMENTS = 256, 1 << 18
 
 #: Positions of the output from which on the C kernels beat PyTorch's; small planes are faster many at a time.
-_POSITIONS, _POSITIONS_BACKWARD = 1024, 256
+_POSITIONS = 256
 
 Sides = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def geometry(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ...]) -> Tensor | None:
     """Convolve ``x`` [N, C, *spatial] with ``weight`` [C, 1, *kernel]."""
-    if sides[4] * sides[5] < _POSITIONS:
+    if sides[4] * sides[5] < _POSITIONS * sides[8] * sides[9]:  # splitting rows by stride has its price
         return None
     kernels = _kernels(x, weight, *(() if bias is None else (bias,)))
     if kernels is None:
@@ -81,7 +81,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ..
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, sides: tuple[int, ...]) -> Tensor | None:
     """Gradient of the input, of this shape."""
-    if sides[4] * sides[5] < _POSITIONS_BACKWARD:
+    if sides[4] * sides[5] < _POSITIONS:
         return None
     kernels = _kernels(gradient, weight)
     if kernels is None:
