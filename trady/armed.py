@@ -7,7 +7,7 @@ channels ``W[:, c]`` only: it receives their gradient, the optimizer updates it,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from trady.errors import StateError
 from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
 from trady.ops.selected import channel_major, gather_channels, scatter_channels_, select_channels
+from trady.segments import Segment
+from trady.stretches import drawn_anew
 
 _armed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -35,7 +37,9 @@ class Change:
 class Armed:
     """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`."""
 
-    def __init__(self, model: nn.Module, examined: Examined) -> None:
+    def __init__(
+        self, model: nn.Module, examined: Examined, segments: Mapping[bool, Sequence[Segment]] | None = None
+    ) -> None:
         if any(module in _armed for module in model.modules()):
             raise StateError(
                 f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
@@ -58,7 +62,7 @@ class Armed:
         self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
         self.channels: dict[str, Channels] = {}
         self._written: dict[str, tuple[int, int]] = {}
-        self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain)
+        self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain, segments)
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
         _armed.update(model.modules())
@@ -119,10 +123,7 @@ class Armed:
 
         def deliver(leaf: torch.Tensor) -> None:
             if armed.leaf is not leaf:
-                raise StateError(
-                    f"a backward pass reached {name} after its channels were drawn anew: run backward() before "
-                    "resample(), and before the optimizer step of another batch"
-                )
+                raise StateError(drawn_anew(name))
             gradient, leaf.grad, compact = leaf.grad, None, armed.compact
             if compact.grad is None:
                 compact.grad = gradient

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
+from trady.batching import samples_of
 from trady.channels import ChannelTable
 from trady.fusion import FusionPlan, plan_fusion
+from trady.segments import Segment, find_segments
 from trady.table import build_table, find_head, head_parameters
-from trady.trace import trace_forward
+from trady.trace import trace_forward, twice
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,19 @@ def examine(
     }
     table = build_table(model, training, plans[True], names, activation_dtype(model, example))
     return Examined(table, names, plain, plans)
+
+
+def find_stretches(model: nn.Module, example: Any, examined: Examined) -> dict[bool, tuple[Segment, ...]]:
+    """Find what can be computed anew in the backward pass, for training (True) and evaluation mode (False)."""
+    plain = {id(p) for p in examined.head_parameters.values()}
+    doubled = twice(example)
+    element_bytes = activation_dtype(model, example).itemsize
+    found = {}
+    for training, plan in examined.plans.items():
+        trace = trace_forward(model, example, training=training)
+        samples = samples_of(trace, trace_forward(model, doubled, training=training))
+        found[training] = find_segments(trace, plan, samples, plain, element_bytes)
+    return found
 
 
 def activation_dtype(model: nn.Module, example: Any) -> torch.dtype:

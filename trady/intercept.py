@@ -9,7 +9,7 @@ the forward pass is stopped rather than computed wrongly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -37,9 +37,12 @@ from trady.recognize import (
     MaxPoolCall,
     NormCall,
     WeightCall,
+    answer_about_device,
     is_metadata,
     recognize,
 )
+from trady.segments import Segment
+from trady.stretches import Writing
 from trady.trace import READS_ONE, batch_counters, batches_counted, is_count, tensors_among, tracing
 
 
@@ -75,13 +78,23 @@ class Interceptor(TorchFunctionMode):
         layers: The layers that can be updated by channel.
         plans: The expected calls in training (True) and in evaluation mode (False).
         plain: Identities of parameters that train through PyTorch's own backward (the head).
+        segments: Stretches, in training and in evaluation mode, of which only the inputs are kept.
 
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[ArmedLayer], plans: Mapping[bool, FusionPlan], plain: set[int]
+        self,
+        model: nn.Module,
+        layers: list[ArmedLayer],
+        plans: Mapping[bool, FusionPlan],
+        plain: set[int],
+        segments: Mapping[bool, Sequence[Segment]] | None = None,
     ) -> None:
         super().__init__()
+        self._segments = {
+            mode: {segment.start: segment for segment in chosen} for mode, chosen in (segments or {}).items()
+        }
+        self._writing: Writing | None = None
         self._model, self._plans, self._plain = model, plans, plain
         self._layers = {id(armed.weight): armed for armed in layers}
         self._counters = batch_counters(model)
@@ -93,9 +106,11 @@ class Interceptor(TorchFunctionMode):
         self._outermost: FrameType | None = None
         self._enabled = True
         self._plan: FusionPlan | None = None
+        self._here: Mapping[int, Segment] = {}
         self._cursor = 0
         self._span = (0, 0)
         self._at_risk = False
+        self._graph_only = False
         self.before_forward: Callable[[], None] | None = None
         self.on_layer: Callable[[str], None] | None = None
 
@@ -150,6 +165,8 @@ class Interceptor(TorchFunctionMode):
         newest, backward = self._hooks_now()
         known = plan is not None and span is not None and newest <= self._newest_hook and not backward
         self._plan, self._at_risk = (plan if known else None), False
+        self._here = self._segments.get(self._model.training, {}) if known else {}
+        self._writing = None
         self._span = span if span is not None and name else (0, sys.maxsize)
         self._cursor = self._span[0]
         self.__enter__()
@@ -159,7 +176,7 @@ class Interceptor(TorchFunctionMode):
             return
         self._depth -= 1
         if self._depth == 0:
-            self._outermost = None
+            self._outermost, self._writing = None, None
             self.__exit__(None, None, None)
 
     def _recover(self) -> None:
@@ -190,7 +207,7 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if is_metadata(func):
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self._writing is None else self._asked(self._writing, func, args, kwargs)
         if is_count(func, args, self._counters):
             return args[0]
         tensors = list(tensors_among((*args, *kwargs.values())))
@@ -198,43 +215,97 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
-        action = self._next_action(func, tensors)
+        place = self._place(func, tensors)
+        writing = self._writing or self._begins(place)
+        if writing is not None:
+            if place != writing.next_call:
+                raise self._departed(func)
+            self._writing = writing
+            out = writing.write(func, args, kwargs)
+            if writing.next_call == writing.segment.end:
+                self._writing = None
+            return out
+        return self._compute(func, args, kwargs, self._action(place), False)
+
+    def _compute(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], action: Action | None, graph_only: bool
+    ) -> Any:
+        """Compute one call; ``graph_only`` where nobody reads its values."""
         if isinstance(action, Done):
             self._at_risk = True
             return args[0] if args else kwargs["input"]
         if isinstance(action, Leave):
             return func(*args, **kwargs)
         call = recognize(func, args, kwargs)
-        if call is None:
-            return func(*args, **kwargs)
-        handler = _HANDLERS.get(type(call))
+        handler = None if call is None else _HANDLERS.get(type(call))
         if handler is None:
             return func(*args, **kwargs)
+        self._graph_only = graph_only
         out = handler(self, call, action)
         return func(*args, **kwargs) if out is None else out
 
-    def _next_action(self, function: Any, tensors: list[Tensor]) -> Action | None:
+    def _begins(self, place: int | None) -> Writing | None:
+        """Begin to write down a stretch if one begins here, all of it inside of the module that was called."""
+        segment = None if place is None else self._here.get(place)
+        if segment is None or self._plan is None or not self._span[0] <= segment.start < segment.end <= self._span[1]:
+            return None
+        return Writing(segment, self._plan.steps, self._compute, self._trained)
+
+    def _trained(self, weight: int) -> tuple[str, Tensor] | None:
+        armed = self._layers.get(weight)
+        return None if armed is None or armed.leaf is None or armed.selected is None else (armed.name, armed.leaf)
+
+    def _asked(self, writing: Writing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer what the model wants to know of a tensor that stands for one still to be computed."""
+        known = bool(args) and isinstance(args[0], Tensor) and writing.program.knows(args[0])
+        device = writing.program.device if known else None
+        answer = None if device is None else answer_about_device(func, device)
+        return func(*args, **kwargs) if answer is None else answer
+
+    def _action(self, place: int | None) -> Action | None:
+        """What the plan says of a call; what reaches beyond the module that was called is computed call by call."""
+        if place is None or self._plan is None:
+            return None
+        step = self._plan.steps[place]
+        return step.action if self._span[0] <= step.first and step.last < self._span[1] else None
+
+    def _place(self, function: Any, tensors: list[Tensor]) -> int | None:
+        """The call of the plan that this one is; ``None`` where it is not in the plan."""
         plan = self._plan
         if plan is None:
             return None
-        if self._cursor < len(plan.steps):
-            step = plan.steps[self._cursor]
-            parameters = tuple(id(t) for t in tensors if isinstance(t, nn.Parameter))
-            if step.function == function and step.parameters == parameters:
-                self._cursor += 1
-                # What reaches beyond the module that was called is computed call by call.
-                whole = self._span[0] <= step.first and step.last < self._span[1]
-                return step.action if whole else None
-        self._plan = None
-        if self._at_risk:
-            name = getattr(function, "__name__", str(function))
-            raise ModelError(
-                f"the forward pass took another path than the traced one: it called {name} where "
-                f"{self._expected(plan)} was expected. If the model's forward depends on data, random choices "
-                "or outside state, pass fuse=False to trady.prepare; if it depends on the kind of batch, "
-                "prepare with an example of that kind."
-            )
+        parameters = tuple(id(t) for t in tensors if isinstance(t, nn.Parameter))
+        if self._is_next(plan, self._cursor, function, parameters):
+            self._cursor += 1
+            return self._cursor - 1
+        if self._at_risk or self._writing is not None:
+            raise self._departed(function)
+        # Nothing was put off or overwritten so far: calls may be missing or more (a mask that is only made for
+        # padded batches), as long as the path comes back.
+        if parameters:
+            for place in range(self._cursor, len(plan.steps)):
+                if self._is_next(plan, place, function, parameters):
+                    self._cursor = place + 1
+                    return place
+            self._plan = None
         return None
+
+    @staticmethod
+    def _is_next(plan: FusionPlan, place: int, function: Any, parameters: tuple[int, ...]) -> bool:
+        if place >= len(plan.steps):
+            return False
+        step = plan.steps[place]
+        return bool(step.function == function) and step.parameters == parameters
+
+    def _departed(self, function: Any) -> ModelError:
+        plan, self._plan, self._writing = self._plan, None, None
+        name = getattr(function, "__name__", str(function))
+        expected = "the end" if plan is None else self._expected(plan)
+        return ModelError(
+            f"the forward pass took another path than the traced one: it called {name} where {expected} was "
+            "expected. If the model's forward depends on data, random choices or outside state, pass fuse=False "
+            "to trady.prepare; if it depends on the kind of batch, prepare with an example of that kind."
+        )
 
     def _expected(self, plan: FusionPlan) -> str:
         if self._cursor >= len(plan.steps):
@@ -263,7 +334,7 @@ class Interceptor(TorchFunctionMode):
         scale, shift = (None, None) if fused.norm is None else self._norms.of(fused.norm)
         self._at_risk |= fused.norm is not None or fused.clamp is not None or bool(fused.pad)
         selected = None if armed is None else armed.selected
-        options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x))
+        options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x), self._graph_only)
         with _label(fused.operation or weight_map.kind):
             out = layer(x, armed.leaf if armed is not None else None, options, call.weight, call.bias, scale, shift)
         if self.on_layer is not None and armed is not None:

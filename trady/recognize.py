@@ -92,7 +92,40 @@ class DropoutCall:
     probability: float
 
 
-Call = WeightCall | NormCall | ActivationCall | PadCall | MaxPoolCall | AveragePoolCall | DropoutCall
+@dataclass(frozen=True)
+class LossCall:
+    """A cross-entropy with class indices, summed up over samples or averaged.
+
+    ``x`` are the scores, [N, classes] or [N, classes, ...].
+    """
+
+    x: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    mean: bool
+    label_smoothing: float
+
+    def total(self) -> Tensor:
+        """The loss summed up, not averaged."""
+        return F.cross_entropy(
+            self.x,
+            self.target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def count(self) -> Tensor:
+        """What an average divides by: the number of targets that count, or the sum of their weights."""
+        counted = self.target != self.ignore_index
+        if self.weight is None:
+            return counted.sum()
+        return self.weight[self.target.clamp(min=0)].mul(counted).sum()
+
+
+Call = WeightCall | NormCall | ActivationCall | PadCall | MaxPoolCall | AveragePoolCall | DropoutCall | LossCall
 
 
 def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -110,6 +143,15 @@ def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def is_metadata(function: Any) -> bool:
     """Whether a torch function reads a tensor's shape or kind but none of its elements."""
     return function in _METADATA
+
+
+def answer_about_device(function: Any, device: torch.device) -> Any:
+    """What a tensor on ``device`` answers when it is asked where it is; ``None`` for other questions.
+
+    Tensors without memory stand in for real ones, and models make further tensors where those are.
+    """
+    answer = _DEVICE_QUESTIONS.get(function)
+    return None if answer is None else answer(device)
 
 
 def _each(value: Any, dimensions: int) -> tuple[int, ...]:
@@ -305,6 +347,22 @@ def _dropout_of_torch(input: Tensor, p: float, train: bool) -> DropoutCall | Non
     return _dropout(input, p, train)
 
 
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> LossCall | None:
+    plain = size_average is None and reduce is None and reduction in ("mean", "sum")
+    if not plain or target.is_floating_point() or input.dim() < 2:
+        return None
+    return LossCall(input, target, weight, ignore_index, reduction == "mean", label_smoothing)
+
+
 _READERS: dict[Any, Callable[..., Any]] = {
     torch.conv1d: partial(_convolution, 1),
     torch.conv2d: partial(_convolution, 2),
@@ -336,6 +394,7 @@ _READERS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: partial(_adaptive_average_pool, 2),
     F.adaptive_avg_pool3d: partial(_adaptive_average_pool, 3),
     F.dropout: _dropout,
+    F.cross_entropy: _cross_entropy,
     torch.dropout: _dropout_of_torch,
 }
 
@@ -352,3 +411,11 @@ _METADATA = frozenset(
     [getattr(torch.Tensor, n).__get__ for n in _METADATA_PROPERTIES.split() if hasattr(torch.Tensor, n)]
     + [getattr(torch.Tensor, n) for n in _METADATA_METHODS.split()]
 )
+_DEVICE_QUESTIONS: dict[Any, Callable[[torch.device], Any]] = {
+    torch.Tensor.device.__get__: lambda device: device,
+    torch.Tensor.is_meta.__get__: lambda device: device.type == "meta",  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
+    torch.Tensor.is_mps.__get__: lambda device: device.type == "mps",  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index or 0,
+}

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.errors import ModelError
-from trady.recognize import Call, NormCall, is_metadata, recognize
+from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
 
 #: Whether a trace is running: a model that trains already is traced as its author wrote it.
 tracing: ContextVar[bool] = ContextVar("tracing", default=False)
@@ -37,6 +37,7 @@ class Value:
         reference: The tensor, as long as somebody holds it.
         replaced: Whether a later call wrote into the same tensor.
         view: Whether it shares memory with another tensor.
+        same_as: The value whose very tensor a call handed back, maybe with other content; ``None`` for a new one.
     """
 
     producer: int
@@ -46,6 +47,7 @@ class Value:
     shape_readers: list[int] = field(default_factory=list)
     replaced: bool = False
     view: bool = False
+    same_as: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -69,6 +71,8 @@ class TracedCall:
             a checkpointed section the outermost module called there. ``None`` for calls that no module
             of ours surrounds when they are recomputed, or that run inside a custom autograd function or
             under ``torch.no_grad()``.
+        numbers: Whole numbers among its arguments, in order: sizes, dimensions, indices.
+        shapes: Shapes of the tensors among its arguments, in order.
     """
 
     function: Any
@@ -81,6 +85,8 @@ class TracedCall:
     scope: str | None = ""
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -118,7 +124,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
 
     """
     args, kwargs = as_arguments(example)
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, real_device(model, example))
     with ExitStack() as stack:
         stack.enter_context(_kept_mode(model, training))
         stack.enter_context(_module_spans(model, recorder))
@@ -130,7 +136,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         token = tracing.set(True)
         try:
             with recorder:
-                output = model(*tree_map(recorder.to_meta, args), **tree_map(recorder.to_meta, kwargs))
+                output = model(*tree_map(recorder.without_values, args), **tree_map(recorder.without_values, kwargs))
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
@@ -181,6 +187,31 @@ def describe(example: Any) -> str:
     return str(shapes).replace("'", "")
 
 
+def real_device(model: nn.Module, example: Any) -> torch.device | None:
+    """Where the model runs, or else its batch; ``None`` if neither has memory."""
+    tensors = [*model.parameters(), *(t for t in tree_iter(as_arguments(example)) if isinstance(t, Tensor))]
+    return next((t.device for t in tensors if not t.is_meta), None)
+
+
+def twice(example: Any) -> Any:
+    """Return the batch with every sample in it twice; floating-point values without memory."""
+    batch = batch_size(example)
+
+    def double(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
+            return leaf
+        return torch.cat([_bare(leaf)] * 2)
+
+    return tree_map(double, dict(example) if hasattr(example, "keys") else example)
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """A tensor without memory; ids and masks stay what they are, since models look at them."""
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 class _Settled:
     """Stands for a weak reference after the trace: whether the tensor was still held."""
 
@@ -196,27 +227,35 @@ def _settle(value: Value) -> Value:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None) -> None:
         super().__init__()
         self.trace = Trace()
+        self._device = device
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
         self.sections: list[Section] = [current_section()]
         self._own: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self._counters = batch_counters(model)
-        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
+        self._meta: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def to_meta(self, value: Any) -> Any:
         """Replace a tensor by one without memory or gradient; the same tensor always by the same one."""
+        if isinstance(value, torch.device):
+            return _META
         if not isinstance(value, Tensor) or (value.is_meta and not value.requires_grad):
             return value
         known = self._meta.get(id(value))
-        if known is None or known[0] is not value:
+        if known is None or known[0]() is not value:
             with torch._C.DisableTorchFunction():
                 twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            known = self._meta[id(value)] = (value, twin)
+            known = self._meta[id(value)] = (weakref.ref(value), twin)
         return known[1]
+
+    def without_values(self, value: Any) -> Any:
+        """Replace an input by one without memory; ids and masks stay: models look at their values."""
+        keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        return value if keep else self.to_meta(value)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -228,7 +267,8 @@ class _Recorder(TorchFunctionMode):
             for value in map(self._value_of, tensors):
                 if value is not None:
                     self.trace.values[value].shape_readers.append(index)
-            return func(*args, **kwargs)
+            answer = None if self._device is None else answer_about_device(func, self._device)
+            return func(*args, **kwargs) if answer is None else answer
         if is_count(func, args, self._counters):
             return args[0]
         if not tensors:
@@ -249,6 +289,8 @@ class _Recorder(TorchFunctionMode):
             module=self.modules[-1],
             scope=self._scope(),
             input_shape=() if call is None else tuple(call.x.shape),
+            numbers=tuple(numbers_among((*args, *kwargs.values()))),
+            shapes=tuple(tuple(t.shape) for t in tensors),
         )
         self.trace.calls.append(entry)
         if any(t.is_meta for t in tensors) or entry.parameters:
@@ -280,19 +322,21 @@ class _Recorder(TorchFunctionMode):
 
     def _register(self, tensor: Tensor, producer: int, arguments: list[Tensor]) -> int:
         old = self._value_of(tensor)
-        if old is not None and any(t is tensor for t in arguments):
+        if not any(t is tensor for t in arguments):
+            old = None
+        if old is not None:
             self.trace.values[old].replaced = True
         values = self.trace.values
-        value = Value(producer, weakref.ref(tensor), tuple(tensor.shape), view=tensor._base is not None)
+        value = Value(producer, weakref.ref(tensor), tuple(tensor.shape), view=tensor._base is not None, same_as=old)
         values.append(value)
         self._current[id(tensor)] = (value.reference, len(values) - 1)
         return len(values) - 1
 
 
 def _without_input(call: Call) -> Call:
-    """Drop the input tensor: the trace must not keep alive what the model lets go."""
+    """Drop the activations: the trace must not keep alive what the model lets go."""
     assert is_dataclass(call)
-    return replace(call, **{f.name: None for f in fields(call) if f.name == "x"})  # type: ignore[arg-type]
+    return replace(call, **{f.name: None for f in fields(call) if f.name in ("x", "target")})  # type: ignore[arg-type]
 
 
 def batch_counters(model: nn.Module) -> dict[int, Tensor]:
@@ -314,6 +358,19 @@ def tensors_among(arguments: Iterable[Any]) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple)):
             yield from tensors_among(value)
 
+
+def numbers_among(arguments: Iterable[Any]) -> Iterator[int]:
+    """The whole numbers among the arguments of a torch function, also in lists and slices."""
+    for value in arguments:
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from numbers_among(value)
+        elif isinstance(value, slice):
+            yield from numbers_among((value.start, value.stop, value.step))
+
+
+_META = torch.device("meta")
 
 #: How a batch normalisation reads its counter: ``momentum=None`` divides by it.
 READS_ONE = {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.item}

@@ -33,12 +33,14 @@ class LayerCall:
         selected: The channels that train; ``None`` when none does.
         clamp: The activation behind the layer, if it is computed with it.
         dtype: What the products are computed in (autocast); ``None`` is the input's own dtype.
+        graph_only: Make the graph, not the values: nobody reads them. For linear layers.
     """
 
     weight_map: WeightMap
     selected: SelectedChannels | None = None
     clamp: Clamp | None = None
     dtype: torch.dtype | None = None
+    graph_only: bool = False
 
 
 def layer(
@@ -86,6 +88,9 @@ def _forward(
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = call.dtype or x.dtype
+    if call.graph_only:
+        outputs = weight.shape[1] if call.weight_map.kind == "addmm" else weight.shape[0]
+        return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], outputs), None
     folded = _fold(weight, scale, call)
     offset = _fold_bias(bias, scale, shift)
     y = call.weight_map.forward(x.to(dtype), folded.to(dtype), None if offset is None else offset.to(dtype))

@@ -1,0 +1,276 @@
+"""Where the samples of a batch lie in every tensor of a forward pass, and which calls treat them one by one.
+
+Read off two traces, one of them with every sample twice: what has doubled are samples. A stretch of calls
+that treats samples one by one can be computed in parts of the batch, with the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trady.recognize import (
+    ActivationCall,
+    AveragePoolCall,
+    DropoutCall,
+    LossCall,
+    MaxPoolCall,
+    NormCall,
+    PadCall,
+    WeightCall,
+)
+from trady.trace import Trace, TracedCall
+
+
+@dataclass(frozen=True)
+class Along:
+    """The dimension in which samples lie, one behind another.
+
+    Attributes:
+        dim: The dimension.
+        per_sample: Its size for one sample: windows, for instance, or tokens of a flattened sequence.
+    """
+
+    dim: int
+    per_sample: int
+
+
+@dataclass(frozen=True)
+class CallSamples:
+    """Where samples lie in one call; ``None`` in what does not depend on the batch.
+
+    Attributes:
+        tensors: In each tensor among its arguments.
+        numbers: Which of the whole numbers among its arguments grow with the batch.
+        made: In each tensor that it returns.
+    """
+
+    tensors: tuple[Along | None, ...]
+    numbers: tuple[bool, ...]
+    made: tuple[Along | None, ...]
+
+
+def samples_of(once: Trace, twice: Trace) -> list[CallSamples | None]:
+    """Find the samples in every call.
+
+    Args:
+        once: The trace of a batch.
+        twice: That of the same batch with every sample in it twice.
+
+    Returns:
+        One entry a call; ``None`` for calls that mix samples, or are not known not to.
+
+    """
+    if [entry.function for entry in once.calls] != [entry.function for entry in twice.calls]:
+        return [None] * len(once.calls)
+    return [
+        _samples(entry, doubled, _shapes(once, entry), _shapes(twice, doubled), once.batch)
+        for entry, doubled in zip(once.calls, twice.calls, strict=True)
+    ]
+
+
+def name_of(function: Any) -> str:
+    """The plain name of a torch function: ``add`` for ``torch.Tensor.__iadd__`` and ``torch.add_`` alike."""
+    name = str(getattr(function, "__name__", ""))
+    if name.startswith("__"):
+        name = name.strip("_")
+        bare = name[1:]
+        return bare if name[:1] in ("i", "r") and bare in _ELEMENTWISE else name
+    return name.rstrip("_")
+
+
+def writes_in_place(function: Any) -> bool:
+    """Whether a torch function overwrites its first argument."""
+    name = str(getattr(function, "__name__", ""))
+    if name.startswith("__"):
+        return name == "__setitem__" or (name[2:3] == "i" and name.strip("_")[1:] in _ELEMENTWISE)
+    return name.endswith("_")
+
+
+def _shapes(trace: Trace, entry: TracedCall) -> list[tuple[int, ...]]:
+    return [trace.values[value].shape for value in entry.makes]
+
+
+class _MixedError(Exception):
+    """A call that mixes samples."""
+
+
+def _samples(
+    entry: TracedCall, doubled: TracedCall, made: list[tuple[int, ...]], made_twice: list[tuple[int, ...]], batch: int
+) -> CallSamples | None:
+    if len(entry.shapes) != len(doubled.shapes) or len(entry.numbers) != len(doubled.numbers):
+        return None
+    try:
+        tensors = tuple(_along(a, b, batch) for a, b in zip(entry.shapes, doubled.shapes, strict=True))
+        outputs = tuple(_along(a, b, batch) for a, b in zip(made, made_twice, strict=True))
+        numbers = tuple(_grows(a, b) for a, b in zip(entry.numbers, doubled.numbers, strict=True))
+    except _MixedError:
+        return None
+    found = CallSamples(tensors, numbers, outputs)
+    name = name_of(entry.function)
+    if any(numbers) and name not in _SIZED:
+        return None
+    if not any(tensors) and not any(outputs):
+        return found  # the same for every batch
+    if isinstance(entry.call, LossCall):
+        return found if tensors[0] == tensors[1] == Along(0, tensors[0].per_sample if tensors[0] else 0) else None
+    if not made or not all(outputs):
+        return None
+    rule = _RECOGNISED.get(type(entry.call)) or _rule(name)
+    return found if rule is not None and rule(entry, found, made) else None
+
+
+def _along(once: tuple[int, ...], twice: tuple[int, ...], batch: int) -> Along | None:
+    if len(once) != len(twice):
+        raise _MixedError
+    grown = [d for d, (a, b) in enumerate(zip(once, twice, strict=True)) if a != b]
+    if not grown:
+        return None
+    dim = grown[0]
+    if len(grown) > 1 or twice[dim] != 2 * once[dim] or once[dim] % batch:
+        raise _MixedError
+    return Along(dim, once[dim] // batch)
+
+
+def _grows(once: int, twice: int) -> bool:
+    if once != twice and twice != 2 * once:
+        raise _MixedError
+    return once != twice
+
+
+Rule = Callable[[TracedCall, CallSamples, list[tuple[int, ...]]], bool]
+
+
+def _aligned(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Broadcasting: samples lie in the same dimension, counted from the last."""
+    wanted = found.made[0]
+    assert wanted is not None
+    place = wanted.dim - len(made[0])
+    return all(
+        along is None or (along.dim - len(shape) == place and along.per_sample == wanted.per_sample)
+        for along, shape in zip(found.tensors, entry.shapes, strict=True)
+    )
+
+
+def _kept(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """As many places a sample before and after, in every tensor: nothing was taken from or put between samples."""
+    places = {along.per_sample for along in (*found.tensors, *found.made) if along is not None}
+    return len(places) == 1
+
+
+def _taken(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Indexing by numbers and slices; an index tensor that grows with the batch would count samples."""
+    return not any(found.tensors[1:]) and _kept(entry, found, made)
+
+
+def _joined(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    joined = [a for a, shape in zip(found.tensors, entry.shapes, strict=True) if shape != (0,)]  # an empty cache
+    return len(set(joined)) == 1 and _kept(entry, found, made)
+
+
+def _reshaped(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Samples stay the slowest index of their dimension if as many elements lie outside of it as before."""
+    before, after = found.tensors[0], found.made[0]
+    if before is None or after is None:
+        return False
+    return math.prod(entry.shapes[0][: before.dim]) == math.prod(made[0][: after.dim])
+
+
+def _over_dimension(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Along one dimension, which is not that of the samples."""
+    along, dimensions = found.tensors[0], len(entry.shapes[0])
+    if along is None or not entry.numbers:
+        return False
+    return entry.numbers[0] % dimensions != along.dim and _kept(entry, found, made)
+
+
+def _normalised(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Over the last dimensions, whose sizes are the numbers."""
+    along = found.tensors[0]
+    return along is not None and along.dim < len(entry.shapes[0]) - len(entry.numbers)
+
+
+def _rolled(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    along, dimensions = found.tensors[0], len(entry.shapes[0])
+    half = len(entry.numbers) // 2
+    dims = {n % dimensions for n in entry.numbers[half:]}
+    return along is not None and half > 0 and len(entry.numbers) % 2 == 0 and along.dim not in dims
+
+
+def _multiplied(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Matrix products of one sample each: samples in leading dimensions, or in the rows of the left matrix."""
+    *left, right = zip(found.tensors[-2:], entry.shapes[-2:], strict=True)
+    (a, a_shape), (b, b_shape) = left[0], right
+    return (a is None or a.dim != len(a_shape) - 1) and (b is None or b.dim < len(b_shape) - 2) and len(a_shape) > 1
+
+
+def _attended(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    queries = zip(found.tensors[:3], entry.shapes[:3], strict=True)
+    return all(a is not None and a.dim < len(shape) - 2 for a, shape in queries) and _kept(entry, found, made)
+
+
+def _by_weight(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    call = entry.call
+    assert isinstance(call, WeightCall)
+    position = 1 if call.weight_map.kind == "addmm" else 0
+    x, others = found.tensors[position], [*found.tensors[:position], *found.tensors[position + 1 :]]
+    if x is None or any(others):
+        return False
+    return x.dim == 0 if call.weight_map.kind.startswith("conv") else x.dim < len(entry.shapes[position]) - 1
+
+
+def _first(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    return found.tensors[0] is not None and found.tensors[0].dim == 0 and _kept(entry, found, made)
+
+
+def _always(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    return True
+
+
+_ELEMENTWISE_NAMES = """
+    add sub rsub mul div truediv floordiv true_divide neg pow exp log log1p expm1 sqrt rsqrt square reciprocal
+    abs sign sin cos tanh sigmoid relu relu6 silu gelu elu selu celu mish softplus softsign hardtanh hardswish
+    hardsigmoid leaky_relu logsigmoid erf erfc where masked_fill clamp clip minimum maximum fmod remainder
+    float half bfloat16 double to type type_as contiguous clone detach dropout dropout1d dropout2d
+    feature_dropout alpha_dropout eq ne lt gt le ge logical_and logical_or logical_not and or xor invert
+    zeros_like ones_like empty_like full_like addcmul addcdiv lerp nan_to_num bool int long fill zero
+    bernoulli rand_like expand_as
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+#: Shape arguments: numbers that grow with the batch are sizes there.
+_SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to", "view_as", "reshape_as"}
+_KEEPS = {
+    "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "unsqueeze", "split", "chunk", "unbind", "select",
+    "narrow", "tensor_split", "sum", "mean", "var", "std", "amax", "amin", "norm", "var_mean", "all", "any",
+    "logsumexp", "pad", "constant_pad_nd", "one_hot", "tril", "triu",
+}  # fmt: skip
+_RULES: dict[str, Rule] = {
+    "view": _reshaped, "reshape": _reshaped, "flatten": _reshaped, "unflatten": _reshaped, "_unsafe_view": _reshaped,
+    "expand": _aligned, "broadcast_to": _aligned, "getitem": _taken, "index_select": _taken, "cat": _joined,
+    "concat": _joined, "concatenate": _joined, "stack": _joined, "hstack": _joined, "softmax": _over_dimension,
+    "log_softmax": _over_dimension, "cumsum": _over_dimension, "normalize": _over_dimension, "glu": _over_dimension,
+    "squeeze": _over_dimension, "gather": _over_dimension, "layer_norm": _normalised, "rms_norm": _normalised,
+    "roll": _rolled,
+    "matmul": _multiplied, "bmm": _multiplied, "baddbmm": _multiplied, "scaled_dot_product_attention": _attended,
+    "embedding": _always, "interpolate": _first, "unfold": _first, "pixel_shuffle": _first, "pixel_unshuffle": _first,
+    "group_norm": _first, "instance_norm": _first,
+}  # fmt: skip
+
+
+def _rule(name: str) -> Rule | None:
+    if name in _ELEMENTWISE:
+        return _aligned
+    return _RULES.get(name) or (_kept if name in _KEEPS else None)
+
+
+_RECOGNISED: dict[type, Rule] = {
+    WeightCall: _by_weight,
+    NormCall: _first,
+    ActivationCall: _aligned,
+    PadCall: _first,
+    MaxPoolCall: _first,
+    AveragePoolCall: _first,
+    DropoutCall: _aligned,
+}

@@ -1,0 +1,260 @@
+"""Stretches of a forward pass between two points that a single activation crosses: what can be recomputed.
+
+Of such a stretch only the activation that enters it has to be kept: the backward pass computes it anew, a
+few samples at a time where its calls treat samples one by one (Chen et al., arXiv 1604.06174, checkpoint
+whole segments; here the points are found in the trace, and no segment is ever alive as a whole).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from trady.batching import Along, CallSamples, writes_in_place
+from trady.fusion import FusionPlan
+from trady.recognize import LossCall, WeightCall
+from trady.trace import Trace, TracedCall, Value
+
+#: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.
+_CONTEXT_READERS = 5
+
+#: A stretch is worth it if what it makes inside takes this many times what has to be kept instead.
+_LEAST_GAIN = 1.5
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of calls that can be computed anew as a whole.
+
+    Attributes:
+        start: Its first call.
+        end: One past its last call.
+        made: What it hands on: pairs of a call and the place among what that call returns.
+        samples: Where the samples lie, one entry a call; empty if it cannot be computed in parts.
+        interior_bytes: What its calls make that is not handed on, for the traced batch.
+        entry_bytes: The activation that crosses its start.
+        name: The module it belongs to.
+    """
+
+    start: int
+    end: int
+    made: tuple[tuple[int, int], ...]
+    samples: tuple[CallSamples, ...]
+    interior_bytes: int
+    entry_bytes: int
+    name: str
+
+    def along(self, made: tuple[int, int]) -> Along | None:
+        """Where samples lie in one of the tensors it hands on."""
+        call, place = made
+        return self.samples[call - self.start].made[place]
+
+
+def find_segments(
+    trace: Trace, plan: FusionPlan, samples: list[CallSamples | None], plain: set[int], element_bytes: int
+) -> tuple[Segment, ...]:
+    """Cut a forward pass where a single activation crosses.
+
+    Args:
+        trace: The forward pass.
+        plan: How its calls are computed: what is computed together is not cut apart.
+        samples: Where the samples lie in its calls (:func:`trady.batching.samples_of`).
+        plain: Identities of parameters that train through PyTorch's own backward.
+        element_bytes: Bytes of an activation's element.
+
+    """
+    crossing = _Crossing(trace)
+    cuts = [p for p in range(len(trace.calls) + 1) if crossing.single(p) and not _inside_fused(plan, p)]
+    found = []
+    for start, end in _stretches(trace, cuts, crossing):
+        segment = _segment(trace, start, end, samples, plain, element_bytes, crossing)
+        if segment is not None:
+            found.append(segment)
+    return tuple(found)
+
+
+def merged(segments: tuple[Segment, ...], count: int) -> tuple[Segment, ...]:
+    """Join up to ``count`` neighbours into one: fewer activations are kept, more is computed anew."""
+    joined: list[Segment] = []
+    size = 0
+    for segment in segments:
+        last = joined[-1] if joined else None
+        fits = last is not None and last.end == segment.start and bool(last.samples) == bool(segment.samples)
+        if last is not None and fits and size < count:
+            inner = last.made[-1]
+            joined[-1] = Segment(
+                last.start,
+                segment.end,
+                tuple(m for m in last.made if m != inner) + segment.made,
+                last.samples + segment.samples,
+                last.interior_bytes + segment.interior_bytes + segment.entry_bytes,
+                last.entry_bytes,
+                last.name,
+            )
+            size += 1
+        else:
+            joined.append(segment)
+            size = 1
+    return tuple(joined)
+
+
+class _Crossing:
+    """Which activations are alive between two calls."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        count = len(trace.calls)
+        carries = _carries_weights(trace)
+        self._alive: list[list[int]] = [[] for _ in range(count + 1)]
+        for index, value in enumerate(trace.values):
+            last = max(value.readers, default=-1)
+            if carries[index] and not self._is_context(value):
+                for p in range(value.producer + 1, last + 1):
+                    self._alive[p].append(index)
+        # Names of one tensor (a view, the same object again) count once.
+        self.sources = _sources(trace)
+
+    def at(self, position: int) -> set[int]:
+        """The memory that activations read at or behind ``position``, and made in front of it, lie in."""
+        return {self.sources[v] for v in self._alive[position]}
+
+    def single(self, position: int) -> bool:
+        """Whether at most one tensor crosses, under one name (none at the end)."""
+        return len(self._alive[position]) == 1 or position == len(self.trace.calls)
+
+    def size(self, position: int) -> int:
+        """Elements of what crosses."""
+        return sum(math.prod(self.trace.values[v].shape) for v in self.at(position))
+
+    def _is_context(self, value: Value) -> bool:
+        weights = [r for r in value.readers if isinstance(self.trace.calls[r].call, WeightCall)]
+        return len(weights) >= _CONTEXT_READERS
+
+
+def _carries_weights(trace: Trace) -> list[bool]:
+    """Which values a weight has gone into: masks, positions and angles have none and can always be handed in."""
+    carries = [False] * len(trace.values)
+    for entry in trace.calls:
+        if entry.scope is None:
+            continue
+        tainted = any(isinstance(p, torch.nn.Parameter) for p in entry.parameters)
+        tainted |= any(carries[v] for v in entry.reads)
+        for value in entry.makes:
+            carries[value] = tainted
+    return carries
+
+
+def _sources(trace: Trace) -> list[int]:
+    """For every value the one whose memory it shows."""
+    sources = list(range(len(trace.values)))
+    for entry in trace.calls:
+        for value in entry.makes:
+            if trace.values[value].view and entry.reads:
+                sources[value] = sources[entry.reads[0]]
+    return sources
+
+
+def _inside_fused(plan: FusionPlan, position: int) -> bool:
+    return any(step.first < position <= step.last for step in plan.steps if step.action is not None)
+
+
+def _stretches(trace: Trace, cuts: list[int], crossing: _Crossing) -> list[tuple[int, int]]:
+    """Join what lies between cuts until every stretch is worth computing anew.
+
+    A point counts if more is alive inside of the stretch than crosses its ends: chains of calls between
+    activations of one size have nothing to gain.
+    """
+    stretches: list[tuple[int, int]] = []
+    for start, end in pairwise(cuts):
+        branches = any(len(crossing.at(p)) > 1 for p in range(start + 1, end))
+        if branches or not stretches:
+            stretches.append((start, end))
+        elif _owner(trace, start) == _owner(trace, stretches[-1][0]) or _is_tail(trace, start, end):
+            stretches[-1] = (stretches[-1][0], end)
+        else:
+            stretches.append((start, end))
+    return stretches
+
+
+def _owner(trace: Trace, index: int) -> str:
+    return trace.calls[index].container
+
+
+def _is_tail(trace: Trace, start: int, end: int) -> bool:
+    return all(not isinstance(trace.calls[i].call, WeightCall) for i in range(start, end))
+
+
+def _segment(
+    trace: Trace,
+    start: int,
+    end: int,
+    samples: list[CallSamples | None],
+    plain: set[int],
+    element_bytes: int,
+    crossing: _Crossing,
+) -> Segment | None:
+    calls = trace.calls[start:end]
+    has_weights = any(isinstance(c.call, WeightCall) and isinstance(c.call.weight, torch.nn.Parameter) for c in calls)
+    if not has_weights or any(c.scope != "" for c in calls) or not crossing.at(start):
+        return None
+    if any(_writes_outside(trace, entry, start, crossing.sources, plain) for entry in calls):
+        return None
+    made = sorted(
+        {
+            _first_made(trace, value, start)
+            for entry in calls
+            for value in entry.makes
+            if trace.values[value].kept or any(reader >= end for reader in trace.values[value].readers)
+        }
+    )
+    if not made or any(index < start for index, _ in made):
+        return None
+    by_sample = tuple(found for found in samples[start:end] if found is not None)
+    if len(by_sample) < len(calls) or not _made_by_sample(trace, made, samples, end):
+        by_sample = ()
+    handed = {crossing.sources[trace.calls[i].makes[place]] for i, place in made}
+    inside = {crossing.sources[v] for entry in calls for v in entry.makes if trace.values[v].producer >= start}
+    interior = sum(math.prod(trace.values[v].shape) for v in inside - handed if trace.values[v].producer >= start)
+    if interior < _LEAST_GAIN * crossing.size(start):
+        return None
+    return Segment(
+        start,
+        end,
+        tuple(made),
+        by_sample,
+        interior * element_bytes,
+        crossing.size(start) * element_bytes,
+        calls[0].container,
+    )
+
+
+def _first_made(trace: Trace, value: int, start: int) -> tuple[int, int]:
+    """The call that first returned the tensor of a value, and its place there: the model holds it since then."""
+    same = trace.values[value].same_as
+    while same is not None and trace.values[same].producer >= start:
+        value, same = same, trace.values[same].same_as
+    producer = trace.values[value].producer
+    return (-1, 0) if same is not None else (producer, trace.calls[producer].makes.index(value))
+
+
+def _made_by_sample(trace: Trace, made: list[tuple[int, int]], samples: list[CallSamples | None], end: int) -> bool:
+    """Whether all that a stretch hands on can be put together from parts; a loss at its end is summed up."""
+    for index, place in made:
+        found = samples[index]
+        if found is None:
+            return False
+        if found.made[place] is None and not (index == end - 1 and isinstance(trace.calls[index].call, LossCall)):
+            return False
+    losses = [i for i in range(made[0][0], end) if isinstance(trace.calls[i].call, LossCall)]
+    return losses in ([], [end - 1])
+
+
+def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[int], plain: set[int]) -> bool:
+    """Whether a call overwrites what was there before the stretch: computed anew, it would do so twice."""
+    in_place = writes_in_place(entry.function) or getattr(entry.call, "in_place", False)
+    if not in_place:
+        return False
+    return not entry.reads or trace.values[sources[entry.reads[0]]].producer < start

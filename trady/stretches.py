@@ -1,0 +1,193 @@
+"""Writes stretches of calls down while a model runs, and computes them when they are complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trady.batching import name_of
+from trady.errors import StateError
+from trady.fusion import Action, InPlace, Step, WithLayer
+from trady.ops.maps import Linear
+from trady.ops.recompute import Part, Recipe, recomputed
+from trady.program import Entry, Program
+from trady.recognize import LossCall, WeightCall, recognize
+from trady.segments import Segment
+
+#: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
+Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], Action | None, bool], Any]
+
+#: The largest tensor of a part takes about as many bytes: small enough for caches, large enough for matrix products.
+_PART_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
+_PART_BYTES_ELSEWHERE = 64 << 20
+
+
+class Writing:
+    """One stretch that is being written down.
+
+    Args:
+        segment: Where it begins and ends.
+        steps: All calls of the plan.
+        compute: Computes a call.
+        trains: From a weight's identity to its layer's name and leaf, where channels train.
+
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        steps: tuple[Step, ...],
+        compute: Compute,
+        trains: Callable[[int], tuple[str, Tensor] | None],
+    ) -> None:
+        self.segment = segment
+        self.program = Program(segment.samples)
+        self._compute, self._trains = compute, trains
+        self._actions = [step.action for step in steps[segment.start : segment.end]]
+        self._weights: dict[int, WeightCall] = {}
+        self._loss: LossCall | None = None
+
+    @property
+    def next_call(self) -> int:
+        """The call of the plan that must come next."""
+        return self.segment.start + len(self.program.entries)
+
+    def write(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take a call down; with the last one compute all, and return its real result."""
+        call = recognize(function, args, kwargs)
+        if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
+            self._weights[len(self.program.entries)] = call
+        self._loss = call if isinstance(call, LossCall) else None
+        here, last = self.next_call, self.next_call == self.segment.end - 1
+        shown = [place for call, place in self.segment.made if call == here and not last]
+        result = self.program.write(function, args, kwargs, shown)
+        return self._finish(result) if last else result
+
+    def _finish(self, result: Any) -> Any:
+        """Compute all; put what was missing into the last call's result."""
+        program, segment = self.program, self.segment
+        slots = program.close([(call - segment.start, place) for call, place in segment.made])
+        shown = [program.shown.get(slot) for slot in slots]
+        stood_for = {id(program.standing[slot]): place for place, slot in enumerate(slots)}
+        identities = {id(call.weight) for call in self._weights.values()}
+        trained = {identity: found for identity in identities if (found := self._trains(identity)) is not None}
+        in_parts = not program.whole
+        averages = self._loss is not None and self._loss.mean and in_parts
+        along = [segment.along(pair) if in_parts else None for pair in segment.made]
+        recipe = Recipe(
+            run=self._runner(slots, set(trained), in_parts),
+            along=list(program.along),
+            made=[*along, None] if averages else along,
+            batch=max(program.batch, 1),
+            samples_at_once=_samples_at_once(program) if in_parts else max(program.batch, 1),
+            averages=averages,
+            leaves=[leaf for _, leaf in trained.values()],
+            check=_check(trained, self._trains),
+        )
+        given = program.given
+        program.let_go()
+        self._weights.clear()
+        self._loss = None
+        real = recomputed(recipe, given, shown)
+        return tree_map(lambda leaf: real[stood_for[id(leaf)]] if id(leaf) in stood_for else leaf, result)
+
+    def _runner(
+        self, slots: tuple[int, ...], trained: set[int], in_parts: bool
+    ) -> Callable[[list[Tensor], Part, bool], list[Tensor]]:
+        program, compute = self.program, self._compute
+        actions = [_inside(action, entry) for action, entry in zip(self._actions, program.entries, strict=True)]
+        graph_only = _without_values(program, slots, self._weights, trained, actions)
+        sums_up = self._loss is not None and in_parts
+        averages = self._loss is not None and self._loss.mean and in_parts
+
+        def run(given: list[Tensor], part: Part, backward: bool) -> list[Tensor]:
+            counts: list[Tensor] = []
+
+            def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
+                if sums_up and index == len(actions) - 1:
+                    loss = recognize(function, args, kwargs)
+                    assert isinstance(loss, LossCall)
+                    if averages:
+                        counts.append(loss.count())
+                    return loss.total()
+                return compute(function, args, kwargs, actions[index], backward and index in graph_only)
+
+            made = program.run(given, part.samples, call)
+            return [*(made[slot] for slot in slots), *counts]
+
+        return run
+
+
+def _samples_at_once(program: Program) -> int:
+    device = program.device.type if program.device is not None else "cpu"
+    largest = max((t.numel() * t.element_size() for t in program.standing), default=1)
+    parts = -(-largest // _PART_BYTES.get(device, _PART_BYTES_ELSEWHERE))
+    return -(-program.batch // max(1, min(parts, program.batch)))
+
+
+def _inside(action: Action | None, entry: Entry) -> Action | None:
+    """What comes from outside of a stretch is needed once more: it must not be overwritten."""
+    outside = isinstance(action, InPlace) and not entry.reads
+    return replace(action, overwrite=False) if outside and isinstance(action, InPlace) else action
+
+
+def _without_values(
+    program: Program,
+    slots: tuple[int, ...],
+    weights: dict[int, WeightCall],
+    trained: set[int],
+    actions: list[Action | None],
+) -> set[int]:
+    """The linear layers at the end of a stretch whose result no backward formula reads: only their graph is needed."""
+    needed: set[int] = set()
+    found: set[int] = set()
+    for index in reversed(range(len(program.entries))):
+        entry = program.entries[index]
+        call = weights.get(index)
+        value_needed = any(slot in needed for slot in entry.made)
+        linear = call is not None and isinstance(call.weight_map, Linear) and not _computes_more(actions[index])
+        if linear and call is not None and not call.weight.requires_grad:
+            if not value_needed:
+                found.add(index)
+            if id(call.weight) in trained:
+                needed.update(entry.reads)
+        elif value_needed or name_of(entry.function) not in _BACKWARD_READS_NOTHING:
+            needed.update(entry.reads)
+    return found
+
+
+def _computes_more(action: Action | None) -> bool:
+    return action is not None and not (isinstance(action, WithLayer) and action.clamp is None and action.norm is None)
+
+
+#: Functions whose backward reads neither their inputs nor their result.
+_BACKWARD_READS_NOTHING_NAMES = """
+    add sub rsub neg view reshape flatten unflatten transpose permute movedim contiguous clone unsqueeze
+    squeeze expand split chunk unbind narrow select getitem cat stack roll pad dropout to float half bfloat16
+    double sum mean type type_as
+"""
+_BACKWARD_READS_NOTHING = frozenset(_BACKWARD_READS_NOTHING_NAMES.split())
+
+
+def _check(
+    trained: dict[int, tuple[str, Tensor]], now: Callable[[int], tuple[str, Tensor] | None]
+) -> Callable[[], None]:
+    def check() -> None:
+        for identity, (name, leaf) in trained.items():
+            current = now(identity)
+            if current is None or current[1] is not leaf:
+                raise StateError(drawn_anew(name))
+
+    return check
+
+
+def drawn_anew(layer: str) -> str:
+    """Say that a backward pass came too late."""
+    return (
+        f"a backward pass reached {layer} after its channels were drawn anew: run backward() before "
+        "resample(), and before the optimizer step of another batch"
+    )
