@@ -83,6 +83,7 @@ class Step:
         action: How it is computed; ``None`` is on its own.
         first: First call that the action depends on.
         last: Last call that the action depends on.
+        own: Whether it runs outside of checkpoints and stretches without gradients.
     """
 
     function: Any
@@ -90,6 +91,7 @@ class Step:
     action: Action | None = None
     first: int = 0
     last: int = 0
+    own: bool = True
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:
     steps = []
     for index, entry in enumerate(trace.calls):
         parameters = tuple(id(p) for p in entry.parameters if isinstance(p, torch.nn.Parameter))
-        steps.append(Step(entry.function, parameters, actions.get(index), index, index))
+        steps.append(Step(entry.function, parameters, actions.get(index), index, index, entry.scope == ""))
     for index, action in actions.items():
         if not isinstance(action, (WithLayer, InPlace)):
             continue

@@ -43,7 +43,16 @@ from trady.recognize import (
 )
 from trady.segments import Segment
 from trady.stretches import Writing
-from trady.trace import READS_ONE, batch_counters, batches_counted, is_count, tensors_among, tracing
+from trady.trace import (
+    COMPILED,
+    READS_ONE,
+    batch_counters,
+    batches_counted,
+    current_section,
+    is_count,
+    tensors_among,
+    tracing,
+)
 
 
 class ArmedLayer:
@@ -102,6 +111,8 @@ class Interceptor(TorchFunctionMode):
         self._names = {id(module): name for name, module in model.named_modules()}
         self._handles: list[Any] = []
         self._newest_hook = 0
+        self._switched_on: frozenset[int] = frozenset()
+        self._section = current_section()
         self._depth = 0
         self._outermost: FrameType | None = None
         self._enabled = True
@@ -119,10 +130,10 @@ class Interceptor(TorchFunctionMode):
     def arm(self) -> None:
         """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
         for module in self._model.modules():
-            enter, leave = _Hook(self._enter), _Hook(self._leave)
+            enter, leave = (_Hook(function, self._refuse_compiled) for function in (self._enter, self._leave))
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._newest_hook = self._hooks_now()[0]
+        self._newest_hook, self._switched_on = self._hooks_now()[0], self._checkpointing_now()
 
     def disarm(self) -> None:
         """Take the hooks out again."""
@@ -146,6 +157,15 @@ class Interceptor(TorchFunctionMode):
         newest = max((number for m in modules for number in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
         return newest, any(m._backward_hooks or m._backward_pre_hooks for m in modules)
 
+    def _checkpointing_now(self) -> frozenset[int]:
+        """The modules whose own switch says that they run inside of a checkpoint (transformers, timm)."""
+        switches = ("gradient_checkpointing", "grad_checkpointing")
+        return frozenset(id(m) for m in self._model.modules() if any(m.__dict__.get(name) for name in switches))
+
+    def _refuse_compiled(self) -> None:
+        if self._enabled:
+            raise ModelError(COMPILED)
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not self._enabled or tracing.get():
             return
@@ -164,6 +184,9 @@ class Interceptor(TorchFunctionMode):
         # is to see the gradient of its own module.
         newest, backward = self._hooks_now()
         known = plan is not None and span is not None and newest <= self._newest_hook and not backward
+        # What a checkpoint that was switched on since the trace computes anew must not be overwritten.
+        known = known and self._checkpointing_now() <= self._switched_on
+        self._section = current_section()
         self._plan, self._at_risk = (plan if known else None), False
         self._here = self._segments.get(self._model.training, {}) if known else {}
         self._writing = None
@@ -206,6 +229,8 @@ class Interceptor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            torch.compiler.disable(self._refuse_compiled)()
         if is_metadata(func):
             return func(*args, **kwargs) if self._writing is None else self._asked(self._writing, func, args, kwargs)
         if is_count(func, args, self._counters):
@@ -215,7 +240,7 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
-        place = self._place(func, tensors)
+        place = self._outside_new_checkpoints(self._place(func, tensors))
         writing = self._writing or self._begins(place)
         if writing is not None:
             if place != writing.next_call:
@@ -288,6 +313,19 @@ class Interceptor(TorchFunctionMode):
                     self._cursor = place + 1
                     return place
             self._plan = None
+        return None
+
+    def _outside_new_checkpoints(self, place: int | None) -> int | None:
+        """Leave the plan where a call runs inside of a checkpoint that the trace did not see."""
+        if place is None or self._plan is None or not self._plan.steps[place].own:
+            return place
+        (hooks, gradients), (hooks_before, gradients_before) = current_section(), self._section
+        if hooks == hooks_before and gradients >= gradients_before:
+            return place
+        if self._at_risk or self._writing is not None:
+            self._plan, self._writing = None, None
+            raise ModelError(_CHECKPOINTED_SINCE)
+        self._plan = None
         return None
 
     @staticmethod
@@ -388,11 +426,14 @@ _HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]
 class _Hook:
     """A forward hook that a copy of the model does not take along: the copy is the plain model."""
 
-    def __init__(self, function: Callable[..., None] | None) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., None] | None, refuse: Callable[[], None] | None = None) -> None:
+        self._function, self._refuse = function, refuse
 
     def __call__(self, *arguments: Any) -> None:
         if self._function is not None:
+            if torch.compiler.is_dynamo_compiling() and self._refuse is not None:
+                # What is raised in traced code only ends the tracing; out here it reaches the caller.
+                torch.compiler.disable(self._refuse)()
             self._function(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
@@ -439,6 +480,10 @@ _MADE_TRAINABLE = (
     "trady.prepare, or set requires_grad_(False) again"
 )
 
+_CHECKPOINTED_SINCE = (
+    "gradient checkpointing was switched on after the model had been prepared: switch it on first, then call "
+    "trady.prepare"
+)
 
 def _trains(*parameters: Tensor | None) -> bool:
     return any(p is not None and p.requires_grad for p in parameters)

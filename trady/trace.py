@@ -137,6 +137,8 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         try:
             with recorder:
                 output = model(*tree_map(recorder.without_values, args), **tree_map(recorder.without_values, kwargs))
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
@@ -150,6 +152,17 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
     recorder.trace.values = [_settle(value) for value in recorder.trace.values]
     del outputs
     return recorder.trace
+
+
+#: Why compiled code is refused: its calls are not seen one by one.
+COMPILED = (
+    "torch.compile leaves trady no calls to work on: prepare and train the model uncompiled, and compile it after "
+    'tuner.finish(). To train code that compiles itself, call torch.compiler.set_stance("force_eager") first'
+)
+
+
+def _refuse_compiled() -> None:
+    raise ModelError(COMPILED)
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -261,6 +274,8 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            torch.compiler.disable(_refuse_compiled)()
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_metadata(func):
