@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trady.ops.bits import Clamp
+from trady.ops.quantized import is_quantized
 from trady.recognize import ActivationCall, MaxPoolCall, NormCall, PadCall, WeightCall
 from trady.trace import Trace, TracedCall
 
@@ -208,7 +209,7 @@ def _fuse_layer(
     entry = trace.calls[index]
     call = entry.call
     assert isinstance(call, WeightCall)
-    if not isinstance(call.weight, torch.nn.Parameter):
+    if not isinstance(call.weight, torch.nn.Parameter) or is_quantized(call.weight):
         return
     pad = _deferred_pad(trace, index)
     names = [call.weight_map.kind]
@@ -276,6 +277,8 @@ def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:
     value = trace.values[entry.reads[0]]
     producer = trace.calls[value.producer]
     recognised = isinstance(producer.call, (WeightCall, NormCall, PadCall, MaxPoolCall))
+    if isinstance(producer.call, WeightCall) and is_quantized(producer.call.weight):
+        recognised = False  # its own backward may read what it returned
     safe = recognised or producer.function in _OUTPUT_NOT_SAVED
     reader = _only_reader(trace, entry.reads[0])
     near = producer.container == entry.container and producer.scope == entry.scope

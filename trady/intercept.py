@@ -29,6 +29,7 @@ from trady.ops.layer import LayerCall, layer
 from trady.ops.layout import is_dense
 from trady.ops.maps import Convolution
 from trady.ops.pooling import average_pool, max_pool
+from trady.ops.quantized import is_quantized, quantized_linear
 from trady.ops.selected import SelectedChannels
 from trady.recognize import (
     ActivationCall,
@@ -130,7 +131,7 @@ class Interceptor(TorchFunctionMode):
     def arm(self) -> None:
         """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
         for module in self._model.modules():
-            enter, leave = (_Hook(function, self._refuse_compiled) for function in (self._enter, self._leave))
+            enter, leave = _Hook(self._enter, self._refuse_compiled), _Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._newest_hook, self._switched_on = self._hooks_now()[0], self._checkpointing_now()
@@ -359,6 +360,8 @@ class Interceptor(TorchFunctionMode):
             if isinstance(action, WithLayer):
                 raise ModelError(_MADE_TRAINABLE)
             return None
+        if is_quantized(call.weight):
+            return quantized_linear(call.x, call.weight, call.bias) if call.weight_map.kind == "linear" else None
         fused = action if isinstance(action, WithLayer) else WithLayer()
         if fused.norm is not None and _trains(fused.norm.weight, fused.norm.bias):
             raise ModelError(_MADE_TRAINABLE)

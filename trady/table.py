@@ -13,6 +13,7 @@ from torch import nn
 from trady.channels import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
+from trady.ops.quantized import is_quantized
 from trady.recognize import WeightCall
 from trady.trace import Trace, TracedCall
 
@@ -39,11 +40,16 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
             if name not in parameters and (name not in modules or next(modules[name].parameters(), None) is None):
                 possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
                 raise ModelError(f"head {name!r} is no module with parameters; the last ones are {possible[-5:]}")
+        for name, parameter in head_parameters(model, names).items():
+            if is_quantized(parameter):
+                raise ModelError(f"head {name!r} cannot train: it is {_stored(parameter)}")
         return names
     weights = [entry for entry in trace.calls if _parameter_of(entry) is not None]
     if not weights:
         return ()
     last = _parameter_of(weights[-1])
+    if last is None or is_quantized(last):
+        return ()
     users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
     owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
     if len(users) != 1 or len(owners) != 1:
@@ -138,6 +144,11 @@ def _use(entry: TracedCall) -> str:
     return name + _UNSEEN if entry.scope is None else name
 
 
+def _stored(parameter: nn.Parameter) -> str:
+    numbers = str(parameter.dtype).removeprefix("torch.")
+    return f"stored quantised, as {type(parameter).__name__} of {numbers}"
+
+
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -151,6 +162,8 @@ def _reason(
     """Why a weight cannot be updated by input channel; ``None`` when it can."""
     if id(parameter) in plain:
         return "head: always trained, outside the budget"
+    if is_quantized(parameter):
+        return f"{_stored(parameter)}: no channel of it can be updated, gradients pass through it"
     used = ", ".join(sorted(others.get(id(parameter), ())))
     if id(parameter) not in calls and _UNSEEN in used:
         return f"used by {used}, where it cannot be intercepted"

@@ -123,6 +123,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         ModelError: The model cannot run on the example, or its forward depends on the data.
 
     """
+    _refuse_repacking(model)
     args, kwargs = as_arguments(example)
     recorder = _Recorder(model, real_device(model, example))
     with ExitStack() as stack:
@@ -163,6 +164,20 @@ COMPILED = (
 
 def _refuse_compiled() -> None:
     raise ModelError(COMPILED)
+
+
+def _refuse_repacking(model: nn.Module) -> None:
+    """Refuse 4-bit layers of bitsandbytes that repack themselves for inference: no gradient passes afterwards."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+        repacks = getattr(module, "support_avx512bf16_for_cpu", False)
+        if isinstance(weight, Tensor) and weight.device.type == "cpu" and (packed or repacks):
+            raise ModelError(
+                f"on this CPU, bitsandbytes repacks the 4-bit weight of {name!r} in evaluation mode, and then no "
+                "gradient passes through it: first set module.support_avx512bf16_for_cpu = False on every such "
+                "module, and call model.state_dict(), which unpacks the weights"
+            )
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,0 +1,513 @@
+"""trady together with checkpointing, torch.compile, autocast, quantised weights and PEFT (docs/composition.md)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import trady
+from tests.models import Residual, normal, relative_error, same, seeded, snapshot
+from tests.test_interception import armed, dense_gradients, gradients
+from trady.channels import Selection
+from trady.errors import ModelError
+
+hf = pytest.importorskip("transformers")
+
+pytestmark = [
+    # peft asks transformers for names that transformers has deprecated.
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    # Compilers and quantisers look at parts of PyTorch that PyTorch has deprecated.
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+]
+
+IDS = torch.randint(1, 50, (4, 12), generator=torch.Generator().manual_seed(0))
+PIXELS = normal(4, 3, 16, 16)
+
+
+def bert(width: int = 32, layers: int = 3) -> nn.Module:
+    config = hf.BertConfig(
+        vocab_size=50,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=32,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.0,
+        use_cache=False,
+    )
+    return seeded(lambda: hf.BertForSequenceClassification(config)).train()
+
+
+def llama() -> nn.Module:
+    config = hf.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    return seeded(lambda: hf.LlamaForCausalLM(config)).train()
+
+
+def vit() -> nn.Module:
+    config = hf.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
+    return seeded(lambda: hf.ViTForImageClassification(config)).train()
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+    "bert": (bert, {"input_ids": IDS}),
+    "llama": (llama, {"input_ids": IDS, "labels": IDS}),
+    "vit": (vit, {"pixel_values": PIXELS}),
+}
+
+
+def loss_on(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
+    def loss(model: nn.Module) -> Tensor:
+        torch.manual_seed(7)
+        output = model(**batch)
+        return output.logits.square().sum() if output.get("loss") is None else output.loss
+
+    return loss
+
+
+def doubled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def assert_gradients(tuner: trady.Tuner, expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    found = gradients(tuner)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < tolerance, name
+
+
+# -- gradient checkpointing --------------------------------------------------------------------------------------
+
+
+def switch_on(model: nn.Module, reentrant: bool) -> None:
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before prepare", "after prepare"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_checkpointing_of_transformers_has_the_dense_gradients(name: str, reentrant: bool, before: bool) -> None:
+    build, batch = MODELS[name][0], doubled(MODELS[name][1])
+    model, plain = build().double(), build().double()
+    if before:
+        switch_on(model, reentrant)
+    tuner = armed(model, batch)
+    if not before:
+        switch_on(model, reentrant)
+    expected = dense_gradients(plain, tuner, loss_on(batch))
+    loss_on(batch)(model).backward()
+    assert_gradients(tuner, expected)
+    tuner.finish()
+
+
+def test_checkpointing_switched_off_again_after_prepare_has_the_dense_gradients() -> None:
+    model, batch = vit().double(), doubled({"pixel_values": PIXELS})
+    switch_on(model, False)
+    tuner = armed(model, batch)
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    expected = dense_gradients(vit().double(), tuner, loss_on(batch))
+    loss_on(batch)(model).backward()
+    assert_gradients(tuner, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_and_trady_together_take_less_than_either(reentrant: bool) -> None:
+    batch = {"input_ids": IDS}
+
+    def peak(checkpointed: bool, channels: bool) -> int:
+        model = bert(64, 4)
+        if checkpointed:
+            switch_on(model, reentrant)
+        if not channels:
+            ledger = trady.measure(lambda: loss_on(batch)(model).backward(), model)
+        else:
+            tuner = trady.prepare(model, batch, budget="elements:20000", policy="dynamic-random")
+            ledger = tuner.ledger(lambda: loss_on(batch)(model).backward())
+        return ledger.peak_without_weights_bytes
+
+    together = peak(True, True)
+    assert together < peak(False, True)
+    assert together < peak(True, False)
+
+
+def test_a_reentrant_checkpoint_needs_inputs_that_require_gradients() -> None:
+    """PyTorch warns, and the switch of transformers that its warning calls for is enough."""
+    model, batch = vit(), {"pixel_values": PIXELS}
+    switch_on(model, True)
+    tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
+    name = next(layer.name for layer in tuner.plan.table if layer.name.startswith("vit.layers.0"))
+    tuner._apply(Selection({name: [1, 2]}))
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        loss_on(batch)(model).backward()
+    tuner.finish()
+    model.enable_input_require_grads()
+    tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
+    tuner._apply(Selection({name: [1, 2]}))
+    loss_on(batch)(model).backward()
+    assert f"{name}.weight.channels" in gradients(tuner)
+
+
+class Switched(nn.Module):
+    """A checkpoint of its own, that begins with what trady would compute in place."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.mine = False
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.conv(F.leaky_relu(x, 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        x = checkpoint(self.inner, x, use_reentrant=False) if self.mine else self.inner(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["fused", "not fused"])
+def test_a_checkpoint_that_appears_after_prepare_is_refused_unless_the_model_is_prepared_anew(norm: bool) -> None:
+    x = normal(2, 3, 9, 9, dtype=torch.float64)
+    model = seeded(lambda: Switched(norm)).double()
+
+    def loss(net: nn.Module) -> Tensor:
+        return net(x).square().sum()
+
+    tuner = armed(model, x)
+    expected = dense_gradients(model, tuner, loss)
+    model.mine = True
+    with pytest.raises(ModelError, match=r"switch it on first, then call trady\.prepare"):
+        loss(model)
+    tuner.finish()
+    tuner = armed(model, x)
+    loss(model).backward()
+    assert_gradients(tuner, expected)
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch.compiler.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+def compiled_outside(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place])
+def test_a_prepared_model_that_is_compiled_says_so_and_trains_with_compilers_off(
+    compiled: Callable[[nn.Module], nn.Module],
+) -> None:
+    x = normal(2, 3, 9, 9, dtype=torch.float64)
+    model, plain = (seeded(Residual).double().train() for _ in range(2))
+    tuner = armed(model, x)
+    around = compiled(model)
+    with pytest.raises(ModelError, match=r"compile it after tuner\.finish"):
+        around(x)
+    torch.compiler.set_stance("force_eager")
+    expected = dense_gradients(plain, tuner, lambda net: net(x).square().sum())
+    around(x).square().sum().backward()
+    assert_gradients(tuner, expected)
+    torch.compiler.set_stance("default")
+    tuner.finish()
+    model.eval()
+    assert relative_error(around(x), plain.eval()(x)) < 1e-10
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place, compiled_inside])
+def test_a_compiled_model_is_refused_and_can_be_prepared_with_compilers_off(
+    compiled: Callable[[nn.Module], nn.Module],
+) -> None:
+    x = normal(2, 3, 9, 9, dtype=torch.float64)
+    model, plain = compiled(seeded(Residual).double().train()), seeded(Residual).double().train()
+    with pytest.raises(ModelError, match="prepare and train the model uncompiled"):
+        armed(model, x)
+    torch.compiler.set_stance("force_eager")
+    tuner = armed(model, x)
+    assert len(tuner.plan.table) == 5
+    expected = dense_gradients(compiled(plain), tuner, lambda net: net(x).square().sum())
+    model(x).square().sum().backward()
+    assert_gradients(tuner, expected)
+
+
+@torch.compile(backend="eager")
+def gate(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class UsesCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(gate(self.first(x)))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_function_that_compiles_itself_inside_the_model_is_refused_too() -> None:
+    x = normal(4, 6)
+    with pytest.raises(ModelError, match='set_stance\\("force_eager"\\)'):
+        armed(UsesCompiled(), x)
+
+
+# -- autocast ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_under_bfloat16_autocast_are_as_near_to_float32_as_pytorch(name: str) -> None:
+    build, batch = MODELS[name]
+    model, plain = build().eval(), build().eval()
+
+    def loss(net: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_on(batch)(net).float()
+
+    tuner = armed(model, batch)
+    exact = dense_gradients(plain, tuner, loss_on(batch))
+    theirs = dense_gradients(plain, tuner, loss)
+    loss(model).backward()
+    found = gradients(tuner)
+    assert found.keys() == exact.keys()
+    for layer, gradient in exact.items():
+        assert found[layer].dtype == torch.float32
+        own = relative_error(theirs[layer], gradient)
+        assert relative_error(found[layer], gradient) <= max(1.5 * own, 2e-2), (layer, own)
+    tuner.finish()
+
+
+# -- PEFT --------------------------------------------------------------------------------------------------------
+
+
+def with_lora(build: Callable[[], nn.Module] = bert) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value", "q_proj", "v_proj"])
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # zero as peft makes them: A would have no gradient
+    return model.double().train()
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_base_trains_by_channel_beside_adapters_that_train_whole(name: str, tmp_path: Path) -> None:
+    build, batch = MODELS[name]
+    model, plain = with_lora(build), with_lora(build)
+    flags = [p.requires_grad for p in model.parameters()]
+    tuner = armed(model, batch, head=adapters_of(model))
+    base = [layer.name for layer in tuner.plan.table if layer.name.endswith("base_layer")]
+    assert len(base) == 2 * (3 if name == "bert" else 2)
+    expected = dense_gradients(plain, tuner, loss_on(batch))
+    loss_on(batch)(model).backward()
+    assert_gradients(tuner, expected)
+    assert {n for n in expected if "lora_" in n} == set(adapters_of(model))
+
+    before = snapshot(model)
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
+    optimizer.step()
+    tuner.finish()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    after = snapshot(model)
+    assert not torch.equal(after[f"{base[0]}.weight"], before[f"{base[0]}.weight"])
+    trained = model.eval()(**batch).logits.detach()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    merged = model.merge_and_unload()
+    assert relative_error(merged(**batch).logits, trained) < 1e-10
+
+
+def test_a_merged_model_is_a_model_like_any_other() -> None:
+    model = with_lora().merge_and_unload().train()
+    batch = {"input_ids": IDS}
+    tuner = armed(model, batch)
+    expected = dense_gradients(with_lora().merge_and_unload().train(), tuner, loss_on(batch))
+    loss_on(batch)(model).backward()
+    assert_gradients(tuner, expected)
+    assert tuner.plan.head == ("classifier",)
+
+
+def test_a_delta_holds_the_base_channels_that_the_adapter_file_does_not() -> None:
+    model = with_lora()
+    fresh = copy.deepcopy(model)
+    tuner = armed(model, {"input_ids": IDS}, head=adapters_of(model))
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
+    loss_on({"input_ids": IDS})(model).backward()
+    optimizer.step()
+    delta = tuner.delta()
+    tuner.finish()
+    assert same(snapshot(trady.apply_delta(fresh, delta)), snapshot(model))
+
+
+# -- quantised weights -------------------------------------------------------------------------------------------
+
+
+def attention_in(bits: int, model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    if bits == 8:
+        config = quantization.Int8WeightOnlyConfig()
+    else:
+        group = quantization.PerGroup(16)
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+    quantization.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and "attention" in name)
+    return model
+
+
+def dequantized(model: nn.Module, quantized: nn.Module) -> nn.Module:
+    """``model`` with the values that the weights of ``quantized`` stand for."""
+    stored = dict(quantized.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = stored[name]
+            parameter.copy_(value if type(value) is nn.Parameter else value.dequantize())
+    return model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_pass_through_quantised_layers_and_everything_else_trains(bits: int) -> None:
+    batch, model = {"input_ids": IDS}, attention_in(bits, bert())
+    before = {
+        n: p.dequantize().clone() for n, p in model.named_parameters() if "attention" in n and "query.weight" in n
+    }
+    tuner = armed(model, batch)
+    reasons = {f.parameter: f.reason for f in tuner.plan.table.frozen}
+    quantised = [n for n, reason in reasons.items() if reason.startswith("stored quantised")]
+    assert len(quantised) == 4 * 3
+    assert {layer.name.split(".")[-2] for layer in tuner.plan.table} >= {"intermediate", "output"}
+    expected = dense_gradients(dequantized(bert(), model), tuner, loss_on(batch))
+    loss_on(batch)(model).backward()
+    assert_gradients(tuner, expected, 1e-4)
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
+    optimizer.step()
+    tuner.resample(1)
+    delta = tuner.delta()
+    tuner.finish()
+    assert all(torch.equal(model.get_parameter(n).dequantize(), value) for n, value in before.items())
+    assert same(snapshot_of_plain(trady.apply_delta(attention_in(bits, bert()), delta)), snapshot_of_plain(model))
+
+
+def snapshot_of_plain(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if type(p) is nn.Parameter}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_backward_keeps_no_float_copy_of_a_quantised_weight(bits: int) -> None:
+    batch, model = {"input_ids": IDS[:1]}, attention_in(bits, bert(128))
+
+    def step() -> None:
+        loss_on(batch)(model).backward()
+
+    pytorch = trady.measure(step, model).saved_bytes
+    model.zero_grad()
+    tuner = armed(model, batch)
+    copies = sum(4 * p.numel() for n, p in model.named_parameters() if type(p) is not nn.Parameter)
+    assert tuner.ledger(step).saved_bytes < pytorch - 0.9 * copies
+
+
+def test_weights_that_hand_no_gradient_back_are_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 3))
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(), lambda m, name: name == "1")
+    tuner = armed(model, normal(4, 32))
+    with pytest.raises(ModelError, match="quantise the weights only"):
+        model(normal(4, 32))
+    tuner.finish()
+
+
+def test_a_quantised_head_is_refused() -> None:
+    model = attention_in(8, bert())
+    with pytest.raises(ModelError, match="cannot train: it is stored quantised, as Int8Tensor"):
+        armed(model, {"input_ids": IDS}, head="bert.encoder.layer.2.attention")
+
+
+class Bits(nn.Module):
+    """One layer of bitsandbytes, or the plain one, between two that train."""
+
+    def __init__(self, bits: int | None) -> None:
+        super().__init__()
+        self.first, self.last, self.head = nn.Linear(64, 128), nn.Linear(64, 64), nn.Linear(64, 3)
+        if bits is None:
+            self.stored = nn.Linear(128, 64)
+        else:
+            bnb = pytest.importorskip("bitsandbytes")
+            four = bits == 4
+            self.stored = bnb.nn.Linear4bit(128, 64) if four else bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.stored, self.last):
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+def test_gradients_pass_through_layers_of_bitsandbytes(bits: int) -> None:
+    plain = seeded(lambda: Bits(None))
+    model = Bits(bits)
+    model.load_state_dict(plain.state_dict())
+    model.to("cpu")
+    x = normal(16, 64)
+    if bits == 4 and getattr(model.stored, "support_avx512bf16_for_cpu", False):
+        with pytest.raises(ModelError, match="support_avx512bf16_for_cpu = False"):
+            armed(model, x)
+        model.stored.support_avx512bf16_for_cpu = False
+    # Its 4-bit product takes another path where gradients are needed: what is fused could not be followed.
+    tuner = armed(model, x, fuse=bits != 4)
+    assert tuner.plan.table.names == ("first", "last")
+    with torch.no_grad():
+        plain.stored.weight.copy_((model.stored(torch.eye(128)) - model.stored.bias).t())
+    expected = dense_gradients(plain, tuner, lambda net: net(x).square().sum())
+    model(x).square().sum().backward()
+    assert_gradients(tuner, expected, 2e-2)
+    tuner.finish()
