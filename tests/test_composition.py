@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import trady
-from tests.models import Residual, normal, relative_error, same, seeded, snapshot
+from tests.models import Residual, channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
+from trady.armed import Armed
 from trady.channels import Selection
 from trady.errors import ModelError
+from trady.examine import examine, find_stretches
 
 hf = pytest.importorskip("transformers")
 
@@ -175,6 +178,26 @@ def test_a_reentrant_checkpoint_needs_inputs_that_require_gradients() -> None:
     tuner._apply(Selection({name: [1, 2]}))
     loss_on(batch)(model).backward()
     assert f"{name}.weight.channels" in gradients(tuner)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_stretches_that_trady_recomputes_give_way_to_checkpoints_switched_on_later(reentrant: bool) -> None:
+    model, batch = vit().double(), doubled({"pixel_values": PIXELS})
+    examined = examine(model, batch)
+    found = find_stretches(model, batch, examined)
+    stretches = found[0] if isinstance(found, tuple) else found
+    assert stretches[True]
+    prepared = Armed(model, examined, stretches)
+    prepared.select(Selection({layer.name: np.arange(layer.channels) for layer in examined.table}))
+    switch_on(model, reentrant)
+    loss_on(batch)(model).backward()
+    dense = vit().double()
+    loss_on(batch)(dense).backward()
+    for layer in examined.table:
+        expected = dense.get_parameter(layer.parameter).grad
+        gradient = prepared.layers[layer.name].compact.grad
+        assert relative_error(gradient, channels_of(expected, layer, np.arange(layer.channels))) < 1e-10, layer.name
+    prepared.disarm()
 
 
 class Switched(nn.Module):
