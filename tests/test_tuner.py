@@ -695,7 +695,8 @@ def test_a_step_stays_inside_a_peak_budget(name: str, optimizer_name: str) -> No
                     ledger = tuner.ledger(step, inference=False)
                     predicted = tuner.plan.predicted_peak_bytes
                     assert predicted is not None
-                    assert ledger.peak_bytes <= predicted <= amount, (share, seed, epoch)
+                    assert ledger.peak_bytes <= amount, (share, seed, epoch)
+                    assert ledger.peak_bytes <= 1.01 * predicted, (share, seed, epoch)
             tuner.finish()
 
 

@@ -23,6 +23,7 @@ from trady.errors import (
     TrainingError,
 )
 from trady.memory import Ledger, measure
+from trady.ops.loss import cross_entropy
 from trady.plan import Cost, Plan
 from trady.policies import register_policy
 from trady.ranking import LayerRanking
@@ -68,6 +69,7 @@ __all__ = [
     "TrainingError",
     "Tuner",
     "apply_delta",
+    "cross_entropy",
     "finetune",
     "load_data",
     "measure",

@@ -239,6 +239,13 @@ _ELEMENTWISE_NAMES = """
     bernoulli rand_like expand_as
 """
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
+#: Functions whose backward reads neither their inputs nor their result.
+_READS_NOTHING_NAMES = """
+    add sub rsub neg view reshape flatten unflatten transpose permute movedim contiguous clone unsqueeze
+    squeeze expand split chunk unbind narrow select getitem cat stack roll pad dropout to float half bfloat16
+    double sum mean type type_as
+"""
+BACKWARD_READS_NOTHING = frozenset(_READS_NOTHING_NAMES.split())
 #: Shape arguments: numbers that grow with the batch are sizes there.
 _SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to", "view_as", "reshape_as"}
 _KEEPS = {

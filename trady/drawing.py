@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,16 +10,20 @@ from torch import nn
 from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.channels import Selection
 from trady.errors import BudgetError, ModelError
-from trady.examine import Examined, examine, meta_batch
+from trady.examine import Examined, examine, find_stretches, meta_batch
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, cost_of
+from trady.planner import MODES, Planner, Recomputation
 from trady.policies import Draw, Policy, draw_selection, get_policy
 from trady.ranking import LayerRanking, structure_digest
-from trady.simulate import step_timeline
+from trady.simulate import Stretches, step_timeline
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97
+
+#: As many of all channels (by elements) are to fit before anything is kept that could be computed anew.
+USEFUL_SHARE = 0.02
 
 #: Optimizer steps between two draws while the ranking is being learnt.
 STEPS_A_DRAW = 2
@@ -32,6 +36,7 @@ class Drawing:
         pool: Layers that channels are drawn from.
         online: The ranking being learnt; ``None`` when one is given, settled or not needed.
         state_copies: Copies of a parameter that the optimizer keeps.
+        recomputation: What is computed anew in the backward pass.
     """
 
     def __init__(
@@ -45,15 +50,31 @@ class Drawing:
         seed: int,
         fuse: bool,
         pool: tuple[str, ...] | None = None,
+        planner: Planner | None = None,
+        recompute: str = "auto",
     ) -> None:
         self.model_name, self.table = type(model).__name__, examined.table
         self.budget, self.policy, self.seed = budget, policy, seed
         self.ranking, self.state_copies = ranking, 0
         self.online: OnlineRanking | None = None
-        self._timeline_of: Callable[[tuple[str, ...]], Timeline] = lambda layers: step_timeline(
-            model, batch, layers=layers, head=examined.head, fuse=fuse
-        )
-        self._timeline: tuple[tuple[str, ...], Timeline] | None = None
+        self._planner = planner or Planner({}, 0)
+        self._mode = recompute
+        self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
+        self.recomputation = self._planner.everything if recompute != "none" else self._planner.nothing
+
+        def simulate(layers: tuple[str, ...], stretches: Stretches, selection: Selection | None = None) -> Timeline:
+            return step_timeline(
+                model,
+                batch,
+                layers=layers,
+                head=examined.head,
+                fuse=fuse,
+                stretches=stretches,
+                selection=selection,
+            )
+
+        self._simulate = simulate
+        self._timeline: tuple[tuple[str, ...], Recomputation, Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
         if not policy.uses_ranking:
@@ -86,6 +107,8 @@ class Drawing:
                     'budget="300 MiB", "update:1 MiB" or "elements:27946"'
                 )
             return
+        if self.budget.scope is Scope.PEAK and self._mode == "auto":
+            self._keep_what_fits(self.budget.amount)
         if not self.pool or self.policy.name == "head":
             return
         if self.budget.scope is Scope.PEAK:
@@ -95,13 +118,32 @@ class Drawing:
         if self.budget.amount < least:
             raise below_least(self.budget, least)
 
+    def _keep_what_fits(self, peak_bytes: int) -> None:
+        """Compute anew only what a useful number of channels needs to fit."""
+        if self.policy.name in ("head", "full"):
+            wanted = self._select(0, 0, None)
+        else:
+            everything = sum(layer.channels * layer.elements for layer in self.table)
+            wanted = self._select(0, 0, int(everything * USEFUL_SHARE))
+        layers = self._simulated_layers
+        self.recomputation, timeline = self._planner.least_time(
+            lambda choice: self._simulate(layers, choice.stretches),
+            lambda timeline: timeline.predicted_peak(wanted, self.state_copies),
+            peak_bytes,
+        )
+        self._timeline = (layers, self.recomputation, timeline)
+
+    @property
+    def _simulated_layers(self) -> tuple[str, ...]:
+        return () if self.policy.name == "head" else self.pool
+
     @property
     def timeline(self) -> Timeline:
         """Live bytes of a step that updates the layers of the pool."""
-        layers = () if self.policy.name == "head" else self.pool
-        if self._timeline is None or self._timeline[0] != layers:
-            self._timeline = (layers, self._timeline_of(layers))
-        return self._timeline[1]
+        state = (self._simulated_layers, self.recomputation)
+        if self._timeline is None or self._timeline[:2] != state:
+            self._timeline = (*state, self._simulate(state[0], self.recomputation.stretches))
+        return self._timeline[2]
 
     def _costs(self) -> dict[str, int]:
         if self.budget is None or self.budget.scope is not Scope.UPDATE:
@@ -177,9 +219,19 @@ class Drawing:
             head_parameters=sum(p.numel() for p in parameters.values()),
             selection=selection,
             cost=cost_of(self.table, selection, self.state_copies),
-            predicted_peak_bytes=self.timeline.predicted_peak(selection, self.state_copies) if peak else None,
+            predicted_peak_bytes=self._exact_peak(selection) if peak else None,
             least_peak_bytes=self.timeline.least_bytes if peak else None,
+            recomputed=self.recomputation.names,
+            recomputable=self.recomputation.found,
+            recomputed_share=self.recomputation.share_of_work,
         )
+
+    def _exact_peak(self, selection: Selection) -> int:
+        """Simulate a step with just these channels; the timeline only bounds it from above."""
+        timeline = self._simulate((), self.recomputation.stretches, selection)
+        head = self._head_bytes * self.state_copies
+        kept = sum(len(c) * self.table[n].weight_elements for n, c in selection.items())
+        return timeline.least_bytes + head + kept * self.table.weight_element_bytes * self.state_copies
 
 
 def decide(
@@ -192,10 +244,13 @@ def decide(
     seed: int,
     plan: Plan | None,
     fuse: bool,
+    recompute: str,
 ) -> tuple[nn.Module, Examined, Drawing]:
     """Examine a model and fix budget, policy and pool; nothing is changed yet."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
+    if recompute not in MODES:
+        raise BudgetError(f"recompute={recompute!r} is not known; type one of {', '.join(map(repr, MODES))}")
     pool = None
     if plan is not None:
         budget, policy, seed, head = plan.budget if budget is None else budget, plan.policy, plan.seed, plan.head
@@ -208,5 +263,6 @@ def decide(
             f"the plan is for a {plan.model} with other layers than this {type(model).__name__}; "
             "make a new one with trady.plan"
         )
-    drawing = Drawing(model, meta_batch(example), examined, asked, rule, ranking, seed, fuse, pool)
+    planner = Planner(*find_stretches(model, example, examined)) if fuse and recompute != "none" else None
+    drawing = Drawing(model, meta_batch(example), examined, asked, rule, ranking, seed, fuse, pool, planner, recompute)
     return model, examined, drawing

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.batching import samples_of
 from trady.channels import ChannelTable
 from trady.fusion import FusionPlan, plan_fusion
-from trady.segments import Segment, find_segments
+from trady.segments import Segment, find_segments, work_of
 from trady.table import build_table, find_head, head_parameters
 from trady.trace import trace_forward, twice
 
@@ -63,17 +63,24 @@ def examine(
     return Examined(table, names, plain, plans)
 
 
-def find_stretches(model: nn.Module, example: Any, examined: Examined) -> dict[bool, tuple[Segment, ...]]:
-    """Find what can be computed anew in the backward pass, for training (True) and evaluation mode (False)."""
+def find_stretches(model: nn.Module, example: Any, examined: Examined) -> tuple[dict[bool, tuple[Segment, ...]], int]:
+    """Find what can be computed anew in the backward pass.
+
+    Returns:
+        The stretches in training (True) and in evaluation mode (False), and the multiply-adds of a whole
+        forward pass.
+
+    """
     plain = {id(p) for p in examined.head_parameters.values()}
     doubled = twice(example)
     element_bytes = activation_dtype(model, example).itemsize
-    found = {}
+    found, work = {}, 0
     for training, plan in examined.plans.items():
         trace = trace_forward(model, example, training=training)
         samples = samples_of(trace, trace_forward(model, doubled, training=training))
         found[training] = find_segments(trace, plan, samples, plain, element_bytes)
-    return found
+        work = max(work, sum(work_of(trace, entry) for entry in trace.calls))
+    return found, work
 
 
 def activation_dtype(model: nn.Module, example: Any) -> torch.dtype:
@@ -100,9 +107,9 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 
 def meta_batch(example: Any) -> Any:
-    """Copy a batch without its memory."""
+    """Copy a batch without its memory; ids and masks keep their values."""
     tree = dict(example) if hasattr(example, "keys") else example
-    return tree_map(lambda t: _without_memory(t) if isinstance(t, Tensor) else t, tree)
+    return tree_map(lambda t: _without_memory(t) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
-from trady.labels import current_operation
+from trady.labels import asking_for_ourselves, current_operation
 from trady.ops.activation import affine_clamp, clamp
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
@@ -31,12 +31,15 @@ from trady.ops.maps import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import is_quantized, quantized_linear
 from trady.ops.selected import SelectedChannels
+from trady.ops.smooth import bits_for, pays, smooth
 from trady.recognize import (
     ActivationCall,
     AveragePoolCall,
     DropoutCall,
+    LossCall,
     MaxPoolCall,
     NormCall,
+    SmoothCall,
     WeightCall,
     answer_about_device,
     is_metadata,
@@ -54,6 +57,9 @@ from trady.trace import (
     tensors_among,
     tracing,
 )
+
+#: Changes the arguments of a call before anything else is done with it.
+PrepareCall = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class ArmedLayer:
@@ -101,9 +107,7 @@ class Interceptor(TorchFunctionMode):
         segments: Mapping[bool, Sequence[Segment]] | None = None,
     ) -> None:
         super().__init__()
-        self._segments = {
-            mode: {segment.start: segment for segment in chosen} for mode, chosen in (segments or {}).items()
-        }
+        self.recompute(segments or {})
         self._writing: Writing | None = None
         self._model, self._plans, self._plain = model, plans, plain
         self._layers = {id(armed.weight): armed for armed in layers}
@@ -123,8 +127,16 @@ class Interceptor(TorchFunctionMode):
         self._span = (0, 0)
         self._at_risk = False
         self._graph_only = False
+        #: ``exact``, or the bits in which smooth activations keep their derivative (trady.ops.smooth.FIDELITIES).
+        self.fidelity = "exact"
         self.before_forward: Callable[[], None] | None = None
         self.on_layer: Callable[[str], None] | None = None
+        self.on_call: Callable[[int], object] | None = None
+        self.prepare_call: PrepareCall | None = None
+
+    def recompute(self, segments: Mapping[bool, Sequence[Segment]]) -> None:
+        """Keep only the inputs of these stretches, from the next forward pass on."""
+        self._segments = {mode: {segment.start: segment for segment in chosen} for mode, chosen in segments.items()}
 
     # -- arming ------------------------------------------------------------------------------------
 
@@ -234,6 +246,15 @@ class Interceptor(TorchFunctionMode):
             torch.compiler.disable(self._refuse_compiled)()
         if is_metadata(func):
             return func(*args, **kwargs) if self._writing is None else self._asked(self._writing, func, args, kwargs)
+        token = asking_for_ourselves.set(True)
+        try:
+            return self._called(func, args, kwargs)
+        finally:
+            asking_for_ourselves.reset(token)
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.prepare_call is not None:
+            args, kwargs = self.prepare_call(args, kwargs)
         if is_count(func, args, self._counters):
             return args[0]
         tensors = list(tensors_among((*args, *kwargs.values())))
@@ -242,6 +263,8 @@ class Interceptor(TorchFunctionMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         place = self._outside_new_checkpoints(self._place(func, tensors))
+        if self.on_call is not None and place is not None:
+            self.on_call(place)
         writing = self._writing or self._begins(place)
         if writing is not None:
             if place != writing.next_call:
@@ -415,6 +438,22 @@ class Interceptor(TorchFunctionMode):
         with _label("dropout"):
             return dropout(call.x, call.probability)
 
+    def _smooth(self, call: SmoothCall, action: Action | None) -> Tensor | None:
+        if self.fidelity == "exact" or not (torch.is_grad_enabled() and call.x.requires_grad):
+            return None
+        if call.in_place and not (_is_plain(call.x) and is_dense(call.x)):
+            return None
+        # What the backward pass computes anew lives for a moment only: there is nothing to gain by rounding it.
+        bits = bits_for(call.kind, self.fidelity)[0] if torch._C._current_graph_task_id() == -1 else None
+        if bits is None or not pays(call.x, call.kind):
+            return None
+        with _label(call.kind.name):
+            return smooth(call.x, call.kind, bits, in_place=call.in_place)
+
+    def _loss(self, call: LossCall, action: Action | None) -> Tensor | None:
+        with _label("cross_entropy"):
+            return call.lean("mean" if call.mean else "sum")
+
 
 _HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]] = {
     WeightCall: Interceptor._layer,
@@ -423,6 +462,8 @@ _HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]
     MaxPoolCall: Interceptor._max_pool,
     AveragePoolCall: Interceptor._average_pool,
     DropoutCall: Interceptor._dropout,
+    SmoothCall: Interceptor._smooth,
+    LossCall: Interceptor._loss,
 }
 
 
@@ -487,6 +528,7 @@ _CHECKPOINTED_SINCE = (
     "gradient checkpointing was switched on after the model had been prepared: switch it on first, then call "
     "trady.prepare"
 )
+
 
 def _trains(*parameters: Tensor | None) -> bool:
     return any(p is not None and p.requires_grad for p in parameters)

@@ -10,6 +10,9 @@ import torch
 #: The operation under way in an intercepted call, e.g. ``conv2d+batch_norm+relu``; ``None`` outside.
 current_operation: ContextVar[str | None] = ContextVar("current_operation", default=None)
 
+#: Whether it is trady that asks a tensor where it is: a model is told that stand-ins are on the real device.
+asking_for_ourselves: ContextVar[bool] = ContextVar("asking_for_ourselves", default=False)
+
 T = TypeVar("T", bound=torch.Tensor)
 
 

@@ -99,6 +99,9 @@ class Plan:
         cost: What that draw takes.
         predicted_peak_bytes: Peak of a training step, weights included; ``None`` where it was not measured.
         least_peak_bytes: The same with one channel a layer.
+        recomputed: Modules whose calls the backward pass computes anew instead of keeping what they need.
+        recomputable: How many stretches could be computed anew.
+        recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
     """
 
     model: str
@@ -114,6 +117,9 @@ class Plan:
     cost: Cost
     predicted_peak_bytes: int | None = None
     least_peak_bytes: int | None = None
+    recomputed: tuple[str, ...] = ()
+    recomputable: int = 0
+    recomputed_share: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
@@ -134,6 +140,9 @@ class Plan:
             "flops_reduction": self.cost.flops_reduction,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "least_peak_bytes": self.least_peak_bytes,
+            "recomputed": list(self.recomputed),
+            "recomputable": self.recomputable,
+            "recomputed_share": self.recomputed_share,
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -181,6 +190,9 @@ class Plan:
                 cost=Cost(**data["cost"]),
                 predicted_peak_bytes=data["predicted_peak_bytes"],
                 least_peak_bytes=data["least_peak_bytes"],
+                recomputed=tuple(data.get("recomputed", ())),
+                recomputable=data.get("recomputable", 0),
+                recomputed_share=data.get("recomputed_share", 0.0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error
@@ -249,6 +261,11 @@ class Plan:
             f"weight-gradient FLOPs {cost.flops_reduction:.2%} fewer",
             f"ranking: {whence}; pool of {len(self.pool)} layers out of {len(self.table)}",
         ]
+        if self.recomputable:
+            lines.append(
+                f"computed anew in the backward pass: {len(self.recomputed)} of {self.recomputable} stretches, "
+                f"at most {self.recomputed_share:.0%} of a forward pass"
+            )
         if self.predicted_peak_bytes is not None and self.least_peak_bytes is not None:
             lines.append(
                 f"peak of a step: {format_bytes(self.predicted_peak_bytes)} "

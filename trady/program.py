@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import Along, CallSamples
+from trady.recognize import NormCall, recognize
 
 _META = torch.device("meta")
 
@@ -117,7 +118,10 @@ class Program:
         reader = _Reader(self, self.samples[index] if self.samples else None)
         entry = Entry(function, reader.read(args), reader.read(kwargs), ())
         with _disable_current_modes():  # nobody is to count what takes no memory
-            out = function(*self._without_memory(args), **self._without_memory(kwargs))
+            bare, named = self._without_memory(args), self._without_memory(kwargs)
+            call = recognize(function, bare, named)
+            # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
+            out = torch.empty_like(call.x) if isinstance(call, NormCall) else function(*bare, **named)
         made = []
         for place, tensor in enumerate(t for t in tree_iter(out) if isinstance(t, Tensor)):
             slot = self._slots.get(id(tensor))

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady.ops.bits import Clamp
+from trady.ops.loss import pays, row_losses
 from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
+from trady.ops.smooth import Smooth
 
 _aten = torch.ops.aten
 
@@ -93,6 +95,15 @@ class DropoutCall:
 
 
 @dataclass(frozen=True)
+class SmoothCall:
+    """A smooth activation; ``in_place`` when the model itself asks for it."""
+
+    x: Tensor
+    kind: Smooth
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
 class LossCall:
     """A cross-entropy with class indices, summed up over samples or averaged.
 
@@ -106,8 +117,21 @@ class LossCall:
     mean: bool
     label_smoothing: float
 
-    def total(self) -> Tensor:
-        """The loss summed up, not averaged."""
+    def lean(self, reduction: str, *, overwrite: bool = False, graph_only: bool = False) -> Tensor | None:
+        """The loss by trady's own operation; ``None`` where PyTorch's is as good, or the only one that fits.
+
+        ``overwrite`` where nobody else reads the scores, ``graph_only`` where nobody reads the loss.
+        """
+        if self.weight is not None or self.label_smoothing or not pays(self.x, self.target):
+            return None
+        index = self.ignore_index
+        return row_losses(self.x, self.target, index, reduction, overwrite=overwrite, graph_only=graph_only)
+
+    def total(self, *, overwrite: bool = False, graph_only: bool = False) -> Tensor:
+        """The loss summed up, not averaged; for the options see :meth:`lean`."""
+        total = self.lean("sum", overwrite=overwrite, graph_only=graph_only)
+        if total is not None:
+            return total
         return F.cross_entropy(
             self.x,
             self.target,
@@ -125,7 +149,17 @@ class LossCall:
         return self.weight[self.target.clamp(min=0)].mul(counted).sum()
 
 
-Call = WeightCall | NormCall | ActivationCall | PadCall | MaxPoolCall | AveragePoolCall | DropoutCall | LossCall
+Call = (
+    WeightCall
+    | NormCall
+    | ActivationCall
+    | PadCall
+    | MaxPoolCall
+    | AveragePoolCall
+    | DropoutCall
+    | SmoothCall
+    | LossCall
+)
 
 
 def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -347,6 +381,22 @@ def _dropout_of_torch(input: Tensor, p: float, train: bool) -> DropoutCall | Non
     return _dropout(input, p, train)
 
 
+def _smooth(name: str, input: Tensor, inplace: bool = False) -> SmoothCall:
+    return SmoothCall(input, Smooth(name), inplace)
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> SmoothCall:
+    return SmoothCall(input, Smooth("gelu_tanh" if approximate == "tanh" else "gelu"))
+
+
+def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> SmoothCall | None:
+    return SmoothCall(input, Smooth("elu", (float(alpha),)), inplace) if alpha > 0 else None
+
+
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> SmoothCall | None:
+    return SmoothCall(input, Smooth("softplus", (float(beta), float(threshold)))) if beta > 0 else None
+
+
 def _cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -394,6 +444,16 @@ _READERS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: partial(_adaptive_average_pool, 2),
     F.adaptive_avg_pool3d: partial(_adaptive_average_pool, 3),
     F.dropout: _dropout,
+    F.gelu: _gelu,
+    F.silu: partial(_smooth, "silu"),
+    torch.tanh: partial(_smooth, "tanh"),
+    torch.Tensor.tanh: partial(_smooth, "tanh"),
+    torch.sigmoid: partial(_smooth, "sigmoid"),
+    torch.Tensor.sigmoid: partial(_smooth, "sigmoid"),
+    F.hardswish: partial(_smooth, "hardswish"),
+    F.mish: partial(_smooth, "mish"),
+    F.elu: _elu,
+    F.softplus: _softplus,
     F.cross_entropy: _cross_entropy,
     torch.dropout: _dropout_of_torch,
 }

@@ -13,16 +13,33 @@ from itertools import pairwise
 
 import torch
 
-from trady.batching import Along, CallSamples, writes_in_place
+from trady.batching import BACKWARD_READS_NOTHING, Along, CallSamples, name_of, writes_in_place
 from trady.fusion import FusionPlan
-from trady.recognize import LossCall, WeightCall
+from trady.recognize import (
+    ActivationCall,
+    AveragePoolCall,
+    DropoutCall,
+    LossCall,
+    MaxPoolCall,
+    NormCall,
+    PadCall,
+    WeightCall,
+)
 from trady.trace import Trace, TracedCall, Value
 
 #: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.
 _CONTEXT_READERS = 5
 
-#: A stretch is worth it if what it makes inside takes this many times what has to be kept instead.
+#: A stretch is worth it if it keeps this many times what has to be kept instead.
 _LEAST_GAIN = 1.5
+
+#: Calls that keep (almost) nothing anyway.
+_LEAN = (WeightCall, ActivationCall, NormCall, PadCall, MaxPoolCall, AveragePoolCall, DropoutCall)
+
+#: What a function's backward reads, where it is not the inputs.
+_KEEP_RESULT = {"tanh", "sigmoid", "exp", "softmax", "log_softmax", "sqrt", "rsqrt", "reciprocal"}
+_KEEP_BOTH = {"scaled_dot_product_attention"}
+_PRODUCTS = {"mul", "div", "truediv", "matmul", "bmm"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,9 @@ class Segment:
         end: One past its last call.
         made: What it hands on: pairs of a call and the place among what that call returns.
         samples: Where the samples lie, one entry a call; empty if it cannot be computed in parts.
-        interior_bytes: What its calls make that is not handed on, for the traced batch.
-        entry_bytes: The activation that crosses its start.
+        kept_bytes: About what it keeps for its backward pass if it is not computed anew, for the traced batch.
+        entry_bytes: The activation that crosses its start, which is kept instead.
+        work: Multiply-adds of its forward pass.
         name: The module it belongs to.
     """
 
@@ -43,8 +61,9 @@ class Segment:
     end: int
     made: tuple[tuple[int, int], ...]
     samples: tuple[CallSamples, ...]
-    interior_bytes: int
+    kept_bytes: int
     entry_bytes: int
+    work: int
     name: str
 
     def along(self, made: tuple[int, int]) -> Along | None:
@@ -90,8 +109,9 @@ def merged(segments: tuple[Segment, ...], count: int) -> tuple[Segment, ...]:
                 segment.end,
                 tuple(m for m in last.made if m != inner) + segment.made,
                 last.samples + segment.samples,
-                last.interior_bytes + segment.interior_bytes + segment.entry_bytes,
+                last.kept_bytes + segment.kept_bytes + segment.entry_bytes,
                 last.entry_bytes,
+                last.work + segment.work,
                 last.name,
             )
             size += 1
@@ -107,7 +127,7 @@ class _Crossing:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         count = len(trace.calls)
-        carries = _carries_weights(trace)
+        carries = self.carries = _carries_weights(trace)
         self._alive: list[list[int]] = [[] for _ in range(count + 1)]
         for index, value in enumerate(trace.values):
             last = max(value.readers, default=-1)
@@ -152,7 +172,7 @@ def _sources(trace: Trace) -> list[int]:
     sources = list(range(len(trace.values)))
     for entry in trace.calls:
         for value in entry.makes:
-            if trace.values[value].view and entry.reads:
+            if trace.values[value].view and entry.reads and not isinstance(entry.call, WeightCall):
                 sources[value] = sources[entry.reads[0]]
     return sources
 
@@ -215,20 +235,43 @@ def _segment(
     by_sample = tuple(found for found in samples[start:end] if found is not None)
     if len(by_sample) < len(calls) or not _made_by_sample(trace, made, samples, end):
         by_sample = ()
-    handed = {crossing.sources[trace.calls[i].makes[place]] for i, place in made}
-    inside = {crossing.sources[v] for entry in calls for v in entry.makes if trace.values[v].producer >= start}
-    interior = sum(math.prod(trace.values[v].shape) for v in inside - handed if trace.values[v].producer >= start)
-    if interior < _LEAST_GAIN * crossing.size(start):
+    kept = _kept_bytes(trace, start, end, crossing, element_bytes)
+    entry = crossing.size(start) * element_bytes
+    if kept < _LEAST_GAIN * entry:
         return None
-    return Segment(
-        start,
-        end,
-        tuple(made),
-        by_sample,
-        interior * element_bytes,
-        crossing.size(start) * element_bytes,
-        calls[0].container,
-    )
+    work = sum(work_of(trace, entry) for entry in calls)
+    return Segment(start, end, tuple(made), by_sample, kept, entry, work, calls[0].container)
+
+
+def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element_bytes: int) -> int:
+    """About what PyTorch's own operations in a stretch keep, each memory once."""
+    kept: set[int] = set()
+    for entry in trace.calls[start:end]:
+        name = name_of(entry.function)
+        if isinstance(entry.call, _LEAN) or name in BACKWARD_READS_NOTHING:
+            continue
+        if name in _PRODUCTS:  # each factor for the gradient of the other
+            carried = [v for v in entry.reads if crossing.carries[v]]
+            kept |= {crossing.sources[v] for v in entry.reads if any(other != v for other in carried)}
+            continue
+        values = {
+            *(() if name in _KEEP_RESULT else entry.reads),
+            *(entry.makes if name in _KEEP_RESULT | _KEEP_BOTH else ()),
+        }
+        kept |= {crossing.sources[v] for v in values}
+    return sum(math.prod(trace.values[v].shape) for v in kept if trace.values[v].producer >= start) * element_bytes
+
+
+def work_of(trace: Trace, entry: TracedCall) -> int:
+    """Multiply-adds of a call, of weight layers and matrix products; nothing else counts."""
+    if isinstance(entry.call, WeightCall):
+        weight = entry.call.weight
+        outputs = weight.shape[1] if entry.call.weight_map.kind == "addmm" else weight.shape[0]
+        return math.prod(entry.output_shape) // outputs * weight.numel()
+    name = name_of(entry.function)
+    if name == "scaled_dot_product_attention":
+        return 2 * math.prod(entry.shapes[0]) * entry.shapes[1][-2]
+    return math.prod(entry.output_shape) * entry.shapes[0][-1] if name in ("matmul", "bmm") and entry.shapes else 0
 
 
 def _first_made(trace: Trace, value: int, start: int) -> tuple[int, int]:

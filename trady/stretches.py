@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trady.batching import name_of
+from trady.batching import BACKWARD_READS_NOTHING, name_of
 from trady.errors import StateError
 from trady.fusion import Action, InPlace, Step, WithLayer
 from trady.ops.maps import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
-from trady.program import Entry, Program
+from trady.program import Entry, Program, Slot
 from trady.recognize import LossCall, WeightCall, recognize
 from trady.segments import Segment
 
@@ -103,6 +103,7 @@ class Writing:
         graph_only = _without_values(program, slots, self._weights, trained, actions)
         sums_up = self._loss is not None and in_parts
         averages = self._loss is not None and self._loss.mean and in_parts
+        alone = sums_up and _scores_are_read_by_the_loss_alone(program, slots, self._weights, actions)
 
         def run(given: list[Tensor], part: Part, backward: bool) -> list[Tensor]:
             counts: list[Tensor] = []
@@ -113,7 +114,7 @@ class Writing:
                     assert isinstance(loss, LossCall)
                     if averages:
                         counts.append(loss.count())
-                    return loss.total()
+                    return loss.total(overwrite=backward and alone, graph_only=backward)
                 return compute(function, args, kwargs, actions[index], backward and index in graph_only)
 
             made = program.run(given, part.samples, call)
@@ -155,22 +156,45 @@ def _without_values(
                 found.add(index)
             if id(call.weight) in trained:
                 needed.update(entry.reads)
-        elif value_needed or name_of(entry.function) not in _BACKWARD_READS_NOTHING:
+        elif value_needed or name_of(entry.function) not in BACKWARD_READS_NOTHING:
             needed.update(entry.reads)
     return found
 
 
+def _scores_are_read_by_the_loss_alone(
+    program: Program, slots: tuple[int, ...], weights: dict[int, WeightCall], actions: list[Action | None]
+) -> bool:
+    """Whether the memory of the scores that the last call reads is nobody else's, so that it may be overwritten.
+
+    So it is if a linear layer made them, which does not read its result again, and every tensor from there
+    to the loss has one reader, which only shows it in another shape or type, and is not handed on.
+    """
+    scores = program.entries[-1].args[:1]
+    while scores and isinstance(scores[0], Slot):
+        slot = scores[0].number
+        makers = [i for i, entry in enumerate(program.entries) if slot in entry.made]
+        readers = [entry for entry in program.entries for read in entry.reads if read == slot]
+        if slot in slots or len(makers) != 1 or len(readers) != 1:
+            return False
+        maker = program.entries[makers[0]]
+        if makers[0] in weights:
+            linear = isinstance(weights[makers[0]].weight_map, Linear)
+            return linear and len(maker.made) == 1 and not _computes_more(actions[makers[0]])
+        if name_of(maker.function) not in _SHOWS_THE_SAME or len(maker.made) != 1 or len(maker.reads) != 1:
+            return False
+        scores = tuple(Slot(read) for read in maker.reads)
+    return False
+
+
+#: Functions that return their argument in another shape or type, and whose backward reads neither.
+_SHOWS_THE_SAME_NAMES = """
+    view reshape flatten unflatten squeeze unsqueeze contiguous getitem float to type half bfloat16 double
+"""
+_SHOWS_THE_SAME = frozenset(_SHOWS_THE_SAME_NAMES.split())
+
+
 def _computes_more(action: Action | None) -> bool:
     return action is not None and not (isinstance(action, WithLayer) and action.clamp is None and action.norm is None)
-
-
-#: Functions whose backward reads neither their inputs nor their result.
-_BACKWARD_READS_NOTHING_NAMES = """
-    add sub rsub neg view reshape flatten unflatten transpose permute movedim contiguous clone unsqueeze
-    squeeze expand split chunk unbind narrow select getitem cat stack roll pad dropout to float half bfloat16
-    double sum mean type type_as
-"""
-_BACKWARD_READS_NOTHING = frozenset(_BACKWARD_READS_NOTHING_NAMES.split())
 
 
 def _check(

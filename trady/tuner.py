@@ -41,6 +41,7 @@ def prepare(
     seed: int = 0,
     plan: Plan | None = None,
     fuse: bool = True,
+    recompute: str = "auto",
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -58,6 +59,9 @@ def prepare(
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
             model whose forward takes another path from call to call.
+        recompute: What the backward pass computes anew instead of keeping it, where a stretch of the model
+            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and everything
+            under other budgets; ``"all"``; ``"none"`` for the fastest step.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -70,7 +74,7 @@ def prepare(
         StateError: The model is prepared already.
 
     """
-    return Tuner(*decide(model, example, budget, policy, ranking, head, seed, plan, fuse))
+    return Tuner(*decide(model, example, budget, policy, ranking, head, seed, plan, fuse, recompute))
 
 
 def plan(
@@ -83,12 +87,13 @@ def plan(
     head: str | Sequence[str] | None = "auto",
     seed: int = 0,
     fuse: bool = True,
+    recompute: str = "auto",
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
-    decision = decide(model, example, budget, policy, ranking, head, seed, None, fuse)
+    decision = decide(model, example, budget, policy, ranking, head, seed, None, fuse, recompute)
     return decision[2].plan(decision[1].head, decision[1].head_parameters)
 
 
@@ -98,7 +103,7 @@ class Tuner:
     def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing) -> None:
         self._examined, self._drawing = examined, drawing
         selection = drawing.draw(0, 0)
-        self._armed = Armed(model, examined)
+        self._armed = Armed(model, examined, drawing.recomputation.stretches)
         self._epoch, self._redraw, self._steps = 0, 0, 0
         self._finished = False
         self._touched: dict[str, set[int]] = {}
@@ -181,6 +186,7 @@ class Tuner:
         except BudgetError:
             self._drawing.state_copies = before
             raise
+        self._armed.interceptor.recompute(self._drawing.recomputation.stretches)
         self._optimizers.append(weakref.ref(optimizer))
         if isinstance(optimizer, UpdatesInBackward):
             optimizer.take(armed.compact for armed in self._armed.layers.values())

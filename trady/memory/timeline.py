@@ -8,8 +8,8 @@ channel a layer gives the peak of every other selection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from trady.channels import ChannelTable, Layer, Selection
 class Interval:
     """The highest live bytes up to a cut: the end of ``layer``'s ``phase`` (or of the step).
 
-    ``phase`` is ``forward``, ``backward`` or ``end``.
+    ``phase`` is ``forward``, ``recompute`` (the layer ran forward anew, on a part of the batch), ``backward``
+    or ``end``.
     """
 
     phase: str
@@ -37,11 +38,13 @@ class Timeline:
         intervals: The cuts in the order they happened.
         table: Costs of the channels.
         head_bytes: Bytes of the head's parameters, whose optimizer state counts too.
+        alive: Bytes alive in front of each call of the forward pass, by its place in the plan.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
     head_bytes: int = 0
+    alive: Mapping[int, int] = field(default_factory=dict)
 
     def predicted_peak(self, selection: Selection, state_copies: int = 0) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
@@ -76,11 +79,14 @@ class Timeline:
             saved = layer.activation_elements * self.table.batch * self.table.element_bytes
             forward = _positions(self.intervals, "forward", name)
             backward = _positions(self.intervals, "backward", name)
+            anew = _positions(self.intervals, "recompute", name)
             if not forward:
                 continue
-            first, last = forward[0], backward[-1] if backward else len(base) - 1
-            added[first : last + 1, i] += saved
-            for b in backward:
+            # Computed anew, a channel is alive for one part of the batch at a time, and so is its gradient.
+            first = anew[0] if anew else forward[0]
+            last = backward[-1] if backward else len(base) - 1
+            added[first : last + 1, i] += -(-saved // len(anew)) if anew else saved
+            for b in range(first, last + 1) if anew else backward:
                 added[b, i] += _working_bytes(layer, self.table)
             if backward:
                 added[backward[0] + 1 :, i] += layer.weight_elements * self.table.weight_element_bytes

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from trady.batching import Along
-from trady.labels import label_saved
+from trady.labels import asking_for_ourselves, label_saved
 from trady.ops.layout import unviewed
 
 
@@ -232,7 +233,7 @@ def _collect(
         else:
             whole = outer.get(i)
             if whole is None:
-                whole = torch.empty(given[i].shape, dtype=gradient.dtype, device=gradient.device)
+                whole = gradient.new_empty(given[i].shape)
                 outer[i] = whole
             part.of(whole, along).copy_(gradient)
 
@@ -249,7 +250,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 class _Surroundings:
-    """What a computation depends on besides its inputs: random numbers and autocast."""
+    """What a computation depends on besides its inputs: random numbers, autocast, function modes."""
 
     def __init__(self, given: list[Tensor]) -> None:
         self._cuda = sorted({t.device.index or 0 for t in given if t.device.type == "cuda"})
@@ -258,6 +259,7 @@ class _Surroundings:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in kinds
         ]
+        self._modes = _get_current_function_mode_stack()
         self._before: list[Tensor] | None = self._state()
 
     def _state(self) -> list[Tensor]:
@@ -273,6 +275,11 @@ class _Surroundings:
     def restored(self) -> Iterator[None]:
         """Be where the forward pass was."""
         with ExitStack() as stack:
+            running = _get_current_function_mode_stack()
+            for mode in self._modes:
+                if mode not in running:  # a mode is off while it handles backward() itself
+                    stack.enter_context(mode)
+            stack.callback(asking_for_ourselves.reset, asking_for_ourselves.set(True))
             for kind, dtype, enabled, cache in self._autocast:
                 context: AbstractContextManager[Any] = torch.autocast(
                     kind, dtype=dtype, enabled=enabled, cache_enabled=cache

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")
+)
 
 _POINTER, _COUNT, _FLOAT, _HALF = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint16
 _SIGNATURES = {
@@ -35,6 +37,12 @@ _SIGNATURES = {
     "trady_depthwise_input": [_POINTER] * 4,
     "trady_depthwise_weight": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2,
     "trady_large_pages": [_POINTER, _COUNT],
+    "trady_row_losses": [_POINTER] * 3 + [_COUNT] * 3,
+    "trady_row_loss_gradient": [_POINTER] * 4 + [_COUNT] * 3,
+    "trady_encode_f32": [_POINTER] * 3 + [_COUNT, _POINTER],
+    "trady_encode_bf16": [_POINTER] * 3 + [_COUNT, _POINTER],
+    "trady_decode_f32": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
+    "trady_decode_bf16": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
 }
 
 #: These return whether they could be computed.

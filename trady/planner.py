@@ -1,0 +1,122 @@
+"""What is kept and what is computed anew: the least extra time with which a step stays inside its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trady.memory.timeline import Timeline
+from trady.segments import Segment, merged
+from trady.simulate import Stretches
+
+#: How ``recompute`` may be given to :func:`trady.prepare`.
+MODES = ("auto", "all", "none")
+
+#: How many neighbouring stretches are joined, in turn, when computing all of them anew is not enough.
+_JOINED = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Which stretches of the forward pass are computed anew in the backward pass.
+
+    Attributes:
+        stretches: Those of the training and the evaluation pass.
+        found: How many there are to choose from, in a training pass.
+        joined: Neighbours that were joined into one.
+        share_of_work: Multiply-adds that are executed a second time, over those of the forward pass, at most.
+    """
+
+    stretches: Stretches = field(default_factory=dict)
+    found: int = 0
+    joined: int = 1
+    share_of_work: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Modules that the chosen stretches begin in."""
+        return tuple(segment.name for segment in self.stretches.get(True, ()))
+
+
+class Planner:
+    """Chooses among the stretches of one model.
+
+    Args:
+        found: All stretches, in training and evaluation mode (:func:`trady.examine.find_stretches`).
+        work: Multiply-adds of the forward pass.
+
+    """
+
+    def __init__(self, found: Stretches, work: int) -> None:
+        self._found, self._work = found, work
+
+    @property
+    def nothing(self) -> Recomputation:
+        """Keep everything."""
+        return Recomputation(found=len(self._found.get(True, ())))
+
+    @property
+    def everything(self) -> Recomputation:
+        """Compute every stretch anew."""
+        return self._choose(list(self._found.get(True, ())), 1)
+
+    def least_time(
+        self, timeline_of: Callable[[Recomputation], Timeline], peak_of: Callable[[Timeline], int], most: int
+    ) -> tuple[Recomputation, Timeline]:
+        """Find the choice with the least extra time whose peak is at most ``most``; else that of the least peak.
+
+        Stretches that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
+        are joined, so that fewer activations are kept.
+
+        Args:
+            timeline_of: Simulates a step.
+            peak_of: The peak in bytes, of the channels that are to fit.
+            most: The budget in bytes.
+
+        """
+        kept = timeline_of(self.nothing)
+        if peak_of(kept) <= most or not self._found.get(True):
+            return self.nothing, kept
+        everything = timeline_of(self.everything)
+        best = self.everything, everything
+        if peak_of(everything) <= most:
+            return self._fewest(timeline_of, peak_of, most, best)
+        for joined in _JOINED:
+            choice = self._choose(list(self._found[True]), joined)
+            timeline = timeline_of(choice)
+            if peak_of(timeline) >= peak_of(best[1]):
+                break
+            best = choice, timeline
+            if peak_of(timeline) <= most:
+                break
+        return best
+
+    def _fewest(
+        self,
+        timeline_of: Callable[[Recomputation], Timeline],
+        peak_of: Callable[[Timeline], int],
+        most: int,
+        best: tuple[Recomputation, Timeline],
+    ) -> tuple[Recomputation, Timeline]:
+        by_gain = sorted(self._found[True], key=lambda s: (s.kept_bytes - s.entry_bytes) / max(s.work, 1), reverse=True)
+        low, high = 0, len(by_gain)
+        while high - low > 1:
+            middle = (low + high) // 2
+            choice = self._choose(by_gain[:middle], 1)
+            timeline = timeline_of(choice)
+            if peak_of(timeline) <= most:
+                high, best = middle, (choice, timeline)
+            else:
+                low = middle
+        return best
+
+    def _choose(self, taken: list[Segment], joined: int) -> Recomputation:
+        ordered = tuple(sorted(taken, key=lambda segment: segment.start))
+        if not ordered:
+            return self.nothing
+        return Recomputation(
+            {True: merged(ordered, joined), False: self._found.get(False, ())},
+            len(self._found[True]),
+            joined,
+            sum(segment.work for segment in ordered) / max(self._work, 1),
+        )
