@@ -32,6 +32,7 @@ from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import is_quantized, quantized_linear
 from trady.ops.selected import SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
+from trady.program import Program
 from trady.recognize import (
     ActivationCall,
     AveragePoolCall,
@@ -107,6 +108,7 @@ class Interceptor(TorchFunctionMode):
         segments: Mapping[bool, Sequence[Segment]] | None = None,
     ) -> None:
         super().__init__()
+        self._programs: dict[Segment, Program] = {}
         self.recompute(segments or {})
         self._writing: Writing | None = None
         self._model, self._plans, self._plain = model, plans, plain
@@ -298,7 +300,10 @@ class Interceptor(TorchFunctionMode):
         segment = None if place is None else self._here.get(place)
         if segment is None or self._plan is None or not self._span[0] <= segment.start < segment.end <= self._span[1]:
             return None
-        return Writing(segment, self._plan.steps, self._compute, self._trained)
+        before = self._programs.get(segment)
+        writing = Writing(segment, self._plan.steps, self._compute, self._trained, before)
+        self._programs[segment] = writing.program
+        return writing
 
     def _trained(self, weight: int) -> tuple[str, Tensor] | None:
         armed = self._layers.get(weight)

@@ -51,7 +51,7 @@ class Entry:
     """One call: tensors and sizes among its arguments are replaced by :class:`Slot`, :class:`Given`, :class:`Sizes`.
 
     Attributes:
-        function: The torch function.
+        function: The torch function; ``None`` for a call that does not belong to the program.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         made: Numbers of the slots for what it returns.
@@ -72,23 +72,32 @@ class Program:
 
     Args:
         samples: Where the samples lie in each call; empty if it cannot be computed in parts.
+        before: The program of the same stretch in an earlier forward pass: as long as all is as it was then,
+            its stand-ins serve again.
 
     Attributes:
         entries: The calls.
         given: The tensors from outside that they read.
         along: Where the samples lie in those.
+        made_along: By slot, where they lie in what the program makes.
         batch: Samples in the batch, where it can be computed in parts.
         whole: Whether it can only be computed on the whole batch at once.
         device: Where it is computed.
+        results: What the calls returned to the model, in tensors without memory.
+        forms: Shape, strides and type of the tensors from outside.
         standing: By slot, the tensor without memory that stands for what the program makes.
         shown: By slot, the tensor with memory that the model has been given instead.
     """
 
-    def __init__(self, samples: tuple[CallSamples, ...]) -> None:
+    def __init__(self, samples: tuple[CallSamples, ...], before: Program | None = None) -> None:
         self.samples = samples
+        self.results: list[Any] = []
+        self.forms: list[tuple[Any, ...]] = []
+        self._before = before
         self.entries: list[Entry] = []
         self.given: list[Tensor] = []
         self.along: list[Along | None] = []
+        self.made_along: dict[int, Along | None] = {}
         self.batch = 0
         self.whole = not samples
         self.device: torch.device | None = None
@@ -102,6 +111,22 @@ class Program:
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor stands for something that the program makes."""
         return id(tensor) in self._slots
+
+    def skip(self) -> None:
+        """Leave the place of a call empty that does not belong to the program."""
+        self.entries.append(Entry(None, (), {}, ()))
+
+    def along_now(self, tensor: Tensor, along: Along | None) -> Along | None:
+        """Where samples lie in a tensor of this batch, whose samples may have other sizes than the traced ones."""
+        if along is None or self.whole:
+            return None
+        size = tensor.shape[along.dim] if along.dim < tensor.dim() else 0
+        batch = self.batch or size // along.per_sample
+        if batch and size % batch == 0 and (along.per_sample > 1 or size == batch):
+            self.batch = batch
+            return Along(along.dim, size // batch)
+        self.whole = True
+        return None
 
     def write(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: Iterable[int] = ()) -> Any:
         """Add a call; return tensors without memory in place of its results.
@@ -117,17 +142,20 @@ class Program:
         index = len(self.entries)
         reader = _Reader(self, self.samples[index] if self.samples else None)
         entry = Entry(function, reader.read(args), reader.read(kwargs), ())
-        with _disable_current_modes():  # nobody is to count what takes no memory
-            bare, named = self._without_memory(args), self._without_memory(kwargs)
-            call = recognize(function, bare, named)
-            # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
-            out = torch.empty_like(call.x) if isinstance(call, NormCall) else function(*bare, **named)
+        self.forms += [_form(tensor) for tensor in self.given[len(self.forms) :]]
+        out = self._as_before(entry) if self._before is not None else None
+        if out is None:
+            self._before = None
+            out = self._stand_in(function, args, kwargs)
+        self.results.append(out)
         made = []
         for place, tensor in enumerate(t for t in tree_iter(out) if isinstance(t, Tensor)):
             slot = self._slots.get(id(tensor))
             if slot is None:
                 slot = self._slots[id(tensor)] = len(self.standing)
                 self.standing.append(tensor)
+                known = self.samples[index].made if self.samples else ()
+                self.made_along[slot] = self.along_now(tensor, known[place] if place < len(known) else None)
             if place in shown:
                 held = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                 self.shown[slot] = held
@@ -136,6 +164,23 @@ class Program:
         entry.made, entry.reads = tuple(made), tuple(reader.reads)
         self.entries.append(entry)
         return tree_map(self._as_held, out) if self.shown else out
+
+    def _as_before(self, entry: Entry) -> Any:
+        """What stood for the result of this call in the forward pass before; ``None`` if something differs."""
+        index, before = len(self.entries), self._before
+        assert before is not None
+        if index >= len(before.entries) or self.forms != before.forms[: len(self.forms)]:
+            return None
+        then = before.entries[index]
+        same = then.function == entry.function and then.args == entry.args and then.kwargs == entry.kwargs
+        return before.results[index] if same else None
+
+    def _stand_in(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _disable_current_modes():  # nobody is to count what takes no memory
+            bare, named = self._without_memory(args), self._without_memory(kwargs)
+            call = recognize(function, bare, named)
+            # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
+            return torch.empty_like(call.x) if isinstance(call, NormCall) else function(*bare, **named)
 
     def _as_held(self, value: Any) -> Any:
         slot = self._slots.get(id(value)) if isinstance(value, Tensor) else None
@@ -197,6 +242,8 @@ class Program:
         """
         made: dict[int, Tensor] = {}
         for index, entry in enumerate(self.entries):
+            if entry.function is None:
+                continue
             args, kwargs = (_fill(part, made, given, samples) for part in (entry.args, entry.kwargs))
             out = compute(entry.function, args, kwargs, index)
             tensors = [out] if isinstance(out, Tensor) else [t for t in tree_iter(out) if isinstance(t, Tensor)]
@@ -205,6 +252,10 @@ class Program:
             for slot in entry.gone:
                 made.pop(slot, None)
         return made
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _fill(value: Any, made: dict[int, Tensor], given: list[Tensor], samples: int) -> Any:
@@ -255,8 +306,7 @@ class _Reader:
         if slot is not None:
             self.reads.append(slot)
             return Slot(slot)
-        if along is not None:
-            program.batch = tensor.shape[along.dim] // along.per_sample
+        along = program.along_now(tensor, along)
         for number, known in enumerate(program.given):
             if known is tensor:
                 return Given(number, program.along[number])

@@ -34,6 +34,7 @@ class Writing:
         steps: All calls of the plan.
         compute: Computes a call.
         trains: From a weight's identity to its layer's name and leaf, where channels train.
+        before: The program of this stretch in an earlier forward pass.
 
     """
 
@@ -43,9 +44,10 @@ class Writing:
         steps: tuple[Step, ...],
         compute: Compute,
         trains: Callable[[int], tuple[str, Tensor] | None],
+        before: Program | None = None,
     ) -> None:
         self.segment = segment
-        self.program = Program(segment.samples)
+        self.program = Program(segment.samples, before)
         self._compute, self._trains = compute, trains
         self._actions = [step.action for step in steps[segment.start : segment.end]]
         self._weights: dict[int, WeightCall] = {}
@@ -62,10 +64,17 @@ class Writing:
         if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
             self._weights[len(self.program.entries)] = call
         self._loss = call if isinstance(call, LossCall) else None
-        here, last = self.next_call, self.next_call == self.segment.end - 1
+        here, last = self.next_call, self.next_call == self._last
         shown = [place for call, place in self.segment.made if call == here and not last]
         result = self.program.write(function, args, kwargs, shown)
-        return self._finish(result) if last else result
+        if not last:
+            return result
+        return self._finish(result)
+
+    def skip_to(self, place: int) -> None:
+        """Leave out the calls in front of ``place``: they do not belong to the stretch."""
+        while self.next_call < place:
+            self.program.skip()
 
     def _finish(self, result: Any) -> Any:
         """Compute all; put what was missing into the last call's result."""
@@ -77,7 +86,7 @@ class Writing:
         trained = {identity: found for identity in identities if (found := self._trains(identity)) is not None}
         in_parts = not program.whole
         averages = self._loss is not None and self._loss.mean and in_parts
-        along = [segment.along(pair) if in_parts else None for pair in segment.made]
+        along = [program.made_along.get(slot) if in_parts else None for slot in slots]
         recipe = Recipe(
             run=self._runner(slots, set(trained), in_parts),
             along=list(program.along),
