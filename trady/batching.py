@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trady.recognize import (
     ActivationCall,
     AveragePoolCall,
@@ -81,14 +83,6 @@ def name_of(function: Any) -> str:
     return name.rstrip("_")
 
 
-def writes_in_place(function: Any) -> bool:
-    """Whether a torch function overwrites its first argument."""
-    name = str(getattr(function, "__name__", ""))
-    if name.startswith("__"):
-        return name == "__setitem__" or (name[2:3] == "i" and name.strip("_")[1:] in _ELEMENTWISE)
-    return name.endswith("_")
-
-
 def _shapes(trace: Trace, entry: TracedCall) -> list[tuple[int, ...]]:
     return [trace.values[value].shape for value in entry.makes]
 
@@ -100,7 +94,8 @@ class _MixedError(Exception):
 def _samples(
     entry: TracedCall, doubled: TracedCall, made: list[tuple[int, ...]], made_twice: list[tuple[int, ...]], batch: int
 ) -> CallSamples | None:
-    if len(entry.shapes) != len(doubled.shapes) or len(entry.numbers) != len(doubled.numbers):
+    pairs = (entry.shapes, doubled.shapes), (entry.numbers, doubled.numbers), (made, made_twice)
+    if any(len(a) != len(b) for a, b in pairs):
         return None
     try:
         tensors = tuple(_along(a, b, batch) for a, b in zip(entry.shapes, doubled.shapes, strict=True))
@@ -179,11 +174,12 @@ def _reshaped(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]
 
 
 def _over_dimension(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
-    """Along one dimension, which is not that of the samples."""
+    """Along dimensions that are not that of the samples; before them there is no other whole number."""
     along, dimensions = found.tensors[0], len(entry.shapes[0])
-    if along is None or not entry.numbers:
-        return False
-    return entry.numbers[0] % dimensions != along.dim and _kept(entry, found, made)
+    named = [entry.keywords[name] for name in ("dim", "axis") if entry.keywords.get(name)]
+    dims = named[0] if named else entry.numbers if name_of(entry.function) == "squeeze" else entry.numbers[:1]
+    apart = along is not None and all(n % dimensions != along.dim for n in dims)
+    return bool(dims) and apart and _kept(entry, found, made)
 
 
 def _normalised(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
@@ -195,7 +191,7 @@ def _normalised(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...
 def _rolled(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
     along, dimensions = found.tensors[0], len(entry.shapes[0])
     half = len(entry.numbers) // 2
-    dims = {n % dimensions for n in entry.numbers[half:]}
+    dims = {n % dimensions for n in entry.keywords.get("dims", entry.numbers[half:])}
     return along is not None and half > 0 and len(entry.numbers) % 2 == 0 and along.dim not in dims
 
 
@@ -225,6 +221,11 @@ def _first(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -
     return found.tensors[0] is not None and found.tensors[0].dim == 0 and _kept(entry, found, made)
 
 
+def _normalised_alone(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Every sample with its own statistics; none is remembered in a buffer."""
+    return all(isinstance(p, torch.nn.Parameter) for p in entry.parameters) and _first(entry, found, made)
+
+
 def _always(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
     return True
 
@@ -236,7 +237,7 @@ _ELEMENTWISE_NAMES = """
     float half bfloat16 double to type type_as contiguous clone detach dropout dropout1d dropout2d
     feature_dropout alpha_dropout eq ne lt gt le ge logical_and logical_or logical_not and or xor invert
     zeros_like ones_like empty_like full_like addcmul addcdiv lerp nan_to_num bool int long fill zero
-    bernoulli rand_like expand_as
+    bernoulli rand_like randn_like expand_as floor ceil round trunc frac
 """
 _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 #: Functions whose backward reads neither their inputs nor their result.
@@ -247,7 +248,8 @@ _READS_NOTHING_NAMES = """
 """
 BACKWARD_READS_NOTHING = frozenset(_READS_NOTHING_NAMES.split())
 #: Shape arguments: numbers that grow with the batch are sizes there.
-_SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to", "view_as", "reshape_as"}
+_SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to", "view_as", "reshape_as",
+          "new_empty", "new_zeros", "new_ones", "new_full"}  # fmt: skip
 _KEEPS = {
     "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "unsqueeze", "split", "chunk", "unbind", "select",
     "narrow", "tensor_split", "sum", "mean", "var", "std", "amax", "amin", "norm", "var_mean", "all", "any",
@@ -262,7 +264,8 @@ _RULES: dict[str, Rule] = {
     "roll": _rolled,
     "matmul": _multiplied, "bmm": _multiplied, "baddbmm": _multiplied, "scaled_dot_product_attention": _attended,
     "embedding": _always, "interpolate": _first, "unfold": _first, "pixel_shuffle": _first, "pixel_unshuffle": _first,
-    "group_norm": _first, "instance_norm": _first,
+    "group_norm": _first, "instance_norm": _normalised_alone,
+    "new_empty": _always, "new_zeros": _always, "new_ones": _always, "new_full": _always,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import samples_of
 from trady.channels import ChannelTable
+from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.segments import Segment, find_segments, work_of
 from trady.table import build_table, find_head, head_parameters
@@ -71,14 +72,16 @@ def find_stretches(model: nn.Module, example: Any, examined: Examined) -> tuple[
         forward pass.
 
     """
-    plain = {id(p) for p in examined.head_parameters.values()}
     doubled = twice(example)
     element_bytes = activation_dtype(model, example).itemsize
     found, work = {}, 0
     for training, plan in examined.plans.items():
         trace = trace_forward(model, example, training=training)
-        samples = samples_of(trace, trace_forward(model, doubled, training=training))
-        found[training] = find_segments(trace, plan, samples, plain, element_bytes)
+        try:
+            samples = samples_of(trace, trace_forward(model, doubled, training=training))
+        except ModelError:  # it takes batches of one size only
+            samples = [None] * len(trace.calls)
+        found[training] = find_segments(trace, plan, samples, element_bytes)
         work = max(work, sum(work_of(trace, entry) for entry in trace.calls))
     return found, work
 

@@ -138,7 +138,7 @@ class Interceptor(TorchFunctionMode):
 
     def recompute(self, segments: Mapping[bool, Sequence[Segment]]) -> None:
         """Keep only the inputs of these stretches, from the next forward pass on."""
-        self._segments = {mode: {segment.start: segment for segment in chosen} for mode, chosen in segments.items()}
+        self._segments = {mode: {segment.first: segment for segment in chosen} for mode, chosen in segments.items()}
 
     # -- arming ------------------------------------------------------------------------------------
 
@@ -269,12 +269,13 @@ class Interceptor(TorchFunctionMode):
             self.on_call(place)
         writing = self._writing or self._begins(place)
         if writing is not None:
-            if place != writing.next_call:
-                raise self._departed(func)
+            if place is None or place in writing.segment.aside:
+                return func(*args, **kwargs)
+            writing.skip_to(place)
             self._writing = writing
             out = writing.write(func, args, kwargs)
-            if writing.next_call == writing.segment.end:
-                self._writing = None
+            if place == writing.segment.last:
+                self._writing, self._programs[writing.segment] = None, writing.program
             return out
         return self._compute(func, args, kwargs, self._action(place), False)
 
@@ -301,9 +302,7 @@ class Interceptor(TorchFunctionMode):
         if segment is None or self._plan is None or not self._span[0] <= segment.start < segment.end <= self._span[1]:
             return None
         before = self._programs.get(segment)
-        writing = Writing(segment, self._plan.steps, self._compute, self._trained, before)
-        self._programs[segment] = writing.program
-        return writing
+        return Writing(segment, self._plan.steps, self._compute, self._trained, before)
 
     def _trained(self, weight: int) -> tuple[str, Tensor] | None:
         armed = self._layers.get(weight)
@@ -329,10 +328,12 @@ class Interceptor(TorchFunctionMode):
         if plan is None:
             return None
         parameters = tuple(id(t) for t in tensors if isinstance(t, nn.Parameter))
+        if self._writing is not None:
+            return self._place_in_stretch(plan, self._writing, function, tensors, parameters)
         if self._is_next(plan, self._cursor, function, parameters):
             self._cursor += 1
             return self._cursor - 1
-        if self._at_risk or self._writing is not None:
+        if self._at_risk:
             raise self._departed(function)
         # Nothing was put off or overwritten so far: calls may be missing or more (a mask that is only made for
         # padded batches), as long as the path comes back.
@@ -342,6 +343,21 @@ class Interceptor(TorchFunctionMode):
                     self._cursor = place + 1
                     return place
             self._plan = None
+        return None
+
+    def _place_in_stretch(
+        self, plan: FusionPlan, writing: Writing, function: Any, tensors: list[Tensor], parameters: tuple[int, ...]
+    ) -> int | None:
+        """The same while a stretch is written down: what is made of ids and masks alone may be missing or more."""
+        belongs = bool(parameters) or any(writing.program.knows(t) for t in tensors)
+        place = self._cursor
+        while place in writing.segment.aside and (belongs or not self._is_next(plan, place, function, parameters)):
+            place += 1
+        if self._is_next(plan, place, function, parameters):
+            self._cursor = place + 1
+            return place
+        if belongs or self._at_risk:
+            raise self._departed(function)
         return None
 
     def _outside_new_checkpoints(self, place: int | None) -> int | None:

@@ -115,6 +115,7 @@ class Program:
     def skip(self) -> None:
         """Leave the place of a call empty that does not belong to the program."""
         self.entries.append(Entry(None, (), {}, ()))
+        self.results.append(None)
 
     def along_now(self, tensor: Tensor, along: Along | None) -> Along | None:
         """Where samples lie in a tensor of this batch, whose samples may have other sizes than the traced ones."""
@@ -225,6 +226,7 @@ class Program:
         self.shown = {}
         self._twins.clear()
         self.given = []
+        self._before = None
 
     # -- computing -----------------------------------------------------------------------------------
 

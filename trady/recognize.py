@@ -146,7 +146,7 @@ class LossCall:
         counted = self.target != self.ignore_index
         if self.weight is None:
             return counted.sum()
-        return self.weight[self.target.clamp(min=0)].mul(counted).sum()
+        return self.weight[self.target.where(counted, 0)].mul(counted).sum()
 
 
 Call = (

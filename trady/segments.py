@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from trady.batching import BACKWARD_READS_NOTHING, Along, CallSamples, name_of, writes_in_place
+from trady.batching import BACKWARD_READS_NOTHING, CallSamples, name_of
 from trady.fusion import FusionPlan
 from trady.recognize import (
     ActivationCall,
@@ -32,6 +32,9 @@ _CONTEXT_READERS = 5
 
 #: A stretch is worth it if it keeps this many times what has to be kept instead.
 _LEAST_GAIN = 1.5
+
+#: Of calls that do not belong to a stretch.
+_NO_SAMPLES = CallSamples((), (), ())
 
 #: Calls that keep (almost) nothing anyway.
 _LEAN = (WeightCall, ActivationCall, NormCall, PadCall, MaxPoolCall, AveragePoolCall, DropoutCall)
@@ -55,6 +58,7 @@ class Segment:
         entry_bytes: The activation that crosses its start, which is kept instead.
         work: Multiply-adds of its forward pass.
         name: The module it belongs to.
+        aside: Calls between that do not belong to it: what they make of ids and masks is handed in.
     """
 
     start: int
@@ -65,15 +69,21 @@ class Segment:
     entry_bytes: int
     work: int
     name: str
+    aside: frozenset[int] = frozenset()
 
-    def along(self, made: tuple[int, int]) -> Along | None:
-        """Where samples lie in one of the tensors it hands on."""
-        call, place = made
-        return self.samples[call - self.start].made[place]
+    @property
+    def first(self) -> int:
+        """Its first call that is not aside."""
+        return next(index for index in range(self.start, self.end) if index not in self.aside)
+
+    @property
+    def last(self) -> int:
+        """Its last call that is not aside."""
+        return next(index for index in reversed(range(self.start, self.end)) if index not in self.aside)
 
 
 def find_segments(
-    trace: Trace, plan: FusionPlan, samples: list[CallSamples | None], plain: set[int], element_bytes: int
+    trace: Trace, plan: FusionPlan, samples: list[CallSamples | None], element_bytes: int
 ) -> tuple[Segment, ...]:
     """Cut a forward pass where a single activation crosses.
 
@@ -81,7 +91,6 @@ def find_segments(
         trace: The forward pass.
         plan: How its calls are computed: what is computed together is not cut apart.
         samples: Where the samples lie in its calls (:func:`trady.batching.samples_of`).
-        plain: Identities of parameters that train through PyTorch's own backward.
         element_bytes: Bytes of an activation's element.
 
     """
@@ -89,7 +98,7 @@ def find_segments(
     cuts = [p for p in range(len(trace.calls) + 1) if crossing.single(p) and not _inside_fused(plan, p)]
     found = []
     for start, end in _stretches(trace, cuts, crossing):
-        segment = _segment(trace, start, end, samples, plain, element_bytes, crossing)
+        segment = _segment(trace, start, end, samples, element_bytes, crossing)
         if segment is not None:
             found.append(segment)
     return tuple(found)
@@ -113,6 +122,7 @@ def merged(segments: tuple[Segment, ...], count: int) -> tuple[Segment, ...]:
                 last.entry_bytes,
                 last.work + segment.work,
                 last.name,
+                last.aside | segment.aside,
             )
             size += 1
         else:
@@ -212,7 +222,6 @@ def _segment(
     start: int,
     end: int,
     samples: list[CallSamples | None],
-    plain: set[int],
     element_bytes: int,
     crossing: _Crossing,
 ) -> Segment | None:
@@ -220,27 +229,32 @@ def _segment(
     has_weights = any(isinstance(c.call, WeightCall) and isinstance(c.call.weight, torch.nn.Parameter) for c in calls)
     if not has_weights or any(c.scope != "" for c in calls) or not crossing.at(start):
         return None
-    if any(_writes_outside(trace, entry, start, crossing.sources, plain) for entry in calls):
+    if any(_writes_outside(trace, entry, start, crossing.sources) for entry in calls if not entry.aside):
+        return None
+    if _aside_writes_what_is_read(calls, crossing.sources):
         return None
     made = sorted(
         {
             _first_made(trace, value, start)
             for entry in calls
+            if not entry.aside
             for value in entry.makes
             if trace.values[value].kept or any(reader >= end for reader in trace.values[value].readers)
         }
     )
     if not made or any(index < start for index, _ in made):
         return None
-    by_sample = tuple(found for found in samples[start:end] if found is not None)
-    if len(by_sample) < len(calls) or not _made_by_sample(trace, made, samples, end):
+    aside = frozenset(index for index in range(start, end) if trace.calls[index].aside)
+    found = [_NO_SAMPLES if index in aside else samples[index] for index in range(start, end)]
+    by_sample = tuple(entry for entry in found if entry is not None)
+    if len(by_sample) < len(calls) or not _made_by_sample(trace, made, samples, start, end):
         by_sample = ()
     kept = _kept_bytes(trace, start, end, crossing, element_bytes)
     entry = crossing.size(start) * element_bytes
     if kept < _LEAST_GAIN * entry:
         return None
     work = sum(work_of(trace, entry) for entry in calls)
-    return Segment(start, end, tuple(made), by_sample, kept, entry, work, calls[0].container)
+    return Segment(start, end, tuple(made), by_sample, kept, entry, work, calls[0].container, aside)
 
 
 def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element_bytes: int) -> int:
@@ -283,7 +297,9 @@ def _first_made(trace: Trace, value: int, start: int) -> tuple[int, int]:
     return (-1, 0) if same is not None else (producer, trace.calls[producer].makes.index(value))
 
 
-def _made_by_sample(trace: Trace, made: list[tuple[int, int]], samples: list[CallSamples | None], end: int) -> bool:
+def _made_by_sample(
+    trace: Trace, made: list[tuple[int, int]], samples: list[CallSamples | None], start: int, end: int
+) -> bool:
     """Whether all that a stretch hands on can be put together from parts; a loss at its end is summed up."""
     for index, place in made:
         found = samples[index]
@@ -291,13 +307,29 @@ def _made_by_sample(trace: Trace, made: list[tuple[int, int]], samples: list[Cal
             return False
         if found.made[place] is None and not (index == end - 1 and isinstance(trace.calls[index].call, LossCall)):
             return False
-    losses = [i for i in range(made[0][0], end) if isinstance(trace.calls[i].call, LossCall)]
+    losses = [i for i in range(start, end) if isinstance(trace.calls[i].call, LossCall)]
     return losses in ([], [end - 1])
 
 
-def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[int], plain: set[int]) -> bool:
+def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[int]) -> bool:
     """Whether a call overwrites what was there before the stretch: computed anew, it would do so twice."""
-    in_place = writes_in_place(entry.function) or getattr(entry.call, "in_place", False)
-    if not in_place:
-        return False
-    return not entry.reads or trace.values[sources[entry.reads[0]]].producer < start
+    return any(value is None or _shows_older(trace, sources[value], start) for value in entry.written)
+
+
+def _aside_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
+    """Whether ids or masks change after a call of the stretch has read them: it is computed later than that."""
+    read: set[int | None] = set()
+    for entry in calls:
+        if not entry.aside:
+            read.update(sources[value] for value in entry.reads)
+        elif any(value is None or sources[value] in read for value in entry.written):
+            return True
+    return False
+
+
+def _shows_older(trace: Trace, value: int, start: int) -> bool:
+    """Whether the memory of a value was there before the stretch: made by an earlier call, or by none."""
+    made = trace.values[value]
+    producer = trace.calls[made.producer]
+    older = made.producer < start or producer.aside
+    return older or (made.view and not isinstance(producer.call, WeightCall))

@@ -49,7 +49,7 @@ class Writing:
         self.segment = segment
         self.program = Program(segment.samples, before)
         self._compute, self._trains = compute, trains
-        self._actions = [step.action for step in steps[segment.start : segment.end]]
+        self._actions = [step.action for step in steps[segment.start : segment.last + 1]]
         self._weights: dict[int, WeightCall] = {}
         self._loss: LossCall | None = None
 
@@ -64,7 +64,7 @@ class Writing:
         if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
             self._weights[len(self.program.entries)] = call
         self._loss = call if isinstance(call, LossCall) else None
-        here, last = self.next_call, self.next_call == self._last
+        here, last = self.next_call, self.next_call == self.segment.last
         shown = [place for call, place in self.segment.made if call == here and not last]
         result = self.program.write(function, args, kwargs, shown)
         if not last:

@@ -73,6 +73,9 @@ class TracedCall:
             under ``torch.no_grad()``.
         numbers: Whole numbers among its arguments, in order: sizes, dimensions, indices.
         shapes: Shapes of the tensors among its arguments, in order.
+        written: The values that it overwrites; ``None`` for a tensor that no call made (an input, a buffer).
+        keywords: The whole numbers among each of its keyword arguments.
+        aside: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
     """
 
     function: Any
@@ -87,6 +90,9 @@ class TracedCall:
     output_shape: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    written: tuple[int | None, ...] = ()
+    keywords: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    aside: bool = False
 
 
 @dataclass
@@ -321,12 +327,16 @@ class _Recorder(TorchFunctionMode):
             input_shape=() if call is None else tuple(call.x.shape),
             numbers=tuple(numbers_among((*args, *kwargs.values()))),
             shapes=tuple(tuple(t.shape) for t in tensors),
+            keywords={name: tuple(numbers_among((value,))) for name, value in kwargs.items()},
+            aside=not any(t.is_meta or id(t) in self._own for t in tensors),
         )
         self.trace.calls.append(entry)
-        if any(t.is_meta for t in tensors) or entry.parameters:
-            out = self._run_on_meta(func, call, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
+        places = [self._value_of(t) for t in tensors]
+        touched = tensors if entry.aside else [self.to_meta(t) for t in tensors]
+        versions = [_version(t) for t in touched]
+        out = func(*args, **kwargs) if entry.aside else self._run_on_meta(func, call, args, kwargs)
+        changed = zip(places, touched, versions, strict=True)
+        entry.written = tuple(place for place, tensor, version in changed if _version(tensor) != version)
         made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         entry.makes = tuple(self._register(t, index, tensors) for t in made)
         entry.output_shape = tuple(made[0].shape) if made else ()
@@ -361,6 +371,11 @@ class _Recorder(TorchFunctionMode):
         values.append(value)
         self._current[id(tensor)] = (value.reference, len(values) - 1)
         return len(values) - 1
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_input(call: Call) -> Call:
