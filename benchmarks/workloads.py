@@ -77,12 +77,19 @@ class Workload:
     blocks: tuple[str, ...] = ()
 
     def arm(
-        self, task: Task, seed: int = 0, ranking: trady.LayerRanking | None = None, policy: str | None = None
+        self,
+        task: Task,
+        seed: int = 0,
+        ranking: trady.LayerRanking | None = None,
+        policy: str | None = None,
+        recompute: str = "auto",
     ) -> trady.Tuner:
         """Prepare the task's model for TraDy, or for another policy in the same budget."""
         policy = policy or self.policy
         budget = self.budget or budget_of(policy, task.model, task.batch)
-        return trady.prepare(task.model, task.batch, budget=budget, policy=policy, ranking=ranking, seed=seed)
+        return trady.prepare(
+            task.model, task.batch, budget=budget, policy=policy, ranking=ranking, seed=seed, recompute=recompute
+        )
 
 
 #: B_mem of the paper's smallest budget, in elements for one sample.
