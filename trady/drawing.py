@@ -17,7 +17,7 @@ from trady.plan import Plan, cost_of
 from trady.planner import MODES, Planner, Recomputation
 from trady.policies import Draw, Policy, draw_selection, get_policy
 from trady.ranking import LayerRanking, structure_digest
-from trady.simulate import Stretches, step_timeline
+from trady.simulate import Simulator, Stretches
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97
@@ -62,18 +62,8 @@ class Drawing:
         self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
         self.recomputation = self._planner.everything if recompute != "none" else self._planner.nothing
 
-        def simulate(layers: tuple[str, ...], stretches: Stretches, selection: Selection | None = None) -> Timeline:
-            return step_timeline(
-                model,
-                batch,
-                layers=layers,
-                head=examined.head,
-                fuse=fuse,
-                stretches=stretches,
-                selection=selection,
-            )
-
-        self._simulate = simulate
+        self._simulator: Simulator | None = None
+        self._new_simulator = lambda: Simulator(model, batch, head=examined.head, fuse=fuse)
         self._timeline: tuple[tuple[str, ...], Recomputation, Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
@@ -117,6 +107,18 @@ class Drawing:
             least = min(self._costs()[name] for name in self.pool)
         if self.budget.amount < least:
             raise below_least(self.budget, least)
+
+    def _simulate(
+        self,
+        layers: tuple[str, ...],
+        stretches: Stretches,
+        selection: Selection | None = None,
+        *,
+        parts: bool = False,
+    ) -> Timeline:
+        if self._simulator is None:
+            self._simulator = self._new_simulator()
+        return self._simulator.timeline(layers=layers, stretches=stretches, selection=selection, parts=parts)
 
     def _keep_what_fits(self, peak_bytes: int) -> None:
         """Compute anew only what a useful number of channels needs to fit."""

@@ -38,7 +38,12 @@ class Examined:
 
 
 def examine(
-    model: nn.Module, example: Any, *, head: str | Sequence[str] | None = "auto", fuse: bool = True
+    model: nn.Module,
+    example: Any,
+    *,
+    head: str | Sequence[str] | None = "auto",
+    fuse: bool = True,
+    modes: Sequence[bool] = (True, False),
 ) -> Examined:
     """Trace a model in both modes and list what can be updated.
 
@@ -47,6 +52,7 @@ def examine(
         example: One batch as training will see it.
         head: See :func:`trady.table.find_head`.
         fuse: Whether calls may be computed together and overwrite their inputs.
+        modes: Training (True), and evaluation mode (False) if it is to run in that too.
 
     Raises:
         ModelError: The model cannot be traced, or has nothing to update.
@@ -56,10 +62,9 @@ def examine(
     names = find_head(model, training, head)
     plain = head_parameters(model, names)
     identities = {id(p) for p in plain.values()}
-    plans = {
-        True: plan_fusion(training, identities, fuse=fuse),
-        False: plan_fusion(trace_forward(model, example, training=False), identities, fuse=fuse),
-    }
+    plans = {True: plan_fusion(training, identities, fuse=fuse)}
+    if False in modes:
+        plans[False] = plan_fusion(trace_forward(model, example, training=False), identities, fuse=fuse)
     table = build_table(model, training, plans[True], names, activation_dtype(model, example))
     return Examined(table, names, plain, plans)
 

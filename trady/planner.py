@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from trady.memory.timeline import Timeline
 from trady.segments import Segment, merged
@@ -80,7 +82,7 @@ class Planner:
         everything = timeline_of(self.everything)
         best = self.everything, everything
         if peak_of(everything) <= most:
-            return self._fewest(timeline_of, peak_of, most, best)
+            return self._fewest(timeline_of, peak_of, most, kept, best)
         for joined in _JOINED:
             choice = self._choose(list(self._found[True]), joined)
             timeline = timeline_of(choice)
@@ -96,15 +98,25 @@ class Planner:
         timeline_of: Callable[[Recomputation], Timeline],
         peak_of: Callable[[Timeline], int],
         most: int,
+        kept: Timeline,
         best: tuple[Recomputation, Timeline],
     ) -> tuple[Recomputation, Timeline]:
+        """The peak falls about evenly with the bytes that need not be kept: a few simulations find the place."""
         by_gain = sorted(self._found[True], key=lambda s: (s.kept_bytes - s.entry_bytes) / max(s.work, 1), reverse=True)
+        freed = [0, *accumulate(max(segment.kept_bytes - segment.entry_bytes, 1) for segment in by_gain)]
         low, high = 0, len(by_gain)
+        peaks = {low: peak_of(kept), high: peak_of(best[1])}
+        tried = 0
         while high - low > 1:
-            middle = (low + high) // 2
+            share = (peaks[low] - most) / max(peaks[low] - peaks[high], 1)
+            expected = bisect_left(freed, freed[low] + share * (freed[high] - freed[low]))
+            # Every third time in the middle: so it ends soon where the peak does not fall evenly.
+            middle = (low + high) // 2 if tried % 3 == 2 else min(max(expected, low + 1), high - 1)
+            tried += 1
             choice = self._choose(by_gain[:middle], 1)
             timeline = timeline_of(choice)
-            if peak_of(timeline) <= most:
+            peaks[middle] = peak_of(timeline)
+            if peaks[middle] <= most:
                 high, best = middle, (choice, timeline)
             else:
                 low = middle

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from trady.armed import Armed
 from trady.channels import Selection
 from trady.examine import Examined, examine, meta_batch, meta_twin, tensors_of
-from trady.memory.live import LiveBytes
+from trady.memory.live import LiveBytes, Storage
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
 from trady.standins import StandIns, mixed_to_meta
@@ -21,6 +21,54 @@ from trady.trace import as_arguments, real_device
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
 Stretches = Mapping[bool, Sequence[Segment]]
+
+
+class Simulator:
+    """Follows the live bytes of training steps of one model on one batch, without memory or arithmetic.
+
+    The steps run on a copy of the model that has shapes but no memory. Ids and masks keep their values,
+    since models look at them.
+
+    Args:
+        model: The model; only read.
+        example: One batch.
+        head: Modules that always train.
+        fuse: As for :func:`trady.prepare`.
+
+    """
+
+    def __init__(self, model: nn.Module, example: Any, *, head: Sequence[str], fuse: bool = True) -> None:
+        self._twin, self._batch = meta_twin(model), meta_batch(example)
+        self._device = real_device(model, example) or torch.device("meta")
+        with StandIns(self._device):
+            self._examined = examine(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
+
+    def timeline(
+        self,
+        *,
+        layers: Sequence[str] = (),
+        stretches: Stretches | None = None,
+        selection: Selection | None = None,
+        parts: bool = False,
+    ) -> Timeline:
+        """Run one step in which one channel of each given layer trains.
+
+        Args:
+            layers: Layers that will be drawn from.
+            stretches: What is computed anew in the backward pass (:func:`trady.examine.find_stretches`).
+            selection: Channels that train, instead of one of each layer.
+            parts: Also say what the peak is made of.
+
+        """
+        if selection is None:
+            selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
+        try:
+            return _timeline(
+                self._twin, self._batch, self._examined, selection, stretches or {}, self._device, parts=parts
+            )
+        finally:
+            for parameter in self._twin.parameters():
+                parameter.grad = None
 
 
 def step_timeline(
@@ -33,42 +81,34 @@ def step_timeline(
     stretches: Stretches | None = None,
     selection: Selection | None = None,
 ) -> Timeline:
-    """Follow the live bytes of one training step in which one channel of each given layer trains.
-
-    The step runs on a copy of the model that has shapes but no memory, so it costs neither. Ids and masks
-    keep their values, since models look at them.
-
-    Args:
-        model: The model; only read.
-        example: One batch.
-        layers: Layers that will be drawn from.
-        head: Modules that always train.
-        fuse: As for :func:`trady.prepare`.
-        stretches: What is computed anew in the backward pass (:func:`trady.examine.find_stretches`).
-        selection: Channels that train, instead of one of each layer.
-
-    """
-    twin, batch = meta_twin(model), meta_batch(example)
-    device = real_device(model, example) or torch.device("meta")
-    with StandIns(device):
-        examined = examine(twin, batch, head=head or None, fuse=fuse)
-    chosen = selection or Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-    return _timeline(twin, batch, examined, chosen, stretches or {}, device)
+    """Simulate one step (:class:`Simulator`)."""
+    return Simulator(model, example, head=head, fuse=fuse).timeline(
+        layers=layers, stretches=stretches, selection=selection
+    )
 
 
 def _timeline(
-    twin: nn.Module, batch: Any, examined: Examined, selection: Selection, stretches: Stretches, device: torch.device
+    twin: nn.Module,
+    batch: Any,
+    examined: Examined,
+    selection: Selection,
+    stretches: Stretches,
+    device: torch.device,
+    *,
+    parts: bool,
 ) -> Timeline:
     armed = Armed(twin, examined, stretches)
     armed.select(selection)
     intervals: list[Interval] = []
     alive: dict[int, int] = {}
     live = LiveBytes()
+    made_of: dict[str, int] = {}
     twin.train()
     try:
         live.register([*twin.parameters(), *twin.buffers()], "weights")
         live.register(tensors_of(batch), "inputs")
-        live.register([armed.layers[name].compact for name in selection.channels], "compact parameters")
+        compact = [armed.layers[name].compact for name in selection.channels]
+        live.register(compact, "compact parameters")
         with live:
             live.interval_peak()
 
@@ -88,13 +128,30 @@ def _timeline(
             alive[len(examined.plans[True].steps)] = live.current
             loss = surrogate_loss(output)
             del output
+            kept = [storage for storage in live.log if storage.death is None] if parts else []
             if loss is not None:
                 loss.backward()
             cut("end", "")
+            if parts:
+                live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
+                live.register([p.grad for p in twin.parameters() if p.grad is not None], "gradients")
+                made_of = _parts(live, kept)
     finally:
         armed.disarm()
     head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
-    return Timeline(tuple(intervals), examined.table, head_bytes, alive)
+    return Timeline(tuple(intervals), examined.table, head_bytes, alive, made_of)
+
+
+def _parts(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:
+    """What the peak is made of; saved is what is alive between forward and backward."""
+    _, moment = live.highest()
+    saved = {id(storage) for storage in kept}
+    found: dict[str, int] = {}
+    for storage in live.log:
+        if storage.alive_at(moment):
+            part = storage.category or ("saved activations" if id(storage) in saved else "temporaries")
+            found[part] = found.get(part, 0) + storage.nbytes
+    return found
 
 
 def surrogate_loss(output: Any) -> Tensor | None:

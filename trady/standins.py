@@ -42,7 +42,9 @@ class StandIns(TorchFunctionMode):
 
 def mixed_to_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take the values from all arguments if some of them have none."""
-    if any(t.is_meta for t in tensors_among((*args, *kwargs.values()))):
+    values = (*args, *kwargs.values())
+    meta = [t.is_meta for t in tensors_among(values)]
+    if any(meta) and not (all(meta) and not any(isinstance(value, torch.device) for value in values)):
         args, kwargs = tree_map(_without_values, (args, kwargs))
     return args, kwargs
 

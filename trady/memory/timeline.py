@@ -8,7 +8,7 @@ channel a layer gives the peak of every other selection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,12 +39,14 @@ class Timeline:
         table: Costs of the channels.
         head_bytes: Bytes of the head's parameters, whose optimizer state counts too.
         alive: Bytes alive in front of each call of the forward pass, by its place in the plan.
+        parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
     head_bytes: int = 0
     alive: Mapping[int, int] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     def predicted_peak(self, selection: Selection, state_copies: int = 0) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
@@ -74,12 +76,13 @@ class Timeline:
         position = {layer.name: i for i, layer in enumerate(self.table)}
         base = np.array([interval.peak_bytes for interval in self.intervals], dtype=np.int64)
         added = np.zeros((len(base), len(position)), dtype=np.int64)
+        places: dict[tuple[str, str], list[int]] = {}
+        for place, interval in enumerate(self.intervals):
+            places.setdefault((interval.phase, interval.layer), []).append(place)
         for name, i in position.items():
             layer = self.table[name]
             saved = layer.activation_elements * self.table.batch * self.table.element_bytes
-            forward = _positions(self.intervals, "forward", name)
-            backward = _positions(self.intervals, "backward", name)
-            anew = _positions(self.intervals, "recompute", name)
+            forward, backward, anew = (places.get((phase, name), []) for phase in ("forward", "backward", "recompute"))
             if not forward:
                 continue
             # Computed anew, a channel is alive for one part of the batch at a time, and so is its gradient.
@@ -91,10 +94,6 @@ class Timeline:
             if backward:
                 added[backward[0] + 1 :, i] += layer.weight_elements * self.table.weight_element_bytes
         return base, added
-
-
-def _positions(intervals: Sequence[Interval], phase: str, layer: str) -> list[int]:
-    return [i for i, interval in enumerate(intervals) if interval.phase == phase and interval.layer == layer]
 
 
 def _working_bytes(layer: Layer, table: ChannelTable) -> int:
