@@ -20,6 +20,7 @@ from trady.errors import (
     RankingError,
     StateError,
     TradyError,
+    TradyWarning,
     TrainingError,
 )
 from trady.memory import Ledger, measure
@@ -66,6 +67,7 @@ __all__ = [
     "Selection",
     "StateError",
     "TradyError",
+    "TradyWarning",
     "TrainingError",
     "Tuner",
     "apply_delta",

@@ -38,12 +38,13 @@ class Armed:
     """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`."""
 
     def __init__(
-        self, model: nn.Module, examined: Examined, segments: Mapping[bool, Sequence[Segment]] | None = None
+        self,
+        model: nn.Module,
+        examined: Examined,
+        segments: Mapping[bool, Sequence[Segment]] | None = None,
+        fidelity: str = "exact",
     ) -> None:
-        if any(module in _armed for module in model.modules()):
-            raise StateError(
-                f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
-            )
+        refuse_prepared(model)
         self.model, self.table = model, examined.table
         plain = {id(p) for p in examined.head_parameters.values()}
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -63,6 +64,7 @@ class Armed:
         self.channels: dict[str, Channels] = {}
         self._written: dict[str, tuple[int, int]] = {}
         self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain, segments)
+        self.interceptor.fidelity = fidelity
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
         _armed.update(model.modules())
@@ -145,6 +147,14 @@ class Armed:
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
             _armed.difference_update(self.model.modules())
+
+
+def refuse_prepared(model: nn.Module) -> None:
+    """Raise :class:`StateError` if a tuner has the model, or a part of it, in its hands."""
+    if any(module in _armed for module in model.modules()):
+        raise StateError(
+            f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
+        )
 
 
 def _sources(before: Channels, now: Channels) -> Channels:

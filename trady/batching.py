@@ -47,11 +47,13 @@ class CallSamples:
         tensors: In each tensor among its arguments.
         numbers: Which of the whole numbers among its arguments grow with the batch.
         made: In each tensor that it returns.
+        shapes: Shapes of the tensors among its arguments.
     """
 
     tensors: tuple[Along | None, ...]
     numbers: tuple[bool, ...]
     made: tuple[Along | None, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def samples_of(once: Trace, twice: Trace) -> list[CallSamples | None]:
@@ -103,7 +105,7 @@ def _samples(
         numbers = tuple(_grows(a, b) for a, b in zip(entry.numbers, doubled.numbers, strict=True))
     except _MixedError:
         return None
-    found = CallSamples(tensors, numbers, outputs)
+    found = CallSamples(tensors, numbers, outputs, entry.shapes)
     name = name_of(entry.function)
     if any(numbers) and name not in _SIZED:
         return None
@@ -221,6 +223,27 @@ def _first(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -
     return found.tensors[0] is not None and found.tensors[0].dim == 0 and _kept(entry, found, made)
 
 
+def _padded(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """The last dimensions, each by two numbers: a negative one would move samples out."""
+    along = found.tensors[0]
+    behind = len(entry.numbers) - len(entry.keywords.get("value", ()))
+    widths = entry.keywords.get("pad", entry.numbers[:behind])
+    if along is None:
+        return False
+    from_last = len(entry.shapes[0]) - 1 - along.dim
+    return not any(widths[2 * from_last : 2 * from_last + 2]) and _kept(entry, found, made)
+
+
+def _in_matrices(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Something is done with each matrix of the last two dimensions."""
+    along = found.tensors[0]
+    return along is not None and along.dim < len(entry.shapes[0]) - 2
+
+
+def _looked_up(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    return not any(found.tensors[1:])
+
+
 def _normalised_alone(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
     """Every sample with its own statistics; none is remembered in a buffer."""
     return all(isinstance(p, torch.nn.Parameter) for p in entry.parameters) and _first(entry, found, made)
@@ -253,7 +276,7 @@ _SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_t
 _KEEPS = {
     "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "unsqueeze", "split", "chunk", "unbind", "select",
     "narrow", "tensor_split", "sum", "mean", "var", "std", "amax", "amin", "norm", "var_mean", "all", "any",
-    "logsumexp", "pad", "constant_pad_nd", "one_hot", "tril", "triu",
+    "logsumexp", "one_hot",
 }  # fmt: skip
 _RULES: dict[str, Rule] = {
     "view": _reshaped, "reshape": _reshaped, "flatten": _reshaped, "unflatten": _reshaped, "_unsafe_view": _reshaped,
@@ -263,7 +286,8 @@ _RULES: dict[str, Rule] = {
     "squeeze": _over_dimension, "gather": _over_dimension, "layer_norm": _normalised, "rms_norm": _normalised,
     "roll": _rolled,
     "matmul": _multiplied, "bmm": _multiplied, "baddbmm": _multiplied, "scaled_dot_product_attention": _attended,
-    "embedding": _always, "interpolate": _first, "unfold": _first, "pixel_shuffle": _first, "pixel_unshuffle": _first,
+    "pad": _padded, "tril": _in_matrices, "triu": _in_matrices, "embedding": _looked_up,
+    "interpolate": _first, "unfold": _first, "pixel_shuffle": _first, "pixel_unshuffle": _first,
     "group_norm": _first, "instance_norm": _normalised_alone,
     "new_empty": _always, "new_zeros": _always, "new_ones": _always, "new_full": _always,
 }  # fmt: skip

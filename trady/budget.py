@@ -8,6 +8,7 @@ B_mem (arXiv 2510.19675): weight plus activation elements, for one sample.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -117,16 +118,40 @@ def format_bytes(n: float) -> str:
     return f"{n / size:.1f} {unit}"
 
 
-def below_least(budget: Budget, least_amount: int) -> BudgetError:
+class BelowLeastError(BudgetError):
+    """A budget that nothing fits in.
+
+    Attributes:
+        budget: What was asked for.
+        least_amount: The least possible, in the unit of ``budget.scope``.
+    """
+
+    def __init__(self, budget: Budget, least_amount: int, remedies: Mapping[str, int]) -> None:
+        self.budget, self.least_amount = budget, least_amount
+        text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
+        least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
+        message = (
+            f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
+            + _less_with(remedies)
+        )
+        super().__init__(message)
+
+
+def below_least(budget: Budget, least_amount: int, remedies: Mapping[str, int] | None = None) -> BelowLeastError:
     """The error for a budget that nothing fits in, with the text that would do.
 
     Args:
         budget: What was asked for.
         least_amount: The least possible, in the unit of ``budget.scope``.
+        remedies: What would take less, and the least bytes with it.
     """
-    text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
-    least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
-    return BudgetError(f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"')
+    return BelowLeastError(budget, least_amount, remedies or {})
+
+
+def _less_with(remedies: Mapping[str, int]) -> str:
+    if not remedies:
+        return ""
+    return ". Less would do: " + ", ".join(f"{_rounded_up(least)} {what}" for what, least in remedies.items())
 
 
 def _refusal(given: object, problem: str, scope: Scope, example: str | None = None) -> BudgetError:

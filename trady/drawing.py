@@ -13,17 +13,21 @@ from trady.errors import BudgetError, ModelError
 from trady.examine import Examined, examine, find_stretches, meta_batch
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
+from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan, cost_of
 from trady.planner import MODES, Planner, Recomputation
 from trady.policies import Draw, Policy, draw_selection, get_policy
 from trady.ranking import LayerRanking, structure_digest
-from trady.simulate import Simulator, Stretches
+from trady.simulate import Simulator
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97
 
 #: As many of all channels (by elements) are to fit before anything is kept that could be computed anew.
 USEFUL_SHARE = 0.02
+
+#: What a step may take, without weights and batch, over an inference pass, where the budget leaves it open.
+PEAK_OVER_INFERENCE = 1.5
 
 #: Optimizer steps between two draws while the ranking is being learnt.
 STEPS_A_DRAW = 2
@@ -37,6 +41,8 @@ class Drawing:
         online: The ranking being learnt; ``None`` when one is given, settled or not needed.
         state_copies: Copies of a parameter that the optimizer keeps.
         recomputation: What is computed anew in the backward pass.
+        fidelity: How exactly smooth activations that are kept are differentiated.
+        micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
     """
 
     def __init__(
@@ -52,18 +58,24 @@ class Drawing:
         pool: tuple[str, ...] | None = None,
         planner: Planner | None = None,
         recompute: str = "auto",
+        fidelity: str = "exact",
+        waiting_bytes: int = 0,
     ) -> None:
         self.model_name, self.table = type(model).__name__, examined.table
         self.budget, self.policy, self.seed = budget, policy, seed
         self.ranking, self.state_copies = ranking, 0
         self.online: OnlineRanking | None = None
         self._planner = planner or Planner({}, 0)
-        self._mode = recompute
+        self._mode, self.fidelity = recompute, fidelity
+        self.micro_batch: int | None = None
         self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
         self.recomputation = self._planner.everything if recompute != "none" else self._planner.nothing
 
         self._simulator: Simulator | None = None
-        self._new_simulator = lambda: Simulator(model, batch, head=examined.head, fuse=fuse)
+        self._new_simulator = lambda: Simulator(
+            model, batch, head=examined.head, fuse=fuse, fidelity=fidelity, waiting_bytes=waiting_bytes
+        )
+        self._simulated: dict[tuple[Any, ...], Timeline] = {}
         self._timeline: tuple[tuple[str, ...], Recomputation, Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
@@ -97,8 +109,11 @@ class Drawing:
                     'budget="300 MiB", "update:1 MiB" or "elements:27946"'
                 )
             return
-        if self.budget.scope is Scope.PEAK and self._mode == "auto":
-            self._keep_what_fits(self.budget.amount)
+        if self._mode == "auto" and self._planner.has_choice:
+            if self.budget.scope is Scope.PEAK:
+                self._keep_what_fits(self.budget.amount, self.state_copies)
+            elif self._timeline is None:
+                self._stay_near_inference(self.budget.amount)
         if not self.pool or self.policy.name == "head":
             return
         if self.budget.scope is Scope.PEAK:
@@ -108,32 +123,55 @@ class Drawing:
         if self.budget.amount < least:
             raise below_least(self.budget, least)
 
-    def _simulate(
-        self,
-        layers: tuple[str, ...],
-        stretches: Stretches,
-        selection: Selection | None = None,
-        *,
-        parts: bool = False,
-    ) -> Timeline:
+    def _simulate(self, layers: tuple[str, ...], choice: Recomputation) -> Timeline:
+        """Simulate a step with one channel a layer, each kind of step once."""
+        chosen = tuple((segment.start, segment.end) for segment in choice.stretches.get(True, ()))
+        if (layers, chosen) not in self._simulated:
+            self._simulated[layers, chosen] = self.simulator.timeline(layers=layers, stretches=choice.stretches)
+        return self._simulated[layers, chosen]
+
+    @property
+    def simulator(self) -> Simulator:
+        """Simulates steps of this model."""
         if self._simulator is None:
             self._simulator = self._new_simulator()
-        return self._simulator.timeline(layers=layers, stretches=stretches, selection=selection, parts=parts)
+        return self._simulator
 
-    def _keep_what_fits(self, peak_bytes: int) -> None:
+    def _stay_near_inference(self, capacity: int) -> None:
+        """Compute anew what takes the peak near to that of inference, where the budget does not speak of the peak."""
+        resident, working = self.simulator.inference_bytes()
+        self._keep_what_fits(resident + int(PEAK_OVER_INFERENCE * working), 0, capacity)
+
+    def _keep_what_fits(self, peak_bytes: int, state_copies: int, capacity: int | None = None) -> None:
         """Compute anew only what a useful number of channels needs to fit."""
-        if self.policy.name in ("head", "full"):
-            wanted = self._select(0, 0, None)
-        else:
-            everything = sum(layer.channels * layer.elements for layer in self.table)
-            wanted = self._select(0, 0, int(everything * USEFUL_SHARE))
+        wanted = self._useful(capacity)
         layers = self._simulated_layers
         self.recomputation, timeline = self._planner.least_time(
-            lambda choice: self._simulate(layers, choice.stretches),
-            lambda timeline: timeline.predicted_peak(wanted, self.state_copies),
+            lambda choice: self._simulate(layers, choice),
+            lambda timeline: timeline.predicted_peak(wanted, state_copies),
             peak_bytes,
         )
         self._timeline = (layers, self.recomputation, timeline)
+
+    def _useful(self, capacity: int | None) -> Selection:
+        """Channels that are to fit before anything is kept that could be computed anew."""
+        if self.policy.name in ("head", "full"):
+            return self._select(0, 0, None)
+        everything = sum(layer.channels * layer.elements for layer in self.table)
+        return self._select(0, 0, int(everything * USEFUL_SHARE) if capacity is None else capacity)
+
+    def least_peak(self) -> int:
+        """The least peak budget that a step is possible in, with as much computed anew as helps."""
+        timeline = self.timeline
+        least = self._useful(None) if self.policy.name == "full" else Selection()
+        if self._mode == "auto" and self._planner.has_choice:
+            layers, wanted = self._simulated_layers, self._useful(None)
+            _, timeline = self._planner.least_time(
+                lambda choice: self._simulate(layers, choice),
+                lambda timeline: timeline.predicted_peak(wanted, self.state_copies),
+                0,
+            )
+        return timeline.predicted_peak(least, self.state_copies)
 
     @property
     def _simulated_layers(self) -> tuple[str, ...]:
@@ -144,7 +182,7 @@ class Drawing:
         """Live bytes of a step that updates the layers of the pool."""
         state = (self._simulated_layers, self.recomputation)
         if self._timeline is None or self._timeline[:2] != state:
-            self._timeline = (*state, self._simulate(state[0], self.recomputation.stretches))
+            self._timeline = (*state, self._simulate(*state))
         return self._timeline[2]
 
     def _costs(self) -> dict[str, int]:
@@ -209,6 +247,7 @@ class Drawing:
         """Describe the decision."""
         selection = self.draw(epoch, 0)
         peak = self.budget is not None and self.budget.scope is Scope.PEAK
+        predicted = self.predicted_parts(selection) if peak else {}
         return Plan(
             model=self.model_name,
             budget=self.budget,
@@ -221,19 +260,26 @@ class Drawing:
             head_parameters=sum(p.numel() for p in parameters.values()),
             selection=selection,
             cost=cost_of(self.table, selection, self.state_copies),
-            predicted_peak_bytes=self._exact_peak(selection) if peak else None,
+            predicted_peak_bytes=sum(predicted.values()) if peak else None,
             least_peak_bytes=self.timeline.least_bytes if peak else None,
             recomputed=self.recomputation.names,
             recomputable=self.recomputation.found,
             recomputed_share=self.recomputation.share_of_work,
+            fidelity=self.fidelity,
+            predicted_parts=predicted,
+            micro_batch=self.micro_batch,
         )
 
-    def _exact_peak(self, selection: Selection) -> int:
-        """Simulate a step with just these channels; the timeline only bounds it from above."""
-        timeline = self._simulate((), self.recomputation.stretches, selection)
-        head = self._head_bytes * self.state_copies
+    def predicted_parts(self, selection: Selection, recomputation: Recomputation | None = None) -> dict[str, int]:
+        """Simulate a step with just these channels: what its peak is made of, in bytes.
+
+        The timeline only bounds the peak from above.
+        """
+        stretches = (recomputation or self.recomputation).stretches
+        timeline = self.simulator.timeline(stretches=stretches, selection=selection, parts=True)
         kept = sum(len(c) * self.table[n].weight_elements for n, c in selection.items())
-        return timeline.least_bytes + head + kept * self.table.weight_element_bytes * self.state_copies
+        state = self.state_copies * (self._head_bytes + kept * self.table.weight_element_bytes)
+        return {**timeline.parts, **({"optimizer state": state} if state else {})}
 
 
 def decide(
@@ -247,12 +293,16 @@ def decide(
     plan: Plan | None,
     fuse: bool,
     recompute: str,
+    fidelity: str,
+    waiting_bytes: int = 0,
 ) -> tuple[nn.Module, Examined, Drawing]:
     """Examine a model and fix budget, policy and pool; nothing is changed yet."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
     if recompute not in MODES:
         raise BudgetError(f"recompute={recompute!r} is not known; type one of {', '.join(map(repr, MODES))}")
+    if fidelity not in FIDELITIES:
+        raise BudgetError(f"fidelity={fidelity!r} is not known; type one of {', '.join(map(repr, FIDELITIES))}")
     pool = None
     if plan is not None:
         budget, policy, seed, head = plan.budget if budget is None else budget, plan.policy, plan.seed, plan.head
@@ -266,5 +316,19 @@ def decide(
             "make a new one with trady.plan"
         )
     planner = Planner(*find_stretches(model, example, examined)) if fuse and recompute != "none" else None
-    drawing = Drawing(model, meta_batch(example), examined, asked, rule, ranking, seed, fuse, pool, planner, recompute)
+    drawing = Drawing(
+        model,
+        meta_batch(example),
+        examined,
+        asked,
+        rule,
+        ranking,
+        seed,
+        fuse,
+        pool,
+        planner,
+        recompute,
+        fidelity,
+        waiting_bytes,
+    )
     return model, examined, drawing

@@ -35,3 +35,7 @@ class DataError(TradyError, ValueError):
 
 class TrainingError(TradyError, RuntimeError):
     """A run that stopped because going on would have spoilt the model."""
+
+
+class TradyWarning(UserWarning):
+    """Something that goes on, but not as it was planned."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ class Plan:
         recomputed: Modules whose calls the backward pass computes anew instead of keeping what they need.
         recomputable: How many stretches could be computed anew.
         recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
+        fidelity: How exactly smooth activations that are kept are differentiated.
+        predicted_parts: What the predicted peak is made of, in bytes, named as in the ledger.
+        micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
     """
 
     model: str
@@ -120,6 +123,9 @@ class Plan:
     recomputed: tuple[str, ...] = ()
     recomputable: int = 0
     recomputed_share: float = 0.0
+    fidelity: str = "exact"
+    predicted_parts: Mapping[str, int] = field(default_factory=dict)
+    micro_batch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
@@ -143,6 +149,9 @@ class Plan:
             "recomputed": list(self.recomputed),
             "recomputable": self.recomputable,
             "recomputed_share": self.recomputed_share,
+            "fidelity": self.fidelity,
+            "predicted_parts": dict(self.predicted_parts),
+            "micro_batch": self.micro_batch,
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -193,6 +202,9 @@ class Plan:
                 recomputed=tuple(data.get("recomputed", ())),
                 recomputable=data.get("recomputable", 0),
                 recomputed_share=data.get("recomputed_share", 0.0),
+                fidelity=data.get("fidelity", "exact"),
+                predicted_parts=dict(data.get("predicted_parts", {})),
+                micro_batch=data.get("micro_batch"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error

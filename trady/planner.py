@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +54,11 @@ class Planner:
         self._found, self._work = found, work
 
     @property
+    def has_choice(self) -> bool:
+        """Whether there is anything that could be computed anew."""
+        return bool(self._found.get(True))
+
+    @property
     def nothing(self) -> Recomputation:
         """Keep everything."""
         return Recomputation(found=len(self._found.get(True, ())))
@@ -84,13 +90,35 @@ class Planner:
         if peak_of(everything) <= most:
             return self._fewest(timeline_of, peak_of, most, kept, best)
         for joined in _JOINED:
-            choice = self._choose(list(self._found[True]), joined)
-            timeline = timeline_of(choice)
+            before, (choice, timeline) = best, self._joined(timeline_of, joined)
             if peak_of(timeline) >= peak_of(best[1]):
                 break
             best = choice, timeline
             if peak_of(timeline) <= most:
-                break
+                return self._fewer_joins(timeline_of, peak_of, most, before, best)
+        return best
+
+    def _joined(
+        self, timeline_of: Callable[[Recomputation], Timeline], joined: int, most: int | None = None
+    ) -> tuple[Recomputation, Timeline]:
+        choice = self._choose(list(self._found[True]), joined, most)
+        return choice, timeline_of(choice)
+
+    def _fewer_joins(
+        self,
+        timeline_of: Callable[[Recomputation], Timeline],
+        peak_of: Callable[[Timeline], int],
+        most: int,
+        before: tuple[Recomputation, Timeline],
+        best: tuple[Recomputation, Timeline],
+    ) -> tuple[Recomputation, Timeline]:
+        """Join no more neighbours than needed; every join frees about as much as the next."""
+        joined, whole = best[0].joined, len(self._found[True]) - len(best[0].stretches[True])
+        share = (peak_of(before[1]) - most) / max(peak_of(before[1]) - peak_of(best[1]), 1)
+        for joins in sorted({math.ceil(share * whole), math.ceil((share + 1) / 2 * whole)}):
+            found = self._joined(timeline_of, joined, joins)
+            if peak_of(found[1]) <= most:
+                return found
         return best
 
     def _fewest(
@@ -122,12 +150,12 @@ class Planner:
                 low = middle
         return best
 
-    def _choose(self, taken: list[Segment], joined: int) -> Recomputation:
+    def _choose(self, taken: list[Segment], joined: int, most: int | None = None) -> Recomputation:
         ordered = tuple(sorted(taken, key=lambda segment: segment.start))
         if not ordered:
             return self.nothing
         return Recomputation(
-            {True: merged(ordered, joined), False: self._found.get(False, ())},
+            {True: merged(ordered, joined, most), False: self._found.get(False, ())},
             len(self._found[True]),
             joined,
             sum(segment.work for segment in ordered) / max(self._work, 1),

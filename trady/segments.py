@@ -104,14 +104,21 @@ def find_segments(
     return tuple(found)
 
 
-def merged(segments: tuple[Segment, ...], count: int) -> tuple[Segment, ...]:
-    """Join up to ``count`` neighbours into one: fewer activations are kept, more is computed anew."""
+def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -> tuple[Segment, ...]:
+    """Join up to ``count`` neighbours into one: fewer activations are kept, more is computed anew.
+
+    Args:
+        segments: The stretches, in order.
+        count: Neighbours in one.
+        most: Joins to make, from the front; ``None`` is all.
+
+    """
     joined: list[Segment] = []
-    size = 0
+    size, left = 0, len(segments) if most is None else most
     for segment in segments:
         last = joined[-1] if joined else None
         fits = last is not None and last.end == segment.start and bool(last.samples) == bool(segment.samples)
-        if last is not None and fits and size < count:
+        if last is not None and fits and size < count and left > 0:
             inner = last.made[-1]
             joined[-1] = Segment(
                 last.start,
@@ -125,6 +132,7 @@ def merged(segments: tuple[Segment, ...], count: int) -> tuple[Segment, ...]:
                 last.aside | segment.aside,
             )
             size += 1
+            left -= 1
         else:
             joined.append(segment)
             size = 1

@@ -34,14 +34,49 @@ class Simulator:
         example: One batch.
         head: Modules that always train.
         fuse: As for :func:`trady.prepare`.
+        fidelity: As for :func:`trady.prepare`.
+        waiting_bytes: Bytes of a larger batch that wait while the model works on this part of it.
 
     """
 
-    def __init__(self, model: nn.Module, example: Any, *, head: Sequence[str], fuse: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        head: Sequence[str],
+        fuse: bool = True,
+        fidelity: str = "exact",
+        waiting_bytes: int = 0,
+    ) -> None:
+        self._fidelity = fidelity
+        self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
         self._twin, self._batch = meta_twin(model), meta_batch(example)
         self._device = real_device(model, example) or torch.device("meta")
         with StandIns(self._device):
             self._examined = examine(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
+
+    def inference_bytes(self) -> tuple[int, int]:
+        """Simulate one inference pass of the untouched model.
+
+        Returns:
+            Bytes of weights, buffers and batch; and how far the peak is above them.
+
+        """
+        live = LiveBytes()
+        resident = [*self._twin.parameters(), *self._twin.buffers(), *tensors_of(self._batch)]
+        args, kwargs = as_arguments(self._batch)
+        flags = [(module, module.training) for module in self._twin.modules()]
+        try:
+            self._twin.eval()
+            live.register(resident)
+            before = live.current
+            with StandIns(self._device), torch.no_grad(), live:
+                self._twin(*args, **kwargs)
+        finally:
+            for module, training in flags:
+                module.training = training
+        return before, live.highest()[0] - before
 
     def timeline(
         self,
@@ -64,7 +99,15 @@ class Simulator:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
         try:
             return _timeline(
-                self._twin, self._batch, self._examined, selection, stretches or {}, self._device, parts=parts
+                self._twin,
+                self._batch,
+                self._examined,
+                selection,
+                stretches or {},
+                self._device,
+                self._fidelity,
+                self._waiting,
+                parts=parts,
             )
         finally:
             for parameter in self._twin.parameters():
@@ -94,10 +137,12 @@ def _timeline(
     selection: Selection,
     stretches: Stretches,
     device: torch.device,
+    fidelity: str,
+    waiting: Tensor,
     *,
     parts: bool,
 ) -> Timeline:
-    armed = Armed(twin, examined, stretches)
+    armed = Armed(twin, examined, stretches, fidelity)
     armed.select(selection)
     intervals: list[Interval] = []
     alive: dict[int, int] = {}
@@ -106,7 +151,7 @@ def _timeline(
     twin.train()
     try:
         live.register([*twin.parameters(), *twin.buffers()], "weights")
-        live.register(tensors_of(batch), "inputs")
+        live.register([*tensors_of(batch), waiting], "inputs")
         compact = [armed.layers[name].compact for name in selection.channels]
         live.register(compact, "compact parameters")
         with live:

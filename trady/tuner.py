@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady.armed import Armed
+from trady.armed import Armed, refuse_prepared
+from trady.batch_check import BatchCheck
 from trady.budget import Budget
 from trady.channels import Selection
 from trady.clipping import clip_channels_
+from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
-from trady.drawing import STEPS_A_DRAW, Drawing, decide
+from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.errors import BudgetError, CheckpointError, StateError
 from trady.examine import Examined
 from trady.memory import Ledger, measure
@@ -42,6 +44,8 @@ def prepare(
     plan: Plan | None = None,
     fuse: bool = True,
     recompute: str = "auto",
+    fidelity: str = "exact",
+    micro_batch: int | str | None = None,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -60,8 +64,14 @@ def prepare(
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
             model whose forward takes another path from call to call.
         recompute: What the backward pass computes anew instead of keeping it, where a stretch of the model
-            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and everything
-            under other budgets; ``"all"``; ``"none"`` for the fastest step.
+            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
+            budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
+            fastest step.
+        fidelity: How exactly smooth activations (GELU, SiLU, Mish) are differentiated where they are kept:
+            ``"exact"``, or from a derivative in ``"8bit"`` or ``"4bit"`` (docs/fidelity.md).
+        micro_batch: Samples of the batch that a forward and backward pass takes at a time (your loop cuts the
+            batch and adds the gradients up; :func:`trady.finetune` does it by itself); ``"auto"`` is the largest
+            part that the budget is possible with: ``tuner.plan.micro_batch``.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -74,7 +84,8 @@ def prepare(
         StateError: The model is prepared already.
 
     """
-    return Tuner(*decide(model, example, budget, policy, ranking, head, seed, plan, fuse, recompute))
+    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch)
+    return Tuner(*request.decide(model, example), example=example)
 
 
 def plan(
@@ -88,22 +99,28 @@ def plan(
     seed: int = 0,
     fuse: bool = True,
     recompute: str = "auto",
+    fidelity: str = "exact",
+    micro_batch: int | str | None = None,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
-    decision = decide(model, example, budget, policy, ranking, head, seed, None, fuse, recompute)
-    return decision[2].plan(decision[1].head, decision[1].head_parameters)
+    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch)
+    _, examined, drawing = request.decide(model, example)
+    return drawing.plan(examined.head, examined.head_parameters)
 
 
 class Tuner:
     """An armed model. Made by :func:`prepare`; ends with :meth:`finish`."""
 
-    def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing) -> None:
+    def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing, *, example: Any) -> None:
         self._examined, self._drawing = examined, drawing
         selection = drawing.draw(0, 0)
-        self._armed = Armed(model, examined, drawing.recomputation.stretches)
+        bounded = drawing.budget is not None and drawing.budget.scope.in_bytes
+        refuse_prepared(model)
+        self._batch_check = BatchCheck(model, example) if bounded else None  # in front of the hooks of the interception
+        self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
         self._epoch, self._redraw, self._steps = 0, 0, 0
         self._finished = False
         self._touched: dict[str, set[int]] = {}
@@ -135,6 +152,11 @@ class Tuner:
     def plan(self) -> Plan:
         """The plan as it stands: after the first epoch with the pool that was learnt."""
         return self._drawing.plan(self._examined.head, self._examined.head_parameters, self._epoch)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Samples that a forward and backward pass is to take at a time; ``None`` is the whole batch."""
+        return self._drawing.micro_batch
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what an optimizer should get: ``<weight>.channels`` of every layer, then the head's parameters.
@@ -406,6 +428,8 @@ class Tuner:
         """Give the plain model back: hooks out, flags as they were, trained channels in its weights."""
         self._check_alive("finish again")
         self._armed.disarm()
+        if self._batch_check is not None:
+            self._batch_check.remove()
         self._finished = True
         return self.model
 

@@ -131,6 +131,7 @@ class Loop:
             self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
+            self.trainer.micro_batch,
         )
         first = epoch * len(self.batches)
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
@@ -173,6 +174,7 @@ class Loop:
             trainable_parameters=drawn.trainable_parameters,
             lr=rate,
             samples_per_second=examples * self.accelerator.num_processes / training_seconds,
+            micro_batch=self.trainer.micro_batch,
         )
         self.display.end_epoch(metrics)
         return metrics

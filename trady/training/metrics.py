@@ -25,6 +25,7 @@ class EpochMetrics:
         trainable_parameters: Elements that the optimizer updated.
         lr: Learning rate of the epoch's last step.
         samples_per_second: Training examples a second, evaluation excluded.
+        micro_batch: Samples that a forward and backward pass took; ``None`` is the whole batch.
     """
 
     epoch: int
@@ -40,6 +41,7 @@ class EpochMetrics:
     trainable_parameters: int
     lr: float
     samples_per_second: float
+    micro_batch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the line as a dict; a loss that is not finite becomes null."""

@@ -35,3 +35,10 @@ def optimizer_factory(
     if optimizer == "adamw-in-backward":
         return lambda p: optim.AdamW(p, lr=lr, weight_decay=weight_decay)
     raise TrainingError(f"no optimizer {optimizer!r}; there are {', '.join(NAMES)}")
+
+
+def copies_kept(optimizer: str | OptimizerFactory, momentum: float) -> int:
+    """Return how many copies of a parameter a named optimizer keeps; 0 for the user's own: it is seen when it steps."""
+    if not isinstance(optimizer, str):
+        return 0
+    return 2 if optimizer.startswith("adam") else int(momentum != 0)

@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trady.budget import Budget, Scope, parse_budget
-from trady.errors import BudgetError, TrainingError
+from trady.decision import Request
+from trady.errors import BudgetError, ModelError, TrainingError
 from trady.policies import Policy, get_policy
 from trady.ranking import LayerRanking
 from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches
 from trady.training.loop import Loop
-from trady.training.optimizers import OptimizerFactory, optimizer_factory
+from trady.training.optimizers import OptimizerFactory, copies_kept, optimizer_factory
 from trady.training.precision import Precision
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
@@ -27,7 +28,7 @@ from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule
 from trady.training.settings import Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner import prepare
+from trady.tuner import Tuner
 
 #: The policy that is plain PyTorch here: every parameter, no tuner, no budget.
 FULL = "full"
@@ -60,6 +61,8 @@ def finetune(
     loss: Loss | None = None,
     mode: Literal["train", "eval"] = "train",
     mixed_precision: Precision = "no",
+    recompute: Literal["auto", "all", "none"] = "auto",
+    micro_batch: int | Literal["auto"] | None = None,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, the whole run.
@@ -92,9 +95,14 @@ def finetune(
         optimizer: ``sgd``, ``adam``, ``adamw``, or a function from parameters to an optimizer.
         momentum: For ``sgd``.
         weight_decay: For named optimizers.
-        loss: From (the model's output, labels) to a scalar; cross entropy by default.
+        loss: From (the model's output, labels) to the mean over the samples; cross entropy by default.
         mode: ``train`` has dropout on in training, ``eval`` has it off. Evaluation always has it off.
         mixed_precision: ``bf16`` runs forward passes under autocast.
+        recompute: What the backward pass computes anew instead of keeping it (:func:`trady.prepare`).
+        micro_batch: A step's batch is cut into parts of so many samples, one forward and backward pass each, and
+            updates with the mean gradient: the result is that of the whole batch, but for dropout's random
+            numbers and the order of sums. ``auto`` is the largest part that the budget is possible with: the
+            whole batch, half, a quarter, …
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -105,6 +113,7 @@ def finetune(
         DataError: The data is empty, or a label is out of range.
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: The checkpoint is damaged, or of another model, version or setting.
+        ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
         TrainingError: The loss is no longer finite; the last good checkpoint is kept.
     """
     if epochs < 1:
@@ -131,15 +140,28 @@ def finetune(
         mode=mode,
         mixed_precision=mixed_precision,
         seed=seed,
+        recompute=recompute,
+        micro_batch=micro_batch,
     )
+    if micro_batch is not None:
+        _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
+    request = Request(
+        budget=limit,
+        policy=policy,
+        ranking=ranking,
+        head=head,
+        seed=seed,
+        recompute=recompute,
+        micro_batch=micro_batch,
+    )
     folder = None if out is None else RunFolder(Path(out))
     resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
     with own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, limit, policy, ranking, head, seed),
+            trainer=_trainer(model, loader, accelerator, request, copies_kept(optimizer, momentum)),
             batches=batches,
             evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
             accelerator=accelerator,
@@ -171,20 +193,23 @@ def _name(policy: str | Policy) -> str:
 
 
 def _trainer(
-    model: nn.Module,
-    loader: Batches,
-    accelerator: Accelerator,
-    budget: Budget | None,
-    policy: str | Policy,
-    ranking: LayerRanking | None,
-    head: str | Sequence[str] | None,
-    seed: int,
+    model: nn.Module, loader: Batches, accelerator: Accelerator, request: Request, state_copies: int
 ) -> Trainer:
-    if _name(policy) == FULL:
-        return FullTrainer(model)
+    if _name(request.policy) == FULL:
+        asked = request.micro_batch  # without a budget, nothing asks for parts
+        return FullTrainer(model, asked if isinstance(asked, int) else None)
     example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
-    tuner = prepare(model, example, budget=budget, policy=policy, ranking=ranking, head=head, seed=seed)
-    return TunerTrainer(tuner)
+    return TunerTrainer(Tuner(*request.decide(model, example, state_copies=state_copies), example=example))
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """Refuse parts of a batch where a normalisation would see their statistics, not those of the batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{name} normalises with the statistics of the batch, which a part of it does not have: "
+                "train without micro_batch, or with track_running_stats=True"
+            )
 
 
 def _display(progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None) -> Display:

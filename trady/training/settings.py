@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import TrainingError
+from trady.micro_batches import AUTO
+from trady.planner import MODES
 from trady.ranking import LayerRanking
 
 
@@ -32,6 +34,8 @@ class Settings:
         mode: ``train`` or ``eval``: whether dropout is on in training.
         mixed_precision: ``no`` or ``bf16``.
         seed: Seed of everything random.
+        recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
+        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
     """
 
     policy: str
@@ -50,17 +54,28 @@ class Settings:
     mode: str
     mixed_precision: str
     seed: int
+    recompute: str = "auto"
+    micro_batch: int | str | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (
             ("mode", self.mode, ("train", "eval")),
             ("mixed_precision", self.mixed_precision, ("no", "bf16")),
+            ("recompute", self.recompute, MODES),
         ):
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
         for name, limit in (("channel_clip", self.channel_clip), ("max_grad_norm", self.max_grad_norm)):
             if limit is not None and not limit > 0:
                 raise TrainingError(f"{name} is {limit}; give more than zero, or None")
+
+        if not _is_micro_batch(self.micro_batch):
+            raise TrainingError(f"micro_batch is {self.micro_batch!r}; give a number of samples, {AUTO!r}, or None")
+        if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):
+            raise TrainingError(
+                f"{self.optimizer} updates a layer in every backward pass, and micro-batches need several for one "
+                f"update: take {self.optimizer.removesuffix('-in-backward')}, or leave micro_batch out"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -72,3 +87,9 @@ def ranking_digest(ranking: LayerRanking | None) -> str:
     if ranking is None:
         return ""
     return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_micro_batch(value: object) -> bool:
+    if value is None or value == AUTO:
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

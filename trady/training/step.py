@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.errors import TrainingError
+from trady.micro_batches import parts_of
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
@@ -28,7 +29,18 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Stepper:
-    """Everything that stays the same from step to step."""
+    """Everything that stays the same from step to step.
+
+    Attributes:
+        accelerator: Where it runs.
+        trainer: What is trained, and how.
+        optimizer: Updates it.
+        loss: From (output, labels) to the mean over the samples.
+        channel_clip: Limit of a channel's gradient norm over the channel's own.
+        max_grad_norm: Limit of the head's gradient norm.
+        precision: ``no`` or ``bf16``.
+        micro_batch: Samples a forward and backward pass; ``None`` is the whole batch.
+    """
 
     accelerator: Accelerator
     trainer: Trainer
@@ -37,6 +49,7 @@ class Stepper:
     channel_clip: float | None
     max_grad_norm: float | None
     precision: str
+    micro_batch: int | None = None
 
     def __call__(self, batch: Any, parameters: Sequence[nn.Parameter], rate: float) -> StepResult:
         """Train on one batch.
@@ -50,20 +63,27 @@ class Stepper:
             group["lr"] = rate
             if "channel_clip" in group:
                 group["channel_clip"] = self.channel_clip
-        inputs, labels = split_batch(batch)
-        with autocast(self.accelerator.device, self.precision):
-            value = self.loss(forward(self.trainer.model, inputs), labels)
-        loss = float(value.detach())
-        if not math.isfinite(loss):
-            raise NotFiniteError("loss", loss)
-        self.accelerator.backward(value)
+        loss, examples = 0.0, len(split_batch(batch)[1])
+        for part, share in parts_of(batch, self.micro_batch):
+            loss += self._gradients_of(part, share) * share
         self._average(parameters)
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, len(labels))
+        return StepResult(loss, norm, examples)
+
+    def _gradients_of(self, part: Any, share: float) -> float:
+        """Add the gradients of a part of the batch, weighted by its share of the samples; return its loss."""
+        inputs, labels = split_batch(part)
+        with autocast(self.accelerator.device, self.precision):
+            value = self.loss(forward(self.trainer.model, inputs), labels)
+        loss = float(value.detach())
+        if not math.isfinite(loss):
+            raise NotFiniteError("loss", loss)
+        self.accelerator.backward(value if share == 1.0 else value * share)
+        return loss
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average the gradients over processes: they are few, so no wrapper is needed for it."""

@@ -36,6 +36,8 @@ class Trainer(Protocol):
     """Everything about a run that depends on how the model is trained."""
 
     model: nn.Module
+    #: Samples a forward and backward pass; ``None`` is the whole batch.
+    micro_batch: int | None
 
     def plan(self) -> Mapping[str, Any]:
         """Return what is decided so far."""
@@ -83,6 +85,7 @@ class TunerTrainer:
     def __init__(self, tuner: Tuner) -> None:
         self.tuner = tuner
         self.model = tuner.model
+        self.micro_batch = tuner.micro_batch
 
     def plan(self) -> Mapping[str, Any]:
         """Return the tuner's plan."""
@@ -142,8 +145,8 @@ class TunerTrainer:
 class FullTrainer:
     """Plain PyTorch: every parameter trains, those of the normalisation too; its statistics are fixed."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, micro_batch: int | None = None) -> None:
+        self.model, self.micro_batch = model, micro_batch
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -152,7 +155,8 @@ class FullTrainer:
 
     def plan(self) -> Mapping[str, Any]:
         """Return the number of parameters: there is nothing to decide."""
-        return {"policy": "full", "trainable_parameters": self.draw().trainable_parameters}
+        trainable = self.draw().trainable_parameters
+        return {"policy": "full", "trainable_parameters": trainable, "micro_batch": self.micro_batch}
 
     def ranking(self) -> LayerRanking | None:
         """Return nothing: every layer trains."""

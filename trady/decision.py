@@ -1,0 +1,107 @@
+"""From what was asked for to a decision: how large a part of the batch, and what else would do if nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from trady.budget import BelowLeastError, Budget, Scope, below_least
+from trady.drawing import Drawing, decide
+from trady.errors import ModelError
+from trady.examine import Examined
+from trady.micro_batches import part_of, samples_at_once, waiting_bytes
+from trady.plan import Plan
+from trady.policies import Policy
+from trady.ranking import LayerRanking
+from trady.remedies import remedies
+from trady.trace import batch_size
+
+#: A peak that everything fits in.
+_BOUNDLESS = Budget(Scope.PEAK, 2**62)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of :func:`trady.prepare`, without the model and its batch; see there."""
+
+    budget: str | int | Budget | None = None
+    policy: str | Policy = "trady"
+    ranking: LayerRanking | None = None
+    head: str | Sequence[str] | None = "auto"
+    seed: int = 0
+    plan: Plan | None = None
+    fuse: bool = True
+    recompute: str = "auto"
+    fidelity: str = "exact"
+    micro_batch: int | str | None = None
+
+    def decide(
+        self, model: nn.Module, example: Any, *, state_copies: int = 0, explain: bool = True
+    ) -> tuple[nn.Module, Examined, Drawing]:
+        """Examine the model and decide; nothing is changed yet.
+
+        Args:
+            model: The model.
+            example: A whole batch.
+            state_copies: Copies of a parameter that the optimizer will keep, as far as it is known.
+            explain: Whether a refusal says what would take less, which has to be simulated.
+
+        Raises:
+            BudgetError: The budget cannot be read, or is below the least possible.
+
+        """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
+        refused: BelowLeastError | None = None
+        sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
+        for size in sizes:
+            try:
+                found = self._decide(model, example, size)
+                drawing = found[2]
+                if state_copies > drawing.state_copies:
+                    drawing.state_copies = state_copies
+                    drawing.check_budget()
+                drawing.draw(0, 0)  # a policy that trains everything may find only now that it does not fit
+                return found
+            except BelowLeastError as error:
+                refused = error
+        assert refused is not None
+        if not explain or refused.budget.scope is not Scope.PEAK:
+            raise refused
+        less = remedies(
+            model,
+            example if sizes[-1] is None else part_of(example, 0, sizes[-1]),
+            self.recompute,
+            lambda model, batch, recompute: self._least_bytes(model, batch, recompute, state_copies),
+            refused.least_amount,
+        )
+        raise below_least(refused.budget, refused.least_amount, less) from None
+
+    def _decide(self, model: nn.Module, example: Any, size: int | None) -> tuple[nn.Module, Examined, Drawing]:
+        whole = size is None or size >= batch_size(example)
+        part = example if size is None or whole else part_of(example, 0, size)
+        found = decide(
+            model,
+            part,
+            self.budget,  # type: ignore[arg-type]
+            self.policy,
+            self.ranking,
+            self.head,
+            self.seed,
+            self.plan,
+            self.fuse,
+            self.recompute,
+            self.fidelity,
+            0 if whole else waiting_bytes(example, part),
+        )
+        found[2].micro_batch = None if whole else size
+        return found
+
+    def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, state_copies: int) -> int:
+        request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)
+        drawing = request._decide(model, batch, None)[2]
+        drawing.state_copies = state_copies
+        return drawing.least_peak()
