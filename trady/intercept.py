@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_iter
 
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
@@ -111,6 +112,7 @@ class Interceptor(TorchFunctionMode):
         self._programs: dict[Segment, Program] = {}
         self.recompute(segments or {})
         self._writing: Writing | None = None
+        self._wrote = False
         self._model, self._plans, self._plain = model, plans, plain
         self._layers = {id(armed.weight): armed for armed in layers}
         self._counters = batch_counters(model)
@@ -204,7 +206,7 @@ class Interceptor(TorchFunctionMode):
         self._section = current_section()
         self._plan, self._at_risk = (plan if known else None), False
         self._here = self._segments.get(self._model.training, {}) if known else {}
-        self._writing = None
+        self._writing, self._wrote = None, False
         self._span = span if span is not None and name else (0, sys.maxsize)
         self._cursor = self._span[0]
         self.__enter__()
@@ -216,6 +218,8 @@ class Interceptor(TorchFunctionMode):
         if self._depth == 0:
             self._outermost, self._writing = None, None
             self.__exit__(None, None, None)
+            if self._wrote and self.prepare_call is None and any(_is_stand_in(t) for t in tree_iter(output)):
+                raise ModelError(_STANDS_IN)
 
     def _recover(self) -> None:
         """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""
@@ -272,7 +276,7 @@ class Interceptor(TorchFunctionMode):
             if place is None or place in writing.segment.aside:
                 return func(*args, **kwargs)
             writing.skip_to(place)
-            self._writing = writing
+            self._writing, self._wrote = writing, True
             out = writing.write(func, args, kwargs)
             if place == writing.segment.last:
                 self._writing, self._programs[writing.segment] = None, writing.program
@@ -545,10 +549,20 @@ _MADE_TRAINABLE = (
     "trady.prepare, or set requires_grad_(False) again"
 )
 
+_STANDS_IN = (
+    "the model handed out an activation that it had let go in the traced forward pass, and that is only computed in "
+    "the backward pass: prepare with an example that asks for it too (output_attentions=True, for instance), or pass "
+    'recompute="none" to trady.prepare'
+)
+
 _CHECKPOINTED_SINCE = (
     "gradient checkpointing was switched on after the model had been prepared: switch it on first, then call "
     "trady.prepare"
 )
+
+
+def _is_stand_in(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_meta
 
 
 def _trains(*parameters: Tensor | None) -> bool:

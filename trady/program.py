@@ -122,6 +122,8 @@ class Program:
         if along is None or self.whole:
             return None
         size = tensor.shape[along.dim] if along.dim < tensor.dim() else 0
+        if size == 1 < self.batch:
+            return None  # the same for all samples
         batch = self.batch or size // along.per_sample
         if batch and size % batch == 0 and (along.per_sample > 1 or size == batch):
             self.batch = batch
@@ -278,12 +280,21 @@ def _fill(value: Any, made: dict[int, Tensor], given: list[Tensor], samples: int
     return value
 
 
+def _constant(tensor: Tensor, traced: tuple[int, ...] | None) -> bool:
+    """Whether a tensor has no dimension that may be one of samples, where the traced one had none."""
+    if isinstance(tensor, nn.Parameter):
+        return True
+    known = traced is not None and len(traced) == tensor.dim()
+    return known and all(now <= 1 or then > 1 for now, then in zip(tensor.shape, traced or (), strict=True))
+
+
 class _Reader:
     """Replaces the tensors and sizes among the arguments of one call, in the order of the trace."""
 
     def __init__(self, program: Program, samples: CallSamples | None) -> None:
         self._program = program
-        self._tensors: Iterator[Along | None] = iter(samples.tensors if samples is not None else ())
+        known = zip(samples.tensors, samples.shapes, strict=True) if samples is not None else ()
+        self._tensors: Iterator[tuple[Along | None, tuple[int, ...]]] = iter(known)
         self._numbers: Iterator[bool] = iter(samples.numbers if samples is not None else ())
         self.reads: list[int] = []
 
@@ -302,8 +313,10 @@ class _Reader:
         return value
 
     def _tensor(self, tensor: Tensor) -> Slot | Given:
-        along = next(self._tensors, None)
         program = self._program
+        along, shape = next(self._tensors, (None, None))
+        if along is None and not _constant(tensor, shape):
+            program.whole = True  # in the trace it did not depend on the sample, maybe it does now
         slot = program._slots.get(id(tensor))
         if slot is not None:
             self.reads.append(slot)

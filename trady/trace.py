@@ -439,14 +439,15 @@ def current_section() -> Section:
 
 @contextmanager
 def _kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     if training is not None:
         model.train(training)
     try:
         yield
     finally:
-        for module, flag in flags:
+        for module, flag, buffers in flags:
             module.training = flag
+            module._buffers.update(buffers)  # `self.steps += 1` has put one without memory there
 
 
 @contextmanager
