@@ -251,7 +251,7 @@ class Interceptor(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():
             torch.compiler.disable(self._refuse_compiled)()
         if is_metadata(func):
-            return func(*args, **kwargs) if self._writing is None else self._asked(self._writing, func, args, kwargs)
+            return self._asked(func, args, kwargs)
         token = asking_for_ourselves.set(True)
         try:
             return self._called(func, args, kwargs)
@@ -312,12 +312,21 @@ class Interceptor(TorchFunctionMode):
         armed = self._layers.get(weight)
         return None if armed is None or armed.leaf is None or armed.selected is None else (armed.name, armed.leaf)
 
-    def _asked(self, writing: Writing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer what the model wants to know of a tensor that stands for one still to be computed."""
-        known = bool(args) and isinstance(args[0], Tensor) and writing.program.knows(args[0])
-        device = writing.program.device if known else None
-        answer = None if device is None else answer_about_device(func, device)
-        return func(*args, **kwargs) if answer is None else answer
+    def _asked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer what the model wants to know of a tensor, maybe of one that stands for one still to be computed."""
+        writing = self._writing
+        if writing is not None and args and isinstance(args[0], Tensor) and writing.program.knows(args[0]):
+            device = writing.program.device
+            answer = None if device is None else answer_about_device(func, device)
+            if answer is not None:
+                return answer
+        if not asking_for_ourselves.get():
+            return func(*args, **kwargs)
+        token = asking_for_ourselves.set(False)  # a section that is recomputed inside of a backward pass
+        try:
+            return func(*args, **kwargs)
+        finally:
+            asking_for_ourselves.reset(token)
 
     def _action(self, place: int | None) -> Action | None:
         """What the plan says of a call; what reaches beyond the module that was called is computed call by call."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 from trady.armed import Armed
 from trady.channels import Selection
 from trady.examine import Examined, examine, meta_batch, meta_twin, tensors_of
+from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
@@ -175,7 +176,8 @@ def _timeline(
             del output
             kept = [storage for storage in live.log if storage.death is None] if parts else []
             if loss is not None:
-                loss.backward()
+                with StandIns(device):
+                    _backward(loss)
             cut("end", "")
             if parts:
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
@@ -185,6 +187,19 @@ def _timeline(
         armed.disarm()
     head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
     return Timeline(tuple(intervals), examined.table, head_bytes, alive, made_of)
+
+
+def _backward(loss: Tensor) -> None:
+    """Run the backward pass with function modes on, for sections that a model recomputes in it.
+
+    ``loss.backward()`` is itself handled by the modes, which are off meanwhile.
+    """
+    token = asking_for_ourselves.set(True)
+    try:
+        run = torch.autograd.graph._engine_run_backward
+        run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    finally:
+        asking_for_ourselves.reset(token)
 
 
 def _parts(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:
