@@ -17,6 +17,10 @@ import numpy.typing as npt
 from trady.channels import ChannelTable, Layer, Selection
 
 
+#: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
+_NUMBER_BYTES = 8
+
+
 @dataclass(frozen=True)
 class Interval:
     """The highest live bytes up to a cut: the end of ``layer``'s ``phase`` (or of the step).
@@ -62,8 +66,11 @@ class Timeline:
         always = np.array(
             [layer.weight_elements * self.table.weight_element_bytes for layer in self.table], dtype=np.int64
         )
+        numbers = np.array([_NUMBER_BYTES * (1 if layer.groups == 1 else 5) for layer in self.table], dtype=np.int64)
         counts = np.array([len(selection.channels.get(name, ())) for name in names], dtype=np.int64)
-        kept = int(always @ extra) + state_copies * (int(always @ counts) + self.head_bytes)
+        kept = int((always + numbers) @ extra) + state_copies * (int(always @ counts) + self.head_bytes)
+        if state_copies:  # steps are counted for every tensor
+            kept += _NUMBER_BYTES * int((counts > 0).sum() + 1)
         return int((base + added @ extra).max(initial=0)) + kept
 
     @property
