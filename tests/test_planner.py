@@ -1,0 +1,199 @@
+"""What a plan says before anything is allocated: peaks, what is computed anew, and what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import trady
+from tests.models import normal, seeded
+from tests.stretched import STRETCHED, SmoothConvolutions, VisionTransformer, bert, call, gpt2, llama, loss_of, tokens
+from trady.budget import BelowLeastError
+from trady.errors import BudgetError
+from trady.examine import examine, find_stretches
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=False),
+}
+
+#: Models and batches large enough that tensors, not what surrounds them, make the peak.
+PLANNED: dict[str, Any] = {
+    "BERT": (bert, {"input_ids": tokens(8, 24)}),
+    "GPT-2, loss": (lambda: gpt2(use_cache=False), {"input_ids": tokens(5, 32), "labels": tokens(5, 32, seed=1)}),
+    "Llama, loss": (llama, {"input_ids": tokens(6, 24), "labels": tokens(6, 24, seed=1)}),
+    "ViT, by hand": (VisionTransformer, normal(5, 3, 32, 32)),
+    "EfficientNet, by hand": (lambda: SmoothConvolutions(nn.SiLU), normal(6, 3, 32, 32)),
+    "MobileNetV3, by hand": (lambda: SmoothConvolutions(nn.Hardswish), normal(6, 3, 32, 32)),
+    "ConvNeXt": (STRETCHED["ConvNeXt"][0], {"pixel_values": normal(6, 3, 32, 32)}),
+}
+
+
+def planned(name: str) -> tuple[nn.Module, Any]:
+    build, batch = PLANNED[name]
+    return seeded(build), batch
+
+
+def least_bytes(model: nn.Module, batch: Any, **options: Any) -> int:
+    """What a budget that is too small is told; following its advice works."""
+    with pytest.raises(BelowLeastError) as refused:
+        trady.plan(model, batch, budget="1 KiB", **options)
+    return refused.value.least_amount
+
+
+@cache
+def limits(name: str) -> tuple[int, int]:
+    """The least peak of a step that trains channels, and the peak with nothing computed anew and every channel."""
+    model, batch = planned(name)
+    tuner = trady.prepare(model, batch, policy="full", recompute="none")
+    peak = tuner.ledger(lambda: loss_of(batch)(model).backward(), inference=False).peak_bytes
+    model.zero_grad()
+    tuner.finish()
+    return least_bytes(model, batch, policy="dynamic-random"), peak
+
+
+def measured(tuner: trady.Tuner, batch: Any, optimizer: torch.optim.Optimizer) -> int:
+    """The peak of the third step: by then the optimizer has its state."""
+
+    def step() -> None:
+        loss_of(batch)(tuner.model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    return tuner.ledger(step, inference=False).peak_bytes
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_peak_is_what_the_plan_says_and_inside_of_the_budget(name: str, optimizer: str) -> None:
+    model, batch = planned(name)
+    least, full = limits(name)
+    shares = random.Random(f"{name} {optimizer}")
+    errors = []
+    for share in (shares.uniform(0.0, 0.4), shares.uniform(0.4, 1.0)):
+        budget = int(least + share * (full - least))
+        tuner = trady.prepare(model, batch, budget=f"peak:{budget} B", policy="dynamic-random")
+        try:
+            stepped = tuner.attach(OPTIMIZERS[optimizer](tuner.parameters()))
+        except BudgetError:  # the head's state alone is too much
+            assert optimizer == "AdamW"
+            assert share < 0.1
+            tuner.finish()
+            continue
+        predicted, found = tuner.plan.predicted_peak_bytes, measured(tuner, batch, stepped)
+        assert found <= budget, f"{found / budget:.3f} of the budget"
+        errors.append(predicted / found - 1)
+        model.zero_grad()
+        tuner.finish()
+    assert errors
+    assert all(abs(error) < 0.005 for error in errors), errors
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("name", ["BERT", "Llama, loss", "ViT, by hand", "EfficientNet, by hand"])
+def test_the_peak_is_what_the_plan_says_whatever_is_computed_anew(name: str, recompute: str) -> None:
+    model, batch = planned(name)
+    options = {"policy": "dynamic-random", "recompute": recompute}
+    budget = int(1.1 * limits(name)[1])
+    tuner = trady.prepare(model, batch, budget=f"peak:{budget} B", **options)
+    assert bool(tuner.plan.recomputed) == (recompute == "all")
+    found = measured(tuner, batch, tuner.attach(OPTIMIZERS["SGD"](tuner.parameters())))
+    assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.005
+    assert found <= budget
+    tuner.finish()
+
+
+@pytest.mark.parametrize("name", ["BERT", "ViT, by hand", "GPT-2, loss"])
+def test_all_channels_without_a_budget(name: str) -> None:
+    model, batch = planned(name)
+    peaks = {}
+    for recompute in ("none", "all"):
+        tuner = trady.prepare(model, batch, policy="full", recompute=recompute)
+        peaks[recompute] = measured(tuner, batch, tuner.attach(OPTIMIZERS["SGD"](tuner.parameters())))
+        tuner.finish()
+    assert peaks["all"] < peaks["none"]
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama, loss", "EfficientNet, by hand"])
+def test_a_budget_below_the_least_is_refused_with_the_least_in_the_message(name: str) -> None:
+    model, batch = planned(name)
+    options = {"policy": "dynamic-random"}
+    least = limits(name)[0]
+    for mode in ("auto", "all"):
+        with pytest.raises(BelowLeastError) as refused:
+            trady.plan(model, batch, budget=f"peak:{least - 1} B", recompute=mode, **options)
+        assert refused.value.least_amount >= least
+        advice = re.search(r'type budget="(peak:[^"]*)"', str(refused.value))
+        assert advice is not None, str(refused.value)
+        trady.plan(model, batch, budget=advice[1], recompute=mode, **options)
+    assert trady.plan(model, batch, budget=f"peak:{least} B", **options).predicted_peak_bytes <= least
+    assert least_bytes(model, batch, recompute="none", **options) >= least
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2, loss", "ViT, by hand", "EfficientNet, by hand"])
+def test_a_larger_budget_computes_no_more_anew(name: str) -> None:
+    model, batch = planned(name)
+    least, full = limits(name)
+    work, kept, peaks = [], [], []
+    for share in (0.05, 0.3, 0.6, 1.2):
+        budget = int(least + share * (full - least)) + 4096
+        plan = trady.plan(model, batch, budget=f"peak:{budget} B", policy="dynamic-random")
+        work.append(plan.recomputed_share)
+        kept.append(len(plan.recomputed))
+        peaks.append(plan.predicted_peak_bytes)
+        assert plan.predicted_peak_bytes <= budget
+    assert work == sorted(work, reverse=True), work
+    assert work[0] > 0
+    assert work[-1] == 0 == kept[-1]
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama, loss", "ViT, by hand", "EfficientNet, by hand"])
+def test_a_model_without_memory_is_planned_as_one_with(name: str) -> None:
+    model, batch = planned(name)
+    budget = f"peak:{sum(limits(name)) // 2} B"
+    expected = trady.plan(model, batch, budget=budget, policy="dynamic-random")
+    found = trady.plan(copy.deepcopy(model).to("meta"), batch, budget=budget, policy="dynamic-random")
+    assert found.recomputed == expected.recomputed
+    assert found.selection.digest == expected.selection.digest
+    assert found.predicted_peak_bytes == expected.predicted_peak_bytes
+
+
+def test_planning_changes_nothing() -> None:
+    model, batch = planned("BERT")
+    before = call(model.eval(), batch).logits
+    flags = [p.requires_grad for p in model.parameters()]
+    rng = torch.get_rng_state()
+    trady.plan(model, batch, budget=f"peak:{limits('BERT')[1]} B", policy="dynamic-random")
+    assert torch.equal(call(model.eval(), batch).logits, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    model, batch = planned("ViT, by hand")
+    with pytest.raises(BudgetError, match="'auto', 'all', 'none'"):
+        trady.plan(model, batch, policy="full", recompute="some")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_stretches_lie_one_behind_another(name: str) -> None:
+    model, batch = planned(name)
+    found, work = find_stretches(model, batch, examine(model, batch))
+    for stretches in found.values():
+        assert stretches
+        for segment, follower in pairwise(stretches):
+            assert segment.end <= follower.start
+        assert 0 < sum(segment.work for segment in stretches) <= work
+        assert all(segment.kept_bytes > segment.entry_bytes > 0 for segment in stretches)
+        assert all(segment.samples for segment in stretches), "not by sample"
