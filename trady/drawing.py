@@ -14,7 +14,7 @@ from trady.examine import Examined, examine, find_stretches, meta_batch
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
 from trady.ops.smooth import FIDELITIES
-from trady.plan import Plan, cost_of
+from trady.plan import Plan, Sparsity, cost_of
 from trady.planner import MODES, Planner, Recomputation
 from trady.policies import Draw, Policy, draw_selection, get_policy
 from trady.ranking import LayerRanking, structure_digest
@@ -25,6 +25,9 @@ POOL_SHARE = 0.97
 
 #: As many of all channels (by elements) are to fit before anything is kept that could be computed anew.
 USEFUL_SHARE = 0.02
+
+#: Epochs whose draws a plan averages over.
+EPOCHS_LOOKED_AT = 20
 
 #: What a step may take, without weights and batch, over an inference pass, where the budget leaves it open.
 PEAK_OVER_INFERENCE = 1.5
@@ -68,6 +71,7 @@ class Drawing:
         self._planner = planner or Planner({}, 0)
         self._mode, self.fidelity = recompute, fidelity
         self.micro_batch: int | None = None
+        self._accumulates = waiting_bytes > 0
         self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
         self.recomputation = self._planner.everything if recompute != "none" else self._planner.nothing
 
@@ -111,13 +115,13 @@ class Drawing:
             return
         if self._mode == "auto" and self._planner.has_choice:
             if self.budget.scope is Scope.PEAK:
-                self._keep_what_fits(self.budget.amount, self.state_copies)
+                self._keep_what_fits(self.budget.amount, self._copies)
             elif self._timeline is None:
                 self._stay_near_inference(self.budget.amount)
         if not self.pool or self.policy.name == "head":
             return
         if self.budget.scope is Scope.PEAK:
-            least = self.timeline.predicted_peak(Selection(), self.state_copies)
+            least = self.timeline.predicted_peak(Selection(), self._copies)
         else:
             least = min(self._costs()[name] for name in self.pool)
         if self.budget.amount < least:
@@ -160,6 +164,16 @@ class Drawing:
         everything = sum(layer.channels * layer.elements for layer in self.table)
         return self._select(0, 0, int(everything * USEFUL_SHARE) if capacity is None else capacity)
 
+    @property
+    def _copies(self) -> int:
+        """Copies of a parameter that are alive all the time: optimizer state, and the gradients of earlier parts."""
+        return self.state_copies + self._accumulates
+
+    @property
+    def extremes(self) -> tuple[Recomputation, Recomputation | None]:
+        """Nothing computed anew, and everything; ``None`` where there is nothing to choose."""
+        return self._planner.nothing, self._planner.everything if self._planner.has_choice else None
+
     def least_peak(self) -> int:
         """The least peak budget that a step is possible in, with as much computed anew as helps."""
         timeline = self.timeline
@@ -168,10 +182,10 @@ class Drawing:
             layers, wanted = self._simulated_layers, self._useful(None)
             _, timeline = self._planner.least_time(
                 lambda choice: self._simulate(layers, choice),
-                lambda timeline: timeline.predicted_peak(wanted, self.state_copies),
+                lambda timeline: timeline.predicted_peak(wanted, self._copies),
                 0,
             )
-        return timeline.predicted_peak(least, self.state_copies)
+        return timeline.predicted_peak(least, self._copies)
 
     @property
     def _simulated_layers(self) -> tuple[str, ...]:
@@ -213,13 +227,13 @@ class Drawing:
         timeline = self.timeline
 
         def fits(selection: Selection) -> bool:
-            return timeline.predicted_peak(selection, self.state_copies) <= peak_bytes
+            return timeline.predicted_peak(selection, self._copies) <= peak_bytes
 
         if self.policy.name in ("head", "full"):
             whole = self._select(epoch, redraw, None)
             if not fits(whole):
                 raise below_least(
-                    self.budget or Budget(Scope.PEAK, peak_bytes), timeline.predicted_peak(whole, self.state_copies)
+                    self.budget or Budget(Scope.PEAK, peak_bytes), timeline.predicted_peak(whole, self._copies)
                 )
             return whole
         everything = sum(layer.channels * layer.elements for layer in self.table)
@@ -266,6 +280,7 @@ class Drawing:
             recomputable=self.recomputation.found,
             recomputed_share=self.recomputation.share_of_work,
             fidelity=self.fidelity,
+            sparsity=self._mean_sparsity(selection, epoch, peak),
             predicted_parts=predicted,
             micro_batch=self.micro_batch,
         )

@@ -8,12 +8,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
-from trady.budget import Budget, format_bytes
+from trady.budget import Budget
 from trady.channels import ChannelTable, FrozenLayer, Layer, Selection
 from trady.errors import CheckpointError
 
@@ -81,6 +81,33 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) ->
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    """What a training leaves out, over the draws of its epochs: channels change, so one draw says little.
+
+    Attributes:
+        draws: Draws that were looked at, from epoch 0 on.
+        weight: Mean share of weight elements without a gradient.
+        activation: Mean share of layer inputs that is not saved.
+        flops: Mean share of the weight-gradient multiply-adds that is not executed.
+    """
+
+    draws: int
+    weight: float
+    activation: float
+    flops: float
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost]) -> Sparsity:
+        """Average over draws."""
+        return cls(
+            len(costs),
+            fmean(cost.weight_sparsity for cost in costs),
+            fmean(cost.activation_sparsity for cost in costs),
+            fmean(cost.flops_reduction for cost in costs),
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be trained, at what cost.
 
@@ -97,6 +124,7 @@ class Plan:
         head_parameters: Elements of the head's parameters.
         selection: The draw of epoch 0.
         cost: What that draw takes.
+        sparsity: What a training leaves out, over the draws of its epochs; ``None`` is that draw alone.
         predicted_peak_bytes: Peak of a training step, weights included; ``None`` where it was not measured.
         least_peak_bytes: The same with one channel a layer.
         recomputed: Modules whose calls the backward pass computes anew instead of keeping what they need.
@@ -124,8 +152,14 @@ class Plan:
     recomputable: int = 0
     recomputed_share: float = 0.0
     fidelity: str = "exact"
+    sparsity: Sparsity | None = None
     predicted_parts: Mapping[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
+
+    @property
+    def mean_sparsity(self) -> Sparsity:
+        """What a training leaves out."""
+        return self.sparsity or Sparsity.of([self.cost])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
@@ -141,9 +175,10 @@ class Plan:
             "head": list(self.head),
             "head_parameters": self.head_parameters,
             "cost": asdict(self.cost),
-            "weight_sparsity": self.cost.weight_sparsity,
-            "activation_sparsity": self.cost.activation_sparsity,
-            "flops_reduction": self.cost.flops_reduction,
+            "weight_sparsity": self.mean_sparsity.weight,
+            "activation_sparsity": self.mean_sparsity.activation,
+            "flops_reduction": self.mean_sparsity.flops,
+            "sparsity": asdict(self.mean_sparsity),
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "least_peak_bytes": self.least_peak_bytes,
             "recomputed": list(self.recomputed),
@@ -203,6 +238,7 @@ class Plan:
                 recomputable=data.get("recomputable", 0),
                 recomputed_share=data.get("recomputed_share", 0.0),
                 fidelity=data.get("fidelity", "exact"),
+                sparsity=Sparsity(**data["sparsity"]) if "sparsity" in data else None,
                 predicted_parts=dict(data.get("predicted_parts", {})),
                 micro_batch=data.get("micro_batch"),
             )
@@ -232,58 +268,10 @@ class Plan:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def __rich__(self) -> Table:
-        """Render the layers as a table, with what they take and give."""
-        title = f"{self.model}: {self.policy} in {self.budget if self.budget is not None else 'no budget'}"
-        table = Table(title=title, caption=self._caption(), caption_justify="left", title_justify="left")
-        for heading in ("layer", "kind", "in the pool"):
-            table.add_column(heading)
-        for heading in ("channels", "drawn now", "C^W", "C^A", "saved now"):
-            table.add_column(heading, justify="right")
-        pool = set(self.pool)
-        for layer in self.table:
-            drawn = len(self.selection.channels.get(layer.name, ()))
-            saved = drawn * layer.activation_elements * self.table.batch * self.table.element_bytes
-            table.add_row(
-                layer.name,
-                layer.kind if layer.groups == 1 else f"{layer.kind}, {layer.groups} groups",
-                "yes" if layer.name in pool else "",
-                f"{layer.channels}",
-                f"{drawn}" if drawn else "",
-                f"{layer.weight_elements}",
-                f"{layer.activation_elements}",
-                format_bytes(saved) if drawn else "",
-            )
-        for name in self.head:
-            table.add_row(name, "head", "", "", "all", "", "", "")
-        return table
+    def __rich__(self) -> RenderableType:
+        from trady.plan_view import view
 
-    def _caption(self) -> str:
-        cost = self.cost
-        whence = {
-            "online": "found online in the first epoch; until then every layer is in the pool",
-            "none": "not needed by this policy",
-        }.get(self.ranking, self.ranking)
-        lines = [
-            f"{cost.channels} of {self.table.channel_count} input channels train, "
-            f"and {self.head_parameters} parameters of the head",
-            f"B_mem used: {cost.elements} elements a sample; saved channels: {format_bytes(cost.saved_channel_bytes)}; "
-            f"updating adds {format_bytes(cost.update_bytes)}",
-            f"sparsity: weight gradients {cost.weight_sparsity:.2%}, activations {cost.activation_sparsity:.2%}, "
-            f"weight-gradient FLOPs {cost.flops_reduction:.2%} fewer",
-            f"ranking: {whence}; pool of {len(self.pool)} layers out of {len(self.table)}",
-        ]
-        if self.recomputable:
-            lines.append(
-                f"computed anew in the backward pass: {len(self.recomputed)} of {self.recomputable} stretches, "
-                f"at most {self.recomputed_share:.0%} of a forward pass"
-            )
-        if self.predicted_peak_bytes is not None and self.least_peak_bytes is not None:
-            lines.append(
-                f"peak of a step: {format_bytes(self.predicted_peak_bytes)} "
-                f"(least possible {format_bytes(self.least_peak_bytes)}), weights included"
-            )
-        return "\n".join(lines)
+        return view(self)
 
     def __str__(self) -> str:
         return _rendered(self)

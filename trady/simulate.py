@@ -179,6 +179,15 @@ def _timeline(
                 with StandIns(device):
                     _backward(loss)
             cut("end", "")
+            if parts and waiting.numel():  # the next part of the batch finds the gradients of this one
+                with StandIns(device):
+                    output = twin(*args, **kwargs)
+                loss = surrogate_loss(output)
+                del output
+                kept += [storage for storage in live.log if storage.death is None]
+                if loss is not None:
+                    with StandIns(device):
+                        _backward(loss)
             if parts:
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in twin.parameters() if p.grad is not None], "gradients")

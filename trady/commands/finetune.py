@@ -12,6 +12,8 @@ from trady.commands.example import load_ranking, load_task
 
 Mode = Literal["train", "eval"]
 Precision = Literal["no", "bf16"]
+Recompute = Literal["auto", "all", "none"]
+MicroBatch = int | Literal["auto"] | None
 
 
 def finetune(
@@ -29,9 +31,13 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Learning rate at the end of the warm-up.")] = 0.1,
     image_size: options.ImageSize = None,
     limit: options.Limit = None,
+    micro_batch: options.MicroBatch = None,
     policy: options.Policy = "trady",
+    recompute: options.Recompute = "auto",
     ranking: options.RankingFile = None,
-    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
+    ] = "sgd",
     momentum: Annotated[float, typer.Option(help="For sgd.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="For every optimizer.")] = 0.0,
     warmup_epochs: Annotated[
@@ -57,6 +63,8 @@ def finetune(
 
     # Everything that can be refused at once is, before minutes go into reading the data.
     get_policy(policy)
+    options.check_recompute(recompute)
+    options.read_micro_batch(micro_batch)
     if budget is not None:
         parse_budget(budget)
     given_ranking = load_ranking(ranking)
@@ -86,6 +94,8 @@ def finetune(
             weight_decay=weight_decay,
             mode=cast(Mode, mode),
             mixed_precision=cast(Precision, mixed_precision),
+            recompute=cast(Recompute, recompute),
+            micro_batch=cast(MicroBatch, options.read_micro_batch(micro_batch)),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder.where_it_stands()) from None

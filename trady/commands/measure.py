@@ -19,6 +19,7 @@ def measure(
     batch_size: options.BatchSize = 32,
     classes: options.Classes = 10,
     policy: options.Policy = "trady",
+    recompute: options.Recompute = "auto",
     ranking: options.RankingFile = None,
     seed: options.Seed = 0,
     out: Annotated[str | None, typer.Option(help="Also write the ledger to this JSON file.")] = None,
@@ -31,7 +32,9 @@ def measure(
     step = (
         full_step(example)
         if budget is None
-        else tuned_step(example, budget=budget, policy=policy, ranking=load_ranking(ranking), seed=seed)
+        else tuned_step(
+            example, budget=budget, policy=policy, ranking=load_ranking(ranking), seed=seed, recompute=recompute
+        )
     )
     ledger = step.ledger()
     if out is not None:

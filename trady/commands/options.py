@@ -11,9 +11,28 @@ Model = Annotated[
     str,
     typer.Argument(help="efficientnet-lite0; a folder or a Hub name (transformers); or package.module:function."),
 ]
+PlannedModel = Annotated[
+    str,
+    typer.Argument(
+        help="efficientnet-lite0; a folder, a config.json or a Hub name (transformers; weights are not needed); "
+        "or package.module:function."
+    ),
+]
 Dataset = Annotated[str, typer.Argument(help="fashion-mnist; a .npz file; or a folder of images.")]
-Budget = Annotated[str, typer.Option(help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946".')]
 Policy = Annotated[str, typer.Option(help="Where to update.")]
+Recompute = Annotated[
+    str,
+    typer.Option(
+        help="What the backward pass computes anew instead of keeping it: as little as the budget allows (auto), "
+        "all, or none."
+    ),
+]
+MicroBatch = Annotated[
+    str | None,
+    typer.Option(
+        help="Samples a forward and backward pass; a step adds up several. auto: as many as the budget allows."
+    ),
+]
 RankingFile = Annotated[str | None, typer.Option("--ranking", help="A layer ranking that trady rank has written.")]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Height and width of the images; the model's own by default.")
@@ -24,6 +43,26 @@ Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, 
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+def check_recompute(text: str) -> None:
+    """Refuse what ``--recompute`` does not know."""
+    from trady.errors import BudgetError
+    from trady.planner import MODES
+
+    if text not in MODES:
+        raise BudgetError(f"--recompute {text!r} is not known; type one of {', '.join(MODES)}")
+
+
+def read_micro_batch(text: str | None) -> int | str | None:
+    """Read a number of samples, or ``auto``."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        from trady.errors import BudgetError
+
+        raise BudgetError(f"--micro-batch {text!r} is neither a number of samples nor auto")
+    return int(text)
 
 
 def print_json(value: Any) -> None:

@@ -2,41 +2,147 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trady.commands import options
-from trady.commands.example import load_ranking, make_example
+from trady.commands.example import load_ranking, make_planned
+
+if TYPE_CHECKING:
+    from trady.commands.example import Planned
+    from trady.decision import Request
 
 
 def plan(
-    model: options.Model,
-    budget: options.Budget,
+    model: options.PlannedModel,
+    budget: Annotated[
+        str | None,
+        typer.Option(help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". Or --sweep.'),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="A batch of text in place of images: sequences x length, e.g. 4x1024.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own by default.")] = None,
     image_size: options.ImageSize = None,
     batch_size: options.BatchSize = 32,
+    micro_batch: options.MicroBatch = None,
     classes: options.Classes = 10,
     policy: options.Policy = "trady",
+    recompute: options.Recompute = "auto",
     ranking: options.RankingFile = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also show the peak over the share of channels that trains.")
+    ] = False,
+    sweep: Annotated[
+        str | None, typer.Option(help='Tabulate several budgets instead: "100 MiB, 200 MiB, 400 MiB".')
+    ] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help='Batch sizes for --sweep: "8,16,32".')] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, however many.")] = False,
     seed: options.Seed = 0,
-    out: Annotated[str | None, typer.Option(help="Also write the plan to this JSON file.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show which layers would train, and what that takes."""
-    import trady
+    """Show what would train, what is kept, what is computed anew, and what a step takes. Nothing is allocated."""
+    from trady.budget import parse_budget
+    from trady.decision import Request
+    from trady.errors import BudgetError
 
-    example = make_example(model, classes, image_size, batch_size, seed)
-    made = trady.plan(
-        example.model,
-        example.images,
-        budget=budget,
+    if (budget is None) == (sweep is None):
+        raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
+    if batch_sizes is not None and sweep is None:
+        raise BudgetError("--batch-sizes belongs to --sweep")
+    budgets = _parts(sweep) if sweep is not None else [str(budget)]
+    options.check_recompute(recompute)
+    for text in budgets:
+        parse_budget(text)
+    sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
+    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
+    request = Request(
+        budget=budgets[0],
         policy=policy,
         ranking=load_ranking(ranking),
         seed=seed,
+        recompute=recompute,
+        micro_batch=options.read_micro_batch(micro_batch),
     )
-    if out is not None:
-        made.save(out)
-    if as_json:
-        options.print_json(made.to_json())
+    if sweep is not None:
+        _sweep(planned, request, budgets, sizes or [planned.batch_size], out, as_json)
     else:
-        options.print_rich(made)
+        _one(planned, request, curve, layers, out, as_json)
+
+
+def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str | None, as_json: bool) -> None:
+    from trady.budget import Scope
+    from trady.forecast import SHARES, forecast
+    from trady.plan_view import ROWS, curve_view, view
+
+    with _progress("planning", None):
+        found = forecast(planned.model, planned.example, request, shares=SHARES if curve else ())
+    _write(out, found.to_json())
+    if as_json:
+        options.print_json(found.to_json())
+        return
+    options.print_rich(view(found.plan, least_budget_bytes=found.least_budget_bytes, rows=None if layers else ROWS))
+    if found.curve:
+        limit = found.plan.budget
+        amount = limit.amount if limit is not None and limit.scope is Scope.PEAK else None
+        options.print_rich(curve_view(found.curve, amount))
+
+
+def _sweep(
+    planned: Planned, request: Request, budgets: list[str], sizes: list[int], out: str | None, as_json: bool
+) -> None:
+    from trady.forecast import sweep
+    from trady.plan_view import sweep_view
+
+    batches = ((size, planned.of_size(size)) for size in sizes)
+    with _progress("planning", len(budgets) * len(sizes)) as done:
+        cells = sweep(planned.model, request, budgets, batches, done)
+    value = {"model": type(planned.model).__name__, "policy": request.policy, "cells": [asdict(c) for c in cells]}
+    _write(out, value)
+    if as_json:
+        options.print_json(value)
+    else:
+        options.print_rich(sweep_view(cells, planned.unit))
+
+
+def _write(out: str | None, value: Any) -> None:
+    if out is not None:
+        from trady.training.files import write_json
+
+        write_json(Path(out), value)
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[], object]]:
+    """Show on a terminal, on standard error, how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    counted = (BarColumn(bar_width=16), MofNCompleteColumn()) if total is not None else ()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _parts(text: str) -> list[str]:
+    """Cut at commas, but not at those inside of a number (27,946)."""
+    import re
+
+    return [part for part in (p.strip() for p in re.split(r",(?!\d{3}(?!\d|\s*[A-Za-z]))|;", text)) if part]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    from trady.errors import BudgetError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise BudgetError(f"--batch-sizes {text!r} cannot be read; type numbers of samples, e.g. 8,16,32")
+    return [int(part) for part in parts]

@@ -55,10 +55,24 @@ def full_step(example: Example) -> Step:
 
 
 def tuned_step(
-    example: Example, *, budget: str | Budget | None, policy: str, ranking: LayerRanking | None, seed: int
+    example: Example,
+    *,
+    budget: str | Budget | None,
+    policy: str,
+    ranking: LayerRanking | None,
+    seed: int,
+    recompute: str = "auto",
 ) -> Step:
     """Return a step inside a budget."""
-    tuner = prepare(example.model, example.images, budget=budget, policy=policy, ranking=ranking, seed=seed)
+    tuner = prepare(
+        example.model,
+        example.images,
+        budget=budget,
+        policy=policy,
+        ranking=ranking,
+        seed=seed,
+        recompute=recompute,
+    )
     return Step(TunerTrainer(tuner), example)
 
 

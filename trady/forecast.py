@@ -1,0 +1,167 @@
+"""What budgets would buy: peaks over shares of channels, and plans over budgets and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from trady.budget import BelowLeastError, Budget, Scope, parse_budget
+from trady.channels import Selection
+from trady.decision import Request
+from trady.drawing import Drawing
+from trady.plan import Plan
+
+#: Shares of the channels of every layer.
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The peak of a step in which a share of the channels of every layer of the pool trains.
+
+    Attributes:
+        share: Of the input channels.
+        channels: As many are they.
+        kept_peak_bytes: With nothing computed anew.
+        recomputed_peak_bytes: With all stretches computed anew that are worth it; the same if there are none.
+    """
+
+    share: float
+    channels: int
+    kept_peak_bytes: int
+    recomputed_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan with what lies around it.
+
+    Attributes:
+        plan: The plan, with its predicted peak.
+        least_budget_bytes: The least ``peak:`` budget that is possible.
+        curve: Peaks over shares of channels; empty where they were not asked for.
+    """
+
+    plan: Plan
+    least_budget_bytes: int
+    curve: tuple[Point, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything; :meth:`trady.Plan.from_json` reads the plan in it."""
+        return {
+            **self.plan.to_json(),
+            "least_budget_bytes": self.least_budget_bytes,
+            "curve": [asdict(point) for point in self.curve],
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A budget and a batch size.
+
+    Attributes:
+        budget: As text.
+        batch_size: Samples a step.
+        possible: Whether a step is possible in it.
+        channels: Input channels that train.
+        channel_share: Of all input channels.
+        predicted_peak_bytes: Of a step, weights included; where it is impossible, the least budget.
+        recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
+        micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
+    """
+
+    budget: str
+    batch_size: int
+    possible: bool
+    channels: int
+    channel_share: float
+    predicted_peak_bytes: int
+    recomputed_share: float
+    micro_batch: int | None = None
+
+
+def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequence[float] = ()) -> Forecast:
+    """Plan, and predict the peak under any kind of budget.
+
+    Args:
+        model: The model; only read.
+        example: One batch as training will see it.
+        request: What is asked for.
+        shares: Shares of channels to predict the peak of.
+
+    Raises:
+        BudgetError: The budget cannot be read or is below the least possible.
+
+    """
+    _, examined, drawing = request.decide(model, example)
+    plan = _with_peak(drawing.plan(examined.head, examined.head_parameters), drawing)
+    return Forecast(plan, drawing.least_peak(), tuple(_point(drawing, share) for share in shares))
+
+
+def sweep(
+    model: nn.Module,
+    request: Request,
+    budgets: Iterable[str | int | Budget],
+    batches: Iterable[tuple[int, Any]],
+    done: Callable[[], object] = lambda: None,
+) -> list[Cell]:
+    """Plan under several budgets with several batches.
+
+    Args:
+        model: The model; only read.
+        request: What is asked for, but for the budget.
+        budgets: The budgets.
+        batches: Batch sizes, and an example of each.
+        done: Called after each plan.
+
+    """
+    asked = [parse_budget(budget) for budget in budgets]
+    cells = []
+    for samples, example in batches:
+        for budget in asked:
+            cells.append(_cell(model, replace(request, budget=budget), samples, example))
+            done()
+    return cells
+
+
+def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cell:
+    try:
+        _, examined, drawing = request.decide(model, example, explain=False)
+    except BelowLeastError as error:
+        return Cell(str(error.budget), samples, False, 0, 0.0, error.least_amount, 0.0)
+    plan = _with_peak(drawing.plan(examined.head, examined.head_parameters), drawing)
+    assert plan.predicted_peak_bytes is not None
+    return Cell(
+        budget=str(plan.budget),
+        batch_size=samples,
+        possible=True,
+        channels=plan.cost.channels,
+        channel_share=plan.cost.channels / max(plan.table.channel_count, 1),
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        recomputed_share=plan.recomputed_share,
+        micro_batch=plan.micro_batch,
+    )
+
+
+def _with_peak(plan: Plan, drawing: Drawing) -> Plan:
+    if plan.budget is not None and plan.budget.scope is Scope.PEAK:
+        return plan
+    parts = drawing.predicted_parts(plan.selection)
+    return replace(plan, predicted_parts=parts, predicted_peak_bytes=sum(parts.values()))
+
+
+def _point(drawing: Drawing, share: float) -> Point:
+    counts = {name: round(share * drawing.table[name].channels) for name in drawing.pool}
+    least = 1 if share > 0 else 0
+    selection = Selection(
+        {name: np.arange(max(count, least), dtype=np.int64) for name, count in counts.items() if count or least}
+    )
+    kept, recomputed = (
+        sum(drawing.predicted_parts(selection, choice).values()) if choice is not None else 0
+        for choice in drawing.extremes
+    )
+    return Point(share, selection.count, kept, recomputed or kept)
