@@ -28,6 +28,7 @@ USEFUL_SHARE = 0.02
 
 #: Epochs whose draws a plan averages over.
 EPOCHS_LOOKED_AT = 20
+MANY_CHANNELS = 200_000
 
 #: What a step may take, without weights and batch, over an inference pass, where the budget leaves it open.
 PEAK_OVER_INFERENCE = 1.5
@@ -295,6 +296,13 @@ class Drawing:
         kept = sum(len(c) * self.table[n].weight_elements for n, c in selection.items())
         state = self.state_copies * (self._head_bytes + kept * self.table.weight_element_bytes)
         return {**timeline.parts, **({"optimizer state": state} if state else {})}
+
+    def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:
+        """Look at the draws of further epochs too, where a draw costs next to nothing."""
+        if peak or self.policy.name in ("head", "full") or self.table.channel_count > MANY_CHANNELS:
+            return None
+        drawn = [selection, *(self.draw(e, 0) for e in range(epoch + 1, epoch + EPOCHS_LOOKED_AT))]
+        return Sparsity.of([cost_of(self.table, s, self.state_copies) for s in drawn])
 
 
 def decide(

@@ -120,14 +120,16 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     yield "draws from", _pool(plan)
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
+    without = plan.mean_sparsity
     yield "keeps", f"{format_bytes(cost.saved_channel_bytes)} of the channels that train"
     yield from _recomputation(plan)
     yield "updating adds", f"{format_bytes(cost.update_bytes)} ({_count(cost.elements)} elements a sample)"
     yield (
         "does without",
-        f"{_finely(cost.weight_sparsity)} of the weight gradients, "
-        f"{_finely(cost.activation_sparsity)} of the activations, "
-        f"{_finely(cost.flops_reduction)} of the weight-gradient FLOPs",
+        f"{_finely(without.weight)} of the weight gradients, "
+        f"{_finely(without.activation)} of the activations, "
+        f"{_finely(without.flops)} of the weight-gradient FLOPs"
+        + (f" (mean of {without.draws} epochs' draws)" if without.draws > 1 else ""),
     )
     if least_budget_bytes is not None:
         yield "least budget", f"peak:{format_bytes(least_budget_bytes)}"

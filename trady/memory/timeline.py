@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from trady.channels import ChannelTable, Layer, Selection
 
-
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
 _NUMBER_BYTES = 8
 
