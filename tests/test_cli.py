@@ -86,12 +86,25 @@ def test_finetune_prints_its_result_and_shows_progress_on_standard_error(data: P
     assert written["accuracy"] == result["accuracy"]
 
 
+def test_finetune_on_parts_of_a_batch_writes_how_large_they_were(data: Path, tmp_path: Path) -> None:
+    options = ("--epochs", 1, "--micro-batch", 3, "--recompute", "none", "--json")
+    shown = trady_command(*finetune(data, tmp_path / "run", *options))
+    assert shown.returncode == 0, shown.stderr
+    settings = json.loads((tmp_path / "run" / "result.json").read_text())["settings"]
+    assert (settings["micro_batch"], settings["recompute"]) == (3, "none")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["micro_batch"] == 3
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch"] == 3
+
+
 def test_measure_accounts_for_a_step(tmp_path: Path) -> None:
     arguments = ("measure", MODEL, "--image-size", 12, "--batch-size", 8, "--classes", 3)
     full = json.loads(trady_command(*arguments, "--json").stdout)
     lean = json.loads(trady_command(*arguments, "--json", "--budget", "update:12 KiB").stdout)
     assert lean["saved_bytes"] < full["saved_bytes"]
     assert lean["inference_peak_bytes"] == full["inference_peak_bytes"]
+    anew = json.loads(trady_command(*arguments, "--json", "--budget", "1 MiB", "--recompute", "all").stdout)
+    assert anew["peak_bytes"] < full["peak_bytes"]
     assert "inference" in trady_command(*arguments, "--out", tmp_path / "ledger.json").stdout
     assert json.loads((tmp_path / "ledger.json").read_text())["peak_bytes"] == full["peak_bytes"]
 
@@ -131,6 +144,10 @@ def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> N
     (out / "checkpoint").mkdir(parents=True)
     assert "--resume" in refused(*finetune(data, out))
     assert "checkpoint.json cannot be read" in refused(*finetune(data, out, "--resume"))
+    assert "auto, all, none" in refused(*finetune(data, tmp_path / "new", "--recompute", "much"))
+    assert "nor auto" in refused(*finetune(data, tmp_path / "new", "--micro-batch", "0"))
+    in_backward = ("--optimizer", "sgd-in-backward", "--micro-batch", "auto")
+    assert "take sgd" in refused(*finetune(data, tmp_path / "new", *in_backward))
     assert "no budget is given" in refused("finetune", MODEL, data, "--out", tmp_path / "new")
 
 
