@@ -1,0 +1,1 @@
+"""Reports: pages that are read without the network."""

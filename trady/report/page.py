@@ -1,0 +1,142 @@
+"""One HTML file with everything in it: headings, figures as inline SVG, tables. No script, no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import count
+
+STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: #fff; color: #1c2730;
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.5rem 0 .5rem; border-top: 1px solid #d5dde3; padding-top: 1rem; }
+figure { margin: 1.25rem 0; }
+figure svg { width: 100%; max-width: var(--width); height: auto; display: block; margin: 0 auto; }
+figcaption, caption { color: #4a5a66; font-size: .9rem; text-align: left; }
+figcaption { margin-top: .4rem; }
+caption { caption-side: bottom; padding-top: .4rem; }
+.scroll { overflow-x: auto; margin: 1.25rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4eaee; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #b9c5cd; }
+pre { overflow-x: auto; background: #f3f6f8; padding: .6rem .8rem; font-size: .85rem; }
+nav a { margin-right: 1rem; white-space: nowrap; }
+a { color: #14566e; }
+@media print { h2, figure, .scroll { break-inside: avoid; } }
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph of plain text."""
+
+    text: str
+
+    def html(self, number: int) -> str:
+        """Return the paragraph."""
+        return f"<p>{escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is typed or printed, as it stands."""
+
+    text: str
+
+    def html(self, number: int) -> str:
+        """Return the block."""
+        return f"<pre>{escape(self.text)}</pre>"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture and what it shows.
+
+    Attributes:
+        svg: An SVG document, as matplotlib writes it.
+        caption: What is seen, and how it was measured.
+        width: Largest width on a wide screen, in CSS pixels.
+    """
+
+    svg: str
+    caption: str
+    width: int = 900
+
+    def html(self, number: int) -> str:
+        """Return the picture, its ids made unlike those of the page's other pictures."""
+        drawing = own_ids(self.svg[self.svg.index("<svg") :], f"f{number}-")
+        label = escape(self.caption, quote=True)
+        drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+        caption = f"<figcaption>{escape(self.caption)}</figcaption>"
+        return f'<figure style="--width:{self.width}px">{drawing}{caption}</figure>'
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers, as text that is ready to be read.
+
+    Attributes:
+        header: Names of the columns.
+        rows: One text a column each; the first is left-aligned.
+        caption: What the numbers are.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def html(self, number: int) -> str:
+        """Return the table, which scrolls sideways where the screen is narrow."""
+        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header)
+        body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>\n" for row in self.rows)
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        return (
+            f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        )
+
+
+Part = Text | Code | Figure | Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    heading: str
+    parts: Sequence[Part]
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """Return a whole HTML document.
+
+    Args:
+        title: Of the document, and its first heading.
+        lead: The first paragraph.
+        sections: In order; links to them stand below the first paragraph.
+    """
+    numbers = count()
+    links = " ".join(f'<a href="#s{index}">{escape(section.heading)}</a>' for index, section in enumerate(sections))
+    body = "\n".join(
+        f'<section id="s{index}"><h2>{escape(section.heading)}</h2>\n'
+        + "\n".join(part.html(next(numbers)) for part in section.parts)
+        + "</section>"
+        for index, section in enumerate(sections)
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>\n<nav>{links}</nav>\n{body}\n</body></html>\n"
+    )
+
+
+def own_ids(svg: str, prefix: str) -> str:
+    """Prefix every id in an SVG and every reference to one, so that several can share a page."""
+    named = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', svg)
+    linked = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', named)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", linked)
