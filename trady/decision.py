@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from trady.budget import BelowLeastError, Budget, Scope, below_least
-from trady.drawing import Drawing, decide
-from trady.errors import ModelError
-from trady.examine import Examined
+from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
+from trady.drawing import Drawing, Rules
+from trady.errors import BudgetError, ModelError
+from trady.examine import Examined, examine, find_stretches
 from trady.micro_batches import part_of, samples_at_once, waiting_bytes
+from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan
-from trady.policies import Policy
-from trady.ranking import LayerRanking
+from trady.planner import MODES, Planner
+from trady.policies import Policy, get_policy
+from trady.ranking import LayerRanking, structure_digest
 from trady.remedies import remedies
 from trady.trace import batch_size
 
@@ -81,24 +83,33 @@ class Request:
         raise below_least(refused.budget, refused.least_amount, less) from None
 
     def _decide(self, model: nn.Module, example: Any, size: int | None) -> tuple[nn.Module, Examined, Drawing]:
+        rules = self._rules()
         whole = size is None or size >= batch_size(example)
         part = example if size is None or whole else part_of(example, 0, size)
-        found = decide(
-            model,
-            part,
-            self.budget,  # type: ignore[arg-type]
-            self.policy,
-            self.ranking,
-            self.head,
-            self.seed,
-            self.plan,
-            self.fuse,
-            self.recompute,
-            self.fidelity,
-            0 if whole else waiting_bytes(example, part),
-        )
-        found[2].micro_batch = None if whole else size
-        return found
+        head = self.head if self.plan is None else self.plan.head
+        examined = examine(model, part, head=head, fuse=self.fuse)
+        if self.plan is not None and structure_digest(self.plan.table) != structure_digest(examined.table):
+            raise ModelError(
+                f"the plan is for a {self.plan.model} with other layers than this {type(model).__name__}; "
+                "make a new one with trady.plan"
+            )
+        recomputes = self.fuse and self.recompute != "none"
+        planner = Planner(*find_stretches(model, part, examined)) if recomputes else Planner({}, 0)
+        drawing = Drawing(model, part, examined, rules, planner, 0 if whole else waiting_bytes(example, part))
+        drawing.micro_batch = None if whole else size
+        return model, examined, drawing
+
+    def _rules(self) -> Rules:
+        """Read and check what does not depend on the model; an earlier plan goes before."""
+        for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
+            if given not in known:
+                raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(map(repr, known))}")
+        budget, policy, seed, pool = self.budget, self.policy, self.seed, None
+        if self.plan is not None:
+            budget, policy, seed = self.plan.budget if budget is None else budget, self.plan.policy, self.plan.seed
+            pool = self.plan.pool if self.plan.ranking not in ("online", "none") else None
+        asked = None if budget is None else parse_budget(budget)
+        return Rules(asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity)
 
     def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, state_copies: int) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)

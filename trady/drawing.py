@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from trady.budget import Budget, Scope, below_least, parse_budget
+from trady.budget import Budget, Scope, below_least
 from trady.channels import Selection
-from trady.errors import BudgetError, ModelError
-from trady.examine import Examined, examine, find_stretches, meta_batch
+from trady.errors import BudgetError
+from trady.examine import Examined, meta_batch
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
-from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan, Sparsity, cost_of
-from trady.planner import MODES, Planner, Recomputation
-from trady.policies import Draw, Policy, draw_selection, get_policy
-from trady.ranking import LayerRanking, structure_digest
+from trady.planner import Planner, Recomputation
+from trady.policies import Draw, Policy, draw_selection
+from trady.ranking import LayerRanking
 from trady.simulate import Simulator
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
@@ -37,8 +37,41 @@ PEAK_OVER_INFERENCE = 1.5
 STEPS_A_DRAW = 2
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What a user asked for, read and checked (:class:`trady.decision.Request`).
+
+    Attributes:
+        budget: What may be spent; ``None`` is anything.
+        policy: Draws the channels.
+        ranking: Which layers are worth updating, where it is known.
+        pool: The layers of an earlier plan, instead of those that the ranking names.
+        seed: Seed of the draws.
+        fuse: Whether calls are computed together.
+        recompute: What the backward pass computes anew (:data:`trady.planner.MODES`).
+        fidelity: How exactly smooth activations are differentiated (:data:`trady.ops.smooth.FIDELITIES`).
+    """
+
+    budget: Budget | None
+    policy: Policy
+    ranking: LayerRanking | None = None
+    pool: tuple[str, ...] | None = None
+    seed: int = 0
+    fuse: bool = True
+    recompute: str = "auto"
+    fidelity: str = "exact"
+
+
 class Drawing:
     """Budget, policy and ranking together: which channels train at which epoch and redraw.
+
+    Args:
+        model: The model; only read.
+        example: What the model works on at once.
+        examined: What is known of the model.
+        rules: What is asked for.
+        planner: Chooses what is computed anew.
+        waiting_bytes: Bytes of a larger batch that wait meanwhile.
 
     Attributes:
         pool: Layers that channels are drawn from.
@@ -52,45 +85,39 @@ class Drawing:
     def __init__(
         self,
         model: nn.Module,
-        batch: Any,
+        example: Any,
         examined: Examined,
-        budget: Budget | None,
-        policy: Policy,
-        ranking: LayerRanking | None,
-        seed: int,
-        fuse: bool,
-        pool: tuple[str, ...] | None = None,
-        planner: Planner | None = None,
-        recompute: str = "auto",
-        fidelity: str = "exact",
+        rules: Rules,
+        planner: Planner,
         waiting_bytes: int = 0,
     ) -> None:
         self.model_name, self.table = type(model).__name__, examined.table
-        self.budget, self.policy, self.seed = budget, policy, seed
-        self.ranking, self.state_copies = ranking, 0
+        self.budget, self.policy, self.seed = rules.budget, rules.policy, rules.seed
+        self.ranking, self.state_copies = rules.ranking, 0
         self.online: OnlineRanking | None = None
-        self._planner = planner or Planner({}, 0)
-        self._mode, self.fidelity = recompute, fidelity
+        self._planner = planner
+        self._mode, self.fidelity = rules.recompute, rules.fidelity
         self.micro_batch: int | None = None
         self._accumulates = waiting_bytes > 0
         self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
-        self.recomputation = self._planner.everything if recompute != "none" else self._planner.nothing
+        self.recomputation = planner.everything if rules.recompute != "none" else planner.nothing
 
+        batch = meta_batch(example)
         self._simulator: Simulator | None = None
         self._new_simulator = lambda: Simulator(
-            model, batch, head=examined.head, fuse=fuse, fidelity=fidelity, waiting_bytes=waiting_bytes
+            model, batch, head=examined.head, fuse=rules.fuse, fidelity=rules.fidelity, waiting_bytes=waiting_bytes
         )
         self._simulated: dict[tuple[Any, ...], Timeline] = {}
         self._timeline: tuple[tuple[str, ...], Recomputation, Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
-        if not policy.uses_ranking:
+        if not rules.policy.uses_ranking:
             self.pool, self.source = self.table.names, "none"
-        elif pool is not None:
-            self.pool, self.source = pool, "given"
-        elif ranking is not None:
-            ranking.check(self.table)
-            self.pool, self.source = ranking.top(POOL_SHARE), ranking.source
+        elif rules.pool is not None:
+            self.pool, self.source = rules.pool, "given"
+        elif rules.ranking is not None:
+            rules.ranking.check(self.table)
+            self.pool, self.source = rules.ranking.top(POOL_SHARE), rules.ranking.source
         else:
             self.pool, self.source = self.table.names, "online"
             learn = True
@@ -303,55 +330,3 @@ class Drawing:
             return None
         drawn = [selection, *(self.draw(e, 0) for e in range(epoch + 1, epoch + EPOCHS_LOOKED_AT))]
         return Sparsity.of([cost_of(self.table, s, self.state_copies) for s in drawn])
-
-
-def decide(
-    model: nn.Module,
-    example: Any,
-    budget: str | Budget | None,
-    policy: str | Policy,
-    ranking: LayerRanking | None,
-    head: str | Sequence[str] | None,
-    seed: int,
-    plan: Plan | None,
-    fuse: bool,
-    recompute: str,
-    fidelity: str,
-    waiting_bytes: int = 0,
-) -> tuple[nn.Module, Examined, Drawing]:
-    """Examine a model and fix budget, policy and pool; nothing is changed yet."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-    if recompute not in MODES:
-        raise BudgetError(f"recompute={recompute!r} is not known; type one of {', '.join(map(repr, MODES))}")
-    if fidelity not in FIDELITIES:
-        raise BudgetError(f"fidelity={fidelity!r} is not known; type one of {', '.join(map(repr, FIDELITIES))}")
-    pool = None
-    if plan is not None:
-        budget, policy, seed, head = plan.budget if budget is None else budget, plan.policy, plan.seed, plan.head
-        pool = plan.pool if plan.ranking not in ("online", "none") else None
-    asked = None if budget is None else parse_budget(budget)
-    rule = get_policy(policy)
-    examined = examine(model, example, head=head, fuse=fuse)
-    if plan is not None and structure_digest(plan.table) != structure_digest(examined.table):
-        raise ModelError(
-            f"the plan is for a {plan.model} with other layers than this {type(model).__name__}; "
-            "make a new one with trady.plan"
-        )
-    planner = Planner(*find_stretches(model, example, examined)) if fuse and recompute != "none" else None
-    drawing = Drawing(
-        model,
-        meta_batch(example),
-        examined,
-        asked,
-        rule,
-        ranking,
-        seed,
-        fuse,
-        pool,
-        planner,
-        recompute,
-        fidelity,
-        waiting_bytes,
-    )
-    return model, examined, drawing

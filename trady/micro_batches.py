@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trady.errors import BudgetError
+from trady.examine import tensors_of
 from trady.trace import batch_size
 
 #: The largest part of a batch that a budget is possible with: the whole batch, then halves of it.
@@ -68,6 +69,4 @@ def parts_of(batch: Any, samples: int | None) -> Iterator[tuple[Any, float]]:
 
 def waiting_bytes(batch: Any, part: Any) -> int:
     """Bytes of a batch that are there beside the part that the model works on."""
-    from trady.examine import tensors_of
-
     return sum(t.nbytes for t in tensors_of(batch)) - sum(t.nbytes for t in tensors_of(part))
