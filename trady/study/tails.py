@@ -36,7 +36,8 @@ def stable_index(samples: npt.ArrayLike, *, seed: int = 0) -> Estimate | None:
     Gurbuzbalaban 2019, arXiv 1901.06053).
 
     Which samples share a block is arbitrary, so the samples are shuffled and the mean over
-    :data:`PARTITIONS` ways of cutting them is taken; that takes a third of a single cut's variance away at alpha = 1.2 and five sixths at 2.
+    :data:`PARTITIONS` ways of cutting them is taken; of a single cut's variance that takes away a third at
+    alpha = 1.2 and five sixths at 2.
     Blocks have :math:`K_1 = \sqrt{K} / 2` samples, between 4 and :data:`LONGEST_BLOCK`: longer ones say more
     of the tail and less of the middle where the law is not stable itself, but vary more. The interval
     resamples up to :data:`MOST_GROUPS` groups of samples, each with an estimate of its own.
