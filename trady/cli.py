@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from trady.commands.compare import compare
 from trady.commands.demo import demo
 from trady.commands.finetune import finetune
 from trady.commands.measure import measure
@@ -82,3 +83,4 @@ app.command(
 )(finetune)
 app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(rank)
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)
+app.command(epilog="Example: trady compare matrix.toml --workers 2 --max-minutes 80")(compare)

@@ -37,5 +37,9 @@ class TrainingError(TradyError, RuntimeError):
     """A run that stopped because going on would have spoilt the model."""
 
 
+class MatrixError(TradyError, ValueError):
+    """A matrix of runs with mistakes, all of them in the message."""
+
+
 class TradyWarning(UserWarning):
     """Something that goes on, but not as it was planned."""

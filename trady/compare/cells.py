@@ -1,0 +1,127 @@
+"""The cells of a matrix: what each is to be trained with, and the folder it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from trady.compare.matrix import WITHOUT_BUDGET, Matrix
+from trady.compare.read import ReadMatrix
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a matrix.
+
+    Attributes:
+        model: The model's name in the file.
+        dataset: The data set's name in the file.
+        budget: The budget's name in the file; ``None`` for a policy that takes none.
+        amount: The budget as text, e.g. ``elements:27946``.
+        policy: Where to update.
+        seed: Seed of everything random.
+        settings: Those that the file gives; all others are the defaults of ``trady finetune``.
+        sources: The model and the data set as the file has them, and a digest of the ranking.
+    """
+
+    model: str
+    dataset: str
+    budget: str | None
+    amount: str | None
+    policy: str
+    seed: int
+    settings: Mapping[str, Any]
+    sources: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Ten digits that stand for everything above; the same on every machine."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def title(self) -> str:
+        """The cell in words, e.g. ``mbv2 cifar10 49kB trady seed 0``."""
+        return " ".join([*self._names(), f"seed {self.seed}"])
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder, e.g. ``mbv2-cifar10-49kB-trady-s0-1f0c9a2b3d``."""
+        words = [re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")[:24] for name in self._names()]
+        return "-".join([*words, f"s{self.seed}", self.digest])
+
+    def _names(self) -> list[str]:
+        return [name for name in (self.model, self.dataset, self.budget, self.policy) if name is not None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with what it takes to run it on this machine.
+
+    Attributes:
+        cell: The cell.
+        model: The model as ``load_model`` takes it.
+        dataset: The data set as ``load_data`` takes it.
+        ranking: The ranking's file.
+    """
+
+    cell: Cell
+    model: str
+    dataset: str
+    ranking: str | None
+
+
+def make_jobs(read: ReadMatrix) -> list[Job]:
+    """Return all cells, in the order in which they are run.
+
+    Seeds are outermost, then models and data sets, then budgets and policies: a matrix that stopped half-way
+    has all policies of the models and data sets that it has, and all of those of the first seeds.
+    """
+    matrix = read.matrix
+    jobs = []
+    for seed, model, dataset in product(matrix.seeds, matrix.models, matrix.datasets):
+        budgets: tuple[str | None, ...] = (None, *matrix.budgets)
+        for budget, policy in product(budgets, matrix.policies):
+            if (budget is None) == (policy in WITHOUT_BUDGET):
+                jobs.append(_job(read, model, dataset, budget, policy, seed))
+    return jobs
+
+
+def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy: str, seed: int) -> Job:
+    matrix, around = read.matrix, read.around
+    settings = _settings(matrix, model, dataset, budget, policy)
+    ranking = settings.pop("ranking", None)
+    path = None if ranking is None else around.path(ranking)
+    sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
+    if path is not None:
+        sources["ranking"] = _ranking_digest(path)
+    cell = Cell(
+        model=model,
+        dataset=dataset,
+        budget=budget,
+        amount=None if budget is None else matrix.budgets[budget][model],
+        policy=policy,
+        seed=seed,
+        settings=settings,
+        sources=sources,
+    )
+    return Job(cell, around.expand(matrix.models[model]), around.dataset(matrix.datasets[dataset]), path)
+
+
+def _settings(matrix: Matrix, model: str, dataset: str, budget: str | None, policy: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"epochs": matrix.training.epochs, **matrix.training.given()}
+    for override in matrix.override:
+        if override.matches(model, dataset, budget, policy):
+            settings.update(override.given())
+    return settings
+
+
+def _ranking_digest(path: str) -> str:
+    from trady.ranking import LayerRanking
+    from trady.training.settings import ranking_digest
+
+    return ranking_digest(LayerRanking.load(path))

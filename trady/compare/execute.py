@@ -1,0 +1,140 @@
+"""One cell, from its folder to its outcome, in whatever process an engine has made."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from trady.budget import BelowLeastError
+from trady.compare.cell_folder import CellFolder, Outcome, Status
+from trady.compare.cells import Job
+from trady.errors import CheckpointError
+from trady.training.datasets import DataSplit, Normalization
+from trady.training.result import Result
+
+Keep = Literal["results", "weights"]
+
+#: How long a cell waits for a process that was told to stop and still holds its folder.
+PATIENCE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every worker is told once.
+
+    Attributes:
+        out: Where the cells' folders are.
+        keep: Whether a finished cell keeps its weights.
+        threads: Of torch, in each worker.
+        imports: Modules to import first.
+        search_path: Where Python looks for modules.
+        folder: The working folder; a model's name may be a folder in it.
+    """
+
+    out: Path
+    keep: Keep
+    threads: int
+    imports: tuple[str, ...] = ()
+    search_path: tuple[str, ...] = ()
+    folder: Path = Path()
+
+    def enter(self) -> None:
+        """Make this process a worker."""
+        import torch
+
+        with contextlib.suppress(OSError):
+            os.chdir(self.folder)
+        sys.path.extend(entry for entry in self.search_path if entry not in sys.path)
+        torch.set_num_threads(self.threads)
+        for name in self.imports:
+            importlib.import_module(name)
+
+    def cell_folder(self, job: Job) -> CellFolder:
+        """Return the folder of a cell."""
+        return CellFolder(self.out / "cells" / job.cell.folder, job.cell)
+
+
+def run_cell(job: Job, place: Workplace) -> Outcome:
+    """Train a cell, or go on with it; an error becomes its outcome and is written in its folder."""
+    folder = place.cell_folder(job)
+    with folder.alone(PATIENCE_SECONDS) as alone:
+        if not alone:
+            return Outcome(Status.BUSY, f"another process works in {folder.path}")
+        if folder.status() is Status.DONE:
+            return Outcome(Status.DONE)
+        folder.begin()
+        try:
+            seconds = _train(job, folder).seconds
+        except BelowLeastError as error:
+            return folder.write_error(Status.INFEASIBLE, error)
+        except Exception as error:  # whatever a model, a data set or a policy raises
+            return folder.write_error(Status.FAILED, error)
+        if place.keep == "results":
+            folder.drop_weights()
+        return Outcome(Status.DONE, seconds=seconds)
+
+
+def _train(job: Job, folder: CellFolder) -> Result:
+    try:
+        return _finetune(job, folder, resume=True)
+    except CheckpointError:
+        # Left by another version of the model or of trady: what it says cannot be gone on with.
+        return _finetune(job, folder, resume=False)
+
+
+def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
+    from trady.ranking import LayerRanking
+    from trady.training.models import load_model
+    from trady.training.run import finetune
+
+    cell = job.cell
+    settings = dict(cell.settings)
+    image_size, limits = settings.pop("image_size", None), _limits(settings)
+    normalization, usual_size = _format(job.model)
+    data = _data(job.dataset, image_size or usual_size, limits, normalization, cell.seed)
+    for name in ("channel_clip", "max_grad_norm"):
+        if settings.get(name) is False:
+            settings[name] = None
+    return finetune(
+        load_model(job.model, len(data.classes), seed=cell.seed).model,
+        data.train,
+        data.evaluation,
+        budget=cell.amount,
+        policy=cell.policy,
+        seed=cell.seed,
+        ranking=None if job.ranking is None else LayerRanking.load(job.ranking),
+        out=folder.path,
+        resume=resume,
+        overwrite=not resume,
+        progress=False,
+        **settings,
+    )
+
+
+def _limits(settings: dict[str, object]) -> tuple[int | None, int | None]:
+    limits = [settings.pop(name, None) for name in ("train_limit", "evaluation_limit")]
+    train, evaluation = (limit if isinstance(limit, int) else None for limit in limits)
+    return train, evaluation
+
+
+@lru_cache(maxsize=8)
+def _format(model: str) -> tuple[Normalization, int]:
+    from trady.training.models import image_format
+
+    return image_format(model)
+
+
+@lru_cache(maxsize=4)
+def _data(
+    source: str, image_size: int, limits: tuple[int | None, int | None], normalization: Normalization, seed: int
+) -> DataSplit:
+    """Read a data set once a worker; neighbouring cells mostly share it."""
+    from trady.training.data import load_data
+
+    return load_data(source, image_size=image_size, limit=limits, normalization=normalization, seed=seed)

@@ -1,0 +1,61 @@
+"""The table of all cells: from their folders, and on disk for people and programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trady.compare.cells import Job
+from trady.compare.execute import Workplace
+from trady.compare.rows import Row, make_row
+from trady.training.files import write_lines, write_whole
+
+LINES = "results.jsonl"
+TABLE = "results.parquet"
+
+
+def collect(jobs: Sequence[Job], place: Workplace) -> list[Row]:
+    """Return a row for every cell: what its folder says, or what was written of it when it had one."""
+    known = {row.digest: row for row in read_rows(place.out)}
+    rows = []
+    for job in jobs:
+        row = make_row(place.cell_folder(job))
+        kept = known.get(row.digest)
+        rows.append(kept if kept is not None and kept.done and not row.done else row)
+    return rows
+
+
+def read_rows(out: Path) -> list[Row]:
+    """Return the rows of ``results.jsonl``; none where there is no such file."""
+    try:
+        lines = (out / LINES).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [Row.from_json(json.loads(line)) for line in lines]
+
+
+def done_digests(out: Path) -> set[str]:
+    """Return the cells that the written results have: they need no folder, and are not run again."""
+    return {row.digest for row in read_rows(out) if row.done}
+
+
+def write_rows(rows: Sequence[Row], out: Path) -> None:
+    """Write ``results.jsonl`` and ``results.parquet``."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(out / LINES, (json.dumps(row.to_json(), allow_nan=False) for row in rows))
+    write_whole(out / TABLE, lambda place: _write_parquet(rows, place))
+
+
+def _write_parquet(rows: Sequence[Row], place: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "Mapping[str, Any]": pa.string()}
+    schema = pa.schema([(name, kinds[str(kind).removesuffix(" | None")]) for name, kind in Row.__annotations__.items()])
+    pq.write_table(pa.Table.from_pylist([_flat(row) for row in rows], schema), place)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    return {**row.to_json(), "settings": json.dumps(dict(row.settings), sort_keys=True)}

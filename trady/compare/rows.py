@@ -1,0 +1,124 @@
+"""One row a cell: what its folder says."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from trady.compare.cell_folder import CellFolder, Status
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and what came out; fields that its status leaves open are ``None``.
+
+    Attributes:
+        model: Its name in the matrix.
+        dataset: Its name in the matrix.
+        budget: Its name; ``None`` for a policy that takes none.
+        amount: As text, e.g. ``elements:27946``.
+        policy: Where it was updated.
+        seed: Of everything random.
+        status: ``done``, ``infeasible``, ``failed``, ``started`` or ``missing``.
+        digest: Stands for the cell's settings.
+        message: Why it is not done.
+        accuracy: Top-1 after the last epoch, 0 to 1.
+        best_accuracy: The highest after any epoch.
+        train_loss: Mean of the last epoch.
+        evaluation_loss: After the last epoch.
+        epochs: How many.
+        steps: Of the optimizer.
+        seconds: Time over all epochs, evaluation included.
+        step_seconds: Median over the epochs of an epoch's mean step.
+        peak_bytes: The highest measured peak of a step.
+        saved_bytes: The most that a measured step kept between forward and backward.
+        trainable_parameters: The most elements updated at a time.
+        weight_sparsity: Share of the weights' gradient not computed, mean over the draws.
+        activation_sparsity: Share of the activations not kept.
+        flops_reduction: Share of the weight gradients' operations not done.
+        ranking: Where the ranking of the layers came from.
+        pool_layers: Layers that channels were drawn from.
+        settings: Those that the matrix gives, as JSON has them.
+    """
+
+    model: str
+    dataset: str
+    budget: str | None
+    amount: str | None
+    policy: str
+    seed: int
+    status: str
+    digest: str
+    message: str | None = None
+    accuracy: float | None = None
+    best_accuracy: float | None = None
+    train_loss: float | None = None
+    evaluation_loss: float | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    step_seconds: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    trainable_parameters: int | None = None
+    weight_sparsity: float | None = None
+    activation_sparsity: float | None = None
+    flops_reduction: float | None = None
+    ranking: str | None = None
+    pool_layers: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Row:
+        """Read what :meth:`to_json` wrote; fields that are not known are left out."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @property
+    def done(self) -> bool:
+        """Whether it has an accuracy."""
+        return self.status == Status.DONE.value
+
+
+def make_row(folder: CellFolder) -> Row:
+    """Return what a cell's folder says."""
+    cell, status = folder.cell, folder.status()
+    row = Row(
+        model=cell.model,
+        dataset=cell.dataset,
+        budget=cell.budget,
+        amount=cell.amount,
+        policy=cell.policy,
+        seed=cell.seed,
+        status=status.value,
+        digest=cell.digest,
+        settings=dict(cell.settings),
+    )
+    if status is Status.DONE:
+        return Row.from_json({**row.to_json(), **_figures(folder)})
+    if status in (Status.FAILED, Status.INFEASIBLE):
+        error = folder.read(folder.error) or {}
+        return Row.from_json({**row.to_json(), "message": error.get("message")})
+    return row
+
+
+def _figures(folder: CellFolder) -> dict[str, Any]:
+    result = folder.read(folder.run.result) or {}
+    plan = folder.read(folder.run.plan) or {}
+    history = folder.run.history(result["epochs"] - 1)
+    batch_size = result["settings"]["batch_size"]
+    named = ("accuracy", "best_accuracy", "train_loss", "epochs", "steps", "seconds", "peak_bytes", "saved_bytes")
+    planned = ("weight_sparsity", "activation_sparsity", "flops_reduction", "ranking")
+    return {
+        **{name: result[name] for name in (*named, "trainable_parameters")},
+        **{name: plan.get(name) for name in planned},
+        "pool_layers": len(plan["pool"]) if "pool" in plan else None,
+        "evaluation_loss": history[-1].evaluation_loss,
+        "step_seconds": statistics.median(batch_size / epoch.samples_per_second for epoch in history),
+    }

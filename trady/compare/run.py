@@ -1,0 +1,109 @@
+"""A matrix file, from its cells to its table."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trady.compare.cells import make_jobs
+from trady.compare.display import Display
+from trady.compare.drive import Drive, jobs_left
+from trady.compare.engine import Engine
+from trady.compare.execute import Keep, Workplace
+from trady.compare.read import read_matrix
+from trady.compare.results import collect, done_digests, write_rows
+from trady.compare.rows import Row
+from trady.errors import MatrixError
+
+EngineName = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a matrix has given so far.
+
+    Attributes:
+        rows: One a cell, in the order in which they are run.
+        complete: Whether every cell was reached.
+        out: Where it is written.
+    """
+
+    rows: tuple[Row, ...]
+    complete: bool
+    out: Path
+
+
+def compare(
+    matrix: str | Path,
+    out: str | Path,
+    *,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    max_minutes: float | None = None,
+    retry_failed: bool = False,
+    summary_only: bool = False,
+    keep: Keep = "results",
+    datasets: Mapping[str, str] | None = None,
+    display: Display | None = None,
+) -> Table:
+    """Run the cells of a matrix that are left, and write the table of all.
+
+    Args:
+        matrix: The matrix file.
+        out: Folder of the cells and the table. Called again with the same, it goes on.
+        engine: ``local`` processes, or ``ray``.
+        workers: Cells at a time; one a processor by default.
+        threads: Of torch in each worker; the processors shared out by default. Another number of threads can
+            change the last digits of a result.
+        max_minutes: No cell starts after so long, and those that run then are stopped to be resumed.
+        retry_failed: Run cells again that failed or were infeasible.
+        summary_only: Run nothing.
+        keep: ``weights`` keeps each cell's weights and checkpoint, ``results`` only what the table needs.
+        datasets: Sources in place of the file's, by name.
+        display: Shows the progress.
+
+    Raises:
+        MatrixError: The file has mistakes.
+        StateError: Ray is asked for and not installed.
+    """
+    if workers is not None and workers < 1:
+        raise MatrixError(f"workers is {workers}; it must be at least 1")
+    if threads is not None and threads < 1:
+        raise MatrixError(f"threads is {threads}; it must be at least 1")
+    read = read_matrix(matrix, datasets=datasets, check_sources=not summary_only)
+    jobs = make_jobs(read)
+    processors = os.cpu_count() or 1
+    count = workers or processors
+    place = Workplace(
+        out=Path(out).absolute(),
+        keep=keep,
+        threads=threads or max(1, processors // count),
+        imports=tuple(read.matrix.imports),
+        search_path=tuple(sys.path),
+        folder=Path.cwd(),
+    )
+    complete = True
+    try:
+        if not summary_only:
+            left = jobs_left(jobs, place, done_digests(place.out), retry_failed=retry_failed)
+            drive = Drive(place, _engine(engine, workers, count, place), display or Display(), max_minutes)
+            complete = drive.run(left, len(jobs))
+    finally:
+        rows = collect(jobs, place)
+        write_rows(rows, place.out)
+    return Table(tuple(rows), complete, place.out)
+
+
+def _engine(name: EngineName, workers: int | None, count: int, place: Workplace) -> Engine:
+    if name == "ray":
+        from trady.compare.on_ray import RayEngine
+
+        return RayEngine(workers, place)
+    from trady.compare.local import LocalEngine
+
+    return LocalEngine(count, place)
