@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -74,21 +74,24 @@ class CellFolder:
             return Status(error["status"])
         return Status.STARTED
 
-    def begin(self) -> None:
-        """Say whose folder it is, and forget an earlier error."""
+    @property
+    def identity(self) -> Path:
+        """Which cell it is, and what it runs on."""
+        return self.path / "cell.json"
+
+    def begin(self, machine: Mapping[str, Any]) -> None:
+        """Say whose folder it is and what the cell runs on, and forget an earlier error."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.error.unlink(missing_ok=True)
-        if not self._is_mine():
-            write_json(self.path / "cell.json", {**asdict(self.cell), "digest": self.cell.digest})
+        write_json(self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine)})
 
     def write_error(self, status: Status, error: BaseException | str) -> Outcome:
         """Record why the cell could not be run."""
         text = error if isinstance(error, str) else str(error) or type(error).__name__
         trace = "" if isinstance(error, str) else "".join(traceback.format_exception(error))
         kind = "" if isinstance(error, str) else type(error).__name__
-        self.path.mkdir(parents=True, exist_ok=True)
         if not self._is_mine():
-            write_json(self.path / "cell.json", {**asdict(self.cell), "digest": self.cell.digest})
+            self.begin({})
         write_json(self.error, {"status": str(status), "type": kind, "message": text, "traceback": trace})
         return Outcome(status, text)
 
@@ -142,5 +145,5 @@ class CellFolder:
                 place.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
-        found = self.read(self.path / "cell.json")
+        found = self.read(self.identity)
         return found is not None and found.get("digest") == self.cell.digest

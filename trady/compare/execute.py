@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,7 +69,7 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
             return Outcome(Status.BUSY, f"another process works in {folder.path}")
         if folder.status() is Status.DONE:
             return Outcome(Status.DONE)
-        folder.begin()
+        folder.begin(machine())
         try:
             seconds = _train(job, folder).seconds
         except BelowLeastError as error:
@@ -78,6 +79,21 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
         if place.keep == "results":
             folder.drop_weights()
         return Outcome(Status.DONE, seconds=seconds)
+
+
+def machine() -> dict[str, object]:
+    """Return what a result may depend on, besides its cell."""
+    import torch
+
+    import trady
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "trady": trady.__version__,
+    }
 
 
 def _train(job: Job, folder: CellFolder) -> Result:

@@ -40,6 +40,10 @@ class Row:
         flops_reduction: Share of the weight gradients' operations not done.
         ranking: Where the ranking of the layers came from.
         pool_layers: Layers that channels were drawn from.
+        device: What it ran on: a GPU's name, or the kind of processor.
+        threads: Of torch.
+        torch: Version of torch.
+        trady: Version of trady.
         settings: Those that the matrix gives, as JSON has them.
     """
 
@@ -68,6 +72,10 @@ class Row:
     flops_reduction: float | None = None
     ranking: str | None = None
     pool_layers: int | None = None
+    device: str | None = None
+    threads: int | None = None
+    torch: str | None = None
+    trady: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def make_row(folder: CellFolder) -> Row:
 def _figures(folder: CellFolder) -> dict[str, Any]:
     result = folder.read(folder.run.result) or {}
     plan = folder.read(folder.run.plan) or {}
+    machine = (folder.read(folder.identity) or {}).get("machine", {})
     history = folder.run.history(result["epochs"] - 1)
     batch_size = result["settings"]["batch_size"]
     named = ("accuracy", "best_accuracy", "train_loss", "epochs", "steps", "seconds", "peak_bytes", "saved_bytes")
@@ -118,6 +127,7 @@ def _figures(folder: CellFolder) -> dict[str, Any]:
     return {
         **{name: result[name] for name in (*named, "trainable_parameters")},
         **{name: plan.get(name) for name in planned},
+        **{name: machine.get(name) for name in ("device", "threads", "torch", "trady")},
         "pool_layers": len(plan["pool"]) if "pool" in plan else None,
         "evaluation_loss": history[-1].evaluation_loss,
         "step_seconds": statistics.median(batch_size / epoch.samples_per_second for epoch in history),
