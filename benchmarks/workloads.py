@@ -88,7 +88,13 @@ class Workload:
         policy = policy or self.policy
         budget = self.budget or budget_of(policy, task.model, task.batch)
         return trady.prepare(
-            task.model, task.batch, budget=budget, policy=policy, ranking=ranking, seed=seed, recompute=recompute
+            task.model,
+            task.batch,
+            budget=budget,
+            policy=policy,
+            ranking=ranking or "online",
+            seed=seed,
+            recompute=recompute,
         )
 
 

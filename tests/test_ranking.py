@@ -19,6 +19,7 @@ from trady.ranking import (
     structure_digest,
     top_layers,
 )
+from trady.structural import structural_ranking
 
 scores_of_layers = st.dictionaries(st.text(max_size=5), st.floats(0, allow_infinity=False), min_size=1, max_size=12)
 
@@ -358,12 +359,15 @@ def test_an_online_ranking_says_what_it_is():
     assert tuple(ranking.scores) == TABLE.names
 
 
-def test_layers_never_observed_have_the_mean_score_of_the_others():
+def test_layers_never_observed_have_a_guess_from_shapes_to_the_scale_of_the_others():
     state = online(metric="norm")
     state.observe({"a": [1.0], "b": [1.0]})
     scores = state.ranking().scores
     assert (scores["a"], scores["b"]) == (3, 40)
-    assert scores["c"] == scores["d"] == 21.5
+    guess = structural_ranking(TABLE).scores
+    norm = {layer.name: guess[layer.name] * layer.channels * layer.elements for layer in TABLE}
+    scale = (scores["a"] + scores["b"]) / (norm["a"] + norm["b"])
+    assert (scores["c"], scores["d"]) == pytest.approx((scale * norm["c"], scale * norm["d"]))
     assert set(online().ranking().scores.values()) == {0.0}
 
 

@@ -31,7 +31,7 @@ class Request:
 
     budget: str | int | Budget | None = None
     policy: str | Policy = "trady"
-    ranking: LayerRanking | None = None
+    ranking: LayerRanking | str | None = None
     head: str | Sequence[str] | None = "auto"
     seed: int = 0
     plan: Plan | None = None

@@ -17,6 +17,7 @@ from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation
 from trady.policies import Draw, Policy, draw_selection
+from trady.priors import ranking_for
 from trady.ranking import LayerRanking
 from trady.simulate import Simulator
 
@@ -44,7 +45,7 @@ class Rules:
     Attributes:
         budget: What may be spent; ``None`` is anything.
         policy: Draws the channels.
-        ranking: Which layers are worth updating, where it is known.
+        ranking: Which layers are worth updating: a ranking or a word (:func:`trady.priors.ranking_for`).
         pool: The layers of an earlier plan, instead of those that the ranking names.
         seed: Seed of the draws.
         fuse: Whether calls are computed together.
@@ -54,7 +55,7 @@ class Rules:
 
     budget: Budget | None
     policy: Policy
-    ranking: LayerRanking | None = None
+    ranking: LayerRanking | str | None = None
     pool: tuple[str, ...] | None = None
     seed: int = 0
     fuse: bool = True
@@ -93,7 +94,8 @@ class Drawing:
     ) -> None:
         self.model_name, self.table = type(model).__name__, examined.table
         self.budget, self.policy, self.seed = rules.budget, rules.policy, rules.seed
-        self.ranking, self.state_copies = rules.ranking, 0
+        self.ranking: LayerRanking | None = None
+        self.state_copies = 0
         self.online: OnlineRanking | None = None
         self._planner = planner
         self._mode, self.fidelity = rules.recompute, rules.fidelity
@@ -115,9 +117,9 @@ class Drawing:
             self.pool, self.source = self.table.names, "none"
         elif rules.pool is not None:
             self.pool, self.source = rules.pool, "given"
-        elif rules.ranking is not None:
-            rules.ranking.check(self.table)
-            self.pool, self.source = rules.ranking.top(POOL_SHARE), rules.ranking.source
+        elif (known := ranking_for(self.table, rules.ranking)) is not None:
+            self.ranking = known
+            self.pool, self.source = known.top(POOL_SHARE), known.source
         else:
             self.pool, self.source = self.table.names, "online"
             learn = True
@@ -298,6 +300,7 @@ class Drawing:
             table=self.table,
             pool=self.pool,
             ranking=self.source,
+            measured_on="" if self.ranking is None else self.ranking.measured_on,
             head=head,
             head_parameters=sum(p.numel() for p in parameters.values()),
             selection=selection,

@@ -23,6 +23,7 @@ from trady.ranking import (
     top_layers,
     versioned,
 )
+from trady.structural import structural_ranking
 
 
 class OnlineRanking:
@@ -84,6 +85,9 @@ class OnlineRanking:
         self._weights = np.array(
             [1 / layer.elements if metric == "rgn" else layer.channels for layer in table], dtype=np.float64
         )
+        self._guess = np.array(list(structural_ranking(table).scores.values()), dtype=np.float64)
+        if metric == "norm":
+            self._guess *= [layer.channels * layer.elements for layer in table]
         self._sums: Floats = np.zeros(len(table))
         self._counts = np.zeros(len(table), dtype=np.int64)
         self._history: deque[Floats] = deque(maxlen=window + 1)
@@ -137,9 +141,8 @@ class OnlineRanking:
     def ranking(self) -> LayerRanking:
         """The ranking as it stands.
 
-        A layer that was never observed has the mean score of those that were: unknown is neither
-        good nor bad, and such a layer stays in the pool unless a few layers carry nearly all of
-        the gradient.
+        A layer that was never observed has a guess from its shapes (:func:`structural_ranking`), to the scale
+        of those that were.
         """
         return LayerRanking(
             scores=dict(zip(self._table.names, self._scores().tolist(), strict=True)),
@@ -245,7 +248,7 @@ class OnlineRanking:
         if not observed.any():
             return np.zeros(len(self._counts))
         scores = self._sums / np.maximum(self._counts, 1) * self._weights
-        scores[~observed] = scores[observed].mean()
+        scores[~observed] = self._guess[~observed] * (scores[observed].sum() / self._guess[observed].sum())
         return scores
 
     def _pool(self, scores: Floats) -> frozenset[str]:

@@ -119,7 +119,9 @@ class Plan:
         table: Every layer, with the cost of a channel.
         pool: Names of the layers that channels are drawn from.
         ranking: Where the pool comes from: ``measured``, ``given``, ``prior``, ``online`` (found in the
-            first epoch; until then all layers are in the pool) or ``none`` (the policy needs none).
+            first epoch; until then all layers are in the pool), ``structural`` (guessed from shapes) or
+            ``none`` (the policy needs none).
+        measured_on: What the ranking was measured on, as far as it says.
         head: Modules that always train, outside the budget.
         head_parameters: Elements of the head's parameters.
         selection: The draw of epoch 0.
@@ -155,6 +157,7 @@ class Plan:
     sparsity: Sparsity | None = None
     predicted_parts: Mapping[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
+    measured_on: str = ""
 
     @property
     def mean_sparsity(self) -> Sparsity:
@@ -172,6 +175,7 @@ class Plan:
             "seed": self.seed,
             "pool": list(self.pool),
             "ranking": self.ranking,
+            "measured_on": self.measured_on,
             "head": list(self.head),
             "head_parameters": self.head_parameters,
             "cost": asdict(self.cost),
@@ -241,6 +245,7 @@ class Plan:
                 sparsity=Sparsity(**data["sparsity"]) if "sparsity" in data else None,
                 predicted_parts=dict(data.get("predicted_parts", {})),
                 micro_batch=data.get("micro_batch"),
+                measured_on=data.get("measured_on", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error

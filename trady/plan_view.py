@@ -140,8 +140,9 @@ def _pool(plan: Plan) -> str:
     whence = {
         "online": ": all, until the first epoch has shown which matter",
         "none": ": this policy needs no ranking",
+        "structural": ", by a guess from the layers' shapes (rank on your data to know)",
     }.get(plan.ranking, f", by a ranking that is {plan.ranking}")
-    return pool + whence
+    return pool + whence + (f", measured on {plan.measured_on}" if plan.measured_on else "")
 
 
 def _recomputation(plan: Plan) -> Iterable[tuple[str, str]]:

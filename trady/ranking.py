@@ -23,7 +23,7 @@ from trady.channels import ChannelTable, Layer
 from trady.errors import RankingError
 
 Metric = Literal["rgn", "norm"]
-Source = Literal["measured", "online", "prior", "given"]
+Source = Literal["measured", "online", "prior", "structural", "given"]
 Floats = npt.NDArray[np.float64]
 
 VERSION = 1
@@ -123,12 +123,15 @@ class LayerRanking:
     Attributes:
         scores: Layer name to score, in order of execution; finite, not negative.
         metric: ``rgn`` (see :func:`layer_rgn`) or ``norm`` (the same without the cost).
-        source: ``measured`` on the user's task, ``online`` while training, ``prior`` shipped with
-            trady, ``given`` by the user.
+        source: ``measured`` on the user's task, ``online`` while training, ``prior`` found by the model's
+            structure (:mod:`trady.priors`), ``structural`` guessed from it, ``given`` by the user.
         structure: :func:`structure_digest` of the model it was taken from; may be empty.
         channels: Layer name to the score of each input channel (see :func:`channel_rgn`); may be
             empty or lack layers.
         batches: Number of batches that the gradients came from.
+        elements: Layer name to C^W + C^A of a channel where it was measured, so that :meth:`at` can
+            take the scores to inputs of another size; may be empty.
+        measured_on: What it was measured on, for people; may be empty.
 
     Raises:
         RankingError: When a value is not as above.
@@ -140,6 +143,8 @@ class LayerRanking:
     structure: str = ""
     channels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     batches: int = 0
+    elements: Mapping[str, int] = field(default_factory=dict)
+    measured_on: str = ""
 
     def __post_init__(self) -> None:
         for what, value, possible in (
@@ -148,13 +153,17 @@ class LayerRanking:
         ):
             if value not in possible:
                 raise RankingError(f"{what} {value!r} does not exist; there are {', '.join(possible)}")
-        if type(self.structure) is not str:
-            raise RankingError(f"structure is {self.structure!r}; it is a text")
+        for what, text in (("structure", self.structure), ("measured_on", self.measured_on)):
+            if type(text) is not str:
+                raise RankingError(f"{what} is {text!r}; it is a text")
         if type(self.batches) is not int or self.batches < 0:
             raise RankingError(f"batches is {self.batches!r}; it is a number from 0")
-        strangers = set(self.channels) - set(self.scores)
+        strangers = (set(self.channels) | set(self.elements)) - set(self.scores)
         if strangers:
-            raise RankingError(f"channel scores of layers without a score: {listed(strangers)}")
+            raise RankingError(f"channel scores or elements of layers without a score: {listed(strangers)}")
+        for name, count in self.elements.items():
+            if type(count) is not int or count < 1:
+                raise RankingError(f"a channel of layer {name!r} takes {count!r} elements; it is a number from 1")
         scores = {name: _score(value, f"layer {name!r}") for name, value in self.scores.items()}
         channels = {
             name: tuple(_score(value, f"a channel of layer {name!r}") for value in values)
@@ -196,6 +205,30 @@ class LayerRanking:
                     f"{table[name].channels}; measure it on this model with trady.rank"
                 )
 
+    def at(self, table: ChannelTable) -> LayerRanking:
+        """This ranking for inputs of the table's size.
+
+        RGN is a gradient norm over C^W + C^A, and C^A grows with the input: the norms are kept (their order
+        hardly changes with the input's size, that of RGN does) and divided by the table's own costs.
+
+        Raises:
+            RankingError: When it is of other layers, see :meth:`check`.
+        """
+        self.check(table)
+        if self.metric != "rgn" or not self.elements:
+            return self
+        factor = {name: count / table[name].elements for name, count in self.elements.items()}
+        if all(value == 1 for value in factor.values()):
+            return self
+        return replace(
+            self,
+            scores={name: score * factor.get(name, 1.0) for name, score in self.scores.items()},
+            channels={
+                name: tuple(value * factor.get(name, 1.0) for value in values) for name, values in self.channels.items()
+            },
+            elements={name: table[name].elements for name in self.elements},
+        )
+
     def adopted(self, table: ChannelTable) -> LayerRanking:
         """This ranking under the names of a table of the same structure, layer by layer in order.
 
@@ -213,6 +246,7 @@ class LayerRanking:
             self,
             scores={renamed[name]: score for name, score in self.scores.items()},
             channels={renamed[name]: values for name, values in self.channels.items()},
+            elements={renamed[name]: count for name, count in self.elements.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -224,7 +258,9 @@ class LayerRanking:
             "source": self.source,
             "structure": self.structure,
             "batches": self.batches,
+            "measured_on": self.measured_on,
             "scores": dict(self.scores),
+            "elements": dict(self.elements),
             "channels": {name: list(values) for name, values in self.channels.items()},
         }
 
@@ -244,6 +280,8 @@ class LayerRanking:
                 structure=checked["structure"],
                 channels={name: tuple(values) for name, values in checked["channels"].items()},
                 batches=checked["batches"],
+                elements=checked.get("elements", {}),
+                measured_on=checked.get("measured_on", ""),
             )
         except KeyError as error:
             raise RankingError(f"the ranking lacks {error}") from error

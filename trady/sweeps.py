@@ -100,6 +100,7 @@ def rank(
         structure=structure_digest(table),
         channels={layer.name: tuple(channel_scores(squared[layer.name], layer, metric).tolist()) for layer in table},
         batches=len(data),
+        elements={layer.name: layer.elements for layer in table},
     )
 
 

@@ -27,6 +27,7 @@ from trady.optim import UpdatesInBackward
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
 from trady.policies import Policy
+from trady.priors import Known
 from trady.ranking import LayerRanking, structure_digest
 
 FORMAT, VERSION = "trady-tuner", 1
@@ -38,7 +39,7 @@ def prepare(
     *,
     budget: str | Budget | None = None,
     policy: str | Policy = "trady",
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | Known | None = None,
     head: str | Sequence[str] | None = "auto",
     seed: int = 0,
     plan: Plan | None = None,
@@ -56,8 +57,9 @@ def prepare(
         budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
             adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
         policy: A registered policy or one of your own.
-        ranking: Which layers are worth updating; without one it is learnt in the first epoch, from the
-            gradients that training computes anyway.
+        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.priors`), or
+            else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
+            computes anyway. ``"structural"`` guesses it from the layers' shapes.
         head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer.
         seed: Seed of the draws.
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
@@ -94,7 +96,7 @@ def plan(
     *,
     budget: str | Budget | None = None,
     policy: str | Policy = "trady",
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | Known | None = None,
     head: str | Sequence[str] | None = "auto",
     seed: int = 0,
     fuse: bool = True,

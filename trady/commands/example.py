@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from trady.priors import Known
     from trady.ranking import LayerRanking
     from trady.training.datasets import DataSplit
 
@@ -133,10 +134,11 @@ def load_task(
     return Task(load_model(model, len(data.classes), seed=seed).model, data)
 
 
-def load_ranking(path: str | None) -> LayerRanking | None:
-    """Load a ranking, if a file is named."""
-    if path is None:
-        return None
+def load_ranking(given: str | None) -> LayerRanking | Known | None:
+    """Load a ranking, if a file is named; a word that stands for one is passed on."""
+    from trady.priors import KNOWN
     from trady.ranking import LayerRanking
 
-    return LayerRanking.load(path)
+    if given is None:
+        return None
+    return next((word for word in KNOWN if word == given), None) or LayerRanking.load(given)

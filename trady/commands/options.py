@@ -33,7 +33,14 @@ MicroBatch = Annotated[
         help="Samples a forward and backward pass; a step adds up several. auto: as many as the budget allows."
     ),
 ]
-RankingFile = Annotated[str | None, typer.Option("--ranking", help="A layer ranking that trady rank has written.")]
+RankingFile = Annotated[
+    str | None,
+    typer.Option(
+        "--ranking",
+        help="A layer ranking that trady rank has written, or: online (learn it in the first epoch), structural "
+        "(guess it from shapes). Without: the prior of this structure, else online.",
+    ),
+]
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Height and width of the images; the model's own by default.")
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -19,6 +21,9 @@ def rank(
     budget: Annotated[
         str | None, typer.Option(help="What ranking itself may take, e.g. 300 MiB; no limit by default.")
     ] = None,
+    prior: Annotated[
+        bool, typer.Option(help="Keep it for later: models of this structure are then trained by it without --ranking.")
+    ] = True,
     metric: Annotated[str, typer.Option(help="rgn (gradient for its cost) or norm.")] = "rgn",
     image_size: options.ImageSize = None,
     on_unreadable: options.OnUnreadable = "refuse",
@@ -27,6 +32,7 @@ def rank(
 ) -> None:
     """Measure how much each layer matters on a data set."""
     import trady
+    from trady.priors import save_prior
     from trady.ranking import Metric
     from trady.training.batch import cross_entropy
 
@@ -40,7 +46,9 @@ def rank(
         metric=cast(Metric, metric),
         budget=budget,
     )
+    ranking = replace(ranking, measured_on=f"{Path(dataset).name}, {ranking.batches} batches of {batch_size}")
     ranking.save(out)
+    kept = save_prior(ranking) if prior and metric == "rgn" else None
     if as_json:
         options.print_json(ranking.to_json())
         return
@@ -48,3 +56,5 @@ def rank(
     for place, name in enumerate(ranking.order, start=1):
         typer.echo(f"{place:4} {name:48} {ranking.scores[name]:.3e}{'  pool' if name in top else ''}")
     typer.echo(f"{len(top)} of {len(ranking.scores)} layers hold 97 %; written to {out}")
+    if kept is not None:
+        typer.echo(f"kept as the prior of this structure: {kept} (--no-prior does not)")

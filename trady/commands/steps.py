@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trady.budget import Budget
     from trady.commands.example import Example
     from trady.memory import Ledger
+    from trady.priors import Known
     from trady.ranking import LayerRanking
 
 #: Small enough that repeated steps on one batch leave the weights where they are.
@@ -59,7 +60,7 @@ def tuned_step(
     *,
     budget: str | Budget | None,
     policy: str,
-    ranking: LayerRanking | None,
+    ranking: LayerRanking | Known | None,
     seed: int,
     recompute: str = "auto",
 ) -> Step:

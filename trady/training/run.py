@@ -15,6 +15,7 @@ from trady.budget import Budget, Scope, parse_budget
 from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.policies import Policy, get_policy
+from trady.priors import Known
 from trady.ranking import LayerRanking
 from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches
@@ -47,7 +48,7 @@ def finetune(
     batch_size: int = 32,
     lr: float = 0.1,
     policy: str | Policy = "trady",
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | Known | None = None,
     head: str | Sequence[str] | None = "auto",
     seed: int = 0,
     warmup_epochs: float | None = None,
@@ -82,7 +83,8 @@ def finetune(
         batch_size: Examples a step, also of the evaluation.
         lr: Learning rate at the end of the warm-up.
         policy: Where to update. ``full`` is plain PyTorch fine-tuning of everything, for comparison.
-        ranking: A layer ranking; without one it is shipped or found online.
+        ranking: A layer ranking, ``"online"`` or ``"structural"`` (:func:`trady.prepare`); without one it is the prior
+            of this structure, or found online.
         head: Modules that always train, outside the budget; ``auto`` is the last weight layer.
         seed: Decides the channels, the order of the data and all other random numbers.
         warmup_epochs: Length of the warm-up; a tenth of the run by default.

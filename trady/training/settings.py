@@ -20,7 +20,7 @@ class Settings:
     Attributes:
         policy: Where to update.
         budget: As text, ``None`` for plain full fine-tuning.
-        ranking: Digest of the given layer ranking; empty without one.
+        ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
         steps: Optimizer steps of the whole run.
         batch_size: Examples a step; ``None`` where the user's loader decides.
@@ -82,10 +82,10 @@ class Settings:
         return asdict(self)
 
 
-def ranking_digest(ranking: LayerRanking | None) -> str:
-    """Return sixteen digits that name a ranking; empty for none."""
-    if ranking is None:
-        return ""
+def ranking_digest(ranking: LayerRanking | str | None) -> str:
+    """Return sixteen digits that name a ranking, or the word that was given for it; empty for none."""
+    if ranking is None or isinstance(ranking, str):
+        return ranking or ""
     return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
