@@ -23,12 +23,12 @@ from trady.errors import (
     TradyWarning,
     TrainingError,
 )
+from trady.measured_ranking import rank
 from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
 from trady.plan import Cost, Plan
 from trady.policies import register_policy
 from trady.ranking import LayerRanking
-from trady.sweeps import rank
 from trady.tuner import Tuner, plan, prepare
 
 if TYPE_CHECKING:

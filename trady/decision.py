@@ -106,7 +106,8 @@ class Request:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(map(repr, known))}")
         budget, policy, seed, pool = self.budget, self.policy, self.seed, None
         if self.plan is not None:
-            budget, policy, seed = self.plan.budget if budget is None else budget, self.plan.policy, self.plan.seed
+            budget, seed = self.plan.budget if budget is None else budget, self.plan.seed
+            policy = policy if getattr(policy, "name", None) == self.plan.policy else self.plan.policy
             pool = self.plan.pool if self.plan.ranking not in ("online", "none") else None
         asked = None if budget is None else parse_budget(budget)
         return Rules(asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity)

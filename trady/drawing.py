@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from trady.budget import Budget, Scope, below_least
 from trady.channels import Selection
 from trady.errors import BudgetError
 from trady.examine import Examined, meta_batch
+from trady.measures import check_needs
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation
-from trady.policies import Draw, Policy, draw_selection
+from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
 from trady.priors import ranking_for
 from trady.ranking import LayerRanking
 from trady.simulate import Simulator
+from trady.sweeps import cut
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97
@@ -81,6 +85,9 @@ class Drawing:
         recomputation: What is computed anew in the backward pass.
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
+        needs: What the policy wants measured.
+        evidence: What was measured; ``None`` until then, and draws are typical ones, for plans.
+        options: What the policy was made with, as text.
     """
 
     def __init__(
@@ -97,6 +104,11 @@ class Drawing:
         self.ranking: LayerRanking | None = None
         self.state_copies = 0
         self.online: OnlineRanking | None = None
+        self.needs = needs_of(rules.policy)
+        self.evidence: Evidence | None = None
+        check_needs(self.needs)
+        self.options = str(getattr(rules.policy, "options", ""))
+        self._whole = bool(getattr(rules.policy, "whole", False))
         self._planner = planner
         self._mode, self.fidelity = rules.recompute, rules.fidelity
         self.micro_batch: int | None = None
@@ -188,11 +200,13 @@ class Drawing:
         self._timeline = (layers, self.recomputation, timeline)
 
     def _useful(self, capacity: int | None) -> Selection:
-        """Channels that are to fit before anything is kept that could be computed anew."""
-        if self.policy.name in ("head", "full"):
-            return self._select(0, 0, None)
+        """Channels that are to fit before anything is kept that could be computed anew: the same after a restart."""
+        typical = bool(self.needs)
+        if self._whole:
+            return self._select(0, 0, None, typical=typical)
         everything = sum(layer.channels * layer.elements for layer in self.table)
-        return self._select(0, 0, int(everything * USEFUL_SHARE) if capacity is None else capacity)
+        useful = int(everything * USEFUL_SHARE) if capacity is None else capacity
+        return self._select(0, 0, useful, typical=typical)
 
     @property
     def _copies(self) -> int:
@@ -207,7 +221,7 @@ class Drawing:
     def least_peak(self) -> int:
         """The least peak budget that a step is possible in, with as much computed anew as helps."""
         timeline = self.timeline
-        least = self._useful(None) if self.policy.name == "full" else Selection()
+        least = self._useful(None) if self._whole else Selection()
         if self._mode == "auto" and self._planner.has_choice:
             layers, wanted = self._simulated_layers, self._useful(None)
             _, timeline = self._planner.least_time(
@@ -247,10 +261,46 @@ class Drawing:
             return self._select(epoch, redraw, None if self.budget is None else self.budget.amount)
         return self._largest_within(epoch, redraw, self.budget.amount)
 
-    def _select(self, epoch: int, redraw: int, capacity: int | None) -> Selection:
-        return draw_selection(
-            self.policy, Draw(self.table, self.pool, self._costs(), capacity, self.seed, epoch, redraw)
-        )
+    def _select(self, epoch: int, redraw: int, capacity: int | None, *, typical: bool = False) -> Selection:
+        draw = Draw(self.table, self.pool, self._costs(), capacity, self.seed, epoch, redraw, self.evidence)
+        return (typical_selection if typical or self.lacks_evidence else draw_selection)(self.policy, draw)
+
+    @property
+    def lacks_evidence(self) -> bool:
+        """Whether the policy cannot draw yet."""
+        return bool(self.needs) and self.evidence is None
+
+    def sweeps(self, trained: Selection) -> tuple[Selection, ...]:
+        """Cut all channels into selections whose gradients can be had inside the budget.
+
+        Args:
+            trained: The channels that train; the optimizer's state of them stays alive meanwhile.
+
+        Raises:
+            BudgetError: Not one channel fits beside that state.
+
+        """
+        weights = sum(len(c) * self.table[name].weight_elements for name, c in trained.items())
+        kept = self.state_copies * weights * self.table.weight_element_bytes
+        selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept) <= self._amount))
+        if not selections:
+            one = (Selection({layer.name: np.zeros(1, dtype=np.int64)}) for layer in self.table)
+            assert self.budget is not None
+            raise below_least(self.budget, min(self._taken(selection, kept) for selection in one))
+        return selections
+
+    @property
+    def _amount(self) -> float:
+        return math.inf if self.budget is None else self.budget.amount
+
+    def _taken(self, selection: Selection, kept: int) -> int:
+        """What measuring a selection takes of the budget, beside the optimizer's state of the channels that train."""
+        if self.budget is None or self.budget.scope is Scope.ELEMENTS:
+            return self.table.elements(selection)
+        if self.budget.scope is Scope.UPDATE:
+            return cost_of(self.table, selection).update_bytes + kept
+        timeline = self._simulate(self.table.names, self.recomputation)
+        return timeline.predicted_peak(selection, int(self._accumulates)) + kept + self.state_copies * self._head_bytes
 
     def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
         """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
@@ -259,7 +309,7 @@ class Drawing:
         def fits(selection: Selection) -> bool:
             return timeline.predicted_peak(selection, self._copies) <= peak_bytes
 
-        if self.policy.name in ("head", "full"):
+        if self._whole:
             whole = self._select(epoch, redraw, None)
             if not fits(whole):
                 raise below_least(
@@ -314,6 +364,9 @@ class Drawing:
             sparsity=self._mean_sparsity(selection, epoch, peak),
             predicted_parts=predicted,
             micro_batch=self.micro_batch,
+            needs=self.needs.kinds,
+            needs_each_epoch=self.needs.each_epoch,
+            observed=not self.lacks_evidence,
         )
 
     def predicted_parts(self, selection: Selection, recomputation: Recomputation | None = None) -> dict[str, int]:
@@ -329,7 +382,7 @@ class Drawing:
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:
         """Look at the draws of further epochs too, where a draw costs next to nothing."""
-        if peak or self.policy.name in ("head", "full") or self.table.channel_count > MANY_CHANNELS:
+        if peak or self._whole or self.table.channel_count > MANY_CHANNELS:
             return None
         drawn = [selection, *(self.draw(e, 0) for e in range(epoch + 1, epoch + EPOCHS_LOOKED_AT))]
         return Sparsity.of([cost_of(self.table, s, self.state_copies) for s in drawn])

@@ -135,6 +135,9 @@ class Plan:
         fidelity: How exactly smooth activations that are kept are differentiated.
         predicted_parts: What the predicted peak is made of, in bytes, named as in the ledger.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
+        needs: What the policy wants measured, by kind.
+        needs_each_epoch: Whether it is measured before every epoch, or once.
+        observed: Whether it was; if not, ``selection`` stands in for the first draw, and costs about the same.
     """
 
     model: str
@@ -158,6 +161,9 @@ class Plan:
     predicted_parts: Mapping[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
     measured_on: str = ""
+    needs: tuple[str, ...] = ()
+    needs_each_epoch: bool = False
+    observed: bool = True
 
     @property
     def mean_sparsity(self) -> Sparsity:
@@ -191,6 +197,9 @@ class Plan:
             "fidelity": self.fidelity,
             "predicted_parts": dict(self.predicted_parts),
             "micro_batch": self.micro_batch,
+            "needs": list(self.needs),
+            "needs_each_epoch": self.needs_each_epoch,
+            "observed": self.observed,
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -246,6 +255,9 @@ class Plan:
                 predicted_parts=dict(data.get("predicted_parts", {})),
                 micro_batch=data.get("micro_batch"),
                 measured_on=data.get("measured_on", ""),
+                needs=tuple(data.get("needs", ())),
+                needs_each_epoch=data.get("needs_each_epoch", False),
+                observed=data.get("observed", True),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error

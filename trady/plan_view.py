@@ -118,6 +118,10 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     if plan.head:
         yield "trains always", f"{', '.join(plan.head)}: {_count(plan.head_parameters)} parameters"
     yield "draws from", _pool(plan)
+    if plan.needs:
+        when = "before every epoch" if plan.needs_each_epoch else "once, before the first epoch"
+        so_far = "" if plan.observed else "; until then, channels drawn uniformly (or the first ones) stand in here"
+        yield "measures", f"{', '.join(plan.needs)}, {when}{so_far}"
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
     without = plan.mean_sparsity

@@ -1,8 +1,14 @@
-"""The ranking measured offline: every channel's gradient, in sweeps that each stay inside a budget."""
+"""Every channel's gradient inside a budget: the channels are cut into selections that each fit, one sweep for each.
+
+One engine for the layer ranking (:func:`trady.rank`) and for what policies want measured (:mod:`trady.measures`).
+A sweep changes no weight, no gradient, no random number and no selection.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,113 +16,138 @@ import torch
 from torch import Tensor, nn
 
 from trady.armed import Armed
-from trady.budget import Budget, Scope, below_least, parse_budget
-from trady.channels import ChannelTable, Layer, Selection
+from trady.channels import Channels, ChannelTable, Layer, Selection
 from trady.errors import ModelError
-from trady.examine import examine
-from trady.plan import cost_of
-from trady.ranking import LayerRanking, Metric, channel_scores, layer_score, structure_digest
-from trady.simulate import step_timeline
+from trady.micro_batches import parts_of
+from trady.policies.evidence import Floats
 from trady.trace import as_arguments
 
+#: From the selected slices ``W[:, c]`` and their gradient, both [n, output channels a group, *kernel], to [n].
+Reduce = Callable[[Tensor, Tensor], Tensor]
 
-def rank(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Callable[[Any, Any], Tensor] | None = None,
-    metric: Metric = "rgn",
-    *,
-    budget: str | Budget | None = None,
-    head: str | Sequence[str] | None = "auto",
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> LayerRanking:
-    """Measure which layers are worth updating: layer RGN of arXiv 2510.19675, section 3.
+#: ``loss(outputs, targets)``; the model's own loss is taken where there is none.
+Loss = Callable[[Any, Any], Tensor]
 
-    For each layer ``RGN = sum_c ||dL/dW[:, c]||^2 / sum_c (C^W_c + C^A_c)``, with the squared norms of the
-    stochastic gradients averaged over the batches. Nothing is updated.
+#: Called with (passes done, passes of this batch and those before).
+Progress = Callable[[int, int], None]
 
-    Args:
-        model: The model, in the mode (train or eval) it is to be ranked in; normalisation stays fixed.
-        batches: Pairs ``(inputs, targets)``, or mappings that the model itself computes a loss from.
-        loss: ``loss(outputs, targets)``; ``None`` takes the model's own ``output.loss``.
-        metric: ``rgn``, or ``norm`` for the gradient norm without reweighting.
-        budget: What one sweep may take (any scope); the channels are then measured in as many sweeps over
-            the batches as that needs, with the same result. ``None`` measures all at once.
-        head: See :func:`trady.prepare`.
-        seed: Seed of dropout and other randomness, the same for every sweep.
-        progress: Called with (steps done, steps in all).
+_ROW_BYTES = 1 << 18
 
-    Returns:
-        The ranking, with the mean RGN of every channel.
+
+@dataclass(frozen=True)
+class Sweeper:
+    """Runs batches through an armed model, once for each selection.
+
+    Attributes:
+        armed: The model; its selection is put aside for the time.
+        head: Parameters of the head. They stay frozen while it runs.
+        selections: Channels to measure at a time.
+        loss: From (outputs, targets) to the mean over the samples; ``None`` takes the model's own ``output.loss``.
+        micro_batch: Samples a forward and backward pass; a batch's gradient is the mean over its parts.
+        seed: Of dropout and the like, the same for every selection.
+        progress: Told of every pass.
+    """
+
+    armed: Armed
+    head: Collection[nn.Parameter]
+    selections: tuple[Selection, ...]
+    loss: Loss | None = None
+    micro_batch: int | None = None
+    seed: int = 0
+    progress: Progress | None = field(default=None, compare=False)
+
+    def mean(self, batches: Iterable[Any], reduce: Reduce, *, single_samples: bool = False) -> Means:
+        """Average ``reduce`` of every channel's gradient over the batches.
+
+        Args:
+            batches: Pairs (inputs, targets), or mappings that the model computes a loss from; each is looked
+                at once, and none is kept.
+            reduce: What is averaged.
+            single_samples: Take every sample for a batch of its own.
+
+        """
+        sums = {layer.name: np.zeros(layer.channels) for layer in self.armed.table}
+        device = next(iter(self.armed.model.parameters())).device
+        done = count = given = 0
+        with _put_aside(self.armed, self.head):
+            for batch in batches:
+                given += 1
+                for one in (part for part, _ in parts_of(batch, 1)) if single_samples else (batch,):
+                    for selection in self.selections:
+                        self.armed.select(selection)
+                        self._backward(one, self.seed + count, device)
+                        for name, channels in selection.items():
+                            sums[name][channels] += self._reduced(name, reduce)
+                        done += 1
+                        if self.progress is not None:
+                            self.progress(done, given)
+                    count += 1
+        return Means({name: values / max(count, 1) for name, values in sums.items()}, given)
+
+    def _backward(self, batch: Any, seed: int, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for part, share in parts_of(batch, self.micro_batch):
+                value = loss_of(self.armed.model, part, self.loss)
+                with torch.autocast(device.type, enabled=False):
+                    (value if share == 1.0 else value * share).backward()
+
+    def _reduced(self, name: str, reduce: Reduce) -> Floats:
+        compact = self.armed.layers[name].compact
+        gradient, compact.grad = compact.grad, None
+        if gradient is None:
+            return np.zeros(len(compact))
+        rows = max(1, _ROW_BYTES // max(gradient[0].nbytes, 1))  # in parts: float64 copies stay small
+        parts = zip(compact.detach().split(rows), gradient.split(rows), strict=True)
+        return torch.cat([reduce(w.flatten(1), g.flatten(1)) for w, g in parts]).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Means:
+    """Averages over batches: one number a channel of every layer, and the number of batches."""
+
+    values: Mapping[str, Floats]
+    batches: int
+
+
+def squared_norm(weights: Tensor, gradient: Tensor) -> Tensor:
+    """‖∂L/∂W[:, c]‖₂² of each channel."""
+    return gradient.double().square_().sum(1)
+
+
+@contextmanager
+def _put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
+    """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
+    selection, callbacks = Selection(armed.channels), list(armed.on_gradient)
+    compacts = [layer.compact for layer in armed.layers.values()]
+    gradients = [(p, p.grad) for p in (*compacts, *armed.model.parameters())]
+    flags = [(p, p.requires_grad) for p in head]
+    try:
+        armed.on_gradient.clear()
+        for compact in compacts:  # a sweep over the very channels that train would add to their gradient
+            compact.grad = None
+        for parameter in head:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for compact in compacts:
+            compact.grad = None
+        armed.select(selection)
+        armed.on_gradient.extend(callbacks)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+    """Run a batch forward.
 
     Raises:
-        BudgetError: Not a single channel fits in the budget.
-        ModelError: There is no batch, or no loss.
+        ModelError: There is no loss to be had.
 
     """
-    data = list(batches)
-    if not data:
-        raise ModelError("there is no batch to rank on; pass at least one (inputs, targets) pair")
-    inputs = _split(data[0])[0]
-    examined = examine(model, inputs, head=head)
-    table = examined.table
-    selections = list(_sweeps(table, _fits(model, inputs, table, examined.head, budget)))
-    squared = {layer.name: np.zeros(layer.channels) for layer in table}
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    armed = Armed(model, examined)
-    now: dict[str, Tensor] = {}
-
-    def arrived(name: str, compact: nn.Parameter) -> None:
-        if compact.grad is not None:
-            now[name] = compact.grad.detach().flatten(1).double().square().sum(1)
-            compact.grad = None
-
-    armed.on_gradient.append(arrived)
-    devices = sorted({t.device for t in model.parameters() if t.device.type == "cuda"}, key=str)
-    try:
-        for number, selection in enumerate(selections):
-            armed.select(selection)
-            for index, batch in enumerate(data):
-                now.clear()
-                with torch.random.fork_rng(devices=devices):
-                    torch.manual_seed(seed + index)
-                    _loss(model, batch, loss).backward()
-                for parameter in examined.head_parameters.values():
-                    parameter.grad = None
-                for name, norms in now.items():
-                    squared[name][selection[name]] += norms.cpu().numpy() / len(data)
-                if progress is not None:
-                    progress(number * len(data) + index + 1, len(selections) * len(data))
-    finally:
-        armed.select(Selection())
-        armed.disarm()
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-    return LayerRanking(
-        scores={layer.name: layer_score(squared[layer.name], layer, metric) for layer in table},
-        metric=metric,
-        source="measured",
-        structure=structure_digest(table),
-        channels={layer.name: tuple(channel_scores(squared[layer.name], layer, metric).tolist()) for layer in table},
-        batches=len(data),
-        elements={layer.name: layer.elements for layer in table},
-    )
-
-
-def _split(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a batch; a mapping is all input."""
-    if hasattr(batch, "keys"):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise ModelError(
-        f"a batch to rank on is a pair (inputs, targets) or a mapping with labels; this one is a {type(batch).__name__}"
-    )
-
-
-def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
-    inputs, targets = _split(batch)
+    inputs, targets = split(batch)
     args, kwargs = as_arguments(inputs)
     output = model(*args, **kwargs)
     if loss is not None:
@@ -127,37 +158,24 @@ def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | Non
     return own
 
 
-def _fits(
-    model: nn.Module, inputs: Any, table: ChannelTable, head: Sequence[str], budget: str | Budget | None
-) -> Callable[[Selection], bool]:
-    if budget is None:
-        return lambda selection: True
-    asked = parse_budget(budget)
-    if asked.scope is Scope.PEAK:
-        timeline = step_timeline(model, inputs, layers=table.names, head=head)
-        least = timeline.least_bytes
-        amount = timeline.predicted_peak
-    else:
-        update = asked.scope is Scope.UPDATE
-        least = min(_amount(table, layer, update) for layer in table)
-
-        def amount(selection: Selection, state_copies: int = 0) -> int:
-            cost = cost_of(table, selection, state_copies)
-            return cost.update_bytes if update else cost.elements
-
-    if asked.amount < least:
-        raise below_least(asked, least)
-    return lambda selection: amount(selection) <= asked.amount
+def split(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch; a mapping is all input."""
+    if hasattr(batch, "keys"):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ModelError(
+        f"a batch to measure on is a pair (inputs, targets) or a mapping with labels; this one is a "
+        f"{type(batch).__name__}"
+    )
 
 
-def _amount(table: ChannelTable, layer: Layer, update: bool) -> int:
-    cost = cost_of(table, Selection({layer.name: np.zeros(1, dtype=np.int64)}))
-    return cost.update_bytes if update else cost.elements
+def cut(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[Selection]:
+    """Cut all channels, in order of execution, into selections that fit, each as long as it can be.
 
-
-def _sweeps(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[Selection]:
-    """Cut all channels, in order of execution, into selections that fit, each as long as it can be."""
-    current: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+    A layer of which not one channel fits is left out.
+    """
+    current: dict[str, Channels] = {}
     for layer in table:
         start = 0
         while start < layer.channels:
@@ -165,11 +183,8 @@ def _sweeps(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[
             if count:
                 current = dict(_with(current, layer, start, count).channels)
                 start += count
-            elif current:
-                yield Selection(current)
-                current = {}
-            else:
-                raise ModelError(f"a channel of {layer.name} alone does not fit in the budget")
+            elif not current:
+                break
             if start < layer.channels and current:
                 yield Selection(current)
                 current = {}
@@ -177,7 +192,7 @@ def _sweeps(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[
         yield Selection(current)
 
 
-def _with(current: dict[str, Any], layer: Layer, start: int, count: int) -> Selection:
+def _with(current: Mapping[str, Channels], layer: Layer, start: int, count: int) -> Selection:
     return Selection({**current, layer.name: np.arange(start, start + count)})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,14 +21,17 @@ from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.errors import BudgetError, CheckpointError, StateError
 from trady.examine import Examined
+from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
+from trady.observing import PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
-from trady.policies import Policy
+from trady.policies import Evidence, Policy
 from trady.priors import Known
 from trady.ranking import LayerRanking, structure_digest
+from trady.sweeps import Sweeper
 
 FORMAT, VERSION = "trady-tuner", 1
 
@@ -129,8 +132,13 @@ class Tuner:
         self._norms: dict[str, Any] = {}
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._selection = Selection()
+        self._observed = Observed(drawing.policy.name, drawing.needs)
         self._armed.on_gradient.append(self._gradient_arrived)
-        self._apply(selection)
+        if drawing.needs:
+            if not needs_batches(drawing.needs) and not any(p.is_meta for p in model.parameters()):
+                self.observe(())
+        else:
+            self._apply(selection)
 
     # -- what trains ---------------------------------------------------------------------------------
 
@@ -216,8 +224,74 @@ class Tuner:
             optimizer.take(armed.compact for armed in self._armed.layers.values())
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        self._apply(self._drawing.draw(self._epoch, self._redraw))
+        self._apply(self._draw())
         return optimizer
+
+    @property
+    def observation_due(self) -> bool:
+        """Whether the policy wants something measured before the next epoch is drawn: :meth:`observe`."""
+        return self._observed.due
+
+    def observe(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Evidence | None:
+        """Measure what the policy draws from, inside the budget; the next :meth:`resample` uses it.
+
+        The channels are measured in as many sweeps over a batch as the budget asks for. No weight, gradient,
+        optimizer state or random number changes, and the selection stays; only where none was drawn yet for lack
+        of evidence, it is drawn now. A policy that measures nothing, or has measured once and for all, looks at
+        no batch. Over several processes the measurements are averaged.
+
+        Args:
+            batches: Pairs ``(inputs, targets)``, or mappings that the model itself computes a loss from; each is
+                looked at once, none is kept.
+            loss: ``loss(outputs, targets)``, the mean over the samples; ``None`` takes the model's own
+                ``output.loss``.
+            progress: Called with (passes done, passes of the batches so far).
+
+        Returns:
+            All that is measured so far; ``None`` for a policy that measures nothing.
+
+        Raises:
+            StateError: The tuner is finished, or there is no batch.
+            BudgetError: Not one channel fits in what the optimizer's state leaves.
+            ModelError: There is no loss.
+
+        """
+        self._check_alive("observe")
+        observed, drawing = self._observed, self._drawing
+        if not drawing.needs or (observed.evidence is not None and not drawing.needs.each_epoch):
+            return observed.evidence
+        first = observed.evidence is None
+        bench = Bench(self._armed, lambda: self._sweeper(loss, progress), batches, loss, observed.evidence)
+        observed.evidence, observed.epoch = gather_evidence(drawing.needs, bench), None
+        drawing.evidence = observed.evidence
+        if first:
+            self._apply(self._draw())
+        return observed.evidence
+
+    def _sweeper(
+        self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None
+    ) -> Sweeper:
+        return Sweeper(
+            self._armed,
+            tuple(self._examined.head_parameters.values()),
+            self._drawing.sweeps(self._selection),
+            loss,
+            self._drawing.micro_batch,
+            self._drawing.seed,
+            progress,
+        )
+
+    def _draw(self) -> Selection:
+        """The channels of now; none while the policy has nothing to draw from."""
+        if self._drawing.lacks_evidence:
+            return Selection()
+        return self._drawing.draw(self._epoch, self._redraw)
 
     def resample(self, epoch: int) -> Selection:
         """Draw the channels of an epoch.
@@ -229,10 +303,11 @@ class Tuner:
             epoch: From 0.
 
         Raises:
-            StateError: The tuner is finished.
+            StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
 
         """
         self._check_alive("resample")
+        self._observed.draw_for(epoch)
         if epoch > 0:
             self._drawing.settle()
         self._epoch, self._redraw = epoch, 0
@@ -269,6 +344,7 @@ class Tuner:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_alive("step the optimizer")
+        self._observed.check_present("step the optimizer")
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -356,12 +432,13 @@ class Tuner:
         """
         online, ranking = self._drawing.online, self._drawing.ranking
         return {
-            "tensors": self.delta(),
+            "tensors": {**self.delta(), **self._observed.tensors()},
             "meta": {
                 "format": FORMAT,
                 "version": VERSION,
                 "structure": structure_digest(self._examined.table),
                 "policy": self._drawing.policy.name,
+                "policy_options": self._drawing.options,
                 "seed": self._drawing.seed,
                 "epoch": self._epoch,
                 "redraw": self._redraw,
@@ -371,6 +448,7 @@ class Tuner:
                 "selection": self._selection.to_json(),
                 "ranking": None if ranking is None else ranking.to_json(),
                 "online": None if online is None else online.to_json(),
+                "observed": self._observed.meta(),
             },
         }
 
@@ -386,15 +464,19 @@ class Tuner:
         """
         self._check_alive("load a state")
         meta = _checked_meta(state)
-        found = (meta["structure"], meta["policy"], meta["seed"])
-        expected = (structure_digest(self._examined.table), self._drawing.policy.name, self._drawing.seed)
-        for what, given, wanted in zip(("model structure", "policy", "seed"), found, expected, strict=True):
+        drawing = self._drawing
+        for what, given, wanted in (
+            ("model structure", meta["structure"], structure_digest(self._examined.table)),
+            ("policy", meta["policy"], drawing.policy.name),
+            ("policy options", meta.get("policy_options", ""), drawing.options),
+            ("seed", meta["seed"], drawing.seed),
+        ):
             if given != wanted:
                 raise CheckpointError(
                     f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
                 )
         try:
-            drawing, selection = self._drawing, Selection(meta["selection"])
+            selection = Selection(meta["selection"])
             for name, channels in selection.items():
                 if not 0 <= channels[0] <= channels[-1] < drawing.table[name].channels:
                     raise ValueError(f"channel {channels[-1]} of {name}")
@@ -402,16 +484,23 @@ class Tuner:
             online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
             pool = tuple(drawing.table[name].name for name in meta["pool"])
             numbers = [int(meta[key]) for key in ("epoch", "redraw", "steps", "state_copies")]
+            evidence, observed_epoch = self._observed.read(meta.get("observed"), state["tensors"])
+            if evidence is not None:
+                check_layers(evidence, drawing.table)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
         self._armed.select(Selection())
         try:
-            touched = load_changed_tensors(self.model, state["tensors"])
+            changed = {name: t for name, t in state["tensors"].items() if not name.startswith(PREFIX)}
+            touched = load_changed_tensors(self.model, changed)
         except CheckpointError:
             self._armed.select(self._selection)
             raise
         drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
         self._epoch, self._redraw, self._steps, drawing.state_copies = numbers
+        if evidence is not None:
+            self._observed.evidence, self._observed.epoch = evidence, observed_epoch
+            drawing.evidence = evidence
         by_parameter = {layer.parameter: layer.name for layer in drawing.table}
         self._touched = {by_parameter[name]: channels for name, channels in touched.items() if name in by_parameter}
         self._apply(selection)

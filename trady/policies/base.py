@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from trady.channels import ChannelTable, Selection
+from trady.policies.evidence import Evidence, Values
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Draw:
         seed: Seed of the run.
         epoch: Epoch that the selection is for, from 0.
         redraw: Counts the draws inside one epoch (online ranking), from 0.
+        evidence: What was measured for the policy; ``None`` for one that has no :class:`~trady.policies.Needs`.
     """
 
     table: ChannelTable
@@ -29,11 +31,27 @@ class Draw:
     seed: int
     epoch: int
     redraw: int = 0
+    evidence: Evidence | None = None
+
+    def measured(self, kind: str) -> Values:
+        """Layer name to the measured values of its channels.
+
+        Raises:
+            PolicyError: Nothing of that kind was measured.
+
+        """
+        return (self.evidence or Evidence())[kind]
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """A rule that says where to update."""
+    """A rule that says where to update.
+
+    Optional are the attribute ``needs`` (:class:`~trady.policies.Needs`), what it wants measured before it draws;
+    ``whole`` (true: its selection cannot be made smaller, it raises ``BudgetError`` instead); ``options``, what an
+    instance was made with as text, so that a run is not resumed with others; and the method ``typical(draw)``, a
+    selection to account for in a plan while nothing is measured (by default channels drawn uniformly in the pool).
+    """
 
     name: str
     uses_ranking: bool

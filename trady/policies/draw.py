@@ -5,6 +5,7 @@ from __future__ import annotations
 from trady.channels import Selection
 from trady.errors import PolicyError
 from trady.policies.base import Draw, Policy
+from trady.policies.uniform import draw_uniformly
 
 
 def draw_selection(policy: Policy, draw: Draw) -> Selection:
@@ -15,7 +16,21 @@ def draw_selection(policy: Policy, draw: Draw) -> Selection:
             model lacks, or costs more than the draw's capacity; names the policy and the layer.
         BudgetError: From a policy that cannot do with the capacity, such as ``full``.
     """
-    selection = policy.select(draw)
+    return _checked(policy, draw, policy.select(draw))
+
+
+def typical_selection(policy: Policy, draw: Draw) -> Selection:
+    """A selection of the size that the policy's own will have, while nothing is measured: for plans.
+
+    Errors are those of :func:`draw_selection`.
+    """
+    typical = getattr(policy, "typical", None)
+    if typical is None:
+        return draw_uniformly(draw, draw.pool, once=False)
+    return _checked(policy, draw, typical(draw))
+
+
+def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
     if not isinstance(selection, Selection):
         raise PolicyError(
             f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.Selection"

@@ -17,6 +17,7 @@ class Head:
 
     name = "head"
     uses_ranking = False
+    whole = True
 
     def select(self, draw: Draw) -> Selection:
         """Select no channel."""
@@ -29,6 +30,7 @@ class Full:
 
     name = "full"
     uses_ranking = False
+    whole = True
 
     def select(self, draw: Draw) -> Selection:
         """Select every channel.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from trady.channels import Layer, Selection
 from trady.errors import PolicyError
 from trady.policies.base import Draw
+from trady.policies.evidence import Values
 
 Integers = npt.NDArray[np.int64]
 
@@ -105,3 +106,23 @@ def fill_selection(draw: Draw, layers: Sequence[Layer], order: Integers) -> Sele
             for layer, end in zip(layers, ends.tolist(), strict=True)
         }
     )
+
+
+def fill_by_score(draw: Draw, layers: Sequence[Layer], scores: Values) -> Selection:
+    """Fill the draw's capacity with the channels of the highest scores.
+
+    Args:
+        draw: Gives the capacity and the costs.
+        layers: Where channels may be taken.
+        scores: One score a channel of each of these layers. Equal scores keep the order of execution; what is
+            not a number comes last.
+
+    Raises:
+        PolicyError: A layer has no scores, or not one for each channel.
+    """
+    for layer in layers:
+        if layer.name not in scores or scores[layer.name].shape != (layer.channels,):
+            raise PolicyError(f"layer {layer.name!r} has {layer.channels} channels, and not one score for each")
+    flat = np.concatenate([scores[layer.name] for layer in layers]) if layers else np.empty(0)
+    order = np.argsort(np.where(np.isnan(flat), np.inf, -flat), kind="stable")
+    return fill_selection(draw, layers, order.astype(np.int64, copy=False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+import numpy.typing as npt
 
 from trady.channels import Selection
 from trady.errors import PolicyError
@@ -17,11 +18,11 @@ from trady.policies.fill import Integers, fill_selection, layers_in_order
 from trady.policies.registry import register_policy
 
 
-def shuffled(count: int, seed: int, epoch: int, redraw: int) -> Integers:
-    """A uniformly random order of ``range(count)`` that depends on the arguments alone.
+def random_bits(count: int, seed: int, epoch: int, redraw: int) -> npt.NDArray[np.uint64]:
+    """64 random bits a channel, ``[count]``, that depend on the arguments alone.
 
-    It sorts the raw bits of PCG64, which NumPy guarantees not to change between versions
-    (``Generator.permutation`` may change), so a run resumes on another machine as it began.
+    They are the raw output of PCG64, which NumPy guarantees not to change between versions (the methods of
+    ``Generator`` may change), so a run resumes on another machine as it began.
 
     Raises:
         PolicyError: When the seed is not in 0 … 2**64 - 1, or epoch or redraw not in 0 … 2**32 - 1.
@@ -33,8 +34,12 @@ def shuffled(count: int, seed: int, epoch: int, redraw: int) -> Integers:
         )
     # One word each: numbers of varying length would let one draw's seed be another draw's epoch.
     words = [seed & 0xFFFFFFFF, seed >> 32, epoch, redraw]
-    bits = np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
-    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+    return np.asarray(np.random.PCG64(np.random.SeedSequence(words)).random_raw(count), dtype=np.uint64)
+
+
+def shuffled(count: int, seed: int, epoch: int, redraw: int) -> Integers:
+    """A uniformly random order of ``range(count)``: that of :func:`random_bits`, whose errors are its own."""
+    return np.argsort(random_bits(count, seed, epoch, redraw), kind="stable").astype(np.int64, copy=False)
 
 
 def draw_uniformly(draw: Draw, names: Collection[str], *, once: bool) -> Selection:

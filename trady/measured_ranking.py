@@ -1,0 +1,124 @@
+"""The ranking measured offline: every channel's gradient, in sweeps that each stay inside a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from trady.armed import Armed
+from trady.budget import Budget, Scope, below_least, parse_budget
+from trady.channels import ChannelTable, Layer, Selection
+from trady.errors import ModelError
+from trady.examine import examine
+from trady.plan import cost_of
+from trady.ranking import LayerRanking, Metric, channel_scores, layer_score, structure_digest
+from trady.simulate import step_timeline
+from trady.sweeps import Sweeper, cut, split, squared_norm
+
+
+def rank(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    metric: Metric = "rgn",
+    *,
+    budget: str | Budget | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LayerRanking:
+    """Measure which layers are worth updating: layer RGN of arXiv 2510.19675, section 3.
+
+    For each layer ``RGN = sum_c ||dL/dW[:, c]||^2 / sum_c (C^W_c + C^A_c)``, with the squared norms of the
+    stochastic gradients averaged over the batches. Nothing is updated.
+
+    Args:
+        model: The model, in the mode (train or eval) it is to be ranked in; normalisation stays fixed.
+        batches: Pairs ``(inputs, targets)``, or mappings that the model itself computes a loss from.
+        loss: ``loss(outputs, targets)``; ``None`` takes the model's own ``output.loss``.
+        metric: ``rgn``, or ``norm`` for the gradient norm without reweighting.
+        budget: What one sweep may take (any scope); the channels are then measured in as many sweeps over
+            the batches as that needs, with the same result. ``None`` measures all at once.
+        head: See :func:`trady.prepare`.
+        seed: Seed of dropout and other randomness, the same for every sweep.
+        progress: Called with (steps done, steps in all).
+
+    Returns:
+        The ranking, with the mean RGN of every channel.
+
+    Raises:
+        BudgetError: Not a single channel fits in the budget.
+        ModelError: There is no batch, or no loss, or a layer of which not one channel fits in the budget.
+
+    """
+    data = list(batches)
+    if not data:
+        raise ModelError("there is no batch to rank on; pass at least one (inputs, targets) pair")
+    inputs = split(data[0])[0]
+    examined = examine(model, inputs, head=head)
+    table = examined.table
+    selections = tuple(cut(table, _fits(model, inputs, table, examined.head, budget)))
+    _check_complete(table, selections)
+    steps = len(selections) * len(data)
+    armed = Armed(model, examined)
+    try:
+        squared = (
+            Sweeper(
+                armed,
+                tuple(examined.head_parameters.values()),
+                selections,
+                loss,
+                seed=seed,
+                progress=None if progress is None else lambda done, _: progress(done, steps),
+            )
+            .mean(data, squared_norm)
+            .values
+        )
+    finally:
+        armed.disarm()
+    return LayerRanking(
+        scores={layer.name: layer_score(squared[layer.name], layer, metric) for layer in table},
+        metric=metric,
+        source="measured",
+        structure=structure_digest(table),
+        channels={layer.name: tuple(channel_scores(squared[layer.name], layer, metric).tolist()) for layer in table},
+        batches=len(data),
+        elements={layer.name: layer.elements for layer in table},
+    )
+
+
+def _check_complete(table: ChannelTable, selections: Sequence[Selection]) -> None:
+    covered = {name for selection in selections for name in selection}
+    if missing := [name for name in table.names if name not in covered]:
+        raise ModelError(f"a channel of {missing[0]} alone does not fit in the budget; rank with a larger one")
+
+
+def _fits(
+    model: nn.Module, inputs: Any, table: ChannelTable, head: Sequence[str], budget: str | Budget | None
+) -> Callable[[Selection], bool]:
+    if budget is None:
+        return lambda selection: True
+    asked = parse_budget(budget)
+    if asked.scope is Scope.PEAK:
+        timeline = step_timeline(model, inputs, layers=table.names, head=head)
+        least = timeline.least_bytes
+        amount = timeline.predicted_peak
+    else:
+        update = asked.scope is Scope.UPDATE
+        least = min(_amount(table, layer, update) for layer in table)
+
+        def amount(selection: Selection, state_copies: int = 0) -> int:
+            cost = cost_of(table, selection, state_copies)
+            return cost.update_bytes if update else cost.elements
+
+    if asked.amount < least:
+        raise below_least(asked, least)
+    return lambda selection: amount(selection) <= asked.amount
+
+
+def _amount(table: ChannelTable, layer: Layer, update: bool) -> int:
+    cost = cost_of(table, Selection({layer.name: np.zeros(1, dtype=np.int64)}))
+    return cost.update_bytes if update else cost.elements

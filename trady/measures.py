@@ -1,0 +1,186 @@
+"""What can be measured for a policy, by name. A new measure is one class and one registration.
+
+A policy names the kinds it looks at (:class:`trady.policies.Needs`); ``Tuner.observe`` measures them inside the
+budget, and the next draw has them as :class:`trady.policies.Evidence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trady.armed import Armed
+from trady.errors import PolicyError, StateError
+from trady.ops.selected import channel_major
+from trady.policies.evidence import Evidence, Floats, Needs, Values
+from trady.sweeps import Loss, Sweeper, squared_norm
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measure found.
+
+    Attributes:
+        values: Layer name to one number a channel.
+        carried: Arrays that the same measure wants back next time (``before.carried``), under names that
+            begin with its kind.
+        batches: Batches that it looked at.
+    """
+
+    values: Values
+    carried: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a measure works with.
+
+    Attributes:
+        armed: The armed model.
+        sweeper: Runs batches through it, in sweeps that fit in the budget.
+        batches: Pairs (inputs, targets), or mappings that the model computes a loss from.
+        loss: From (outputs, targets) to a scalar; ``None`` for the model's own.
+        before: What was measured before; ``None`` the first time.
+    """
+
+    armed: Armed
+    sweeper: Callable[[], Sweeper]
+    batches: Iterable[Any]
+    loss: Loss | None
+    before: Evidence | None
+
+
+class Measure(Protocol):
+    """One kind of evidence."""
+
+    #: Whether it looks at data; without, the tuner measures when the model is prepared.
+    needs_batches: bool
+
+    def __call__(self, bench: Bench) -> Measured:
+        """Measure; the model is left as it was found."""
+
+
+_measures: dict[str, Measure] = {}
+
+
+def register_measure(kind: str, measure: Measure) -> None:
+    """Make a measure known.
+
+    Raises:
+        PolicyError: There is one of that name.
+
+    """
+    if kind in _measures:
+        raise PolicyError(f"a measure {kind!r} exists already; choose another name")
+    _measures[kind] = measure
+
+
+def check_needs(needs: Needs) -> None:
+    """Refuse kinds that nothing measures.
+
+    Raises:
+        PolicyError: It lists those that exist.
+
+    """
+    for kind in needs.kinds:
+        if kind not in _measures:
+            raise PolicyError(f"nothing measures {kind!r}; there are {', '.join(sorted(_measures))}")
+
+
+def needs_batches(needs: Needs) -> bool:
+    """Whether any of the kinds looks at data."""
+    check_needs(needs)
+    return any(_measures[kind].needs_batches for kind in needs.kinds)
+
+
+def gather_evidence(needs: Needs, bench: Bench) -> Evidence:
+    """Measure all that a policy needs, the same on every rank.
+
+    Raises:
+        StateError: There was no batch.
+
+    """
+    check_needs(needs)
+    several = sum(_measures[kind].needs_batches for kind in needs.kinds) > 1
+    shared = Bench(bench.armed, bench.sweeper, list(bench.batches), bench.loss, bench.before) if several else bench
+    values: dict[str, Values] = {}
+    carried: dict[str, npt.NDArray[Any]] = {}
+    batches = 0
+    for kind in needs.kinds:
+        found = _measures[kind](shared)
+        if _measures[kind].needs_batches and not found.batches:
+            raise StateError("there is no batch to observe; pass at least one (inputs, targets) pair")
+        values[kind] = {name: _averaged(array) for name, array in found.values.items()}
+        carried.update(found.carried)
+        batches = max(batches, found.batches)
+    return Evidence(values, carried, batches)
+
+
+class SquaredGradients:
+    """``gradients``: mean over the batches of ‖∂L/∂W[:, c]‖₂², the squared norm of a stochastic gradient."""
+
+    needs_batches = True
+
+    def __call__(self, bench: Bench) -> Measured:
+        """Measure in sweeps."""
+        found = bench.sweeper().mean(bench.batches, squared_norm)
+        return Measured(found.values, batches=found.batches)
+
+
+class FisherInformation:
+    """``fisher``: ½ · mean over samples of (Σ_positions a_c · ∂L/∂a_c)², a_c the channel's input activations.
+
+    The activation Fisher information of TinyTrain (arXiv 2307.09988), for the input of a layer instead of its
+    output. A layer is linear in its input, so Σ_positions a_c · ∂L/∂a_c through this layer is ⟨W[:, c], ∂L/∂W[:, c]⟩:
+    the compact gradient of a batch of one sample has it, and no activation gradient is kept.
+    """
+
+    needs_batches = True
+
+    def __call__(self, bench: Bench) -> Measured:
+        """Measure in sweeps, sample by sample."""
+        found = bench.sweeper().mean(bench.batches, _half_squared_inner_product, single_samples=True)
+        return Measured(found.values, batches=found.batches)
+
+
+class WeightNorms:
+    """``weights``: ‖W[:, c]‖₂ of the weights as they are when the model is prepared."""
+
+    needs_batches = False
+
+    def __call__(self, bench: Bench) -> Measured:
+        """Read the weights."""
+        bench.armed.write_back()
+        norms: dict[str, Floats] = {}
+        for layer in bench.armed.table:
+            rows = channel_major(bench.armed.layers[layer.name].weight.detach(), layer.kind, layer.groups)
+            norm = torch.linalg.vector_norm(rows, dim=tuple(range(2, rows.dim())), dtype=torch.float64)
+            norms[layer.name] = norm.flatten().cpu().numpy()
+        return Measured(norms)
+
+
+def _half_squared_inner_product(weights: Tensor, gradient: Tensor) -> Tensor:
+    return (weights.double() * gradient.double()).sum(1).square_().div_(2)
+
+
+def _averaged(array: Floats) -> Floats:
+    """Average over ranks, as gradients are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return array
+    tensor = torch.from_numpy(np.array(array))
+    if torch.distributed.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    torch.distributed.all_reduce(tensor)
+    return tensor.div_(torch.distributed.get_world_size()).cpu().numpy()
+
+
+register_measure("gradients", SquaredGradients())
+register_measure("fisher", FisherInformation())
+register_measure("weights", WeightNorms())

@@ -1,0 +1,133 @@
+"""What a tuner has measured for its policy, what for, and how that goes through a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trady.channels import ChannelTable
+from trady.errors import CheckpointError, StateError
+from trady.policies.evidence import Evidence, Needs
+
+#: Tensors of a state that hold evidence begin with it; no parameter of a model can.
+PREFIX = "@evidence/"
+
+_KINDS, _CARRIED = "kinds", "carried"
+
+
+class Observed:
+    """The evidence of a run and the epoch that was drawn from it.
+
+    Args:
+        policy: Name of the policy, for messages.
+        needs: What it wants measured.
+
+    Attributes:
+        evidence: What was measured; ``None`` before.
+        epoch: The epoch drawn from it; ``None`` while it is fresh.
+    """
+
+    def __init__(self, policy: str, needs: Needs) -> None:
+        self.policy, self.needs = policy, needs
+        self.evidence: Evidence | None = None
+        self.epoch: int | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether something has to be measured before the next epoch is drawn."""
+        if not self.needs:
+            return False
+        return self.evidence is None or (self.needs.each_epoch and self.epoch is not None)
+
+    def check_present(self, wish: str) -> None:
+        """Refuse to go on without evidence.
+
+        Raises:
+            StateError: It says what to call.
+
+        """
+        if self.needs and self.evidence is None:
+            raise StateError(
+                f"cannot {wish}: policy {self.policy!r} draws from measured {_listed(self.needs)}, and nothing was "
+                "measured yet; call tuner.observe(batches, loss) first"
+            )
+
+    def draw_for(self, epoch: int) -> None:
+        """Take the evidence for an epoch.
+
+        Raises:
+            StateError: There is none, or it was for another epoch.
+
+        """
+        self.check_present(f"draw epoch {epoch}")
+        if self.needs.each_epoch and self.epoch not in (None, epoch):
+            raise StateError(
+                f"policy {self.policy!r} draws each epoch from {_listed(self.needs)} measured before it, and these "
+                f"were measured for epoch {self.epoch}; call tuner.observe(batches, loss) before "
+                f"tuner.resample({epoch})"
+            )
+        self.epoch = epoch
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The evidence as tensors, under names that no parameter has."""
+        if self.evidence is None:
+            return {}
+        found = {f"{_CARRIED}/{name}": array for name, array in self.evidence.carried.items()}
+        for kind, layers in self.evidence.items():
+            found.update({f"{_KINDS}/{kind}/{name}": array for name, array in layers.items()})
+        return {PREFIX + name: torch.from_numpy(np.array(array)) for name, array in found.items()}
+
+    def meta(self) -> dict[str, Any] | None:
+        """What :meth:`load` needs beside the tensors, as JSON values."""
+        if self.evidence is None:
+            return None
+        return {"kinds": list(self.evidence), "batches": self.evidence.batches, "epoch": self.epoch}
+
+    def read(self, meta: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> tuple[Evidence | None, int | None]:
+        """Read what :meth:`meta` and :meth:`tensors` gave.
+
+        Raises:
+            CheckpointError: It is damaged, or of a policy that measures something else.
+
+        """
+        if meta is None:
+            return None, None
+        if tuple(meta["kinds"]) != self.needs.kinds:
+            raise CheckpointError(
+                f"the checkpoint has measured {', '.join(meta['kinds'])}, and policy {self.policy!r} draws from "
+                f"{_listed(self.needs)}; start a new run for it"
+            )
+        values: dict[str, dict[str, Any]] = {kind: {} for kind in self.needs.kinds}
+        carried = {}
+        for key, tensor in tensors.items():
+            if not key.startswith(PREFIX):
+                continue
+            part, _, rest = key.removeprefix(PREFIX).partition("/")
+            if part == _CARRIED:
+                carried[rest] = tensor.numpy()
+            else:
+                kind, _, name = rest.partition("/")
+                values[kind][name] = tensor.numpy()
+        epoch = meta["epoch"]
+        return Evidence(values, carried, int(meta["batches"])), None if epoch is None else int(epoch)
+
+
+def check_layers(evidence: Evidence, table: ChannelTable) -> None:
+    """Refuse evidence that lacks a layer.
+
+    Raises:
+        CheckpointError: It names the layer.
+
+    """
+    for kind, layers in evidence.items():
+        for name in table.names:
+            if name not in layers or layers[name].ndim != 1:
+                raise CheckpointError(f"the checkpoint is damaged: it lacks measured {kind} of {name}")
+
+
+def _listed(needs: Needs) -> str:
+    return " and ".join(needs.kinds)
