@@ -1,0 +1,185 @@
+"""The folder of a study: what lies where. Every file is either whole or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trady.channels import ChannelTable, Layer
+from trady.errors import ModelError, StateError
+from trady.study.settings import StudySettings
+from trady.training.files import write_json
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One epoch of one run.
+
+    Attributes:
+        dataset: Short name of the data set.
+        seed: Of the run.
+        epoch: From 0.
+    """
+
+    dataset: str
+    seed: int
+    epoch: int
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.dataset}-seed{self.seed}-epoch{self.epoch}"
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, seed {self.seed}, epoch {self.epoch + 1}"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths of a study, under one folder."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What the runs were made with."""
+        return self.path / "settings.json"
+
+    @property
+    def table(self) -> Path:
+        """The layers and their costs."""
+        return self.path / "layers.json"
+
+    @property
+    def statistics(self) -> Path:
+        """What came out; written last."""
+        return self.path / "study.json"
+
+    @property
+    def page(self) -> Path:
+        """The page with all figures."""
+        return self.path / "index.html"
+
+    @property
+    def figures(self) -> Path:
+        """Each figure as SVG and PNG."""
+        return self.path / "figures"
+
+    def run(self, dataset: str, seed: int) -> Path:
+        """Folder of one run: metrics, and its checkpoint while it lasts."""
+        return self.path / "runs" / f"{dataset}-seed{seed}"
+
+    def norms(self, unit: Unit) -> Path:
+        """Norms of every channel, layer and recorded step."""
+        return self.path / "norms" / f"{unit.name}.parquet"
+
+    def noise(self, unit: Unit) -> Path:
+        """Tails of the gradient noise, layer by layer."""
+        return self.path / "noise" / f"{unit.name}.parquet"
+
+    def has(self, unit: Unit) -> bool:
+        """Whether an epoch is recorded."""
+        return self.norms(unit).exists() and self.noise(unit).exists()
+
+    def begin(self, settings: StudySettings) -> None:
+        """Make the folder, or make sure that it is of a study with the same settings.
+
+        Raises:
+            StateError: It is not.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise StateError(f"{self.path} is a file; name a folder for the study")
+        if self.settings.exists():
+            settings.check_same(self.load_settings(), str(self.path))
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise StateError(f"{self.path} holds something that is no study; name another folder by --out")
+        for part in ("runs", "norms", "noise"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        write_json(self.settings, settings.to_json())
+
+    def load_settings(self) -> StudySettings:
+        """Read the settings.
+
+        Raises:
+            StateError: There is no study here.
+        """
+        return StudySettings.from_json(_read(self.settings, self.path), str(self.path))
+
+    def keep_table(self, table: ChannelTable) -> None:
+        """Write the layers, or make sure that they are the ones of the runs before.
+
+        Raises:
+            ModelError: They are not.
+        """
+        layers = table_to_json(table)
+        if not self.table.exists():
+            write_json(self.table, layers)
+            return
+        if _read(self.table, self.path) != json.loads(json.dumps(layers)):
+            raise ModelError(
+                f"the model's layers are not those of the runs in {self.path}; all runs of a study need the same model "
+                "and image size"
+            )
+
+    def load_table(self) -> ChannelTable:
+        """Read the layers.
+
+        Raises:
+            StateError: Nothing was recorded here.
+        """
+        data = _read(self.table, self.path)
+        try:
+            return ChannelTable(tuple(_layer(layer) for layer in data["layers"]), batch=int(data["batch"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{self.table} is damaged ({error}); record the study again") from error
+
+    def units(self, epochs: int) -> tuple[Unit, ...]:
+        """Return the epochs of the runs that are finished, in order.
+
+        Raises:
+            StateError: There is none.
+        """
+        runs: list[tuple[str, int]] = []
+        for result in sorted((self.path / "runs").glob("*/result.json")):
+            dataset, _, seed = result.parent.name.rpartition("-seed")
+            runs.append((dataset, int(seed)))
+        units = tuple(Unit(dataset, seed, epoch) for dataset, seed in sorted(runs) for epoch in range(epochs))
+        if not units:
+            raise StateError(f"no run of the study in {self.path} is finished; go on with trady study MODEL DATASET …")
+        if missing := [unit for unit in units if not self.has(unit)]:
+            raise StateError(
+                f"{self.path} lacks the records of {missing[0]}; remove that run's folder and run it again"
+            )
+        return units
+
+
+def table_to_json(table: ChannelTable) -> dict[str, Any]:
+    """Return the layers as plain values."""
+    return {"layers": [asdict(layer) for layer in table], "batch": table.batch}
+
+
+def _layer(values: dict[str, Any]) -> Layer:
+    def shapes(given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(shape) for shape in given)
+
+    return Layer(
+        **{
+            **values,
+            "weight_shape": tuple(values["weight_shape"]),
+            "input_shapes": shapes(values["input_shapes"]),
+            "output_shapes": shapes(values["output_shapes"]),
+        }
+    )
+
+
+def _read(path: Path, study: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StateError(f"there is no study in {study}: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StateError(f"{path} cannot be read ({error})") from error

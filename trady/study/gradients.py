@@ -1,0 +1,79 @@
+"""Where a study sees the gradient of every input channel: in plain PyTorch's own, or in sweeps inside a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trady.channels import Channels, ChannelTable
+from trady.ops.selected import channel_major
+from trady.training.batch import Loss, forward, split_batch
+from trady.training.randomness import own_randomness
+
+#: Shown a layer's name, its channels ``[n]`` and their gradient ``[n, weight elements of a channel]``.
+See = Callable[[str, Channels, Tensor], None]
+
+
+class GradientSource(Protocol):
+    """Shows the gradient of every channel, layer by layer, without changing the training."""
+
+    def during(self, batch: Any, see: See) -> AbstractContextManager[None]:
+        """Show the gradients of a training step on ``batch``, which runs inside the context."""
+
+    def measure(self, batch: Any, see: See, seed: int) -> None:
+        """Show the gradients of a batch with the weights as they are; ``seed`` is that of dropout and its like."""
+
+
+class PlainGradients:
+    """Gradients of a model whose weights all train: a training step computes them anyway.
+
+    Args:
+        model: The model, every weight of the table requiring a gradient.
+        table: Its layers.
+        loss: From (output, labels) to a scalar.
+    """
+
+    def __init__(self, model: nn.Module, table: ChannelTable, loss: Loss) -> None:
+        self._model, self._loss = model, loss
+        self._see: See | None = None
+        for layer in table:
+            everything = np.arange(layer.channels)
+            weight = model.get_parameter(layer.parameter)
+
+            def arrived(
+                weight: Tensor, name: str = layer.name, channels: Channels = everything, kind: str = layer.kind,
+                groups: int = layer.groups,
+            ) -> None:  # fmt: skip
+                if self._see is not None and weight.grad is not None:
+                    rows = channel_major(weight.grad.detach(), kind, groups).flatten(0, 1).flatten(1)
+                    self._see(name, channels, rows)
+
+            weight.register_post_accumulate_grad_hook(arrived)
+
+    @contextmanager
+    def during(self, batch: Any, see: See) -> Iterator[None]:
+        """Look at the gradients as they arrive, before they are clipped."""
+        self._see = see
+        try:
+            yield
+        finally:
+            self._see = None
+
+    def measure(self, batch: Any, see: See, seed: int) -> None:
+        """Run one forward and backward pass; the model's own gradients are put aside."""
+        kept = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        try:
+            for parameter, _ in kept:
+                parameter.grad = None
+            inputs, labels = split_batch(batch)
+            with own_randomness(), self.during(batch, see):
+                torch.manual_seed(seed)
+                self._loss(forward(self._model, inputs), labels).backward()
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient

@@ -1,0 +1,157 @@
+"""Observation 3: which channels matter depends on the task."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from trady.errors import TrainingError
+from trady.ranking import Floats
+from trady.study.folder import Unit
+from trady.study.records import Records
+
+#: Share of false ones among the rejections that is allowed for.
+FALSE_DISCOVERIES = 0.05
+
+
+@dataclass(frozen=True)
+class LayerTest:
+    """Welch's t-tests of the channels of one layer.
+
+    Attributes:
+        layer: Its name.
+        channels: Number of channels tested: those with a gradient on either side.
+        rejected: Share of them whose mean norm differs.
+        rejected_shares: Share of them whose mean share of the layer's norm differs.
+    """
+
+    layer: str
+    channels: int
+    rejected: float
+    rejected_shares: float
+
+
+@dataclass(frozen=True)
+class TaskTest:
+    """Welch's t-tests of equal means between two recordings, one a channel (arXiv 2510.19675, section 3).
+
+    A channel's samples are the recorded steps of a run. Two quantities are tested: the norm ‖∂L/∂W[:, c]‖₂ itself,
+    which also differs where one task has larger gradients throughout, and its share of the layer's norm, which does
+    not. P-values are corrected over all channels of the model (Benjamini and Hochberg 1995); rejected are those at a
+    false discovery rate of 5 %.
+
+    Attributes:
+        kind: ``tasks`` (two data sets, same seed), or the control ``seeds`` (same data set, two seeds).
+        left: One side.
+        right: The other.
+        steps: Recorded steps on each side.
+        channels: Number of channels tested.
+        rejected: Share of them whose mean norm differs.
+        rejected_shares: Share of them whose mean share of the layer's norm differs.
+        layers_rejected: Share of layers in which the means of more than half of the channels differ, by their shares.
+        layers: Layer by layer.
+    """
+
+    kind: str
+    left: str
+    right: str
+    steps: tuple[int, int]
+    channels: int
+    rejected: float
+    rejected_shares: float
+    layers_rejected: float
+    layers: tuple[LayerTest, ...]
+
+
+def importance(records: Records) -> tuple[TaskTest, ...]:
+    """Test every pair of data sets under each seed, and every pair of seeds on each data set.
+
+    Raises:
+        TrainingError: scipy is not installed.
+    """
+    found = []
+    for (dataset, seed), (other, other_seed) in combinations(records.runs, 2):
+        left, right = records.of(dataset, seed), records.of(other, other_seed)
+        if dataset != other and seed == other_seed:
+            found.append(_test(records, "tasks", f"{dataset}, seed {seed}", f"{other}, seed {seed}", left, right))
+        elif dataset == other:
+            found.append(
+                _test(records, "seeds", f"{dataset}, seed {seed}", f"{dataset}, seed {other_seed}", left, right)
+            )
+    return tuple(test for test in found if test is not None)
+
+
+def _test(
+    records: Records, kind: str, name: str, other: str, left: Sequence[Unit], right: Sequence[Unit]
+) -> TaskTest | None:
+    raw: list[Floats] = []
+    relative: list[Floats] = []
+    names: list[str] = []
+    steps = (0, 0)
+    for layer in records.table:
+        a, b = (np.sqrt(records.steps(units, layer.name)) for units in (left, right))
+        steps = (len(a), len(b))
+        alive = a.any(0) | b.any(0)
+        if min(steps) < 2 or not alive.any():
+            continue
+        names.append(layer.name)
+        raw.append(welch(a[:, alive], b[:, alive]))
+        relative.append(welch(_shares(a)[:, alive], _shares(b)[:, alive]))
+    if not names:
+        return None
+    ends = np.cumsum([len(values) for values in raw])[:-1]
+    by_layer, by_layer_relative = (np.split(discoveries(np.concatenate(values)), ends) for values in (raw, relative))
+    layers = tuple(
+        LayerTest(layer, len(one), float(one.mean()), float(two.mean()))
+        for layer, one, two in zip(names, by_layer, by_layer_relative, strict=True)
+    )
+    return TaskTest(
+        kind=kind,
+        left=name,
+        right=other,
+        steps=steps,
+        channels=sum(map(len, raw)),
+        rejected=float(np.concatenate(by_layer).mean()),
+        rejected_shares=float(np.concatenate(by_layer_relative).mean()),
+        layers_rejected=float(np.mean([layer.rejected_shares > 0.5 for layer in layers])),
+        layers=layers,
+    )
+
+
+def welch(left: Floats, right: Floats) -> Floats:
+    """Two-sided p-values of Welch's t-test, column by column of [steps, channels]; 1 where neither side varies."""
+    stats = _scipy_stats()
+    varies = (left.std(0) > 0) | (right.std(0) > 0)
+    p = np.ones(left.shape[1])
+    if varies.any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of channels that hardly vary, whose p-value is as good as it can be
+            p[varies] = stats.ttest_ind(left[:, varies], right[:, varies], equal_var=False).pvalue
+    constant = ~varies & (left[0] != right[0])
+    p[constant] = 0.0
+    return p
+
+
+def discoveries(p: Floats) -> Floats:
+    """1 where equality is rejected at the false discovery rate, 0 elsewhere (Benjamini and Hochberg 1995)."""
+    adjusted: Floats = _scipy_stats().false_discovery_control(p)
+    return (adjusted < FALSE_DISCOVERIES).astype(np.float64)
+
+
+def _shares(norms: Floats) -> Floats:
+    """Each channel's share of the layer's norm, step by step."""
+    whole = np.sqrt(np.square(norms).sum(1, keepdims=True))
+    return norms / np.where(whole > 0, whole, 1)
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError:
+        raise TrainingError('t-tests need an extra: pip install "trady[study]"') from None
+    return stats

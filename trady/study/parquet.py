@@ -1,0 +1,141 @@
+"""Records as Parquet: one file an epoch for the norms, one for the noise.
+
+``norms``: one row a step and layer, ``squared_norms`` a list with one number an input channel.
+``noise``: one row a layer, the fields of :class:`trady.study.noise.LayerNoise`.
+Both begin with ``dataset``, ``seed`` and ``epoch``, so that any reader takes all files of a folder together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trady.errors import StateError
+from trady.study.estimate import Estimate
+from trady.study.folder import Unit
+from trady.study.noise import LayerNoise
+from trady.study.power_laws import Comparison, PowerLaw
+from trady.study.recorder import EpochRecord
+from trady.training.files import write_whole
+
+_ESTIMATE = pa.struct([("value", pa.float64()), ("low", pa.float64()), ("high", pa.float64()), ("samples", pa.int64())])
+_COMPARISON = pa.struct([("ratio", pa.float64()), ("p", pa.float64())])
+_POWER_LAW = pa.struct(
+    [
+        ("exponent", pa.float64()),
+        ("threshold", pa.float64()),
+        ("tail", pa.int64()),
+        ("against_lognormal", _COMPARISON),
+        ("against_exponential", _COMPARISON),
+    ]
+)
+_UNIT = [("dataset", pa.string()), ("seed", pa.int64()), ("epoch", pa.int64())]
+_NORMS = pa.schema(
+    [*_UNIT, ("step", pa.int64()), ("layer", pa.string()), ("squared_norms", pa.list_(pa.float32()))],
+    metadata={"format": "trady-study-norms-1"},
+)
+_NOISE = pa.schema(
+    [
+        *_UNIT,
+        ("layer", pa.string()),
+        ("values", pa.int64()),
+        ("zeros", pa.float64()),
+        ("stable", _ESTIMATE),
+        ("gaussian", _ESTIMATE),
+        ("hill", _ESTIMATE),
+        ("power_law", _POWER_LAW),
+        ("quantiles", pa.list_(pa.float64())),
+    ],
+    metadata={"format": "trady-study-noise-1"},
+)
+
+#: Layer name to ‖∂L/∂W[:, c]‖₂², [recorded steps, channels].
+Norms = Mapping[str, npt.NDArray[np.float32]]
+
+
+def write_norms(path: Path, unit: Unit, record: EpochRecord) -> None:
+    """Write the norms of an epoch."""
+    layers = list(record.norms)
+    rows = [(step, layer, record.norms[layer][at]) for at, step in enumerate(record.steps) for layer in layers]
+    columns = {
+        **_unit_columns(unit, len(rows)),
+        "step": [step for step, _, _ in rows],
+        "layer": [layer for _, layer, _ in rows],
+        "squared_norms": [norms for _, _, norms in rows],
+    }
+    _write(path, pa.table(columns, schema=_NORMS))
+
+
+def write_noise(path: Path, unit: Unit, noise: list[LayerNoise]) -> None:
+    """Write the noise of an epoch."""
+    rows = [{"dataset": unit.dataset, "seed": unit.seed, "epoch": unit.epoch, **asdict(layer)} for layer in noise]
+    _write(path, pa.Table.from_pylist(rows, schema=_NOISE))
+
+
+def read_norms(path: Path) -> tuple[tuple[int, ...], Norms]:
+    """Return the recorded steps, and the norms of each layer.
+
+    Raises:
+        StateError: The file is damaged.
+    """
+    table = _read(path, b"trady-study-norms-1")
+    steps = tuple(dict.fromkeys(table["step"].to_pylist()))
+    norms: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for layer, values in zip(table["layer"].to_pylist(), table["squared_norms"], strict=True):
+        norms.setdefault(layer, []).append(values.values.to_numpy(zero_copy_only=False))
+    return steps, {layer: np.stack(values) for layer, values in norms.items()}
+
+
+def read_noise(path: Path) -> list[LayerNoise]:
+    """Return the noise of every layer.
+
+    Raises:
+        StateError: The file is damaged.
+    """
+    return [_layer_noise(row) for row in _read(path, b"trady-study-noise-1").to_pylist()]
+
+
+def _unit_columns(unit: Unit, count: int) -> dict[str, list[Any]]:
+    return {"dataset": [unit.dataset] * count, "seed": [unit.seed] * count, "epoch": [unit.epoch] * count}
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda place: pq.write_table(table, place, compression="zstd"))
+
+
+def _read(path: Path, expected: bytes) -> pa.Table:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise StateError(f"{path} cannot be read ({error}); remove that run's folder and run it again") from error
+    if (table.schema.metadata or {}).get(b"format") != expected:
+        raise StateError(f"{path} is not what a study of this version of trady writes")
+    return table
+
+
+def _layer_noise(row: dict[str, Any]) -> LayerNoise:
+    def estimate(values: dict[str, Any] | None) -> Estimate | None:
+        return None if values is None else Estimate(**values)
+
+    law = row["power_law"]
+    if law is not None:
+        rivals = {name: Comparison(**law[name]) for name in ("against_lognormal", "against_exponential")}
+        law = PowerLaw(law["exponent"], law["threshold"], law["tail"], **rivals)
+    return LayerNoise(
+        row["layer"],
+        row["values"],
+        row["zeros"],
+        estimate(row["stable"]),
+        estimate(row["gaussian"]),
+        estimate(row["hill"]),
+        law,
+        tuple(row["quantiles"]),
+    )

@@ -1,0 +1,201 @@
+"""The runs of a study: every data set under every seed, each epoch recorded, finished ones never again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils.data import Dataset
+
+from trady.channels import ChannelTable
+from trady.errors import DataError, ModelError, StateError, TrainingError
+from trady.examine import examine
+from trady.study.folder import StudyFolder, Unit
+from trady.study.gradients import GradientSource, PlainGradients
+from trady.study.parquet import write_noise, write_norms
+from trady.study.recorder import EpochRecord, Recorder
+from trady.study.settings import StudySettings
+from trady.training.batch import cross_entropy, split_batch
+from trady.training.checkpoint import find_checkpoint
+from trady.training.datasets import epoch_seed
+from trady.training.loaders import Batches, evaluation_batches, training_batches
+from trady.training.loop import Loop
+from trady.training.optimizers import optimizer_factory
+from trady.training.progress import Display, Lines, Silent
+from trady.training.randomness import own_randomness, seed_epoch
+from trady.training.run_folder import RunFolder
+from trady.training.schedule import make_schedule
+from trady.training.settings import Settings
+from trady.training.trainer import FullTrainer, Trainer
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A data set of a study.
+
+    Attributes:
+        name: Short, as in figures; unlike those of the others.
+        train: Images to train on.
+        evaluation: Images to measure accuracy on.
+        model: Makes the pretrained model, with a head for this data set drawn with the seed.
+    """
+
+    name: str
+    train: Dataset[Any]
+    evaluation: Dataset[Any]
+    model: Callable[[int], nn.Module]
+
+
+def record(
+    folder: StudyFolder,
+    settings: StudySettings,
+    tasks: Sequence[Callable[[], StudyTask]],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run what is not finished yet.
+
+    Args:
+        folder: Where records go; runs that are finished there are not run again, one that was stopped goes on.
+        settings: The same for all runs.
+        tasks: One a data set; called only if a run on it is missing.
+        names: Their names, in the same order.
+        seeds: Of the runs on each.
+        progress: Show a line an epoch on standard error.
+        say: Told of layers without a gradient.
+
+    Raises:
+        StateError: The folder holds a study with other settings.
+        ModelError: No layer ever sees a gradient.
+        DataError: There are too few images for the batches of noise.
+    """
+    folder.begin(settings)
+    todo = {name: [seed for seed in seeds if not _finished(folder, name, seed)] for name in names}
+    total, done = sum(map(len, todo.values())), 0
+    for name, make in zip(names, tasks, strict=True):
+        task = make() if todo[name] else None
+        for seed in todo[name]:
+            assert task is not None
+            done += 1
+            title = f"[{done}/{total}] {name}, seed {seed}:"
+            _run(folder, settings, task, seed, Lines(title, None) if progress else Silent(), say)
+
+
+def _finished(folder: StudyFolder, dataset: str, seed: int) -> bool:
+    return RunFolder(folder.run(dataset, seed)).result.exists()
+
+
+def _run(
+    folder: StudyFolder,
+    study: StudySettings,
+    task: StudyTask,
+    seed: int,
+    display: Display,
+    say: Callable[[str], None],
+) -> None:
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise TrainingError("a study runs in one process; start it without accelerate launch or torchrun")
+    loader = training_batches(task.train, study.batch_size, seed)
+    if len(loader) < study.noise_batches:
+        raise DataError(
+            f"{task.name} gives {len(loader)} batches of {study.batch_size}, and the noise is measured on "
+            f"{study.noise_batches}: lower --noise-batches or --batch-size, or raise --limit"
+        )
+    schedule = make_schedule(study.lr, study.epochs, len(loader), None)
+    run_folder = RunFolder(folder.run(task.name, seed))
+    run_folder.path.mkdir(parents=True, exist_ok=True)
+    resuming = run_folder.check(resume=True, overwrite=False)
+    seen: set[str] = set()
+
+    def write(record: EpochRecord) -> None:
+        unit = Unit(task.name, seed, record.epoch)
+        seen.update(name for name, steps in record.norms.items() if any(norms.any() for norms in steps))
+        if not seen:
+            raise ModelError("no layer ever saw a gradient; is the model's output detached from its weights?")
+        if record.epoch == 0 and (unseen := [layer.name for layer in table if layer.name not in seen]):
+            say(f"without a gradient in the first epoch on {task.name}: {', '.join(unseen)}")
+        write_norms(folder.norms(unit), unit, record)
+        write_noise(folder.noise(unit), unit, record.noise)
+
+    with own_randomness():
+        seed_epoch(seed, -1)
+        model = task.model(seed).to(accelerator.device)
+        example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
+        table = examine(model, example, modes=(True,)).table
+        folder.keep_table(table)
+        trainer, source = _armed(model, table, study, example)
+        recorder = Recorder(
+            table=table,
+            source=source,
+            batches=accelerator.prepare_data_loader(loader),
+            noise_batches=training_batches(task.train, study.batch_size, epoch_seed(seed, 0, "noise order")),
+            noise_count=study.noise_batches,
+            device=accelerator.device,
+            every=study.every,
+            seed=seed,
+            display=display,
+            write=write,
+        )
+        loop = Loop(
+            trainer=trainer,
+            batches=cast(Batches, recorder),
+            evaluation=accelerator.prepare_data_loader(evaluation_batches(task.evaluation, study.batch_size)),
+            accelerator=accelerator,
+            schedule=schedule,
+            settings=_settings(study, schedule.steps, schedule.warmup_steps, seed),
+            display=recorder,
+            loss=cross_entropy,
+            factory=optimizer_factory("sgd", study.lr, 0.0, 0.0),
+            folder=run_folder,
+        )
+        try:
+            loop.run(run_folder.checkpoint if resuming else None)
+        finally:
+            loop.display.close()
+            loop.disarm()
+    _drop_weights(run_folder)
+
+
+def _drop_weights(folder: RunFolder) -> None:
+    """Keep metrics and result only: a study is about gradients, and has many runs."""
+    folder.model.unlink(missing_ok=True)
+    folder.delta.unlink(missing_ok=True)
+    while (place := find_checkpoint(folder.checkpoint)) is not None:
+        shutil.rmtree(place)
+
+
+def _armed(model: nn.Module, table: ChannelTable, study: StudySettings, example: Any) -> tuple[Trainer, GradientSource]:
+    if study.budget is not None:
+        raise StateError("not yet")
+    trainer = FullTrainer(model)
+    return trainer, PlainGradients(model, table, cross_entropy)
+
+
+def _settings(study: StudySettings, steps: int, warmup_steps: int, seed: int) -> Settings:
+    return Settings(
+        policy="full" if study.budget is None else study.policy,
+        budget=study.budget,
+        ranking="",
+        epochs=study.epochs,
+        steps=steps,
+        batch_size=study.batch_size,
+        lr=study.lr,
+        warmup_steps=warmup_steps,
+        channel_clip=0.1,
+        max_grad_norm=2.0,
+        optimizer="sgd",
+        momentum=0.0,
+        weight_decay=0.0,
+        mode="train",
+        mixed_precision="no",
+        seed=seed,
+    )

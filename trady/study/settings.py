@@ -1,0 +1,79 @@
+"""What decides how the runs of a study go."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trady.errors import StateError, TrainingError
+
+FORMAT, VERSION = "trady-study", 1
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """All but the data sets and seeds, which may be added to a study later.
+
+    Attributes:
+        model: Its name.
+        epochs: Passes over the training data.
+        batch_size: Examples a step.
+        lr: Rate at the end of the warm-up.
+        image_size: Height and width of the images; ``None`` is the model's own.
+        limit: Most images of each part of a data set; ``None`` is all.
+        budget: As text; ``None`` trains every weight.
+        policy: Where to update inside the budget.
+        every: A step in so many is recorded.
+        noise_batches: Batches at the beginning of each epoch that the gradient noise is taken from.
+    """
+
+    model: str
+    epochs: int
+    batch_size: int = 32
+    lr: float = 0.05
+    image_size: int | None = None
+    limit: int | None = None
+    budget: str | None = None
+    policy: str = "trady"
+    every: int = 1
+    noise_batches: int = 8
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "every": 1, "noise_batches": 2}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> StudySettings:
+        """Read what :meth:`to_json` returned.
+
+        Raises:
+            StateError: It is something else, or of another version.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StateError(f"{where} is no study of trady's")
+        if data.get("version") != VERSION:
+            raise StateError(f"{where} is a study of version {data.get('version')}; this trady reads {VERSION}")
+        try:
+            return cls(**{key: value for key, value in data.items() if key not in ("format", "version")})
+        except TypeError as error:
+            raise StateError(f"{where} is damaged ({error})") from error
+
+    def check_same(self, there: StudySettings, where: str) -> None:
+        """Refuse to add runs to a study that was made otherwise.
+
+        Raises:
+            StateError: The message says what differs.
+        """
+        mine, other = asdict(self), asdict(there)
+        differences = [f"{key} {other[key]!r} there and {mine[key]!r} here" for key in mine if mine[key] != other[key]]
+        if differences:
+            raise StateError(
+                f"{where} holds a study with other settings: {'; '.join(differences)}. Name another folder by --out, "
+                "or type the settings that it has"
+            )
