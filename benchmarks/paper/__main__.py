@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks import options
 from trady.compare.run import compare
+from trady.compare.show import view
 
 FOLDER = Path(__file__).parent
 
@@ -44,7 +45,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"stopped; what is done is kept in {chosen.out}: the same command goes on")
         return 130
-    Console().print(dict(Counter(row.status for row in table.rows)))
+    options.console_for(None).print(view(table.summary))
+    counts = Counter(row.status for row in table.rows)
+    Console().print(", ".join(f"{count} cells {status}" for status, count in counts.items()))
     return 0
 
 

@@ -12,6 +12,7 @@ from trady.errors import MatrixError
 
 if TYPE_CHECKING:
     from trady.compare.execute import Keep
+    from trady.compare.matched import Metric
     from trady.compare.run import EngineName
 
 
@@ -40,13 +41,21 @@ def compare(
     dataset: Annotated[
         list[str] | None, typer.Option(help="NAME=SOURCE: another source for one of the file's data sets.")
     ] = None,
+    metric: Annotated[
+        str, typer.Option(help="What is compared: accuracy (after the last epoch) or best_accuracy.")
+    ] = "accuracy",
     as_json: options.Json = False,
 ) -> None:
     """Run a matrix of models × data sets × budgets × policies × seeds, and compare the policies."""
     _check_extra()
     from trady.compare.run import compare as run
+    from trady.compare.show import view
 
-    for name, value, possible in (("engine", engine, ("local", "ray")), ("keep", keep, ("results", "weights"))):
+    for name, value, possible in (
+        ("engine", engine, ("local", "ray")),
+        ("keep", keep, ("results", "weights")),
+        ("metric", metric, ("accuracy", "best_accuracy")),
+    ):
         if value not in possible:
             raise MatrixError(f"--{name} {value!r} is not known; type one of {', '.join(possible)}")
     folder = out or Path("runs") / matrix.stem
@@ -62,20 +71,17 @@ def compare(
             summary_only=summary_only,
             keep=cast("Keep", keep),
             datasets=_sources(dataset or []),
+            metric=cast("Metric", metric),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what is done is kept in {folder}: the same command goes on") from None
-    counts = {status: sum(row.status == status for row in table.rows) for status in _ORDER}
     if as_json:
-        options.print_json({"out": str(table.out), "complete": table.complete, "cells": counts})
-    else:
-        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        typer.echo(f"{len(table.rows)} cells: {said}; the table is in {folder}")
-        if not table.complete:
-            typer.echo("the time was up; the same command goes on", err=True)
-
-
-_ORDER = ("done", "infeasible", "failed", "started", "missing")
+        options.print_json({"out": str(table.out), "complete": table.complete, **table.summary.to_json()})
+        return
+    options.print_rich(view(table.summary))
+    typer.echo(f"{sum(row.done for row in table.rows)} of {len(table.rows)} cells are done; see {folder}/report.html")
+    if not table.complete:
+        typer.echo("the time was up: the same command goes on", err=True)
 
 
 def _sources(texts: list[str]) -> dict[str, str]:
@@ -91,6 +97,6 @@ def _sources(texts: list[str]) -> dict[str, str]:
 def _check_extra() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("pydantic", "pyarrow", "scipy") if find_spec(name) is None]
+    missing = [name for name in ("pydantic", "pyarrow", "scipy", "matplotlib") if find_spec(name) is None]
     if missing:
         raise MatrixError(f'{", ".join(missing)} is not installed: pip install "trady[compare]"')

@@ -11,7 +11,10 @@ from itertools import product
 from typing import Any
 
 from trady.compare.matrix import WITHOUT_BUDGET, Matrix
+from trady.compare.names import load_ranking
 from trady.compare.read import ReadMatrix
+from trady.policies import get_policy
+from trady.training.settings import ranking_digest
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Cell:
         policy: Where to update.
         seed: Seed of everything random.
         settings: Those that the file gives; all others are the defaults of ``trady finetune``.
-        sources: The model and the data set as the file has them, and a digest of the ranking.
+        sources: The model and the data set as the file has them; a digest of the ranking, if the policy uses one.
     """
 
     model: str
@@ -66,7 +69,7 @@ class Job:
         cell: The cell.
         model: The model as ``load_model`` takes it.
         dataset: The data set as ``load_data`` takes it.
-        ranking: The ranking's file.
+        ranking: The ranking's file, or ``online`` or ``structural``; ``None`` for a policy that uses none.
     """
 
     cell: Cell
@@ -94,11 +97,11 @@ def make_jobs(read: ReadMatrix) -> list[Job]:
 def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy: str, seed: int) -> Job:
     matrix, around = read.matrix, read.around
     settings = _settings(matrix, model, dataset, budget, policy)
-    ranking = settings.pop("ranking", None)
-    path = None if ranking is None else around.path(ranking)
+    ranking = around.ranking(settings.pop("ranking"))
     sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
-    if path is not None:
-        sources["ranking"] = _ranking_digest(path)
+    uses_ranking = get_policy(policy).uses_ranking
+    if uses_ranking:
+        sources["ranking"] = ranking_digest(load_ranking(ranking))
     cell = Cell(
         model=model,
         dataset=dataset,
@@ -109,19 +112,18 @@ def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy:
         settings=settings,
         sources=sources,
     )
-    return Job(cell, around.expand(matrix.models[model]), around.dataset(matrix.datasets[dataset]), path)
+    return Job(
+        cell,
+        around.expand(matrix.models[model]),
+        around.dataset(matrix.datasets[dataset]),
+        ranking if uses_ranking else None,
+    )
 
 
 def _settings(matrix: Matrix, model: str, dataset: str, budget: str | None, policy: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"epochs": matrix.training.epochs, **matrix.training.given()}
+    settings: dict[str, Any] = {"epochs": matrix.training.epochs, "ranking": matrix.training.ranking}
+    settings.update(matrix.training.given())
     for override in matrix.override:
         if override.matches(model, dataset, budget, policy):
             settings.update(override.given())
     return settings
-
-
-def _ranking_digest(path: str) -> str:
-    from trady.ranking import LayerRanking
-    from trady.training.settings import ranking_digest
-
-    return ranking_digest(LayerRanking.load(path))

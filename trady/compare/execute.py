@@ -15,6 +15,7 @@ from typing import Literal
 from trady.budget import BelowLeastError
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
+from trady.compare.names import load_ranking
 from trady.errors import CheckpointError
 from trady.training.datasets import DataSplit, Normalization
 from trady.training.result import Result
@@ -105,7 +106,6 @@ def _train(job: Job, folder: CellFolder) -> Result:
 
 
 def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
-    from trady.ranking import LayerRanking
     from trady.training.models import load_model
     from trady.training.run import finetune
 
@@ -124,7 +124,7 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
         budget=cell.amount,
         policy=cell.policy,
         seed=cell.seed,
-        ranking=None if job.ranking is None else LayerRanking.load(job.ranking),
+        ranking=None if job.ranking is None else load_ranking(job.ranking),
         out=folder.path,
         resume=resume,
         overwrite=not resume,

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, ValidationInfo
 from trady.budget import parse_budget
 from trady.errors import TradyError
 from trady.policies import get_policy
+from trady.priors import KNOWN, Known
+from trady.ranking import LayerRanking
 
 T = TypeVar("T")
 
@@ -60,6 +62,15 @@ class Surroundings:
         expanded = self.expand(text)
         return expanded if matches(expanded) else self.path(text)
 
+    def ranking(self, text: str) -> str:
+        """Return a word that stands for a ranking, or a whole path."""
+        return text if text in KNOWN else self.path(text)
+
+
+def load_ranking(source: str) -> LayerRanking | Known:
+    """Return the ranking of a file, or the word that was given for one."""
+    return next((word for word in KNOWN if word == source), None) or LayerRanking.load(source)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return what to say after an unknown name: the nearest known one, and all of them."""
@@ -104,10 +115,8 @@ def _dataset(text: str, info: ValidationInfo) -> str:
 
 
 def _ranking(text: str, info: ValidationInfo) -> str:
-    from trady.ranking import LayerRanking
-
-    path = _surroundings(info).path(text)
-    _with_message(lambda: LayerRanking.load(path))
+    source = _surroundings(info).ranking(text)
+    _with_message(lambda: load_ranking(source))
     return text
 
 

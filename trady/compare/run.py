@@ -14,9 +14,12 @@ from trady.compare.display import Display
 from trady.compare.drive import Drive, jobs_left
 from trady.compare.engine import Engine
 from trady.compare.execute import Keep, Workplace
+from trady.compare.matched import Metric
 from trady.compare.read import read_matrix
+from trady.compare.report import write_report
 from trady.compare.results import collect, done_digests, write_rows
 from trady.compare.rows import Row
+from trady.compare.summary import Summary, summarize
 from trady.errors import MatrixError
 
 EngineName = Literal["local", "ray"]
@@ -29,11 +32,13 @@ class Table:
     Attributes:
         rows: One a cell, in the order in which they are run.
         complete: Whether every cell was reached.
+        summary: Means, tests and costs.
         out: Where it is written.
     """
 
     rows: tuple[Row, ...]
     complete: bool
+    summary: Summary
     out: Path
 
 
@@ -49,6 +54,7 @@ def compare(
     summary_only: bool = False,
     keep: Keep = "results",
     datasets: Mapping[str, str] | None = None,
+    metric: Metric = "accuracy",
     display: Display | None = None,
 ) -> Table:
     """Run the cells of a matrix that are left, and write the table of all.
@@ -65,6 +71,7 @@ def compare(
         summary_only: Run nothing.
         keep: ``weights`` keeps each cell's weights and checkpoint, ``results`` only what the table needs.
         datasets: Sources in place of the file's, by name.
+        metric: What is compared: ``accuracy`` after the last epoch, or ``best_accuracy`` after any.
         display: Shows the progress.
 
     Raises:
@@ -96,7 +103,9 @@ def compare(
     finally:
         rows = collect(jobs, place)
         write_rows(rows, place.out)
-    return Table(tuple(rows), complete, place.out)
+    summary = summarize(rows, metric)
+    write_report(summary, place.out, f"Comparison: {Path(matrix).stem}")
+    return Table(tuple(rows), complete, summary, place.out)
 
 
 def _engine(name: EngineName, workers: int | None, count: int, place: Workplace) -> Engine:
