@@ -332,6 +332,13 @@ def test_the_same_cells_have_the_same_digests_wherever_the_data_lies(tmp_path: P
     assert [row.digest for row in here.rows] == [row.digest for row in elsewhere.rows]
 
 
+def test_a_given_ranking_is_part_of_a_cell_whose_policy_uses_one(unbroken: Table, tmp_path: Path) -> None:
+    matrix = write_matrix(tmp_path, MATRIX.replace("[training]", '[training]\nranking = "structural"') + FULL_RATE)
+    table = run(matrix, tmp_path / "out", summary_only=True)
+    changed = {old.policy for old, new in zip(unbroken.rows, table.rows, strict=True) if old.digest != new.digest}
+    assert changed == {"trady"}
+
+
 def test_ray_gives_the_same_numbers(unbroken: Table, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     matrix, out = write_matrix(tmp_path), tmp_path / "out"

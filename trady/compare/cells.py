@@ -29,7 +29,7 @@ class Cell:
         policy: Where to update.
         seed: Seed of everything random.
         settings: Those that the file gives; all others are the defaults of ``trady finetune``.
-        sources: The model and the data set as the file has them; a digest of the ranking, if the policy uses one.
+        sources: The model and the data set as the file has them; a digest of the ranking, if one is given.
     """
 
     model: str
@@ -69,7 +69,7 @@ class Job:
         cell: The cell.
         model: The model as ``load_model`` takes it.
         dataset: The data set as ``load_data`` takes it.
-        ranking: The ranking's file, or ``online`` or ``structural``; ``None`` for a policy that uses none.
+        ranking: The ranking's file, or ``online`` or ``structural``; ``None`` is the shipped prior, or online.
     """
 
     cell: Cell
@@ -97,10 +97,10 @@ def make_jobs(read: ReadMatrix) -> list[Job]:
 def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy: str, seed: int) -> Job:
     matrix, around = read.matrix, read.around
     settings = _settings(matrix, model, dataset, budget, policy)
-    ranking = around.ranking(settings.pop("ranking"))
+    given = settings.pop("ranking", None)
+    ranking = around.ranking(given) if given is not None and get_policy(policy).uses_ranking else None
     sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
-    uses_ranking = get_policy(policy).uses_ranking
-    if uses_ranking:
+    if ranking is not None:
         sources["ranking"] = ranking_digest(load_ranking(ranking))
     cell = Cell(
         model=model,
@@ -112,17 +112,11 @@ def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy:
         settings=settings,
         sources=sources,
     )
-    return Job(
-        cell,
-        around.expand(matrix.models[model]),
-        around.dataset(matrix.datasets[dataset]),
-        ranking if uses_ranking else None,
-    )
+    return Job(cell, around.expand(matrix.models[model]), around.dataset(matrix.datasets[dataset]), ranking)
 
 
 def _settings(matrix: Matrix, model: str, dataset: str, budget: str | None, policy: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"epochs": matrix.training.epochs, "ranking": matrix.training.ranking}
-    settings.update(matrix.training.given())
+    settings: dict[str, Any] = {"epochs": matrix.training.epochs, **matrix.training.given()}
     for override in matrix.override:
         if override.matches(model, dataset, budget, policy):
             settings.update(override.given())

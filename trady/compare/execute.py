@@ -54,6 +54,7 @@ class Workplace:
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.search_path if entry not in sys.path)
         torch.set_num_threads(self.threads)
+        os.environ["TRADY_PRIORS"] = os.devnull  # shipped priors only: another machine has others of its own
         for name in self.imports:
             importlib.import_module(name)
 

@@ -34,7 +34,8 @@ class Training(BaseModel):
         train_limit: At most so many images to train on, drawn with the seed.
         evaluation_limit: At most so many to evaluate on.
         ranking: Of the layers, for the policies that use one: ``online``, ``structural``, or a file that ``trady
-            rank`` has written. A prior is not looked for, since another machine might have another: name its file.
+            rank`` has written. By default the shipped prior of the structure, else ``online``. A prior of the
+            user's own is not looked for, since another machine might have another: name its file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,7 +56,7 @@ class Training(BaseModel):
     image_size: Count | None = None
     train_limit: Count | None = None
     evaluation_limit: Count | None = None
-    ranking: Names.Ranking = "online"
+    ranking: Names.Ranking | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the settings that the file has, without the defaults."""
