@@ -34,8 +34,10 @@ from tests.stretched import (
 from tests.test_interception import armed, dense_gradients, gradients
 from trady.batching import Along, samples_of
 from trady.errors import ModelError
+from trady.examine import find_stretches
 from trady.ops import recompute
 from trady.program import Program
+from trady.segments import merged
 from trady.trace import trace_forward, twice
 
 hf = pytest.importorskip("transformers")
@@ -502,6 +504,60 @@ def test_hidden_states(name: str, known: bool) -> None:
         except ModelError as error:
             assert "prepare with an example" in str(error)  # noqa: PT017
     assert worst(model, tuner, loss_of(batch)) < 1e-10
+    tuner.finish()
+
+
+def join(tuner: trady.Tuner, example: Any, count: int) -> None:
+    """Join neighbouring stretches as a small budget would."""
+    found, _ = find_stretches(tuner.model, example, tuner._examined)
+    tuner._armed.interceptor.recompute({mode: merged(segments, count) for mode, segments in found.items()})
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "ViT"])
+def test_hidden_states_between_joined_stretches(name: str, count: int, parts: list[int]) -> None:
+    """The model keeps what one stretch hands to the next: it has to exist though both are one."""
+    model, batch = stretched(name)
+    asking = {**batch, "output_hidden_states": True}
+    plain = [state.detach() for state in copy.deepcopy(model)(**asking).hidden_states]
+    tuner = anew(model, asking)
+    join(tuner, asking, count)
+    for found, expected in zip(model(**asking).hidden_states, plain, strict=True):
+        assert relative_error(found, expected) < 1e-12
+
+    def loss(network: nn.Module) -> Tensor:
+        output = network(**asking)
+        states = enumerate(output.hidden_states)
+        return output.logits.sum() + sum((s * normal(*s.shape, seed=i, dtype=torch.float64)).sum() for i, s in states)
+
+    parts.clear()
+    assert worst(model, tuner, loss) < 1e-10
+    assert len(parts) == 2 * -(-tuner.plan.recomputable // count), "not joined"
+    tuner.finish()
+
+
+class TwoLosses(nn.Module):
+    """A loss behind each block; the first one ends a stretch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(8, 32), nn.ModuleList(TokenBlock(32, 4, 0.0) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(32, 50) for _ in range(2))
+
+    def forward(self, x: Tensor, target: Tensor) -> list[Tensor]:
+        x, losses = self.first(x), []
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            x = block(x)
+            losses.append(F.cross_entropy(head(x).flatten(0, 1), target.flatten()))
+        return losses
+
+
+def test_a_loss_between_stretches_is_not_joined_into_the_middle_of_one() -> None:
+    model, x = seeded(TwoLosses).double(), normal(4, 6, 8, dtype=torch.float64)
+    batch = (x, tokens(4, 6))
+    tuner = anew(model, batch)
+    join(tuner, batch, 8)
+    assert worst_of_few(model, tuner, lambda m: sum(m(*batch))) < 1e-10
     tuner.finish()
 
 

@@ -8,7 +8,8 @@ whole segments; here the points are found in the trace, and no segment is ever a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -33,6 +34,9 @@ _CONTEXT_READERS = 5
 #: A stretch is worth it if it keeps this many times what has to be kept instead.
 _LEAST_GAIN = 1.5
 
+#: Of what the model still holds when its forward pass has ended.
+ALWAYS = sys.maxsize
+
 #: Of calls that do not belong to a stretch.
 _NO_SAMPLES = CallSamples((), (), ())
 
@@ -53,6 +57,7 @@ class Segment:
         start: Its first call.
         end: One past its last call.
         made: What it hands on: pairs of a call and the place among what that call returns.
+        needed_until: For each of these the last call that reads it; :data:`ALWAYS` if the model keeps it.
         samples: Where the samples lie, one entry a call; empty if it cannot be computed in parts.
         kept_bytes: About what it keeps for its backward pass if it is not computed anew, for the traced batch.
         entry_bytes: The activation that crosses its start, which is kept instead.
@@ -64,6 +69,7 @@ class Segment:
     start: int
     end: int
     made: tuple[tuple[int, int], ...]
+    needed_until: tuple[int, ...]
     samples: tuple[CallSamples, ...]
     kept_bytes: int
     entry_bytes: int
@@ -117,26 +123,39 @@ def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -
     size, left = 0, len(segments) if most is None else most
     for segment in segments:
         last = joined[-1] if joined else None
-        fits = last is not None and last.end == segment.start and bool(last.samples) == bool(segment.samples)
-        if last is not None and fits and size < count and left > 0:
-            inner = last.made[-1]
-            joined[-1] = Segment(
-                last.start,
-                segment.end,
-                tuple(m for m in last.made if m != inner) + segment.made,
-                last.samples + segment.samples,
-                last.kept_bytes + segment.kept_bytes + segment.entry_bytes,
-                last.entry_bytes,
-                last.work + segment.work,
-                last.name,
-                last.aside | segment.aside,
-            )
+        if last is not None and last.end == segment.start and size < count and left > 0 and _may_join(last, segment):
+            joined[-1] = _join(last, segment)
             size += 1
             left -= 1
         else:
             joined.append(segment)
             size = 1
     return tuple(joined)
+
+
+def _may_join(first: Segment, second: Segment) -> bool:
+    if bool(first.samples) != bool(second.samples):
+        return False
+    # A loss is summed up over the parts, which has to be the last call.
+    return not first.samples or all(first.samples[c - first.start].made[p] is not None for c, p in first.made)
+
+
+def _join(first: Segment, second: Segment) -> Segment:
+    """One stretch of two: it no longer hands on what only the second one reads."""
+    handed_on = [
+        *((m, until) for m, until in zip(first.made, first.needed_until, strict=True) if until >= second.end),
+        *zip(second.made, second.needed_until, strict=True),
+    ]
+    return replace(
+        first,
+        end=second.end,
+        made=tuple(made for made, _ in handed_on),
+        needed_until=tuple(until for _, until in handed_on),
+        samples=first.samples + second.samples,
+        kept_bytes=first.kept_bytes + second.kept_bytes + second.entry_bytes,
+        work=first.work + second.work,
+        aside=first.aside | second.aside,
+    )
 
 
 class _Crossing:
@@ -241,28 +260,28 @@ def _segment(
         return None
     if _aside_writes_what_is_read(calls, crossing.sources):
         return None
-    made = sorted(
-        {
-            _first_made(trace, value, start)
-            for entry in calls
-            if not entry.aside
-            for value in entry.makes
-            if trace.values[value].kept or any(reader >= end for reader in trace.values[value].readers)
-        }
-    )
+    made: dict[tuple[int, int], int] = {}
+    for value in (value for entry in calls if not entry.aside for value in entry.makes):
+        until = ALWAYS if trace.values[value].kept else max(trace.values[value].readers, default=-1)
+        if until >= end:
+            first = _first_made(trace, value, start)
+            made[first] = max(until, made.get(first, 0))
     if not made or any(index < start for index, _ in made):
         return None
     aside = frozenset(index for index in range(start, end) if trace.calls[index].aside)
     found = [_NO_SAMPLES if index in aside else samples[index] for index in range(start, end)]
     by_sample = tuple(entry for entry in found if entry is not None)
-    if len(by_sample) < len(calls) or not _made_by_sample(trace, made, samples, start, end):
+    if len(by_sample) < len(calls) or not _made_by_sample(trace, list(made), samples, start, end):
         by_sample = ()
     kept = _kept_bytes(trace, start, end, crossing, element_bytes)
     entry = crossing.size(start) * element_bytes
     if kept < _LEAST_GAIN * entry:
         return None
     work = sum(work_of(trace, entry) for entry in calls)
-    return Segment(start, end, tuple(made), by_sample, kept, entry, work, calls[0].container, aside)
+    handed_on, needed_until = zip(*sorted(made.items()), strict=True)
+    return Segment(
+        start, end, handed_on, needed_until, by_sample, kept, entry, work, name=calls[0].container, aside=aside
+    )
 
 
 def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element_bytes: int) -> int:
