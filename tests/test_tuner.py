@@ -762,11 +762,11 @@ def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
         model, x = seeded(build), normal(8, 3, 17, 17)
         model.train()
         examined = examine(model, x)
-        hollow = simulate.step_timeline(model, x, layers=examined.table.names, head=examined.head)
+        hollow = simulate.Simulator(model, x, head=examined.head).timeline(layers=examined.table.names)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulate, "meta_twin", copy.deepcopy)
             patch.setattr(simulate, "meta_batch", lambda batch: batch)
-            real = simulate.step_timeline(model, x, layers=examined.table.names, head=examined.head)
+            real = simulate.Simulator(model, x, head=examined.head).timeline(layers=examined.table.names)
         assert hollow.intervals == real.intervals
 
 

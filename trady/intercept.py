@@ -135,7 +135,6 @@ class Interceptor(TorchFunctionMode):
         self.fidelity = "exact"
         self.before_forward: Callable[[], None] | None = None
         self.on_layer: Callable[[str], None] | None = None
-        self.on_call: Callable[[int], object] | None = None
         self.prepare_call: PrepareCall | None = None
 
     def recompute(self, segments: Mapping[bool, Sequence[Segment]]) -> None:
@@ -269,8 +268,6 @@ class Interceptor(TorchFunctionMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         place = self._outside_new_checkpoints(self._place(func, tensors))
-        if self.on_call is not None and place is not None:
-            self.on_call(place)
         writing = self._writing or self._begins(place)
         if writing is not None:
             if place is None or place in writing.segment.aside:

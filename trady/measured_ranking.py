@@ -15,7 +15,7 @@ from trady.errors import ModelError
 from trady.examine import examine
 from trady.plan import cost_of
 from trady.ranking import LayerRanking, Metric, channel_scores, layer_score, structure_digest
-from trady.simulate import step_timeline
+from trady.simulate import Simulator
 from trady.sweeps import Sweeper, cut, split, squared_norm
 
 
@@ -103,7 +103,7 @@ def _fits(
         return lambda selection: True
     asked = parse_budget(budget)
     if asked.scope is Scope.PEAK:
-        timeline = step_timeline(model, inputs, layers=table.names, head=head)
+        timeline = Simulator(model, inputs, head=head).timeline(layers=table.names)
         least = timeline.least_bytes
         amount = timeline.predicted_peak
     else:

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
 from trady.channels import Selection
-from trady.examine import Examined, examine, meta_batch, meta_twin, tensors_of
+from trady.examine import examine, meta_batch, meta_twin, tensors_of
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
 from trady.standins import StandIns, mixed_to_meta
-from trady.trace import as_arguments, real_device
+from trady.trace import as_arguments, kept_mode, real_device
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
 Stretches = Mapping[bool, Sequence[Segment]]
@@ -67,16 +67,11 @@ class Simulator:
         live = LiveBytes()
         resident = [*self._twin.parameters(), *self._twin.buffers(), *tensors_of(self._batch)]
         args, kwargs = as_arguments(self._batch)
-        flags = [(module, module.training) for module in self._twin.modules()]
-        try:
-            self._twin.eval()
+        with kept_mode(self._twin, False):
             live.register(resident)
             before = live.current
             with StandIns(self._device), torch.no_grad(), live:
                 self._twin(*args, **kwargs)
-        finally:
-            for module, training in flags:
-                module.training = training
         return before, live.highest()[0] - before
 
     def timeline(
@@ -98,104 +93,59 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
+        armed = Armed(self._twin, self._examined, stretches or {}, self._fidelity)
         try:
-            return _timeline(
-                self._twin,
-                self._batch,
-                self._examined,
-                selection,
-                stretches or {},
-                self._device,
-                self._fidelity,
-                self._waiting,
-                parts=parts,
-            )
+            return self._follow(armed, selection, parts=parts)
         finally:
+            armed.disarm()
             for parameter in self._twin.parameters():
                 parameter.grad = None
 
-
-def step_timeline(
-    model: nn.Module,
-    example: Any,
-    *,
-    layers: Sequence[str],
-    head: Sequence[str],
-    fuse: bool = True,
-    stretches: Stretches | None = None,
-    selection: Selection | None = None,
-) -> Timeline:
-    """Simulate one step (:class:`Simulator`)."""
-    return Simulator(model, example, head=head, fuse=fuse).timeline(
-        layers=layers, stretches=stretches, selection=selection
-    )
-
-
-def _timeline(
-    twin: nn.Module,
-    batch: Any,
-    examined: Examined,
-    selection: Selection,
-    stretches: Stretches,
-    device: torch.device,
-    fidelity: str,
-    waiting: Tensor,
-    *,
-    parts: bool,
-) -> Timeline:
-    armed = Armed(twin, examined, stretches, fidelity)
-    armed.select(selection)
-    intervals: list[Interval] = []
-    alive: dict[int, int] = {}
-    live = LiveBytes()
-    made_of: dict[str, int] = {}
-    twin.train()
-    try:
-        live.register([*twin.parameters(), *twin.buffers()], "weights")
-        live.register([*tensors_of(batch), waiting], "inputs")
+    def _follow(self, armed: Armed, selection: Selection, *, parts: bool) -> Timeline:
+        armed.select(selection)
+        intervals: list[Interval] = []
+        live = LiveBytes()
+        made_of: dict[str, int] = {}
+        self._twin.train()
+        live.register([*self._twin.parameters(), *self._twin.buffers()], "weights")
+        live.register([*tensors_of(self._batch), self._waiting], "inputs")
         compact = [armed.layers[name].compact for name in selection.channels]
         live.register(compact, "compact parameters")
+
+        def cut(phase: str, layer: str) -> None:
+            intervals.append(Interval(phase, layer, live.interval_peak()))
+
+        def ran(layer: str) -> None:
+            cut("forward" if torch._C._current_graph_task_id() == -1 else "recompute", layer)
+
+        armed.interceptor.on_layer = ran
+        armed.interceptor.prepare_call = mixed_to_meta
+        armed.on_gradient.append(lambda name, compact: cut("backward", name))
         with live:
             live.interval_peak()
-
-            def cut(phase: str, layer: str) -> None:
-                intervals.append(Interval(phase, layer, live.interval_peak()))
-
-            def ran(layer: str) -> None:
-                cut("forward" if torch._C._current_graph_task_id() == -1 else "recompute", layer)
-
-            armed.interceptor.on_layer = ran
-            armed.interceptor.prepare_call = mixed_to_meta
-            armed.interceptor.on_call = lambda place: alive.setdefault(place, live.current)
-            armed.on_gradient.append(lambda name, compact: cut("backward", name))
-            args, kwargs = as_arguments(batch)
-            with StandIns(device):
-                output = twin(*args, **kwargs)
-            alive[len(examined.plans[True].steps)] = live.current
-            loss = surrogate_loss(output)
-            del output
-            kept = [storage for storage in live.log if storage.death is None] if parts else []
-            if loss is not None:
-                with StandIns(device):
-                    _backward(loss)
+            kept = self._forward_and_backward(live)
             cut("end", "")
-            if parts and waiting.numel():  # the next part of the batch finds the gradients of this one
-                with StandIns(device):
-                    output = twin(*args, **kwargs)
-                loss = surrogate_loss(output)
-                del output
-                kept += [storage for storage in live.log if storage.death is None]
-                if loss is not None:
-                    with StandIns(device):
-                        _backward(loss)
             if parts:
+                if self._waiting.numel():  # the next part of the batch finds the gradients of this one
+                    kept += self._forward_and_backward(live)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
-                live.register([p.grad for p in twin.parameters() if p.grad is not None], "gradients")
+                live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
                 made_of = _parts(live, kept)
-    finally:
-        armed.disarm()
-    head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
-    return Timeline(tuple(intervals), examined.table, head_bytes, alive, made_of)
+        head_bytes = sum(p.numel() * p.element_size() for p in self._examined.head_parameters.values())
+        return Timeline(tuple(intervals), self._examined.table, head_bytes, made_of)
+
+    def _forward_and_backward(self, live: LiveBytes) -> list[Storage]:
+        """Run one pass; return what was alive in its middle."""
+        args, kwargs = as_arguments(self._batch)
+        with StandIns(self._device):
+            output = self._twin(*args, **kwargs)
+        loss = surrogate_loss(output)
+        del output
+        kept = [storage for storage in live.log if storage.death is None]
+        if loss is not None:
+            with StandIns(self._device):
+                _backward(loss)
+        return kept
 
 
 def _backward(loss: Tensor) -> None:

@@ -133,7 +133,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
     args, kwargs = as_arguments(example)
     recorder = _Recorder(model, real_device(model, example))
     with ExitStack() as stack:
-        stack.enter_context(_kept_mode(model, training))
+        stack.enter_context(kept_mode(model, training))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
         # (custom functions, checkpoints) shows.
@@ -438,7 +438,8 @@ def current_section() -> Section:
 
 
 @contextmanager
-def _kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+def kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Context that leaves the flags and buffers of a model as they were, with the model in this mode meanwhile."""
     flags = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     if training is not None:
         model.train(training)

@@ -41,14 +41,12 @@ class Timeline:
         intervals: The cuts in the order they happened.
         table: Costs of the channels.
         head_bytes: Bytes of the head's parameters, whose optimizer state counts too.
-        alive: Bytes alive in front of each call of the forward pass, by its place in the plan.
         parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
     head_bytes: int = 0
-    alive: Mapping[int, int] = field(default_factory=dict)
     parts: Mapping[str, int] = field(default_factory=dict)
 
     def predicted_peak(self, selection: Selection, state_copies: int = 0) -> int:
