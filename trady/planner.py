@@ -83,7 +83,7 @@ class Planner:
 
         """
         kept = timeline_of(self.nothing)
-        if peak_of(kept) <= most or not self._found.get(True):
+        if peak_of(kept) <= most or not self.has_choice:
             return self.nothing, kept
         everything = timeline_of(self.everything)
         best = self.everything, everything

@@ -307,7 +307,7 @@ def work_of(trace: Trace, entry: TracedCall) -> int:
     """Multiply-adds of a call, of weight layers and matrix products; nothing else counts."""
     if isinstance(entry.call, WeightCall):
         weight = entry.call.weight
-        outputs = weight.shape[1] if entry.call.weight_map.kind == "addmm" else weight.shape[0]
+        outputs = entry.call.weight_map.output_channels(weight)
         return math.prod(entry.output_shape) // outputs * weight.numel()
     name = name_of(entry.function)
     if name == "scaled_dot_product_attention":

@@ -194,7 +194,7 @@ def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: s
     inputs = tuple(plan.saved_shapes.get(index, entry.input_shape) for index, entry in entries)
     outputs = tuple(entry.output_shape for _, entry in entries)
     # Output positions of one sample: everything but batch and output channels.
-    positions = [math.prod(shape) // (batch * _outputs(weight, weight_map.kind)) for shape in outputs]
+    positions = [math.prod(shape) // (batch * weight_map.output_channels(weight)) for shape in outputs]
     return Layer(
         name=parameter.rpartition(".")[0],
         parameter=parameter,
@@ -208,7 +208,3 @@ def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: s
         output_shapes=outputs,
         groups=groups,
     )
-
-
-def _outputs(weight: nn.Parameter | torch.Tensor, kind: str) -> int:
-    return int(weight.shape[1] if kind == "addmm" else weight.shape[0])

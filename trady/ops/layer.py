@@ -89,7 +89,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = call.dtype or x.dtype
     if call.graph_only:
-        outputs = weight.shape[1] if call.weight_map.kind == "addmm" else weight.shape[0]
+        outputs = call.weight_map.output_channels(weight)
         return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], outputs), None
     folded = _fold(weight, scale, call)
     offset = _fold_bias(bias, scale, shift)

@@ -48,6 +48,10 @@ class WeightMap(Protocol):
         """Zero padding that differs between sides, in the order of ``F.pad``; empty for none."""
         ...
 
+    def output_channels(self, weight: Tensor) -> int:
+        """How many output channels a weight has."""
+        ...
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer to a batch."""
         ...
@@ -87,6 +91,10 @@ class Convolution:
     def kind(self) -> str:
         """``conv1d``, ``conv2d`` or ``conv3d``."""
         return f"conv{len(self.stride)}d"
+
+    def output_channels(self, weight: Tensor) -> int:
+        """How many output channels a weight [O, C / groups, *kernel] has."""
+        return weight.shape[0]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the convolution; x: [N, C, *spatial]."""
@@ -258,6 +266,10 @@ class Linear:
     def kind(self) -> str:
         """``linear`` or ``addmm``."""
         return "addmm" if self.input_major else "linear"
+
+    def output_channels(self, weight: Tensor) -> int:
+        """How many output features a weight has."""
+        return weight.shape[1 if self.input_major else 0]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
