@@ -10,10 +10,11 @@ from torch import nn
 
 from trady.errors import TradyWarning
 from trady.examine import tensors_of
+from trady.hooks import Hook
 
 
 class BatchCheck:
-    """A forward pre-hook of the prepared model; a copy of the model does not take it along.
+    """Looks at every batch of the prepared model until one is too large.
 
     Args:
         model: The model.
@@ -24,10 +25,9 @@ class BatchCheck:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._planned = elements_of(example)
         self._active = True
-        self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(Hook(self._look), with_kwargs=True)
 
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Count the elements of a training batch."""
+    def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         elements = elements_of((args, kwargs))
@@ -37,26 +37,14 @@ class BatchCheck:
                 f"this batch has {elements} elements, and the plan was made for one of {self._planned}: the step may "
                 "take more than the budget. Prepare with the largest batch that training will see",
                 TradyWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def remove(self) -> None:
         """Take the hook out."""
         self._handle.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCheck:
-        return _inactive()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inactive, ()
-
 
 def elements_of(batch: Any) -> int:
     """Elements of all tensors in a batch."""
     return sum(tensor.numel() for tensor in tensors_of(batch))
-
-
-def _inactive() -> BatchCheck:
-    check = BatchCheck.__new__(BatchCheck)
-    check._active = False
-    return check

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
+from trady.hooks import Hook
 from trady.labels import asking_for_ourselves, current_operation
 from trady.ops.activation import affine_clamp, clamp
 from trady.ops.dropout import dropout
@@ -146,7 +147,7 @@ class Interceptor(TorchFunctionMode):
     def arm(self) -> None:
         """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
         for module in self._model.modules():
-            enter, leave = _Hook(self._enter, self._refuse_compiled), _Hook(self._leave)
+            enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._newest_hook, self._switched_on = self._hooks_now()[0], self._checkpointing_now()
@@ -496,26 +497,6 @@ _HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]
     SmoothCall: Interceptor._smooth,
     LossCall: Interceptor._loss,
 }
-
-
-class _Hook:
-    """A forward hook that a copy of the model does not take along: the copy is the plain model."""
-
-    def __init__(self, function: Callable[..., None] | None, refuse: Callable[[], None] | None = None) -> None:
-        self._function, self._refuse = function, refuse
-
-    def __call__(self, *arguments: Any) -> None:
-        if self._function is not None:
-            if torch.compiler.is_dynamo_compiling() and self._refuse is not None:
-                # What is raised in traced code only ends the tracing; out here it reaches the caller.
-                torch.compiler.disable(self._refuse)()
-            self._function(*arguments)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
 
 
 class _FrozenNorms:
