@@ -264,3 +264,16 @@ def test_the_kernels_compile_with_any_of_the_flags(compiler: str, flags: list[st
         assert "-fopenmp" in flags, "plain flags must do"
         pytest.skip(f"{compiler} here has no OpenMP")
     assert (tmp_path / "kernels.so").exists()
+
+
+def test_a_user_without_a_home_has_the_kernels_in_the_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    (folder,) = native._cache_folders()
+    assert folder.parent == tmp_path

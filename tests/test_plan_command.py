@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -140,6 +141,7 @@ def test_a_model_with_nothing_to_compute_anew_has_one_curve() -> None:
     text = shown("tests.small_task:small_net", "--image-size", 12, "--budget", "1 MiB", "--classes", 3, "--curve")
     assert "all computed anew" not in text
     assert "stretches" not in text
+    assert "◆" not in text, "the budget lies beyond the last bar"
 
 
 def test_a_sweep_is_a_plan_for_every_budget_and_batch_size(llama: Path, tmp_path: Path) -> None:
@@ -294,6 +296,7 @@ def test_a_batch_larger_than_the_example_warns_once() -> None:
         tuner.model(torch.zeros(3, 3, 12, 12))
         with torch.no_grad():
             tuner.model(torch.zeros(64, 3, 12, 12))
+        copy.deepcopy(tuner.model)(torch.zeros(64, 3, 12, 12))
     with pytest.warns(trady.TradyWarning, match="plan was made for one of 3456"):
         tuner.model(torch.zeros(9, 3, 12, 12))
     with warnings.catch_warnings():

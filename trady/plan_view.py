@@ -47,7 +47,7 @@ def curve_view(points: Sequence[Point], budget_bytes: int | None) -> RenderableT
     for heading in ("all computed anew", "all kept") if choice else ("peak",):
         table.add_column(heading, justify="right", no_wrap=True)
     top = max(max(p.kept_peak_bytes, p.recomputed_peak_bytes) for p in points)
-    limit = "" if budget_bytes is None else ", ◆ where the budget is"
+    limit = ", ◆ where the budget is" if budget_bytes is not None and budget_bytes <= top else ""
     table.add_column(f"0 to {format_bytes(top)}{limit}", no_wrap=True)
     for point in points:
         low, high = sorted((point.recomputed_peak_bytes, point.kept_peak_bytes))
@@ -173,7 +173,7 @@ def _peak(plan: Plan) -> Table:
 
 
 def _in_order(parts: Mapping[str, int]) -> Iterable[tuple[str, int]]:
-    return ((part, parts[part]) for part in (*PARTS, *(set(parts) - set(PARTS))) if parts.get(part))
+    return ((part, parts[part]) for part in (*PARTS, *(part for part in parts if part not in PARTS)) if parts.get(part))
 
 
 def _layers(plan: Plan, rows: int | None) -> Table:

@@ -7,6 +7,7 @@ PyTorch uses itself (the OpenMP runtime it has loaded), so ``torch.set_num_threa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -97,9 +98,11 @@ def unwritten(x: Tensor) -> Tensor:
 
 
 def _cache_folders() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
-    return [Path(home) / "trady", Path(tempfile.gettempdir()) / f"trady-{user}"]
+    folders = [Path(tempfile.gettempdir()) / f"trady-{user}"]
+    with contextlib.suppress(RuntimeError):  # the user of a container may have no home
+        folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "trady")
+    return folders
 
 
 def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDLL | None:
