@@ -444,3 +444,13 @@ def test_an_armed_model_keeps_codes_only_where_it_was_asked_to() -> None:
     assert ("silu", "activations") not in saved["8bit"]
     for name, exact in gradients["exact"].items():
         assert relative_error(gradients["8bit"][name], exact) < 0.01, name
+
+
+def test_tables_that_are_made_once_are_no_part_of_a_predicted_step() -> None:
+    for made in (codes_of, derivative_error, smooth_module._coding):
+        made.cache_clear()
+    model, x = seeded(Gated), normal(4, 5, 16)
+    tuner = trady.prepare(model, x, budget="peak:1 MiB", policy="full", recompute="none", fidelity="8bit")
+    ledger = tuner.ledger(lambda: model(x).square().sum().backward(), inference=False)
+    assert ledger.peak_bytes <= tuner.plan.predicted_peak_bytes < 1.1 * ledger.peak_bytes
+    tuner.finish()

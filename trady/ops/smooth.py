@@ -12,13 +12,15 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trady.errors import BudgetError
 from trady.labels import label_saved
@@ -26,6 +28,9 @@ from trady.ops.layout import CHUNK_BYTES, count_write, is_dense, is_owned, memor
 from trady.ops.native import library, on_this_processor
 
 _aten = torch.ops.aten
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 #: How well gradients are kept, and in how many bits an element the derivative is: ``None`` is PyTorch's own.
 FIDELITIES: dict[str, int | None] = {"exact": None, "8bit": 8, "4bit": 4, "2bit": 2}
@@ -130,7 +135,19 @@ class Codes:
         return codes.to(dtype).sub_(self.zero).mul_(self.step)
 
 
-@lru_cache(maxsize=256)
+def _once(make: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make something once a process: it is no part of the step, or of the simulated step, that asks for it first."""
+
+    @lru_cache(maxsize=256)
+    @wraps(make)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _disable_current_modes():
+            return make(*args, **kwargs)
+
+    return made  # type: ignore[return-value]
+
+
+@_once
 def codes_of(kind: Smooth, bits: int) -> Codes:
     """Spread codes over the range of a derivative, as densely as they fit."""
     derivative = kind.derivative(torch.linspace(-_reach(kind), _reach(kind), 200_001, dtype=torch.float64))
@@ -147,7 +164,7 @@ def _reach(kind: Smooth) -> float:
     return 4.0 if kind.name == "hardswish" else 12 / kind.numbers[0] if kind.name == "softplus" else 12.0
 
 
-@lru_cache(maxsize=256)
+@_once
 def derivative_error(kind: Smooth, bits: int) -> float:
     """Relative error of the gradient behind this activation, measured on 65 536 standard normal inputs.
 
@@ -239,6 +256,7 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: Smooth, bits: int, in_place: bool) -> Tensor:
         dense = x if is_dense(x) else x.contiguous()
         codes = codes_of(kind, bits)
+        _coding(kind, codes)  # while the step is simulated, before there is one
         y = dense if in_place else torch.empty_like(dense)
         if in_place:
             ctx.mark_dirty(x)
@@ -332,7 +350,7 @@ class _Coding(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=256)
+@_once
 def _coding(kind: Smooth, codes: Codes) -> tuple[_Coding, Tensor]:
     """The coding, and the table that it points to."""
     reach = _reach(kind)
