@@ -41,6 +41,13 @@ def small_net(classes: int = CLASSES) -> nn.Module:
         return SmallNet(classes)
 
 
+def smooth_net(classes: int = CLASSES) -> nn.Module:
+    """The same with GELU."""
+    net = small_net(classes)
+    net.features[2], net.features[5] = nn.GELU(), nn.GELU()
+    return net
+
+
 def pixels(count: int, seed: int, size: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Noise, brighter in the channel that the label names."""
     rng = np.random.default_rng(seed)

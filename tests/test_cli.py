@@ -88,13 +88,16 @@ def test_finetune_prints_its_result_and_shows_progress_on_standard_error(data: P
 
 def test_finetune_on_parts_of_a_batch_writes_how_large_they_were(data: Path, tmp_path: Path) -> None:
     options = ("--epochs", 1, "--micro-batch", 3, "--recompute", "none", "--json")
-    shown = trady_command(*finetune(data, tmp_path / "run", *options))
+    shown = trady_command(*finetune(data, tmp_path / "run", *options, "--fidelity", "8bit"))
     assert shown.returncode == 0, shown.stderr
     settings = json.loads((tmp_path / "run" / "result.json").read_text())["settings"]
-    assert (settings["micro_batch"], settings["recompute"]) == (3, "none")
+    assert (settings["micro_batch"], settings["recompute"], settings["fidelity"]) == (3, "none", "8bit")
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["micro_batch"] == 3
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch"] == 3
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert (plan["micro_batch"], plan["fidelity"]) == (3, "8bit")
+    message = refused(*finetune(data, tmp_path / "run", *options, "--resume"))
+    assert "fidelity was '8bit', is now 'exact'" in message
 
 
 def test_measure_accounts_for_a_step(tmp_path: Path) -> None:
@@ -105,6 +108,9 @@ def test_measure_accounts_for_a_step(tmp_path: Path) -> None:
     assert lean["inference_peak_bytes"] == full["inference_peak_bytes"]
     anew = json.loads(trady_command(*arguments, "--json", "--budget", "1 MiB", "--recompute", "all").stdout)
     assert anew["peak_bytes"] < full["peak_bytes"]
+    smooth = ("measure", "tests.small_task:smooth_net", *arguments[2:], "--budget", "1 MiB", "--recompute", "none")
+    exact, rounded = (json.loads(trady_command(*smooth, "--json", "--fidelity", f).stdout) for f in ("exact", "8bit"))
+    assert rounded["saved_bytes"] < exact["saved_bytes"]
     assert "inference" in trady_command(*arguments, "--out", tmp_path / "ledger.json").stdout
     assert json.loads((tmp_path / "ledger.json").read_text())["peak_bytes"] == full["peak_bytes"]
 
@@ -145,6 +151,9 @@ def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> N
     assert "--resume" in refused(*finetune(data, out))
     assert "checkpoint.json cannot be read" in refused(*finetune(data, out, "--resume"))
     assert "auto, all, none" in refused(*finetune(data, tmp_path / "new", "--recompute", "much"))
+    assert "exact, 8bit, 4bit" in refused(*plan, "--budget", "1 MiB", "--fidelity", "few")
+    assert "exact, 8bit, 4bit" in refused(*finetune(data, tmp_path / "new", "--fidelity", "few"))
+    assert "belong to --budget" in refused("measure", MODEL, "--image-size", 12, "--fidelity", "8bit")
     assert "nor auto" in refused(*finetune(data, tmp_path / "new", "--micro-batch", "0"))
     in_backward = ("--optimizer", "sgd-in-backward", "--micro-batch", "auto")
     assert "take sgd" in refused(*finetune(data, tmp_path / "new", *in_backward))

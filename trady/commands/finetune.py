@@ -34,6 +34,7 @@ def finetune(
     micro_batch: options.MicroBatch = None,
     policy: options.Policy = "trady",
     recompute: options.Recompute = "auto",
+    fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
@@ -63,7 +64,7 @@ def finetune(
 
     # Everything that can be refused at once is, before minutes go into reading the data.
     get_policy(policy)
-    options.check_recompute(recompute)
+    options.check_kept(recompute, fidelity)
     options.read_micro_batch(micro_batch)
     if budget is not None:
         parse_budget(budget)
@@ -95,6 +96,7 @@ def finetune(
             mode=cast(Mode, mode),
             mixed_precision=cast(Precision, mixed_precision),
             recompute=cast(Recompute, recompute),
+            fidelity=fidelity,
             micro_batch=cast(MicroBatch, options.read_micro_batch(micro_batch)),
         )
     except KeyboardInterrupt:

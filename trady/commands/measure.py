@@ -20,6 +20,7 @@ def measure(
     classes: options.Classes = 10,
     policy: options.Policy = "trady",
     recompute: options.Recompute = "auto",
+    fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
     seed: options.Seed = 0,
     out: Annotated[str | None, typer.Option(help="Also write the ledger to this JSON file.")] = None,
@@ -27,13 +28,23 @@ def measure(
 ) -> None:
     """Run one training step and account for its memory."""
     from trady.commands.steps import full_step, tuned_step
+    from trady.errors import BudgetError
 
+    options.check_kept(recompute, fidelity)
+    if budget is None and (recompute, fidelity) != ("auto", "exact"):
+        raise BudgetError("--recompute and --fidelity belong to --budget: without one, PyTorch trains the whole model")
     example = make_example(model, classes, image_size, batch_size, seed)
     step = (
         full_step(example)
         if budget is None
         else tuned_step(
-            example, budget=budget, policy=policy, ranking=load_ranking(ranking), seed=seed, recompute=recompute
+            example,
+            budget=budget,
+            policy=policy,
+            ranking=load_ranking(ranking),
+            seed=seed,
+            recompute=recompute,
+            fidelity=fidelity,
         )
     )
     ledger = step.ledger()

@@ -27,6 +27,12 @@ Recompute = Annotated[
         "all, or none."
     ),
 ]
+Fidelity = Annotated[
+    str,
+    typer.Option(
+        help="How exactly smooth activations that are kept (GELU, SiLU, Mish) are differentiated: exact, 8bit or 4bit."
+    ),
+]
 MicroBatch = Annotated[
     str | None,
     typer.Option(
@@ -52,13 +58,15 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
 
-def check_recompute(text: str) -> None:
-    """Refuse what ``--recompute`` does not know."""
+def check_kept(recompute: str, fidelity: str) -> None:
+    """Refuse what ``--recompute`` and ``--fidelity`` do not know."""
     from trady.errors import BudgetError
+    from trady.ops.smooth import FIDELITIES
     from trady.planner import MODES
 
-    if text not in MODES:
-        raise BudgetError(f"--recompute {text!r} is not known; type one of {', '.join(MODES)}")
+    for option, text, known in (("--recompute", recompute, MODES), ("--fidelity", fidelity, FIDELITIES)):
+        if text not in known:
+            raise BudgetError(f"{option} {text!r} is not known; type one of {', '.join(known)}")
 
 
 def read_micro_batch(text: str | None) -> int | str | None:

@@ -34,6 +34,7 @@ def plan(
     classes: options.Classes = 10,
     policy: options.Policy = "trady",
     recompute: options.Recompute = "auto",
+    fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Also show the peak over the share of channels that trains.")
@@ -57,7 +58,7 @@ def plan(
     if batch_sizes is not None and sweep is None:
         raise BudgetError("--batch-sizes belongs to --sweep")
     budgets = _parts(sweep) if sweep is not None else [str(budget)]
-    options.check_recompute(recompute)
+    options.check_kept(recompute, fidelity)
     for text in budgets:
         parse_budget(text)
     sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
@@ -68,6 +69,7 @@ def plan(
         ranking=load_ranking(ranking),
         seed=seed,
         recompute=recompute,
+        fidelity=fidelity,
         micro_batch=options.read_micro_batch(micro_batch),
     )
     if sweep is not None:

@@ -63,6 +63,7 @@ def tuned_step(
     ranking: LayerRanking | Known | None,
     seed: int,
     recompute: str = "auto",
+    fidelity: str = "exact",
 ) -> Step:
     """Return a step inside a budget."""
     tuner = prepare(
@@ -73,6 +74,7 @@ def tuned_step(
         ranking=ranking,
         seed=seed,
         recompute=recompute,
+        fidelity=fidelity,
     )
     return Step(TunerTrainer(tuner), example)
 

@@ -63,6 +63,7 @@ def finetune(
     mode: Literal["train", "eval"] = "train",
     mixed_precision: Precision = "no",
     recompute: Literal["auto", "all", "none"] = "auto",
+    fidelity: str = "exact",
     micro_batch: int | Literal["auto"] | None = None,
     progress: bool | Display = True,
 ) -> Result:
@@ -101,6 +102,8 @@ def finetune(
         mode: ``train`` has dropout on in training, ``eval`` has it off. Evaluation always has it off.
         mixed_precision: ``bf16`` runs forward passes under autocast.
         recompute: What the backward pass computes anew instead of keeping it (:func:`trady.prepare`).
+        fidelity: How exactly smooth activations that are kept are differentiated: ``exact``, ``8bit`` or ``4bit``
+            (docs/fidelity.md).
         micro_batch: A step's batch is cut into parts of so many samples, one forward and backward pass each, and
             updates with the mean gradient: the result is that of the whole batch, but for dropout's random
             numbers and the order of sums. ``auto`` is the largest part that the budget is possible with: the
@@ -143,6 +146,7 @@ def finetune(
         mixed_precision=mixed_precision,
         seed=seed,
         recompute=recompute,
+        fidelity=fidelity,
         micro_batch=micro_batch,
     )
     if micro_batch is not None:
@@ -155,6 +159,7 @@ def finetune(
         head=head,
         seed=seed,
         recompute=recompute,
+        fidelity=fidelity,
         micro_batch=micro_batch,
     )
     folder = None if out is None else RunFolder(Path(out))

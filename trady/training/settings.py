@@ -9,6 +9,7 @@ from typing import Any
 
 from trady.errors import TrainingError
 from trady.micro_batches import AUTO
+from trady.ops.smooth import FIDELITIES
 from trady.planner import MODES
 from trady.ranking import LayerRanking
 
@@ -35,6 +36,7 @@ class Settings:
         mixed_precision: ``no`` or ``bf16``.
         seed: Seed of everything random.
         recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
+        fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
         micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
     """
 
@@ -55,6 +57,7 @@ class Settings:
     mixed_precision: str
     seed: int
     recompute: str = "auto"
+    fidelity: str = "exact"
     micro_batch: int | str | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class Settings:
             ("mode", self.mode, ("train", "eval")),
             ("mixed_precision", self.mixed_precision, ("no", "bf16")),
             ("recompute", self.recompute, MODES),
+            ("fidelity", self.fidelity, FIDELITIES),
         ):
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
