@@ -377,6 +377,8 @@ def gradient_errors(
     autocast: bool = False,
     fuse: bool = True,
     reference: torch.dtype | None = None,
+    policy: Any = "dynamic-random",
+    recompute: str = "auto",
 ) -> dict[str, float]:
     """Hold the gradient of every selected channel, and of the head, against the dense model's.
 
@@ -389,6 +391,8 @@ def gradient_errors(
         autocast: Run trady's side under bfloat16 autocast.
         fuse: As for ``prepare``.
         reference: Type of the dense model; its own by default.
+        policy: As for ``prepare``.
+        recompute: As for ``prepare``.
 
     Returns:
         Relative error of every layer's selected channels and of every parameter of the head; the
@@ -403,7 +407,7 @@ def gradient_errors(
     if share < 1:
         table = trady.plan(model, batch, budget=budget, policy="full", fuse=fuse).table
         budget = f"elements:{int(share * sum(layer.channels * layer.elements for layer in table)) + 1}"
-    tuner = trady.prepare(model, batch, budget=budget, policy="dynamic-random", fuse=fuse)
+    tuner = trady.prepare(model, batch, budget=budget, policy=policy, fuse=fuse, recompute=recompute)
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
     if reference is not None:
         dense.to(reference)
@@ -422,7 +426,7 @@ def gradient_errors(
         named = dict(tuner.named_parameters())
         for name, channels in tuner.selection.items():
             layer = tuner.plan.table[name]
-            wanted = channels_of(grads[layer.parameter], layer, channels)
+            wanted = channels_of(grads[layer.parameter], layer, channels, tuner.selection.outputs.get(name))
             errors[name] = relative_error(named[f"{layer.parameter}.channels"].grad, wanted)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -434,12 +438,13 @@ def gradient_errors(
     return errors
 
 
-def channels_of(weight: Tensor, layer: trady.Layer, channels: Any) -> Tensor:
-    """``W[:, c]`` of the given channels, as a compact parameter holds them."""
+def channels_of(weight: Tensor, layer: trady.Layer, channels: Any, outputs: Any = None) -> Tensor:
+    """``W[:, c]`` of the given channels (and outputs), as a compact parameter holds them."""
     from trady.ops.selected import select_channels
 
     selected = select_channels(channels, layer.groups, layer.channels // layer.groups, weight.device)
-    return gather_channels(weight, layer.kind, layer.groups, selected)
+    rows = gather_channels(weight, layer.kind, layer.groups, selected)
+    return rows if outputs is None else rows[:, torch.from_numpy(outputs.copy())]
 
 
 def relative_error(found: Tensor | None, expected: Tensor) -> float:

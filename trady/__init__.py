@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trady import optim
 from trady.budget import Budget, parse_budget
-from trady.channels import ChannelTable, Layer, Selection
+from trady.channels import ChannelTable, Layer, Selection, by_output
 from trady.delta import apply_delta
 from trady.errors import (
     BudgetError,
@@ -71,6 +71,7 @@ __all__ = [
     "TrainingError",
     "Tuner",
     "apply_delta",
+    "by_output",
     "cross_entropy",
     "finetune",
     "load_data",

@@ -1,7 +1,8 @@
 """A model with its interception in place and a set of channels that train.
 
 ``weight`` holds the truth. Beside it every layer has a compact parameter, a leaf that holds the selected
-channels ``W[:, c]`` only: it receives their gradient, the optimizer updates it, and it is written back.
+channels ``W[:, c]`` (or ``W[outputs][:, c]``) only: it receives their gradient, the optimizer updates it, and
+it is written back.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trady.channels import Channels, Selection
+from trady.channels import Channels, Layer, Selection
+from trady.clipping import clip_by_output
 from trady.errors import StateError
 from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
@@ -27,11 +29,16 @@ _armed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Change:
-    """How the rows of a compact parameter changed: new row ``i`` was row ``sources[i]``, or -1 is new."""
+    """How a compact parameter changed: new row ``i`` was row ``sources[i]``, or -1 is new; columns likewise.
+
+    Rows are input channels, columns output channels (of a group).
+    """
 
     compact: nn.Parameter
     sources: Channels
     rows_before: int
+    columns: Channels
+    columns_before: int
 
 
 class Armed:
@@ -56,12 +63,10 @@ class Armed:
             weight = model.get_parameter(layer.parameter)
             path, _, attribute = layer.parameter.rpartition(".")
             self._owners[layer.name] = (model.get_submodule(path), attribute)
-            shape = channel_major(weight, layer.kind, layer.groups).shape
-            compact = nn.Parameter(weight.new_empty((0, *shape[2:])))
-            self.layers[layer.name] = ArmedLayer(layer.name, weight, compact)
+            self.layers[layer.name] = ArmedLayer(layer.name, weight, nn.Parameter(_no_channel(weight, layer)))
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
-        self.channels: dict[str, Channels] = {}
+        self.selection = Selection()
         self._written: dict[str, tuple[int, int]] = {}
         self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain, segments)
         self.interceptor.fidelity = fidelity
@@ -74,24 +79,26 @@ class Armed:
         self.write_back()
         changes = []
         for name, armed in self.layers.items():
-            before = self.channels.get(name, np.empty(0, dtype=np.int64))
-            now = selection.channels.get(name, np.empty(0, dtype=np.int64))
-            if np.array_equal(before, now):
-                continue
             layer = self.table[name]
+            before, columns_before = _rows_and_columns(self.selection, layer)
+            now, columns = _rows_and_columns(selection, layer)
+            if np.array_equal(before, now) and np.array_equal(columns_before, columns):
+                continue
             weight = armed.weight.detach()
             if len(now):
-                groups = layer.groups
-                armed.selected = select_channels(now, groups, layer.channels // groups, weight.device)
+                groups, outputs = layer.groups, selection.outputs.get(name)
+                armed.selected = select_channels(now, groups, layer.channels // groups, weight.device, outputs)
                 armed.compact.data = gather_channels(weight, layer.kind, groups, armed.selected)
             else:
                 armed.selected = None
-                armed.compact.data = weight.new_empty((0, *armed.compact.shape[1:]))
+                armed.compact.data = _no_channel(weight, layer)
             armed.compact.grad = None
+            clip_by_output(armed.compact, name in selection.outputs)
             armed.leaf = self._new_leaf(name) if len(now) else None
-            self.channels[name] = now
             self._written[name] = armed.versions
-            changes.append(Change(armed.compact, _sources(before, now), len(before)))
+            moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
+            changes.append(Change(armed.compact, *moved))
+        self.selection = selection
         return changes
 
     def write_back(self) -> None:
@@ -119,11 +126,11 @@ class Armed:
                     scatter_channels_(weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
             self._written[name] = armed.versions
 
-    def _new_leaf(self, name: str) -> torch.Tensor:
+    def _new_leaf(self, name: str) -> Tensor:
         armed = self.layers[name]
         leaf = armed.compact.detach().requires_grad_()
 
-        def deliver(leaf: torch.Tensor) -> None:
+        def deliver(leaf: Tensor) -> None:
             if armed.leaf is not leaf:
                 raise StateError(drawn_anew(name))
             gradient, leaf.grad, compact = leaf.grad, None, armed.compact
@@ -157,8 +164,21 @@ def refuse_prepared(model: nn.Module) -> None:
         )
 
 
+def _no_channel(weight: Tensor, layer: Layer) -> Tensor:
+    """A compact parameter of a layer in which nothing trains."""
+    shape = channel_major(weight.detach(), layer.kind, layer.groups).shape
+    return weight.detach().new_empty((0, *shape[2:]))
+
+
+def _rows_and_columns(selection: Selection, layer: Layer) -> tuple[Channels, Channels]:
+    """Input channels of a layer that train, and output channels (of a group)."""
+    rows = selection.channels.get(layer.name, np.empty(0, dtype=np.int64))
+    every = np.arange(layer.outputs // layer.groups, dtype=np.int64)
+    return rows, selection.outputs.get(layer.name, every)
+
+
 def _sources(before: Channels, now: Channels) -> Channels:
-    """For every channel of ``now`` its row among ``before``, or -1; both are sorted."""
+    """For every channel of ``now`` its place among ``before``, or -1; both are sorted."""
     if not len(before):
         return np.full(len(now), -1, dtype=np.int64)
     place = np.minimum(np.searchsorted(before, now), len(before) - 1)

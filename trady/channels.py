@@ -7,18 +7,17 @@ elements a sample. Every input channel of a layer costs the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trady.errors import ModelError
+from trady.selection import Channels, Selection, channel_indices
 
-Channels = npt.NDArray[np.int64]
+__all__ = ["ChannelTable", "Channels", "FrozenLayer", "Layer", "Selection", "by_output"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,15 @@ class Layer:
     def elements(self) -> int:
         """C^W + C^A: what one channel takes of B_mem, in elements for one sample."""
         return self.weight_elements + self.activation_elements
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return self.weight_shape[1 if self.kind == "addmm" else 0]
+
+    def share(self, whole: int, outputs: int | None) -> int:
+        """What ``outputs`` of the output channels take of an amount that all of them take (``None`` is all)."""
+        return whole if outputs is None else whole * outputs // self.outputs
 
 
 @dataclass(frozen=True)
@@ -115,76 +123,90 @@ class ChannelTable:
         """Input channels of all layers together."""
         return sum(layer.channels for layer in self.layers)
 
-    def saved_bytes(self, selection: Selection) -> int:
-        """Bytes of the activations a selection saves, for the whole batch of the example."""
+    def mistake(self, selection: Selection) -> str | None:
+        """What of a selection this model does not have; ``None`` if it has all of it."""
+        for name, channels in selection.items():
+            layer = self.by_name.get(name)
+            if layer is None:
+                return f"layer {name!r}, which the model lacks"
+            if (wrong := _out_of_range(channels, layer.channels)) is not None:
+                return f"channel {wrong} of layer {name!r}, which has channels 0 to {layer.channels - 1}"
+            outputs = selection.outputs.get(name)
+            if outputs is None:
+                continue
+            if layer.groups > 1:
+                return (
+                    f"output channels of layer {name!r}, a convolution of {layer.groups} groups, which train as a "
+                    "whole: trady.by_output(table, outputs) selects those"
+                )
+            if (wrong := _out_of_range(outputs, layer.outputs)) is not None:
+                return f"output channel {wrong} of layer {name!r}, which has output channels 0 to {layer.outputs - 1}"
+        return None
+
+    def weight_elements(self, selection: Selection) -> int:
+        """Weight elements that a selection trains."""
         return sum(
-            len(channels) * self[name].activation_elements * self.batch * self.element_bytes
+            self[name].share(len(channels) * self[name].weight_elements, selection.output_count(name))
             for name, channels in selection.items()
         )
 
-    def elements(self, selection: Selection) -> int:
-        """What a selection takes of B_mem: sum of C^W + C^A, elements for one sample."""
-        return sum(len(channels) * self[name].elements for name, channels in selection.items())
+    def activation_elements(self, selection: Selection) -> int:
+        """Activation elements that a selection saves of one sample, whatever its output channels."""
+        return sum(len(channels) * self[name].activation_elements for name, channels in selection.items())
 
-
-@dataclass(frozen=True)
-class Selection(Mapping[str, Channels]):
-    """The input channels that train now: layer name to sorted channel indices.
-
-    Layers without a selected channel are absent. Two selections are equal when they hold
-    the same channels; ``digest`` names a selection in logs.
-    """
-
-    channels: Mapping[str, Channels] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        clean = {
-            name: np.unique(_channel_indices(name, indices))
-            for name, indices in sorted(self.channels.items())
-            if len(indices)
-        }
-        for indices in clean.values():
-            indices.setflags(write=False)
-        object.__setattr__(self, "channels", clean)
-
-    def __getitem__(self, name: str) -> Channels:
-        return self.channels[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.channels)
-
-    def __len__(self) -> int:
-        return len(self.channels)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Selection) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    @property
-    def count(self) -> int:
-        """Number of selected channels."""
-        return sum(len(indices) for indices in self.channels.values())
-
-    @cached_property
-    def digest(self) -> str:
-        """Sixteen hexadecimal digits that depend on nothing but the selected channels."""
-        digest = hashlib.sha256()
-        for name, indices in self.channels.items():
-            digest.update(name.encode() + b"\0" + indices.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, for checkpoints."""
-        return {name: indices.tolist() for name, indices in self.channels.items()}
-
-
-def _channel_indices(name: str, indices: Any) -> Channels:
-    given = np.asarray(indices)
-    if given.dtype.kind not in "iu" or given.ndim != 1:
-        raise ModelError(
-            f"channels of {name!r} must be a list of channel numbers, not {given.ndim}-dimensional {given.dtype}; "
-            "np.flatnonzero turns a mask into numbers"
+    def flops(self, selection: Selection) -> int:
+        """Weight-gradient multiply-adds of a selection for one sample."""
+        return sum(
+            self[name].share(len(channels) * self[name].flops, selection.output_count(name))
+            for name, channels in selection.items()
         )
-    return given.astype(np.int64)
+
+    def saved_bytes(self, selection: Selection) -> int:
+        """Bytes of the activations a selection saves, for the whole batch of the example."""
+        return self.activation_elements(selection) * self.batch * self.element_bytes
+
+    def elements(self, selection: Selection) -> int:
+        """What a selection takes of B_mem, elements for one sample: the sum of C^W + C^A over channels.
+
+        Of a layer with chosen output channels C^W counts for these only, C^A in full.
+        """
+        return self.weight_elements(selection) + self.activation_elements(selection)
+
+
+def by_output(table: ChannelTable, outputs: Mapping[str, Any]) -> Selection:
+    """Select by output channel (neuron): in each layer these output channels, and all input channels they read.
+
+    A group of a grouped convolution trains as a whole, all of its output channels, if one of them is selected.
+    In a depthwise convolution such a group is one channel, of which nothing but its own map is saved; of any
+    other layer the whole input is.
+
+    Args:
+        table: The layers.
+        outputs: Layer name to indices of output channels.
+
+    Raises:
+        ModelError: A layer or an output channel does not exist.
+
+    """
+    channels: dict[str, Channels] = {}
+    chosen: dict[str, Channels] = {}
+    for name, given in outputs.items():
+        layer, indices = table[name], np.unique(channel_indices(name, given))
+        if not len(indices):
+            continue
+        if not 0 <= indices[0] <= indices[-1] < layer.outputs:
+            raise ModelError(f"{name} has output channels 0 to {layer.outputs - 1}, not {indices[0]} to {indices[-1]}")
+        if layer.groups > 1:
+            groups = np.unique(indices // (layer.outputs // layer.groups))
+            a_group = layer.channels // layer.groups
+            channels[name] = (groups[:, None] * a_group + np.arange(a_group)).ravel()
+        else:
+            channels[name] = np.arange(layer.channels, dtype=np.int64)
+            if len(indices) < layer.outputs:
+                chosen[name] = indices
+    return Selection(channels, chosen)
+
+
+def _out_of_range(indices: Channels, count: int) -> int | None:
+    """A channel number that is none; ``indices`` are sorted."""
+    return next((int(i) for i in (indices[0], indices[-1]) if not 0 <= i < count), None)

@@ -6,8 +6,9 @@ gradient clipping, Brock et al. 2021, arXiv 2102.06171, there per output unit, h
 
     g_c <- g_c * min(1, ratio * max(||W[:, c]||, 1e-3) / ||g_c||)
 
-A step of plain SGD then moves no channel by more than ``lr * ratio`` of its norm. The head, which starts from
-random weights, is clipped by its gradient norm.
+A step of plain SGD then moves no channel by more than ``lr * ratio`` of its norm. Where chosen output channels
+train, the unit is the output channel, as in the paper. The head, which starts from random weights, is clipped by
+its gradient norm.
 """
 
 from __future__ import annotations
@@ -20,23 +21,34 @@ from torch import Tensor, nn
 #: Channels whose norm is below this count as this large, so that zero weights can learn.
 _LEAST_NORM = 1e-3
 
+_BY_OUTPUT = "_trady_by_output"
+
 
 def clip_channels_(compact: Iterable[nn.Parameter], ratio: float) -> None:
     """Clip the gradient of every selected channel to ``ratio`` times the channel's own norm, in place.
 
     Args:
         compact: Compact parameters [channels, output channels a group, *kernel] with their gradients.
+            Those marked by :func:`clip_by_output` are clipped by column.
         ratio: Largest gradient norm over weight norm.
 
     """
     for parameter in compact:
         if parameter.grad is None or parameter.numel() == 0:
             continue
-        limit = ratio * _row_norms(parameter.detach()).clamp_(min=_LEAST_NORM)
-        factor = (limit / _row_norms(parameter.grad).clamp_(min=torch.finfo(torch.float32).tiny)).clamp_(max=1.0)
-        parameter.grad.mul_(factor.view(-1, *(1,) * (parameter.dim() - 1)).to(parameter.dtype))
+        unit = int(getattr(parameter, _BY_OUTPUT, False))
+        limit = ratio * _norms(parameter.detach(), unit).clamp_(min=_LEAST_NORM)
+        factor = (limit / _norms(parameter.grad, unit).clamp_(min=torch.finfo(torch.float32).tiny)).clamp_(max=1.0)
+        factor = factor.view([-1 if dim == unit else 1 for dim in range(parameter.dim())])
+        parameter.grad.mul_(factor.to(parameter.dtype))
 
 
-def _row_norms(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
+def clip_by_output(compact: nn.Parameter, yes: bool) -> None:
+    """Say whether a compact parameter holds chosen output channels, which are then clipped each by itself."""
+    setattr(compact, _BY_OUTPUT, yes)
+
+
+def _norms(values: Tensor, unit: int) -> Tensor:
+    rows = values.flatten(1) if unit == 0 else values.transpose(0, unit).flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
     return norms

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trady.channels import ChannelTable
+from trady.channels import ChannelTable, Selection
 from trady.errors import CheckpointError
 from trady.ops.selected import channel_major
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
+_OUTPUTS = "::outputs"
 
 #: ``groups`` of a weight that is stored input-major, [in, out].
 _INPUT_MAJOR = 0
@@ -20,26 +22,29 @@ _INPUT_MAJOR = 0
 def changed_tensors(
     model: nn.Module,
     table: ChannelTable,
-    touched: Mapping[str, Iterable[int]],
+    touched: Selection,
     head: Mapping[str, nn.Parameter],
 ) -> dict[str, Tensor]:
     """Copy the channels that were ever selected, and the head.
 
     Returns:
         For every weight ``name::channels`` (int64 [n]), ``name::values`` ([n, output channels a group,
-        *kernel]) and ``name::groups``; for every parameter of the head ``name::whole``.
+        *kernel]) and ``name::groups``; where only some output channels were selected ``name::outputs`` (int64
+        [m]), which the values are of; for every parameter of the head ``name::whole``.
 
     """
     tensors: dict[str, Tensor] = {}
     for layer in table:
-        channels = sorted(touched.get(layer.name, ()))
-        if not channels:
+        if layer.name not in touched:
             continue
         weight = model.get_parameter(layer.parameter).detach()
-        index = torch.tensor(channels, dtype=torch.int64)
+        index, outputs = torch.tensor(touched[layer.name]), None
+        if layer.name in touched.outputs:
+            tensors[layer.parameter + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
         groups = _INPUT_MAJOR if layer.kind == "addmm" else layer.groups
+        values = _rows(weight, groups)[_place(weight, groups, index, outputs)]
         tensors[layer.parameter + _CHANNELS] = index
-        tensors[layer.parameter + _VALUES] = _rows(weight, groups)[_place(weight, groups, index)].contiguous().clone()
+        tensors[layer.parameter + _VALUES] = values.contiguous().clone()
         tensors[layer.parameter + _GROUPS] = torch.tensor([groups], dtype=torch.int64)
     for name, parameter in head.items():
         tensors[name + _WHOLE] = parameter.detach().clone().contiguous()
@@ -64,11 +69,12 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, set[int]]:
-    """Write changed tensors into a model, all or nothing; return the channels of each weight."""
+def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Selection:
+    """Write changed tensors into a model, all or nothing; return the channels under the names of the weights."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    touched: dict[str, set[int]] = {}
-    writes: list[tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]] = []
+    touched: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    writes: list[tuple[Tensor, tuple[Tensor, ...] | None, Tensor]] = []
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("::")
         parameter = parameters.get(name)
@@ -85,13 +91,17 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
             if parameter.dim() < 2 or count < 0 or (count and parameter.shape[0] % count):
                 raise CheckpointError(f"the delta has {count} groups for {name!r} of shape {tuple(parameter.shape)}")
             rows = _rows(parameter.detach(), count)
-            total = rows.shape[0] * rows.shape[1]
-            if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < total):
-                raise CheckpointError(f"the delta changes channel {int(tensor.max())} of {name!r}, which has {total}")
-            _check_shape(name, values.shape, torch.Size((tensor.numel(), *rows.shape[2:])))
-            writes.append((rows, _place(parameter, count, tensor), values))
-            touched[name] = set(tensor.tolist())
-        elif part not in ("values", "groups"):
+            _check_range(name, "channel", tensor, rows.shape[0] * rows.shape[1])
+            outputs, expected = tensors.get(name + _OUTPUTS), list(rows.shape[2:])
+            if outputs is not None:
+                if count > 1:
+                    raise CheckpointError(f"the delta is damaged: {name!r} has output channels and {count} groups")
+                _check_range(name, "output channel", outputs, rows.shape[2])
+                expected[0], chosen[name] = outputs.numel(), outputs.cpu().numpy()
+            _check_shape(name, values.shape, torch.Size((tensor.numel(), *expected)))
+            writes.append((rows, _place(parameter, count, tensor, outputs), values))
+            touched[name] = tensor.cpu().numpy()
+        elif part not in ("values", "groups", "outputs"):
             raise CheckpointError(f"the delta holds {key!r}, which is no part of a trady delta")
     with torch.no_grad():
         for target, place, values in writes:
@@ -99,16 +109,26 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
                 target.copy_(values)
             else:
                 target[place] = values.to(target.dtype).to(target.device)
-    return touched
+    return Selection(touched, chosen)
 
 
 def _rows(weight: Tensor, groups: int) -> Tensor:
     return channel_major(weight, "addmm" if groups == _INPUT_MAJOR else "conv", max(groups, 1))
 
 
-def _place(weight: Tensor, groups: int, index: Tensor) -> tuple[Tensor, Tensor]:
+def _place(weight: Tensor, groups: int, index: Tensor, outputs: Tensor | None) -> tuple[Tensor, ...]:
     a_group = _rows(weight, groups).shape[1]
-    return index // a_group, index % a_group
+    if outputs is None:
+        return index // a_group, index % a_group
+    return (index // a_group).unsqueeze(1), (index % a_group).unsqueeze(1), outputs
+
+
+def _check_range(name: str, what: str, index: Tensor, total: int) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise CheckpointError(f"the delta is damaged: {what}s of {name!r} are {index.dim()}-dimensional {index.dtype}")
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < total):
+        wrong = int(index.max()) if int(index.max()) >= total else int(index.min())
+        raise CheckpointError(f"the delta changes {what} {wrong} of {name!r}, which has {total}")
 
 
 def _check_shape(name: str, found: torch.Size, expected: torch.Size) -> None:

@@ -244,11 +244,18 @@ class Drawing:
         return self._timeline[2]
 
     def _costs(self) -> dict[str, int]:
+        map_price, weight_price = self._prices()
+        return {
+            layer.name: layer.activation_elements * map_price + layer.weight_elements * weight_price
+            for layer in self.table
+        }
+
+    def _prices(self) -> tuple[int, int]:
+        """What an activation element of one sample takes of the budget, and what a weight element does."""
         if self.budget is None or self.budget.scope is not Scope.UPDATE:
-            return {layer.name: layer.elements for layer in self.table}
+            return 1, 1
         sample = self.table.batch * self.table.element_bytes
-        weight = self.table.weight_element_bytes * (2 + self.state_copies)
-        return {layer.name: layer.activation_elements * sample + layer.weight_elements * weight for layer in self.table}
+        return sample, self.table.weight_element_bytes * (2 + self.state_copies)
 
     def _drawable(self) -> list[str]:
         if self.budget is None or self.budget.scope is Scope.PEAK:
@@ -262,8 +269,21 @@ class Drawing:
         return self._largest_within(epoch, redraw, self.budget.amount)
 
     def _select(self, epoch: int, redraw: int, capacity: int | None, *, typical: bool = False) -> Selection:
-        draw = Draw(self.table, self.pool, self._costs(), capacity, self.seed, epoch, redraw, self.evidence)
+        draw = self._asked(epoch, redraw, capacity)
         return (typical_selection if typical or self.lacks_evidence else draw_selection)(self.policy, draw)
+
+    def _asked(self, epoch: int, redraw: int, capacity: int | None) -> Draw:
+        return Draw(
+            self.table,
+            self.pool,
+            self._costs(),
+            capacity,
+            self.seed,
+            epoch,
+            redraw,
+            self.evidence,
+            weight_price=self._prices()[1],
+        )
 
     @property
     def lacks_evidence(self) -> bool:
@@ -280,8 +300,7 @@ class Drawing:
             BudgetError: Not one channel fits beside that state.
 
         """
-        weights = sum(len(c) * self.table[name].weight_elements for name, c in trained.items())
-        kept = self.state_copies * weights * self.table.weight_element_bytes
+        kept = self.state_copies * self.table.weight_elements(trained) * self.table.weight_element_bytes
         selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept) <= self._amount))
         if not selections:
             one = (Selection({layer.name: np.zeros(1, dtype=np.int64)}) for layer in self.table)
@@ -376,8 +395,8 @@ class Drawing:
         """
         stretches = (recomputation or self.recomputation).stretches
         timeline = self.simulator.timeline(stretches=stretches, selection=selection, parts=True)
-        kept = sum(len(c) * self.table[n].weight_elements for n, c in selection.items())
-        state = self.state_copies * (self._head_bytes + kept * self.table.weight_element_bytes)
+        kept = self.table.weight_elements(selection) * self.table.weight_element_bytes
+        state = self.state_copies * (self._head_bytes + kept)
         return {**timeline.parts, **({"optimizer state": state} if state else {})}
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:

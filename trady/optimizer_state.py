@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ _SECOND_MOMENTS = {
     "step_size",
 }
 
+#: The dimension, from the end, that a factored second moment is a mean over.
+_AVERAGED = {"row_var": 1, "col_var": 2}
+
 #: Copies that an optimizer is taken to keep where it cannot be tried out: Adam's.
 _ASSUMED = 2
 
@@ -35,20 +39,25 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
 
     Args:
         optimizer: Any optimizer that keeps its state by parameter.
-        change: Where each row of the parameter comes from.
+        change: Where each row and column of the parameter comes from.
 
     """
     state: dict[str, Any] | None = optimizer.state.get(change.compact)
-    sources = torch.from_numpy(change.sources)
-    stays = sources >= 0
-    if not state or not bool(stays.any()):
+    moves = [(change.sources, change.rows_before), (change.columns, change.columns_before)]
+    if not state or not all((sources >= 0).any() for sources, _ in moves):
         _start_anew(optimizer, change.compact)
         return
     for name, value in state.items():
-        # Adafactor's mean over the rows of a matrix has no row of its own for each channel.
-        by_row = isinstance(value, Tensor) and not (name == "col_var" and value.dim() == 2)
-        if by_row and value.dim() == change.compact.dim() and value.shape[0] == change.rows_before:
-            state[name] = _rearranged(value, sources.to(value.device), mean=name in _SECOND_MOMENTS)
+        if not isinstance(value, Tensor) or value.dim() != change.compact.dim():
+            continue
+        for dim, (sources, before) in enumerate(moves):
+            # Adafactor averages over one of the last two dimensions: there is no row, or column, of its own.
+            averaged = dim == value.dim() - _AVERAGED.get(name, 0)
+            stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
+            if value.shape[dim] == before and not averaged and not stayed:
+                kept = torch.from_numpy(sources).to(value.device)
+                value = _rearranged(value, kept, dim, mean=name in _SECOND_MOMENTS)
+        state[name] = value
 
 
 def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
@@ -80,16 +89,12 @@ def _twin(
         return None
 
 
-def _rearranged(value: Tensor, sources: Tensor, *, mean: bool) -> Tensor:
-    stays = sources >= 0
-    kept = value[sources[stays]]
-    made = (
-        kept.mean(0, keepdim=True).expand(len(sources), *value.shape[1:]).clone()
-        if mean
-        else value.new_zeros((len(sources), *value.shape[1:]))
-    )
-    made[stays] = kept
-    return made
+def _rearranged(value: Tensor, sources: Tensor, dim: int, *, mean: bool) -> Tensor:
+    places = torch.nonzero(sources >= 0).squeeze(1)
+    kept = value.index_select(dim, sources[places])
+    shape = [*value.shape[:dim], len(sources), *value.shape[dim + 1 :]]
+    made = kept.mean(dim, keepdim=True).expand(shape).clone() if mean else value.new_zeros(shape)
+    return made.index_copy_(dim, places, kept)
 
 
 def state_copies(optimizer: torch.optim.Optimizer) -> int:

@@ -58,10 +58,8 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) ->
         state_copies: Copies of a parameter that the optimizer keeps.
 
     """
-    weights = sum(len(c) * table[name].weight_elements for name, c in selection.items())
-    activations = sum(len(c) * table[name].activation_elements for name, c in selection.items())
-    flops = sum(len(c) * table[name].flops for name, c in selection.items())
-    saved = activations * table.batch * table.element_bytes
+    weights, activations = table.weight_elements(selection), table.activation_elements(selection)
+    flops, saved = table.flops(selection), table.saved_bytes(selection)
     compact = weights * table.weight_element_bytes
 
     def sparsity(part: int, whole: int) -> float:
@@ -243,7 +241,7 @@ class Plan:
                 ranking=data["ranking"],
                 head=tuple(data["head"]),
                 head_parameters=data["head_parameters"],
-                selection=Selection(data["selection"]),
+                selection=Selection.from_json(data["selection"]),
                 cost=Cost(**data["cost"]),
                 predicted_peak_bytes=data["predicted_peak_bytes"],
                 least_peak_bytes=data["least_peak_bytes"],

@@ -113,7 +113,7 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     yield (
         "trains",
         f"{_count(cost.channels)} of {_count(total)} input channels ({_percent(cost.channels / max(total, 1))}), "
-        f"in {drawn} of {len(plan.table)} layers",
+        f"in {drawn} of {len(plan.table)} layers" + _neurons(plan),
     )
     if plan.head:
         yield "trains always", f"{', '.join(plan.head)}: {_count(plan.head_parameters)} parameters"
@@ -137,6 +137,15 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     )
     if least_budget_bytes is not None:
         yield "least budget", f"peak:{format_bytes(least_budget_bytes)}"
+
+
+def _neurons(plan: Plan) -> str:
+    chosen = plan.selection.outputs
+    if not chosen:
+        return ""
+    there = sum(plan.table[name].outputs for name in chosen)
+    trained = sum(len(outputs) for outputs in chosen.values())
+    return f"; in {len(chosen)} of these only {_count(trained)} of {_count(there)} output channels"
 
 
 def _pool(plan: Plan) -> str:

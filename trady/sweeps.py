@@ -118,7 +118,7 @@ def squared_norm(weights: Tensor, gradient: Tensor) -> Tensor:
 @contextmanager
 def _put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
-    selection, callbacks = Selection(armed.channels), list(armed.on_gradient)
+    selection, callbacks = armed.selection, list(armed.on_gradient)
     compacts = [layer.compact for layer in armed.layers.values()]
     gradients = [(p, p.grad) for p in (*compacts, *armed.model.parameters())]
     flags = [(p, p.requires_grad) for p in head]

@@ -128,7 +128,7 @@ class Tuner:
         self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
         self._epoch, self._redraw, self._steps = 0, 0, 0
         self._finished = False
-        self._touched: dict[str, set[int]] = {}
+        self._touched = Selection()
         self._norms: dict[str, Any] = {}
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._selection = Selection()
@@ -320,8 +320,7 @@ class Tuner:
                 remap_state(optimizer, change)
         self._selection = selection
         self._norms.clear()
-        for name, channels in selection.items():
-            self._touched.setdefault(name, set()).update(channels.tolist())
+        self._touched |= selection
 
     def _gradient_arrived(self, layer: str, compact: nn.Parameter) -> None:
         gradient = compact.grad
@@ -476,10 +475,9 @@ class Tuner:
                     f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
                 )
         try:
-            selection = Selection(meta["selection"])
-            for name, channels in selection.items():
-                if not 0 <= channels[0] <= channels[-1] < drawing.table[name].channels:
-                    raise ValueError(f"channel {channels[-1]} of {name}")
+            selection = Selection.from_json(meta["selection"])
+            if (mistake := drawing.table.mistake(selection)) is not None:
+                raise ValueError(mistake)
             ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
             online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
             pool = tuple(drawing.table[name].name for name in meta["pool"])
@@ -501,8 +499,7 @@ class Tuner:
         if evidence is not None:
             self._observed.evidence, self._observed.epoch = evidence, observed_epoch
             drawing.evidence = evidence
-        by_parameter = {layer.parameter: layer.name for layer in drawing.table}
-        self._touched = {by_parameter[name]: channels for name, channels in touched.items() if name in by_parameter}
+        self._touched = touched.renamed({layer.parameter: layer.name for layer in drawing.table})
         self._apply(selection)
 
     def delta(self) -> dict[str, Tensor]:

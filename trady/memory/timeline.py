@@ -8,16 +8,22 @@ channel a layer gives the peak of every other selection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from trady.channels import ChannelTable, Layer, Selection
+from trady.ops.layout import CHUNK_BYTES
 
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
 _NUMBER_BYTES = 8
+
+#: Forms that a weight gradient takes while it is computed.
+_FORMS = 3
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,29 +63,41 @@ class Timeline:
             state_copies: Copies of a parameter that the optimizer keeps (0 for SGD, 2 for Adam).
 
         """
-        names = [layer.name for layer in self.table]
-        extra = np.array([max(len(selection.channels.get(name, ())) - 1, 0) for name in names], dtype=np.int64)
-        base, added = self._matrix()
-        always = np.array(
-            [layer.weight_elements * self.table.weight_element_bytes for layer in self.table], dtype=np.int64
+        layers, weight_bytes = self.table.layers, self.table.weight_element_bytes
+        counts = _integers(len(selection.channels.get(layer.name, ())) for layer in layers)
+        chosen = [selection.output_count(layer.name) for layer in layers]
+        of_one = _integers(layer.weight_elements * weight_bytes for layer in layers)
+        compact = _integers(
+            layer.share(whole, outputs)
+            for layer, whole, outputs in zip(layers, (of_one * counts).tolist(), chosen, strict=True)
         )
-        numbers = np.array([_NUMBER_BYTES * (1 if layer.groups == 1 else 5) for layer in self.table], dtype=np.int64)
-        counts = np.array([len(selection.channels.get(name, ())) for name in names], dtype=np.int64)
-        kept = int((always + numbers) @ extra) + state_copies * (int(always @ counts) + self.head_bytes)
+        channels, weights = np.maximum(counts - 1, 0), np.maximum(compact - of_one, 0)
+        numbers = int(_integers(1 if layer.groups == 1 else 5 for layer in layers) @ channels) + sum(
+            filter(None, chosen)
+        )
+        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + state_copies * (int(compact.sum()) + self.head_bytes)
         if state_copies:  # steps are counted for every tensor
             kept += _NUMBER_BYTES * int((counts > 0).sum() + 1)
-        return int((base + added @ extra).max(initial=0)) + kept
+        base, maps, gradients, working = self._matrices()
+        narrowed = _integers(
+            _narrowed_bytes(layer, self.table, outputs or 0) for layer, outputs in zip(layers, chosen, strict=True)
+        )
+        return int((base + maps @ channels + gradients @ weights + working @ narrowed).max(initial=0)) + kept
 
     @property
     def least_bytes(self) -> int:
         """The peak with one channel a layer."""
         return max((interval.peak_bytes for interval in self.intervals), default=0)
 
-    def _matrix(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Base bytes of every interval, and what one channel of each layer adds to it."""
+    def _matrices(self) -> tuple[Integers, Integers, Integers, Integers]:
+        """Base bytes of every interval, and what is added to it.
+
+        By a channel of each layer, by a byte of its compact parameter, and how often by what its gradient takes
+        for a moment.
+        """
         position = {layer.name: i for i, layer in enumerate(self.table)}
-        base = np.array([interval.peak_bytes for interval in self.intervals], dtype=np.int64)
-        added = np.zeros((len(base), len(position)), dtype=np.int64)
+        base = _integers(interval.peak_bytes for interval in self.intervals)
+        maps, gradients, working = (np.zeros((len(base), len(position)), dtype=np.int64) for _ in range(3))
         places: dict[tuple[str, str], list[int]] = {}
         for place, interval in enumerate(self.intervals):
             places.setdefault((interval.phase, interval.layer), []).append(place)
@@ -92,19 +110,32 @@ class Timeline:
             # Computed anew, a channel is alive for one part of the batch at a time, and so is its gradient.
             first = anew[0] if anew else forward[0]
             last = backward[-1] if backward else len(base) - 1
-            added[first : last + 1, i] += -(-saved // len(anew)) if anew else saved
+            maps[first : last + 1, i] += -(-saved // len(anew)) if anew else saved
             for b in range(first, last + 1) if anew else backward:
-                added[b, i] += _working_bytes(layer, self.table)
+                maps[b, i] += _gathered_bytes(layer, self.table)
+                gradients[b, i] += _FORMS
+                working[b, i] = 1
             if backward:
-                added[backward[0] + 1 :, i] += layer.weight_elements * self.table.weight_element_bytes
-        return base, added
+                gradients[backward[0] + 1 :, i] += 1
+        return base, maps, gradients, working
 
 
-def _working_bytes(layer: Layer, table: ChannelTable) -> int:
-    """What computing one channel's gradient takes for a moment: the gradient in three forms, gathered maps."""
-    gradient = 3 * layer.weight_elements * table.weight_element_bytes
+def _gathered_bytes(layer: Layer, table: ChannelTable) -> int:
+    """What computing the gradient of a channel of a grouped convolution takes for a moment: gathered maps."""
     if layer.groups == 1:
-        return gradient
+        return 0
     outputs = sum(int(np.prod(shape[2:])) for shape in layer.output_shapes)
     gathered = outputs * (layer.weight_shape[0] // layer.groups) * table.batch * table.element_bytes
-    return gradient + gathered + layer.activation_elements * table.batch * table.element_bytes
+    return gathered + layer.activation_elements * table.batch * table.element_bytes
+
+
+def _narrowed_bytes(layer: Layer, table: ChannelTable, outputs: int) -> int:
+    """What the gradient of some output channels takes, which is copied out in chunks of samples."""
+    elements = max((int(np.prod(shape)) // layer.outputs for shape in layer.output_shapes), default=0)
+    samples = max((shape[0] for shape in layer.output_shapes), default=1)
+    whole = elements * outputs * table.element_bytes
+    return min(whole, max(CHUNK_BYTES, whole // max(samples, 1)))
+
+
+def _integers(values: Iterable[int]) -> Integers:
+    return np.fromiter(values, dtype=np.int64)

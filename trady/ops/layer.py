@@ -1,9 +1,10 @@
-"""A weight layer whose weight gradient exists for the selected input channels only.
+"""A weight layer whose weight gradient exists for the selected channels only.
 
 Computes ``y = clamp(scale * (W x + b) + shift)`` in one node of the graph: the normalisation behind
 the layer (statistics fixed) is folded into the weight and saves nothing, the activation behind it is
 applied in place and saves one bit an element. For the weight it keeps the selected channels of ``x``
-and yields ``dL/dW[:, c]`` for those alone (TraDy, arXiv 2510.19675, section 3).
+and yields ``dL/dW[:, c]`` for those alone (TraDy, arXiv 2510.19675, section 3), of some of the output
+channels if only these train.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def layer(
 
     Args:
         x: Input, batch first.
-        compact: Leaf of shape [n, output channels a group, *kernel] that receives the gradient of the
-            selected channels (its values are not read: ``weight`` holds the truth).
+        compact: Leaf of shape [n, selected output channels a group, *kernel] that receives the gradient of
+            the selected channels (its values are not read: ``weight`` holds the truth).
         call: Geometry, selected channels, activation.
         weight: The frozen weight.
         bias: Bias of the layer.
@@ -160,8 +161,7 @@ class _Layer(torch.autograd.Function):
             if bits is not None:
                 g = _before_activation(g, bits if whole else bits[part], call, ctx.format, owned)
             if weight_gradient is not None:
-                assert call.selected is not None
-                call.weight_map.weight_gradient(g, inputs if whole else inputs[part], call.selected, weight_gradient)
+                _add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
             if folded is not None:
                 shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.weight_map.input_gradient(g, folded, shape)
@@ -185,6 +185,19 @@ def _parts(gradient: Tensor, total_bytes: int) -> list[slice]:
     return list(chunks(gradient.shape[0], total_bytes // gradient.shape[0]))
 
 
+def _add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: LayerCall) -> None:
+    selected = call.selected
+    assert selected is not None
+    if selected.outputs is None:
+        call.weight_map.weight_gradient(gradient, inputs, selected, total)
+        return
+    dim = call.weight_map.channel_dim
+    read = gradient.numel() // gradient.shape[dim] * len(selected.outputs) * gradient.element_size()
+    for part in _parts(gradient, read):
+        narrow = gradient[part].index_select(dim, selected.outputs)
+        call.weight_map.weight_gradient(narrow, inputs[part], selected, total)
+
+
 def _before_activation(
     gradient: Tensor, bits: Tensor, call: LayerCall, layout: torch.memory_format, owned: bool
 ) -> Tensor:
@@ -197,6 +210,8 @@ def _before_activation(
 def _scale_gradient(weight_gradient: Tensor, scale: Tensor, call: LayerCall) -> Tensor:
     """Chain rule through the folded normalisation: W enters as ``scale * W``."""
     assert call.selected is not None
+    if call.selected.outputs is not None:
+        scale = scale.index_select(0, call.selected.outputs)
     outputs = weight_gradient.shape[1]
     rows = scale.view(-1, outputs)[call.selected.group] if call.weight_map.groups > 1 else scale.view(1, outputs)
     return weight_gradient.mul_(rows.view(*rows.shape, *(1,) * (weight_gradient.dim() - 2)))

@@ -61,9 +61,10 @@ class WeightMap(Protocol):
         ...
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
-        """Add the gradient of the selected channels to ``out`` [n, output channels a group, *kernel].
+        """Add the gradient of the selected channels to ``out`` [n, selected output channels a group, *kernel].
 
-        ``inputs`` holds the selected channels of the input only, in their order.
+        ``gradient`` holds the selected output channels and ``inputs`` the selected input channels only, in
+        their order.
         """
         ...
 

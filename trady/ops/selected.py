@@ -1,4 +1,4 @@
-"""The selected input channels of one layer, as the gradient kernels want them."""
+"""The selected channels of one layer, as the gradient kernels want them."""
 
 from __future__ import annotations
 
@@ -30,25 +30,40 @@ class Block:
 
 @dataclass(frozen=True)
 class SelectedChannels:
-    """Sorted input channels of one layer and how they fall into its groups.
+    """Sorted input channels of one layer and how they fall into its groups, and maybe some of its output channels.
 
     Attributes:
         index: int64 [n], the channels.
         group: int64 [n], the group each is read by.
         channel: int64 [n], its place inside that group.
         blocks: The groups by number of selected channels: at most sqrt(2 n) of them.
+        outputs: int64 [m], the output channels that train; ``None`` for all. Of layers with one group.
     """
 
     index: Tensor
     group: Tensor
     channel: Tensor
     blocks: tuple[Block, ...]
+    outputs: Tensor | None = None
+
+    @property
+    def place(self) -> tuple[Tensor, ...]:
+        """Index of the selected slices in the view of :func:`channel_major`."""
+        if self.outputs is None:
+            return self.group, self.channel
+        return self.group.unsqueeze(1), self.channel.unsqueeze(1), self.outputs
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
 
-def select_channels(channels: Channels, groups: int, channels_a_group: int, device: torch.device) -> SelectedChannels:
+def select_channels(
+    channels: Channels,
+    groups: int,
+    channels_a_group: int,
+    device: torch.device,
+    outputs: Channels | None = None,
+) -> SelectedChannels:
     """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
     group, channel = np.divmod(channels, channels_a_group)
     counts = np.bincount(group, minlength=groups)
@@ -68,7 +83,8 @@ def select_channels(channels: Channels, groups: int, channels_a_group: int, devi
                 channels_a_group=int(count),
             )
         )
-    return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks))
+    chosen = None if outputs is None else tensor(outputs.copy())
+    return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks), chosen)
 
 
 def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
@@ -80,11 +96,11 @@ def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
 
 
 def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
-    """Copy the selected slices ``W[:, c]``: [n, output channels a group, *kernel]."""
-    rows: Tensor = channel_major(weight, kind, groups)[selected.group, selected.channel]
+    """Copy the selected slices ``W[:, c]``: [n, selected output channels a group, *kernel]."""
+    rows: Tensor = channel_major(weight, kind, groups)[selected.place]
     return rows
 
 
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
     """Write slices of :func:`gather_channels` back into ``weight``."""
-    channel_major(weight, kind, groups)[selected.group, selected.channel] = values.to(weight.dtype)
+    channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)

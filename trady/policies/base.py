@@ -1,4 +1,4 @@
-"""What a policy is: a rule that says which input channels train in an epoch."""
+"""What a policy is: a rule that says which channels train in an epoch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Draw:
         epoch: Epoch that the selection is for, from 0.
         redraw: Counts the draws inside one epoch (online ranking), from 0.
         evidence: What was measured for the policy; ``None`` for one that has no :class:`~trady.policies.Needs`.
+        weight_price: What one weight element takes, in the same unit; the rest of a channel's cost is its map.
     """
 
     table: ChannelTable
@@ -32,6 +33,7 @@ class Draw:
     epoch: int
     redraw: int = 0
     evidence: Evidence | None = None
+    weight_price: int = 1
 
     def measured(self, kind: str) -> Values:
         """Layer name to the measured values of its channels.
@@ -41,6 +43,12 @@ class Draw:
 
         """
         return (self.evidence or Evidence())[kind]
+
+    def cost(self, name: str, channels: int, outputs: int | None = None) -> int:
+        """What some input channels of a layer take, of which only some output channels train (``None`` is all)."""
+        layer, whole = self.table[name], channels * self.costs[name]
+        weights = channels * layer.weight_elements
+        return whole - (weights - layer.share(weights, outputs)) * self.weight_price
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ def draw_selection(policy: Policy, draw: Draw) -> Selection:
     """The channels that the policy selects, checked.
 
     Raises:
-        PolicyError: When the answer is no :class:`Selection`, names a layer or a channel that the
+        PolicyError: When the answer is no :class:`Selection`, names a layer or channels that the
             model lacks, or costs more than the draw's capacity; names the policy and the layer.
         BudgetError: From a policy that cannot do with the capacity, such as ``full``.
     """
@@ -35,20 +35,13 @@ def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
         raise PolicyError(
             f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.Selection"
         )
-    spent: dict[str, int] = {}
-    for name, channels in selection.items():
-        layer = draw.table.by_name.get(name)
-        if layer is None:
-            raise PolicyError(f"policy {policy.name!r} selected layer {name!r}, which the model lacks")
-        if name not in draw.costs:
-            raise PolicyError(f"policy {policy.name!r} selected layer {name!r}, which has no cost here")
-        out_of_range = [int(c) for c in (channels[0], channels[-1]) if not 0 <= c < layer.channels]
-        if out_of_range:
-            raise PolicyError(
-                f"policy {policy.name!r} selected channel {out_of_range[0]} of layer {name!r}, "
-                f"which has channels 0 to {layer.channels - 1}"
-            )
-        spent[name] = len(channels) * draw.costs[name]
+    mistake = draw.table.mistake(selection)
+    if mistake is not None:
+        raise PolicyError(f"policy {policy.name!r} selected {mistake}")
+    unpriced = next((name for name in selection if name not in draw.costs), None)
+    if unpriced is not None:
+        raise PolicyError(f"policy {policy.name!r} selected layer {unpriced!r}, which has no cost here")
+    spent = {name: draw.cost(name, len(channels), selection.output_count(name)) for name, channels in selection.items()}
     total = sum(spent.values())
     if draw.capacity is not None and spent and total > draw.capacity:
         costliest = max(spent, key=spent.__getitem__)
