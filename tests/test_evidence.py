@@ -349,7 +349,7 @@ def test_needs_are_names(make: Callable[[], Needs]) -> None:
 
 def test_what_nothing_measures_is_refused_before_anything_is_armed() -> None:
     model = seeded(Grouped)
-    with pytest.raises(PolicyError, match="nothing measures 'hunches'; there are fisher, gradients, weights"):
+    with pytest.raises(PolicyError, match="nothing measures 'hunches'; there are fisher, gradients, velocity, weights"):
         prepared(model, normal(2, 3, 17, 17), Largest("hunches"))
     assert needs_of(object()) == Needs()
     with pytest.raises(PolicyError, match=r"has needs 'gradients'; give trady\.policies\.Needs"):

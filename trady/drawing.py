@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.budget import Budget, Scope, below_least
 from trady.channels import Selection
 from trady.errors import BudgetError
@@ -163,11 +164,22 @@ class Drawing:
         if not self.pool or self.policy.name == "head":
             return
         if self.budget.scope is Scope.PEAK:
-            least = self.timeline.predicted_peak(Selection(), self._copies)
+            least = self._least_peak(self.timeline)
         else:
-            least = min(self._costs()[name] for name in self.pool)
+            asked = self._asked(0, 0, None)
+            channel = min(asked.costs[name] for name in self.pool)
+            least = min((asked.total(selection) for selection in self._smallest()), default=channel)
         if self.budget.amount < least:
             raise below_least(self.budget, least)
+
+    def _smallest(self) -> tuple[Selection, ...]:
+        """The least that the policy can select, where that is more than a channel."""
+        smallest = getattr(self.policy, "smallest", None)
+        return () if smallest is None else tuple(smallest(self._asked(0, 0, None)))
+
+    def _least_peak(self, timeline: Timeline) -> int:
+        nothing = timeline.predicted_peak(Selection(), self._copies)
+        return min((timeline.predicted_peak(s, self._copies) for s in self._smallest()), default=nothing)
 
     def _simulate(self, layers: tuple[str, ...], choice: Recomputation) -> Timeline:
         """Simulate a step with one channel a layer, each kind of step once."""
@@ -206,7 +218,8 @@ class Drawing:
             return self._select(0, 0, None, typical=typical)
         everything = sum(layer.channels * layer.elements for layer in self.table)
         useful = int(everything * USEFUL_SHARE) if capacity is None else capacity
-        return self._select(0, 0, useful, typical=typical)
+        selection = self._select(0, 0, useful, typical=typical)
+        return selection or min(self._smallest(), key=self.table.elements, default=selection)
 
     @property
     def _copies(self) -> int:
@@ -221,7 +234,6 @@ class Drawing:
     def least_peak(self) -> int:
         """The least peak budget that a step is possible in, with as much computed anew as helps."""
         timeline = self.timeline
-        least = self._useful(None) if self._whole else Selection()
         if self._mode == "auto" and self._planner.has_choice:
             layers, wanted = self._simulated_layers, self._useful(None)
             _, timeline = self._planner.least_time(
@@ -229,7 +241,9 @@ class Drawing:
                 lambda timeline: timeline.predicted_peak(wanted, self._copies),
                 0,
             )
-        return timeline.predicted_peak(least, self._copies)
+        if self._whole:
+            return timeline.predicted_peak(self._useful(None), self._copies)
+        return self._least_peak(timeline)
 
     @property
     def _simulated_layers(self) -> tuple[str, ...]:
@@ -347,7 +361,9 @@ class Drawing:
                 low, best = middle, selection
             else:
                 high = middle
-        return best
+        return best or min(
+            filter(fits, self._smallest()), key=lambda s: timeline.predicted_peak(s, self._copies), default=best
+        )
 
     def settle(self) -> None:
         """End the online phase: the layers that carry the gradient become the pool."""

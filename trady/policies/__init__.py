@@ -3,7 +3,7 @@
 Importing this package fills the registry.
 """
 
-from trady.policies import extremes, oracles, uniform
+from trady.policies import extremes, oracles, uniform, velocity
 from trady.policies.base import Draw, Policy
 from trady.policies.draw import draw_selection, typical_selection
 from trady.policies.evidence import Evidence, Needs, needs_of
@@ -27,4 +27,5 @@ __all__ = [
     "register_policy",
     "typical_selection",
     "uniform",
+    "velocity",
 ]

@@ -50,6 +50,10 @@ class Draw:
         weights = channels * layer.weight_elements
         return whole - (weights - layer.share(weights, outputs)) * self.weight_price
 
+    def total(self, selection: Selection) -> int:
+        """What a selection takes of the capacity."""
+        return sum(self.cost(name, len(c), selection.output_count(name)) for name, c in selection.items())
+
 
 @runtime_checkable
 class Policy(Protocol):
@@ -58,7 +62,8 @@ class Policy(Protocol):
     Optional are the attribute ``needs`` (:class:`~trady.policies.Needs`), what it wants measured before it draws;
     ``whole`` (true: its selection cannot be made smaller, it raises ``BudgetError`` instead); ``options``, what an
     instance was made with as text, so that a run is not resumed with others; and the method ``typical(draw)``, a
-    selection to account for in a plan while nothing is measured (by default channels drawn uniformly in the pool).
+    selection to account for in a plan while nothing is measured (by default channels drawn uniformly in the pool);
+    and ``smallest(draw)``, the least selections it can make, where that is more than a channel.
     """
 
     name: str

@@ -75,6 +75,11 @@ class Evidence(Mapping[str, Values]):
         object.__setattr__(self, "kinds", kinds)
         object.__setattr__(self, "carried", {name: _frozen(array) for name, array in self.carried.items()})
 
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes that are kept for the next measurement; they lie outside of tensors, and of the budget."""
+        return sum(array.nbytes for array in self.carried.values())
+
     def __getitem__(self, kind: str) -> Values:
         try:
             return self.kinds[kind]

@@ -1,0 +1,210 @@
+"""The measure ``velocity``: how fast the output map of every neuron changes its direction from epoch to epoch.
+
+Neurons at equilibrium (Bragagnolo, Tartaglione, Grangetto, NeurIPS 2022, arXiv 2207.09455), section 3. With
+ŷ_{i,ξ} the output map of neuron i on sample ξ over its own norm, t an epoch and Ξ a few fixed samples:
+
+    φ_i^t  = 1/|Ξ| Σ_ξ ⟨ŷ_{i,ξ}^t, ŷ_{i,ξ}^{t-1}⟩          cosine similarity to an epoch ago (distance: 1 - φ)
+    Δφ_i^t = φ_i^t - φ_i^{t-1},   φ_i^0 = 1                   that of the distance, but for its sign
+    v_i^t  = Δφ_i^t - μ v_i^{t-1},   v_i^0 = 0,   μ = 0.5     velocity; a neuron with |v| near 0 is at equilibrium
+
+The map is what the layer itself computes, before normalisation and activation. Where it is a single number (a
+linear layer over vectors) its cosine could only be 1 or -1, so there the samples together are the map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from trady.armed import Armed
+from trady.channels import ChannelTable
+from trady.errors import StateError
+from trady.measures import Bench, Measured, register_measure
+from trady.micro_batches import part_of
+from trady.policies.evidence import Evidence, Floats
+from trady.recognize import WeightCall, recognize
+from trady.sweeps import split
+from trady.trace import as_arguments, batch_size
+
+KIND = "velocity"
+
+#: μ of the formula above.
+MOMENTUM = 0.5
+
+#: Samples that are looked at. The paper finds that a single image does nearly as well as hundreds.
+MOST_SAMPLES = 32
+
+#: What is kept of a map until the next epoch. A unit vector whose elements are rounded to 11 bits is turned by less
+#: than 2**-12, and so is the cosine; next to 1 by its square.
+_KEPT = np.float16
+
+Maps = dict[str, npt.NDArray[Any]]
+
+
+class Velocity:
+    """``velocity``: v of every output channel of every layer, and the maps that the next epoch needs.
+
+    The first :data:`MOST_SAMPLES` samples of the batches go through the untouched model in evaluation mode, one at
+    a time, without a graph. What is kept of them (``carried``) lies outside of tensors, beside the budget: a
+    half-precision number for each element of every layer's output.
+    """
+
+    needs_batches = True
+
+    def __call__(self, bench: Bench) -> Measured:
+        """Compare the outputs with those of an epoch ago.
+
+        Raises:
+            StateError: The samples are other ones than an epoch ago.
+
+        """
+        before = {} if bench.before is None else dict(bench.before.carried)
+        maps: Maps = {}
+        found = {layer.name: _Similarity(layer.outputs) for layer in bench.armed.table}
+        seen, batches = hashlib.sha256(), 0
+        for number, (given, sample) in enumerate(islice(_samples(bench.batches), MOST_SAMPLES)):
+            batches = given
+            for tensor in tree_iter(dict(sample) if hasattr(sample, "keys") else sample):
+                if isinstance(tensor, Tensor):
+                    seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
+            for (name, call), now in _maps(bench.armed, sample):
+                key = f"{KIND}/maps/{number}/{call}/{name}"
+                maps[key] = _rounded(now)
+                if before:
+                    found[name].add(now, _before(before, key, now))
+        digest = np.frombuffer(seen.digest(), dtype=np.uint8)
+        if before and not np.array_equal(before[f"{KIND}/samples"], digest):
+            raise StateError(_OTHER_SAMPLES)
+        phi = {f"{KIND}/phi/{name}": similarity.mean() for name, similarity in found.items()}
+        velocity = _velocities(bench.armed.table, bench.before, phi)
+        return Measured(velocity, {**maps, **phi, f"{KIND}/samples": digest}, batches)
+
+
+_OTHER_SAMPLES = (
+    "the outputs are compared with those of an epoch ago, and these are other samples: pass tuner.observe the same "
+    "few batches before every epoch, in the same order and without random augmentation"
+)
+
+
+def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Every sample as a batch of one, with the number of batches so far."""
+    for number, batch in enumerate(batches, start=1):
+        inputs, _ = split(batch)
+        for sample in range(batch_size(inputs)):
+            yield number, part_of(inputs, sample, 1)
+
+
+def _velocities(table: ChannelTable, before: Evidence | None, phi: Mapping[str, Floats]) -> dict[str, Floats]:
+    if before is None:
+        return {layer.name: np.zeros(layer.outputs) for layer in table}
+    return {
+        name: phi[f"{KIND}/phi/{name}"] - before.carried[f"{KIND}/phi/{name}"] - MOMENTUM * before[KIND][name]
+        for name in table.names
+    }
+
+
+class _Similarity:
+    """Cosine similarity of each neuron's maps now and an epoch ago, sample by sample."""
+
+    def __init__(self, outputs: int) -> None:
+        self._outputs = outputs
+        self._products: list[Floats] = []
+        self._single = True
+
+    def add(self, now: npt.NDArray[Any], before: npt.NDArray[Any]) -> None:
+        """Take in two maps [outputs, positions]."""
+        self._single &= now.shape[1] == 1
+        a, b = now.astype(np.float64), before.astype(np.float64)
+        self._products.append(np.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]))
+
+    def mean(self) -> Floats:
+        """The mean over the maps; over one map of all samples where each is a single number."""
+        if not self._products:
+            return np.ones(self._outputs)
+        product, now, before = np.stack(self._products, 1)  # each [maps, outputs]
+        if self._single:
+            product, now, before = (each.sum(0, keepdims=True) for each in (product, now, before))
+        norms = np.sqrt(now * before)
+        nothing_moved = (now == 0) & (before == 0)
+        cosine = np.divide(product, norms, out=nothing_moved.astype(np.float64), where=norms > 0)
+        mean: Floats = cosine.mean(0)
+        return mean
+
+
+def _before(before: Mapping[str, npt.NDArray[Any]], key: str, now: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    found = before.get(key)
+    if found is None or found.shape != now.shape:
+        raise StateError(_OTHER_SAMPLES)
+    return found
+
+
+def _rounded(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A map in half precision, over its largest element: directions are all that is looked at.
+
+    Maps of one number are as they were: the samples together give them their direction.
+    """
+    if maps.shape[1] == 1:
+        return maps
+    largest = np.abs(maps).max(1, keepdims=True, initial=0)
+    scaled: npt.NDArray[Any] = np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0)
+    return scaled.astype(_KEPT)
+
+
+def _maps(armed: Armed, sample: Any) -> list[tuple[tuple[str, int], npt.NDArray[Any]]]:
+    """Run one sample through the untouched model: [output channels, positions] of every call of every layer."""
+    watching = _Watching(armed)
+    args, kwargs = as_arguments(sample)
+    with _evaluating(armed.model), armed.interceptor.off(), torch.no_grad(), watching:
+        armed.write_back()
+        armed.model(*args, **kwargs)
+    return watching.found
+
+
+class _Watching(TorchFunctionMode):
+    """Copies what every layer computes; a later operation may overwrite it in place."""
+
+    def __init__(self, armed: Armed) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple[str, int], npt.NDArray[Any]]] = []
+        self._names = {id(layer.weight): name for name, layer in armed.layers.items()}
+        self._calls: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do the call, and look at its result."""
+        out = func(*args, **(kwargs or {}))
+        call = recognize(func, args, kwargs or {})
+        name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None
+        if name is not None and isinstance(call, WeightCall):
+            number = self._calls[name] = self._calls.get(name, -1) + 1
+            spatial = 0 if call.weight_map.channel_dim == -1 else call.weight.dim() - 2
+            maps = out.detach().movedim(-1 - spatial, 0).flatten(1) if out.dim() > 1 else out.detach().unsqueeze(1)
+            self.found.append(((name, number), maps.float().cpu().numpy()))
+        return out
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+register_measure(KIND, Velocity())

@@ -1,0 +1,58 @@
+"""Velocity: the neurons whose outputs change direction fastest, as long as the budget lasts.
+
+Bragagnolo, Tartaglione and Grangetto, "To update or not to update? Neurons at equilibrium in deep models" (NeurIPS
+2022, arXiv 2207.09455); under a budget: Quélennec, Tartaglione, Mozharovskyi and Nguyen, "Towards on-device learning
+on the edge: ways to select neurons to update under a budget constraint" (WACV workshops 2024, arXiv 2312.05282). With
+φ_i^t the mean cosine similarity of neuron i's output map on a few fixed samples to its map an epoch ago
+(:mod:`trady.output_maps` measures it),
+
+    v_i^t = (φ_i^t - φ_i^{t-1}) - μ v_i^{t-1},    score_i = |v_i^t| / (weight elements of the neuron)
+
+neurons are taken by descending score until the budget is full, anew in each epoch. While nothing has moved (the first
+epoch) they are drawn at random, as are neurons of equal score.
+
+What it spends that TraDy does not: the output maps of all layers on up to 32 observed samples, kept from one epoch to
+the next, in memory and in the checkpoint (half precision; ``Evidence.carried_bytes`` says how much); an inference pass
+over these samples before each epoch; and, since a neuron reads all of its layer's input, whole input maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from trady.channels import Selection
+from trady.policies.base import Draw
+from trady.policies.evidence import Needs
+from trady.policies.neurons import by_unit, fill_neurons, unit_count, unit_selection, unit_weights
+from trady.policies.registry import register_policy
+from trady.policies.uniform import shuffled
+
+
+@register_policy
+class Velocity:
+    """argmax Σ |v_i| / C^W_i over neurons i, until Σ whole input maps + C^W_i = B_mem."""
+
+    name = "velocity"
+    uses_ranking = False
+    needs = Needs(("velocity",), each_epoch=True)
+
+    def select(self, draw: Draw) -> Selection:
+        """Take the fastest neurons for their weight, of all layers."""
+        layers, velocity = draw.table.layers, draw.measured("velocity")
+        scores = [by_unit(layer, np.abs(velocity[layer.name])) / unit_weights(layer) for layer in layers]
+        flat = np.concatenate(scores) if scores else np.empty(0)
+        order = shuffled(flat.size, draw.seed, draw.epoch, draw.redraw)
+        # NaN, of a map that overflowed, comes last.
+        return fill_neurons(draw, layers, order[np.argsort(-np.nan_to_num(flat[order], nan=-1.0), kind="stable")])
+
+    def typical(self, draw: Draw) -> Selection:
+        """Random neurons, as in the first epoch."""
+        count = sum(unit_count(layer) for layer in draw.table)
+        return fill_neurons(draw, draw.table.layers, shuffled(count, draw.seed, draw.epoch, draw.redraw))
+
+    def smallest(self, draw: Draw) -> Iterator[Selection]:
+        """One neuron of each layer: the least that can be updated."""
+        for layer in draw.table:
+            yield unit_selection(draw, [layer], [np.zeros(1, dtype=np.int64)])
