@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 import trady
 from tests.small_task import CLASSES, small_data, small_net
-from trady.errors import DataError, ModelError, StateError, TrainingError
+from trady.errors import BudgetError, DataError, ModelError, StateError, TrainingError
 from trady.study.folder import StudyFolder, Unit
 from trady.study.noise import NoiseSample, layer_noise
 from trady.study.parquet import read_noise, read_norms
@@ -84,14 +85,46 @@ def test_the_first_step_has_the_norms_of_the_dense_gradient(tmp_path: Path) -> N
     record(folder, settings, [task("first", model=without_dropout)], ["first"], [0], progress=False)
     steps, norms = read_norms(folder.norms(Unit("first", 0, 0)))
     assert steps == (0, 1, 2, 3, 4)
+    for name, expected in dense_norms().items():
+        np.testing.assert_allclose(norms[name][0], expected, rtol=1e-4)
+
+
+def dense_norms() -> dict[str, np.ndarray]:
+    """Squared norms of the first step's gradient, by plain PyTorch."""
     model = without_dropout().eval()  # the statistics of normalisation are fixed, and so both modes are one
     images, labels = small_data(40, 0).batch(epoch_order(40, 0, 0)[:8].tolist())
     F.cross_entropy(model(images), labels).backward()
+    found = {}
     for name in ("features.0", "features.3"):
         gradient = model.get_parameter(f"{name}.weight").grad
         assert gradient is not None
-        expected = gradient.transpose(0, 1).flatten(1).double().square().sum(1)
-        np.testing.assert_allclose(norms[name][0], expected.numpy(), rtol=1e-4)
+        found[name] = gradient.transpose(0, 1).flatten(1).double().square().sum(1).numpy()
+    return found
+
+
+BUDGETED = replace(SETTINGS, epochs=1, budget="elements:1200", noise_batches=2)
+
+
+def test_inside_a_budget_every_channel_is_seen_in_sweeps_and_the_training_goes_as_without(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    record(folder, BUDGETED, [task("first", model=without_dropout)], ["first"], [0], progress=False)
+    plain = trady.finetune(
+        without_dropout(), small_data(40, 0), small_data(16, 9), budget="elements:1200", epochs=1, out=None,
+        batch_size=8, lr=SETTINGS.lr, seed=0, progress=False,
+    )  # fmt: skip
+    (line,) = (folder.run("first", 0) / "metrics.jsonl").read_text().splitlines()
+    assert f'"train_loss": {plain.history[0].train_loss!r}' in line
+    assert f'"selection_hash": "{plain.history[0].selection_hash}"' in line
+    norms = read_norms(folder.norms(Unit("first", 0, 0)))[1]
+    assert sum(layer.channels * layer.elements for layer in folder.load_table()) > 1200
+    for name, expected in dense_norms().items():
+        np.testing.assert_allclose(norms[name][0], expected, rtol=1e-4)
+
+
+def test_a_budget_that_some_layer_does_not_fit_in_is_refused_with_its_name(tmp_path: Path) -> None:
+    settings = replace(BUDGETED, budget="elements:230")
+    with pytest.raises(BudgetError, match=r"a channel of features\.3 alone does not fit"):
+        record(StudyFolder(tmp_path / "study"), settings, [task("first")], ["first"], [0], progress=False)
 
 
 def test_every_part_of_a_study_is_recorded_and_read_back(study: StudyFolder) -> None:

@@ -113,7 +113,7 @@ def test_tests_reject_between_tasks_and_not_between_seeds(dependent: Records) ->
     assert len(tasks) == len(seeds) == 2
     assert all(test.rejected_shares > 0.8 and test.layers_rejected == 1 for test in tasks)
     assert all(test.rejected_shares < 0.05 and test.layers_rejected == 0 for test in seeds)
-    assert all(test.channels == LAYERS * CHANNELS and test.steps == (80, 80) for test in found)
+    assert all(test.channels == LAYERS * CHANNELS and test.samples == (80, 80) for test in tasks + seeds)
 
 
 def test_tests_of_shares_do_not_see_a_task_with_larger_gradients_throughout() -> None:
@@ -121,6 +121,18 @@ def test_tests_of_shares_do_not_see_a_task_with_larger_gradients_throughout() ->
     tasks = [test for test in found if test.kind == "tasks"]
     assert all(test.rejected > 0.9 for test in tasks)
     assert all(test.rejected_shares < 0.05 for test in tasks)
+
+
+def test_runs_as_samples_reject_where_the_task_decides_and_not_where_each_run_is_its_own() -> None:
+    def of_the_run(unit: Unit) -> np.ndarray:
+        return np.random.default_rng([unit.seed, unit.dataset == "b"]).permutation(np.geomspace(1, 50, CHANNELS))
+
+    (by_task,) = [test for test in importance(records(of_the_task, FALLING)) if test.kind == "runs"]
+    of_runs = importance(records(of_the_run, FALLING))
+    assert by_task.samples == (2, 2)
+    assert by_task.rejected_shares > 0.5
+    assert all(test.rejected_shares > 0.8 for test in of_runs if test.kind == "seeds")
+    assert all(test.rejected_shares < 0.1 for test in of_runs if test.kind == "runs")
 
 
 def test_false_discoveries_are_held_down_over_all_channels() -> None:
@@ -154,7 +166,9 @@ def test_a_budget_is_never_exceeded_and_its_fill_is_counted(dependent: Records) 
 def test_online_ranking_with_room_for_all_is_the_offline_one_after_the_steps_that_it_saw() -> None:
     still = records(of_no_task, FALLING, spread=0.0)
     whole = sum(layer.channels * layer.elements for layer in still.table)
-    assert all(point.spearman == 1 and point.overlap == point.k_offline for point in online(still, [whole]))
+    found = online(still, [whole])
+    assert all(point.spearman == point.spearman_same_steps == 1 for point in found)
+    assert all(point.overlap == point.k_offline for point in found)
 
 
 def test_online_ranking_gets_better_with_draws_and_budget(dependent: Records) -> None:
@@ -220,7 +234,7 @@ def test_the_page_has_every_figure_and_number_and_asks_nothing_of_the_network(
     found = statistics(dependent)
     drawn = draw_all(found, tmp_path)
     text = as_page(found, drawn)
-    assert text.count("<figure") == len(FIGURES) == 8
+    assert text.count("<svg") == len(FIGURES) == 8
     assert not re.search(r'(src|href)="(?!#|data:)|<script|@import', text)
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")

@@ -25,6 +25,9 @@ from trady.trace import as_arguments
 #: From the selected slices ``W[:, c]`` and their gradient, both [n, output channels a group, *kernel], to [n].
 Reduce = Callable[[Tensor, Tensor], Tensor]
 
+#: Shown a layer's name, some of its channels ``[n]`` and their gradient ``[n, weight elements of a channel]``.
+See = Callable[[str, Channels, Tensor], None]
+
 #: ``loss(outputs, targets)``; the model's own loss is taken where there is none.
 Loss = Callable[[Any, Any], Tensor]
 
@@ -84,6 +87,27 @@ class Sweeper:
                     count += 1
         return Means({name: values / max(count, 1) for name, values in sums.items()}, given)
 
+    def visit(self, batch: Any, see: See, *, seed: int) -> None:
+        """Show the gradient of every channel on one batch, a few channels at a time.
+
+        Args:
+            batch: A pair (inputs, targets), or a mapping that the model computes a loss from.
+            see: Called with a layer's name, some of its channels ``[n]``, and their gradient
+                ``[n, weight elements of a channel]``, which is gone when it returns.
+            seed: Of dropout and the like.
+
+        """
+        device = next(iter(self.armed.model.parameters())).device
+        with _put_aside(self.armed, self.head):
+            for selection in self.selections:
+                self.armed.select(selection)
+                self._backward(batch, seed, device)
+                for name, channels in selection.items():
+                    start = 0
+                    for _, gradient in self._rows(name):
+                        see(name, channels[start : start + len(gradient)], gradient)
+                        start += len(gradient)
+
     def _backward(self, batch: Any, seed: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -93,13 +117,20 @@ class Sweeper:
                     (value if share == 1.0 else value * share).backward()
 
     def _reduced(self, name: str, reduce: Reduce) -> Floats:
+        reduced = [reduce(weights, gradient) for weights, gradient in self._rows(name)]
+        if not reduced:
+            return np.zeros(len(self.armed.layers[name].compact))
+        return torch.cat(reduced).cpu().numpy()
+
+    def _rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Take a layer's gradient: slices and gradient, a few rows at a time, so that float64 copies stay small."""
         compact = self.armed.layers[name].compact
         gradient, compact.grad = compact.grad, None
         if gradient is None:
-            return np.zeros(len(compact))
-        rows = max(1, _ROW_BYTES // max(gradient[0].nbytes, 1))  # in parts: float64 copies stay small
-        parts = zip(compact.detach().split(rows), gradient.split(rows), strict=True)
-        return torch.cat([reduce(w.flatten(1), g.flatten(1)) for w, g in parts]).cpu().numpy()
+            return
+        rows = max(1, _ROW_BYTES // max(gradient[0].nbytes, 1))
+        for weights, part in zip(compact.detach().split(rows), gradient.split(rows), strict=True):
+            yield weights.flatten(1), part.flatten(1)
 
 
 @dataclass(frozen=True)

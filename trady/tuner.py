@@ -274,6 +274,23 @@ class Tuner:
             self._apply(self._draw())
         return observed.evidence
 
+    def sweeper(self, loss: Callable[[Any, Any], Tensor] | None = None) -> Sweeper:
+        """Return what sees the gradient of every channel, in as many sweeps as the budget asks for.
+
+        It changes nothing and is good for as long as the optimizer keeps as much state as now.
+
+        Args:
+            loss: ``loss(outputs, targets)``, the mean over the samples; ``None`` takes the model's own
+                ``output.loss``.
+
+        Raises:
+            StateError: The tuner is finished.
+            BudgetError: Not one channel fits in what the optimizer's state leaves.
+
+        """
+        self._check_alive("sweep")
+        return self._sweeper(loss, None)
+
     def _sweeper(
         self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None
     ) -> Sweeper:

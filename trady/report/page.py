@@ -16,10 +16,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.5rem 0 .5rem; border-top: 1px solid #d5dde3; padding-top: 1rem; }
 figure { margin: 1.25rem 0; }
 figure svg { width: 100%; max-width: var(--width); height: auto; display: block; margin: 0 auto; }
-figcaption, caption { color: #4a5a66; font-size: .9rem; text-align: left; }
-figcaption { margin-top: .4rem; }
-caption { caption-side: bottom; padding-top: .4rem; }
-.scroll { overflow-x: auto; margin: 1.25rem 0; }
+figcaption { margin-top: .4rem; color: #4a5a66; font-size: .9rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4eaee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
@@ -27,7 +25,7 @@ thead th { border-bottom: 2px solid #b9c5cd; }
 pre { overflow-x: auto; background: #f3f6f8; padding: .6rem .8rem; font-size: .85rem; }
 nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: #14566e; }
-@media print { h2, figure, .scroll { break-inside: avoid; } }
+@media print { h2, figure { break-inside: avoid; } }
 """
 
 
@@ -94,9 +92,10 @@ class Table:
         """Return the table, which scrolls sideways where the screen is narrow."""
         head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header)
         body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>\n" for row in self.rows)
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         return (
-            f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+            f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+            f"{caption}</figure>"
         )
 
 

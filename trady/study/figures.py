@@ -70,7 +70,7 @@ def tail_indices(found: Statistics) -> Figure:
         axis.axhline(2, color="black", linewidth=0.8)
         axis.set(title=dataset, ylabel="tail index α")
     axes[-1].set_xlabel("layer, in order of execution")
-    axes[0].legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 1.1))
+    axes[0].legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 1.12))
     return figure
 
 
@@ -109,7 +109,7 @@ def top_shares(found: Statistics) -> Figure:
         axis.set_xticks(range(len(TOP_SHARES)), [f"top {share:.0%} of channels" for share in TOP_SHARES])
         axis.set(title=dataset, ylabel="% of ‖∂L/∂W‖²", ylim=(0, 100))
         axis.tick_params(axis="x", length=0)
-    axes[0].legend(loc="upper left", ncols=min(epochs, 4))
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=min(epochs, 4))
     return figure
 
 
@@ -148,9 +148,9 @@ def cumulated_rgn(found: Statistics) -> Figure:
 
 
 def task_tests(found: Statistics) -> Figure:
-    """Share of each layer's channels whose mean share of the gradient differs."""
+    """Share of each layer's channels whose mean share of the layer's gradient differs."""
     figure, (axis,) = _panels(1, 3.2)
-    titles = {"tasks": "between two tasks", "seeds": "between two seeds of one task"}
+    titles = {"tasks": "two tasks", "seeds": "two seeds of one task", "runs": "two tasks, runs as samples"}
     place: dict[str, int] = {}
     for color, (kind, title) in zip(COLORS, titles.items(), strict=False):
         tests = [test for test in found.importance if test.kind == kind]
@@ -162,7 +162,7 @@ def task_tests(found: Statistics) -> Figure:
         axis.plot(x, [np.mean(values) for values in layers.values()], "o-", markersize=3.5, linewidth=1, color=color,
                   label=title)  # fmt: skip
     axis.set(xlabel="layer, in order of execution", ylabel="% of channels that differ", ylim=(0, 102))
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return figure
 
 
@@ -180,6 +180,9 @@ def kept_gradient(found: Statistics) -> Figure:
         ):
             axis.plot(x, [100 * getattr(point, name) for point in points], "o-", markersize=3, color=color, label=label)
         axis.set_xscale("log")
+        ticks = [0.3, 1, 3, 10, 30, 100]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set(title=dataset, ylabel="% of ‖∂L/∂W‖² kept", ylim=(0, 102))
     axes[-1].set_xlabel("budget B_mem, % of all channels' weights and activations")
     axes[0].legend(loc="lower right")
@@ -194,11 +197,12 @@ def online_ranking(found: Statistics) -> Figure:
         x = [point.draws for point in points]
         label = f"{elements:,} elements".replace(",", " ")
         agreement.plot(x, [point.spearman for point in points], "o-", markersize=3.5, color=color, label=label)
+        agreement.plot(x, [point.spearman_same_steps for point in points], ":", linewidth=1.2, color=color)
         overlap.plot(x, [point.overlap for point in points], "o-", markersize=3.5, color=color)
     k = found.online[0].k_offline
     overlap.axhline(k, color=GREY, linestyle="--", linewidth=1)
     agreement.set(ylabel="Spearman", ylim=(None, 1.01))
-    overlap.set(ylabel=f"of the top K = {k:.0f}" if k == round(k) else f"of the top K ≈ {k:.1f}", ylim=(0, None))
+    overlap.set(ylabel=f"of the top K = {k:.0f}" if k == round(k) else f"of the top K ≈ {k:.1f}", ylim=(0, 1.05 * k))
     for axis in (agreement, overlap):
         axis.set_xscale("log")
         axis.set_xticks(x, list(map(str, x)))

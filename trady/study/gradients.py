@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trady.channels import Channels, ChannelTable
+from trady.errors import BudgetError
 from trady.ops.selected import channel_major
+from trady.sweeps import See, Sweeper
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.randomness import own_randomness
-
-#: Shown a layer's name, its channels ``[n]`` and their gradient ``[n, weight elements of a channel]``.
-See = Callable[[str, Channels, Tensor], None]
 
 
 class GradientSource(Protocol):
@@ -77,3 +76,33 @@ class PlainGradients:
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
+
+
+class SweptGradients:
+    """Gradients of a model that trains inside a budget: all channels are seen in sweeps that each fit in it.
+
+    Args:
+        sweeper: Of the tuner that has the model.
+
+    Raises:
+        BudgetError: There are layers of which not one channel fits.
+    """
+
+    def __init__(self, sweeper: Sweeper) -> None:
+        covered = {name for selection in sweeper.selections for name in selection}
+        if missing := [name for name in sweeper.armed.table.names if name not in covered]:
+            raise BudgetError(
+                f"a channel of {missing[0]} alone does not fit in the budget, so its gradient cannot be seen; "
+                "type a larger one, or none"
+            )
+        self._sweeper = sweeper
+
+    @contextmanager
+    def during(self, batch: Any, see: See) -> Iterator[None]:
+        """Sweep over the batch before the step trains on it."""
+        self.measure(batch, see, seed=0)
+        yield
+
+    def measure(self, batch: Any, see: See, seed: int) -> None:
+        """Sweep over the batch."""
+        self._sweeper.visit(batch, see, seed=seed)

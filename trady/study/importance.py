@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 
 from trady.errors import TrainingError
 from trady.ranking import Floats
-from trady.study.folder import Unit
 from trady.study.records import Records
 
 #: Share of false ones among the rejections that is allowed for.
@@ -40,16 +39,19 @@ class LayerTest:
 class TaskTest:
     """Welch's t-tests of equal means between two recordings, one a channel (arXiv 2510.19675, section 3).
 
-    A channel's samples are the recorded steps of a run. Two quantities are tested: the norm ‖∂L/∂W[:, c]‖₂ itself,
+    A channel's samples are the recorded steps of a run. Steps of one run share its weights, so two runs differ in more
+    than their task: that is what the control shows, two seeds of one task. Runs that take turns as samples allow for
+    it, and need many seeds to reject anything. Two quantities are tested: the norm ‖∂L/∂W[:, c]‖₂ itself,
     which also differs where one task has larger gradients throughout, and its share of the layer's norm, which does
     not. P-values are corrected over all channels of the model (Benjamini and Hochberg 1995); rejected are those at a
     false discovery rate of 5 %.
 
     Attributes:
-        kind: ``tasks`` (two data sets, same seed), or the control ``seeds`` (same data set, two seeds).
+        kind: ``tasks`` (two data sets, same seed), the control ``seeds`` (same data set, two seeds), or ``runs`` (two
+            data sets, every run's mean over its steps one sample).
         left: One side.
         right: The other.
-        steps: Recorded steps on each side.
+        samples: Steps or runs on each side.
         channels: Number of channels tested.
         rejected: Share of them whose mean norm differs.
         rejected_shares: Share of them whose mean share of the layer's norm differs.
@@ -60,7 +62,7 @@ class TaskTest:
     kind: str
     left: str
     right: str
-    steps: tuple[int, int]
+    samples: tuple[int, int]
     channels: int
     rejected: float
     rejected_shares: float
@@ -68,36 +70,52 @@ class TaskTest:
     layers: tuple[LayerTest, ...]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One side of a test: its name, and the norms ‖∂L/∂W[:, c]‖₂ of a layer's channels, [samples, channels]."""
+
+    name: str
+    samples: Callable[[str], Floats]
+
+
 def importance(records: Records) -> tuple[TaskTest, ...]:
-    """Test every pair of data sets under each seed, and every pair of seeds on each data set.
+    """Test every pair of data sets, under each seed and over runs, and every pair of seeds on each data set.
 
     Raises:
         TrainingError: scipy is not installed.
     """
-    found = []
-    for (dataset, seed), (other, other_seed) in combinations(records.runs, 2):
-        left, right = records.of(dataset, seed), records.of(other, other_seed)
-        if dataset != other and seed == other_seed:
-            found.append(_test(records, "tasks", f"{dataset}, seed {seed}", f"{other}, seed {seed}", left, right))
-        elif dataset == other:
-            found.append(
-                _test(records, "seeds", f"{dataset}, seed {seed}", f"{dataset}, seed {other_seed}", left, right)
-            )
+    found: list[TaskTest | None] = []
+    for a, b in combinations(records.datasets, 2):
+        for seed in records.seeds:
+            if (a, seed) in records.runs and (b, seed) in records.runs:
+                found.append(_test(records, "tasks", _steps(records, a, seed), _steps(records, b, seed)))
+        found.append(_test(records, "runs", _runs(records, a), _runs(records, b)))
+    for (a, seed), (b, other) in combinations(records.runs, 2):
+        if a == b:
+            found.append(_test(records, "seeds", _steps(records, a, seed), _steps(records, b, other)))
     return tuple(test for test in found if test is not None)
 
 
-def _test(
-    records: Records, kind: str, name: str, other: str, left: Sequence[Unit], right: Sequence[Unit]
-) -> TaskTest | None:
+def _steps(records: Records, dataset: str, seed: int) -> _Side:
+    units = records.of(dataset, seed)
+    return _Side(f"{dataset}, seed {seed}", lambda layer: np.sqrt(records.steps(units, layer)))
+
+
+def _runs(records: Records, dataset: str) -> _Side:
+    runs = [records.of(name, seed) for name, seed in records.runs if name == dataset]
+    return _Side(dataset, lambda layer: np.stack([np.sqrt(records.steps(units, layer)).mean(0) for units in runs]))
+
+
+def _test(records: Records, kind: str, left: _Side, right: _Side) -> TaskTest | None:
     raw: list[Floats] = []
     relative: list[Floats] = []
     names: list[str] = []
-    steps = (0, 0)
+    samples = (0, 0)
     for layer in records.table:
-        a, b = (np.sqrt(records.steps(units, layer.name)) for units in (left, right))
-        steps = (len(a), len(b))
+        a, b = left.samples(layer.name), right.samples(layer.name)
+        samples = (len(a), len(b))
         alive = a.any(0) | b.any(0)
-        if min(steps) < 2 or not alive.any():
+        if min(samples) < 2 or not alive.any():
             continue
         names.append(layer.name)
         raw.append(welch(a[:, alive], b[:, alive]))
@@ -112,9 +130,9 @@ def _test(
     )
     return TaskTest(
         kind=kind,
-        left=name,
-        right=other,
-        steps=steps,
+        left=left.name,
+        right=right.name,
+        samples=samples,
         channels=sum(map(len, raw)),
         rejected=float(np.concatenate(by_layer).mean()),
         rejected_shares=float(np.concatenate(by_layer_relative).mean()),

@@ -11,7 +11,7 @@ from trady.budget import Budget, Scope, parse_budget
 from trady.errors import BudgetError
 from trady.online_ranking import OnlineRanking
 from trady.policies import Draw, get_policy
-from trady.ranking import spearman, top_layers
+from trady.ranking import layer_score, spearman, top_layers
 from trady.study.records import Records
 from trady.study.stability import POOL_SHARE
 
@@ -29,8 +29,10 @@ class Online:
     Attributes:
         elements: B_mem of each draw.
         draws: Draws so far, one batch each.
-        spearman: Mean correlation of layer RGN.
+        spearman: Mean correlation of layer RGN with that of all gradients of the run.
         spearman_least: The lowest of any run.
+        spearman_same_steps: Mean correlation with that of all gradients of the steps that were drawn on: what is left
+            when the ranking's own drift over the run is taken out.
         overlap: Mean number of offline top-K layers that are among the online ones.
         k_offline: Mean K of the offline ranking.
         k_online: Mean K of the online one.
@@ -40,6 +42,7 @@ class Online:
     draws: int
     spearman: float
     spearman_least: float
+    spearman_same_steps: float
     overlap: float
     k_offline: float
     k_online: float
@@ -88,13 +91,14 @@ def _at(records: Records, elements: int) -> list[Online]:
     runs = [_run(records, dataset, seed, elements) for dataset, seed in records.runs]
     found = []
     for at, draws in enumerate(DRAWS):
-        agreement, overlap, k_offline, k_online = np.array([run[at] for run in runs]).T
+        agreement, same, overlap, k_offline, k_online = np.array([run[at] for run in runs]).T
         found.append(
             Online(
                 elements=elements,
                 draws=draws,
                 spearman=float(agreement.mean()),
                 spearman_least=float(agreement.min()),
+                spearman_same_steps=float(same.mean()),
                 overlap=float(overlap.mean()),
                 k_offline=float(k_offline.mean()),
                 k_online=float(k_online.mean()),
@@ -103,7 +107,7 @@ def _at(records: Records, elements: int) -> list[Online]:
     return found
 
 
-def _run(records: Records, dataset: str, seed: int, elements: int) -> list[tuple[float, int, int, int]]:
+def _run(records: Records, dataset: str, seed: int, elements: int) -> list[tuple[float, float, int, int, int]]:
     table, units = records.table, records.of(dataset, seed)
     offline = records.layer_rgn(units)
     pool = set(top_layers(offline, POOL_SHARE))
@@ -119,6 +123,9 @@ def _run(records: Records, dataset: str, seed: int, elements: int) -> list[tuple
         if number + 1 in DRAWS:
             scores = learnt.ranking().scores
             top = set(top_layers(scores, POOL_SHARE))
-            agreement = spearman(list(offline.values()), [scores[name] for name in offline])
-            found.append((agreement, len(pool & top), len(pool), len(top)))
+            seen = {layer.name: steps[layer.name][: number + 1].mean(0) for layer in table}
+            same = [layer_score(seen[layer.name], layer, "rgn") for layer in table]
+            learned = [scores[name] for name in table.names]
+            agreement = spearman([offline[name] for name in table.names], learned)
+            found.append((agreement, spearman(same, learned), len(pool & top), len(pool), len(top)))
     return found

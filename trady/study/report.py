@@ -186,14 +186,16 @@ def _channels(found: Statistics, drawn: dict[str, str]) -> list[Part]:
             drawn["task-tests"],
             "Channels whose mean share of their layer's gradient norm differs, layer by layer, mean over pairs of runs"
             f"{f': {tested} of all channels' if tested else ''}. Welch's t-test over recorded steps, corrected over "
-            "all channels (Benjamini and Hochberg, false discovery rate 5 %). Two seeds of one task are the control; "
-            "steps of one run are not quite independent, which is what it shows.",
+            "all channels (Benjamini and Hochberg, false discovery rate 5 %). Two seeds of one task are the control: "
+            "steps of one run share its weights, so any two runs differ. Where each run is one sample, that is allowed "
+            "for.",
             640,
         ),
         Table(
-            ["", "", "", "steps", "channels", "norms differ", "shares differ", "layers"],
+            ["samples", "between", "and", "number", "channels", "norms differ", "shares differ", "layers"],
             [
-                [test.kind, test.left, test.right, "{} and {}".format(*test.steps), str(test.channels),
+                ["runs" if test.kind == "runs" else "steps", test.left, test.right,
+                 "{} and {}".format(*test.samples), str(test.channels),
                  f"{test.rejected:.0%}", f"{test.rejected_shares:.0%}", f"{test.layers_rejected:.0%}"]
                 for test in found.importance
             ],
@@ -234,16 +236,19 @@ def _online(found: Statistics, drawn: dict[str, str]) -> list[Part]:
     return [
         Figure(
             drawn["online-ranking"],
-            "Rank correlation of the layer RGN that is learnt from drawn channels alone with that from all gradients, "
-            "and how many of the offline top-K layers (dashed line: all of them) it finds. Simulated on the recorded "
-            "gradients: channels of all layers, drawn anew for each batch.",
+            "Rank correlation of the layer RGN that is learnt from drawn channels alone with that from all gradients "
+            "of the run (dotted: of the same steps only, without the ranking's own drift), and how many of the offline "
+            "top-K layers (dashed line: all of them) it finds. Simulated on the recorded gradients: channels of all "
+            "layers, drawn anew for each batch.",
             640,
         ),
         Table(
-            ["budget, elements", "draws", "Spearman", "lowest run", "of the top K", "K offline", "K online"],
+            ["budget, elements", "draws", "Spearman", "lowest run", "on the same steps", "of the top K", "K offline",
+             "K online"],
             [
                 [_number(point.elements), str(point.draws), f"{point.spearman:.3f}", f"{point.spearman_least:.3f}",
-                 f"{point.overlap:.1f}", f"{point.k_offline:.1f}", f"{point.k_online:.1f}"]
+                 f"{point.spearman_same_steps:.3f}", f"{point.overlap:.1f}", f"{point.k_offline:.1f}",
+                 f"{point.k_online:.1f}"]
                 for point in found.online
             ],
             "Means over the runs.",

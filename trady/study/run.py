@@ -12,11 +12,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 
+from trady.budget import parse_budget
 from trady.channels import ChannelTable
-from trady.errors import DataError, ModelError, StateError, TrainingError
+from trady.decision import Request
+from trady.errors import DataError, ModelError, TrainingError
 from trady.examine import examine
 from trady.study.folder import StudyFolder, Unit
-from trady.study.gradients import GradientSource, PlainGradients
+from trady.study.gradients import GradientSource, PlainGradients, SweptGradients
 from trady.study.parquet import write_noise, write_norms
 from trady.study.recorder import EpochRecord, Recorder
 from trady.study.settings import StudySettings
@@ -31,7 +33,8 @@ from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule
 from trady.training.settings import Settings
-from trady.training.trainer import FullTrainer, Trainer
+from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
+from trady.tuner import Tuner
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def record(
     Raises:
         StateError: The folder holds a study with other settings.
         ModelError: No layer ever sees a gradient.
+        BudgetError: A layer has no channel that fits in the budget.
         DataError: There are too few images for the batches of noise.
     """
     folder.begin(settings)
@@ -132,7 +136,7 @@ def _run(
         example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
         table = examine(model, example, modes=(True,)).table
         folder.keep_table(table)
-        trainer, source = _armed(model, table, study, example)
+        trainer, source = _armed(model, table, study, seed, example)
         recorder = Recorder(
             table=table,
             source=source,
@@ -173,11 +177,14 @@ def _drop_weights(folder: RunFolder) -> None:
         shutil.rmtree(place)
 
 
-def _armed(model: nn.Module, table: ChannelTable, study: StudySettings, example: Any) -> tuple[Trainer, GradientSource]:
-    if study.budget is not None:
-        raise StateError("not yet")
-    trainer = FullTrainer(model)
-    return trainer, PlainGradients(model, table, cross_entropy)
+def _armed(
+    model: nn.Module, table: ChannelTable, study: StudySettings, seed: int, example: Any
+) -> tuple[Trainer, GradientSource]:
+    if study.budget is None:
+        return FullTrainer(model), PlainGradients(model, table, cross_entropy)
+    request = Request(budget=parse_budget(study.budget), policy=study.policy, seed=seed)
+    tuner = Tuner(*request.decide(model, example), example=example)
+    return TunerTrainer(tuner), SweptGradients(tuner.sweeper(cross_entropy))
 
 
 def _settings(study: StudySettings, steps: int, warmup_steps: int, seed: int) -> Settings:
