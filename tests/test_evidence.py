@@ -130,6 +130,13 @@ def test_weight_norms_are_known_as_soon_as_the_model_is_prepared(name: str) -> N
     tuner.finish()
 
 
+def test_what_is_not_finite_counts_as_nothing() -> None:
+    tuner = prepared(seeded(Residual), data()[0][0], Largest("gradients"))
+    measured = tuner.observe(data(), lambda scores, labels: F.cross_entropy(scores, labels) * float("inf"))
+    assert all((values == 0).all() for values in measured["gradients"].values())
+    tuner.finish()
+
+
 def test_parts_of_a_batch_measure_what_the_whole_batch_does() -> None:
     batches = data(size=6)
     found = []

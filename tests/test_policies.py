@@ -1,4 +1,6 @@
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trady.channels import ChannelTable, Layer, Selection
+from trady.commands import options
 from trady.errors import BudgetError, PolicyError
 from trady.policies import (
     Draw,
@@ -298,6 +301,12 @@ def test_the_shipped_policies_are_registered_on_import():
     assert set(policy_names()) >= {*RANDOM, "head", "full"}
     assert list(policy_names()) == sorted(policy_names())
     assert {name for name in RANDOM if get_policy(name).uses_ranking} == {"trady", "static-topk-random"}
+
+
+def test_the_help_of_the_command_line_and_the_docs_name_every_policy():
+    assert options.POLICIES.split(", ") == list(policy_names())
+    table = Path(__file__).parents[1].joinpath("docs", "policies.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == set(policy_names())
 
 
 @pytest.mark.usefixtures("scratch_registry")

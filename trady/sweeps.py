@@ -60,7 +60,7 @@ class Sweeper:
     progress: Progress | None = field(default=None, compare=False)
 
     def mean(self, batches: Iterable[Any], reduce: Reduce, *, single_samples: bool = False) -> Means:
-        """Average ``reduce`` of every channel's gradient over the batches.
+        """Average ``reduce`` of every channel's gradient over the batches; what is not finite counts as 0.
 
         Args:
             batches: Pairs (inputs, targets), or mappings that the model computes a loss from; each is looked
@@ -120,7 +120,8 @@ class Sweeper:
         reduced = [reduce(weights, gradient) for weights, gradient in self._rows(name)]
         if not reduced:
             return np.zeros(len(self.armed.layers[name].compact))
-        return torch.cat(reduced).cpu().numpy()
+        found = torch.cat(reduced)
+        return torch.where(found.isfinite(), found, 0.0).cpu().numpy()
 
     def _rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Take a layer's gradient: slices and gradient, a few rows at a time, so that float64 copies stay small."""

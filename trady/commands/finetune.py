@@ -33,9 +33,13 @@ def finetune(
     limit: options.Limit = None,
     micro_batch: options.MicroBatch = None,
     policy: options.Policy = "trady",
+    scheme: options.Scheme = None,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
+    observed_batches: Annotated[
+        int, typer.Option(min=1, help="Batches that a policy which measures before it draws is measured on.")
+    ] = 4,
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
     ] = "sgd",
@@ -58,12 +62,11 @@ def finetune(
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
     from trady.budget import parse_budget
-    from trady.policies import get_policy
     from trady.training.run import finetune as run
     from trady.training.run_folder import RunFolder
 
     # Everything that can be refused at once is, before minutes go into reading the data.
-    get_policy(policy)
+    rule = options.read_policy(policy, scheme)
     options.check_kept(recompute, fidelity)
     options.read_micro_batch(micro_batch)
     if budget is not None:
@@ -82,7 +85,7 @@ def finetune(
             out=out,
             batch_size=batch_size,
             lr=lr,
-            policy=policy,
+            policy=rule,
             ranking=given_ranking,
             seed=seed,
             warmup_epochs=warmup_epochs,
@@ -97,6 +100,7 @@ def finetune(
             mixed_precision=cast(Precision, mixed_precision),
             recompute=cast(Recompute, recompute),
             fidelity=fidelity,
+            observed_batches=observed_batches,
             micro_batch=cast(MicroBatch, options.read_micro_batch(micro_batch)),
         )
     except KeyboardInterrupt:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from trady.policies import Policy as PolicyObject
 
 Model = Annotated[
     str,
@@ -19,7 +22,15 @@ PlannedModel = Annotated[
     ),
 ]
 Dataset = Annotated[str, typer.Argument(help="fashion-mnist; a .npz file; or a folder of images.")]
-Policy = Annotated[str, typer.Option(help="Where to update.")]
+#: The registry's names; a test holds them equal, so that ``--help`` need not load it.
+POLICIES = (
+    "dynamic-norm, dynamic-random, dynamic-rgn, fisher, full, head, medyate, sparse-update, static-norm, "
+    "static-random, static-rgn, static-topk-random, trady, velocity"
+)
+Policy = Annotated[str, typer.Option(help=f"Where to update: {POLICIES}.")]
+Scheme = Annotated[
+    str | None, typer.Option("--scheme", help="For --policy sparse-update: a scheme that trady search has written.")
+]
 Recompute = Annotated[
     str,
     typer.Option(
@@ -56,6 +67,26 @@ Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, 
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+def read_policy(name: str, scheme: str | None) -> str | PolicyObject:
+    """Return a policy by name, or sparse-update with the scheme of a file.
+
+    Raises:
+        PolicyError: There is no such policy, or the scheme is missing, cannot be read, or is for no policy.
+    """
+    from trady.errors import PolicyError
+    from trady.policies import Scheme as SchemeFile
+    from trady.policies import SparseUpdate, get_policy
+
+    get_policy(name)
+    if name == SparseUpdate.name:
+        if scheme is None:
+            SparseUpdate().check_scheme()
+        return SparseUpdate(SchemeFile.load(str(scheme)))
+    if scheme is not None:
+        raise PolicyError(f"--scheme is for --policy sparse-update, not for {name}")
+    return name
 
 
 def check_kept(recompute: str, fidelity: str) -> None:

@@ -33,6 +33,7 @@ def plan(
     micro_batch: options.MicroBatch = None,
     classes: options.Classes = 10,
     policy: options.Policy = "trady",
+    scheme: options.Scheme = None,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -65,7 +66,7 @@ def plan(
     planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
     request = Request(
         budget=budgets[0],
-        policy=policy,
+        policy=options.read_policy(policy, scheme),
         ranking=load_ranking(ranking),
         seed=seed,
         recompute=recompute,

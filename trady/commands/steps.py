@@ -31,8 +31,10 @@ class Step:
         self.trainer = trainer
         self.example = example
         self.optimizer = trainer.attach(torch.optim.SGD(trainer.parameters(), lr=RATE))
-        trainer.start_epoch(0)
         trainer.set_mode(training=True)
+        if trainer.observation_due:
+            trainer.observe([(example.images, example.labels)], cross_entropy, lambda done, passes: None)
+        trainer.start_epoch(0)
 
     def __call__(self) -> None:
         """Run forward, backward and update."""

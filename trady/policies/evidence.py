@@ -60,7 +60,7 @@ class Evidence(Mapping[str, Values]):
     """What was measured, by kind. It cannot be changed, and equal evidence makes equal draws.
 
     Attributes:
-        kinds: Kind to layer to one float64 a channel, ``[channels]``.
+        kinds: Kind to layer to one float64 a channel, finite, ``[channels]``.
         carried: What the next measurement needs of this one, arrays of any shape under any name (the
             output maps of an epoch ago). Policies do not look at it.
         batches: Batches that were measured.

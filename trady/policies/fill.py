@@ -114,8 +114,7 @@ def fill_by_score(draw: Draw, layers: Sequence[Layer], scores: Values) -> Select
     Args:
         draw: Gives the capacity and the costs.
         layers: Where channels may be taken.
-        scores: One score a channel of each of these layers. Equal scores keep the order of execution; what is
-            not a number comes last.
+        scores: One score a channel of each of these layers. Equal scores keep the order of execution.
 
     Raises:
         PolicyError: A layer has no scores, or not one for each channel.
@@ -124,5 +123,4 @@ def fill_by_score(draw: Draw, layers: Sequence[Layer], scores: Values) -> Select
         if layer.name not in scores or scores[layer.name].shape != (layer.channels,):
             raise PolicyError(f"layer {layer.name!r} has {layer.channels} channels, and not one score for each")
     flat = np.concatenate([scores[layer.name] for layer in layers]) if layers else np.empty(0)
-    order = np.argsort(np.where(np.isnan(flat), np.inf, -flat), kind="stable")
-    return fill_selection(draw, layers, order.astype(np.int64, copy=False))
+    return fill_selection(draw, layers, np.argsort(-flat, kind="stable").astype(np.int64, copy=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from trady.training.interrupt import Interrupts
 from trady.training.loaders import Batches, start_epoch
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
+from trady.training.precision import autocast
 from trady.training.progress import Display
 from trady.training.randomness import seed_epoch
 from trady.training.result import Result
@@ -51,6 +53,7 @@ class Loop:
         loss: From (output, labels) to a scalar.
         factory: Makes the optimizer.
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
+        observed: Batches (inputs, labels) that a policy is measured on.
     """
 
     trainer: Trainer
@@ -63,6 +66,7 @@ class Loop:
     loss: Loss
     factory: OptimizerFactory
     folder: RunFolder | None
+    observed: Iterable[Any] = ()
     _finished: bool = field(default=False, init=False)
     _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
@@ -119,10 +123,11 @@ class Loop:
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> EpochMetrics:
         started = time.perf_counter()
+        self.trainer.set_mode(training=self.settings.mode == "train")
+        observing_seconds = self._observe(epoch)
         seed_epoch(self.settings.seed, epoch, self.accelerator.process_index)
         start_epoch(self.batches, epoch)
         self.trainer.start_epoch(epoch)
-        self.trainer.set_mode(training=self.settings.mode == "train")
         stepper = Stepper(
             self.accelerator,
             self.trainer,
@@ -136,6 +141,7 @@ class Loop:
         first = epoch * len(self.batches)
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
         examples, total, rate = 0, 0.0, 0.0
+        trained_from = time.perf_counter()
         peak_bytes = saved_bytes = 0
         for step, batch in enumerate(self.batches, start=first):
             rate = self.schedule.rate(step)
@@ -148,12 +154,12 @@ class Loop:
                 raise self._stopped(str(error), epoch, step, rate) from error
             examples += result.examples
             total += result.loss * result.examples
-            speed = examples / (time.perf_counter() - started)
+            speed = examples / (time.perf_counter() - trained_from)
             self.display.step(total / examples, speed, peak_bytes)
             self._interrupts.check()
         if not examples:
             raise DataError("the training data gave no batch")
-        training_seconds = time.perf_counter() - started
+        training_seconds = time.perf_counter() - started - observing_seconds
         accuracy, evaluation_loss = evaluate(
             self.trainer.model, self.evaluation, self.loss, self.accelerator, self.settings.mixed_precision
         )
@@ -175,9 +181,27 @@ class Loop:
             lr=rate,
             samples_per_second=examples * self.accelerator.num_processes / training_seconds,
             micro_batch=self.trainer.micro_batch,
+            observing_seconds=observing_seconds,
         )
         self.display.end_epoch(metrics)
         return metrics
+
+    def _observe(self, epoch: int) -> float:
+        """Measure what the next draw needs; return the seconds it took."""
+        if not self.trainer.observation_due:
+            return 0.0
+        started = time.perf_counter()
+        seed_epoch(self.settings.seed, epoch)  # whatever the data draws is the same on every rank
+        tell = getattr(self.display, "observing", None)  # displays of users may do without
+
+        def progress(done: int, passes: int) -> None:
+            if tell is not None:
+                tell(epoch, self.settings.epochs, done)
+            self._interrupts.check()
+
+        with autocast(self.accelerator.device, self.settings.mixed_precision):
+            self.trainer.observe(self.observed, self.loss, progress)
+        return time.perf_counter() - started
 
     def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, int, int]:
         """Do a step like any other, and measure it on the way."""

@@ -24,8 +24,9 @@ class EpochMetrics:
         saved_bytes: What the epoch's first step kept between forward and backward.
         trainable_parameters: Elements that the optimizer updated.
         lr: Learning rate of the epoch's last step.
-        samples_per_second: Training examples a second, evaluation excluded.
+        samples_per_second: Training examples a second, evaluation and measurements excluded.
         micro_batch: Samples that a forward and backward pass took; ``None`` is the whole batch.
+        observing_seconds: Part of ``seconds`` that the policy's measurements took.
     """
 
     epoch: int
@@ -42,6 +43,7 @@ class EpochMetrics:
     lr: float
     samples_per_second: float
     micro_batch: int | None = None
+    observing_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the line as a dict; a loss that is not finite becomes null."""

@@ -17,6 +17,9 @@ class Display(Protocol):
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         """Tell that an epoch of so many steps begins."""
 
+    def observing(self, epoch: int, epochs: int, passes: int) -> None:
+        """Tell of the passes done so far to measure what a policy draws from; it comes before ``start_epoch``."""
+
     def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
         """Tell of one step: mean loss of the epoch so far, speed, measured peak."""
 
@@ -31,6 +34,9 @@ class Silent:
     """Shows nothing."""
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Show nothing."""
+
+    def observing(self, epoch: int, epochs: int, passes: int) -> None:
         """Show nothing."""
 
     def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
@@ -55,8 +61,19 @@ class Lines:
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
+    def observing(self, epoch: int, epochs: int, passes: int) -> None:
+        """Count the passes on a live line."""
+        if not self.console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = Progress(TextColumn("{task.description}"), console=self.console, transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        self._bar.update(self._task, description=f"{self.title} epoch {epoch + 1}/{epochs}: observing, {passes} passes")
+
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         """Open the live line."""
+        self.close()
         self.epochs = epochs
         if not self.console.is_terminal:
             return

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 from trady.budget import Budget, Scope, parse_budget
 from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.policies import Policy, get_policy
+from trady.policies import Policy, get_policy, needs_of
 from trady.priors import Known
 from trady.ranking import LayerRanking
 from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches
 from trady.training.loop import Loop
+from trady.training.observed import measured_on
 from trady.training.optimizers import OptimizerFactory, copies_kept, optimizer_factory
 from trady.training.precision import Precision
 from trady.training.progress import Display, Lines, Silent
@@ -65,6 +66,7 @@ def finetune(
     recompute: Literal["auto", "all", "none"] = "auto",
     fidelity: str = "exact",
     micro_batch: int | Literal["auto"] | None = None,
+    observed_batches: int = 4,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, the whole run.
@@ -108,6 +110,8 @@ def finetune(
             updates with the mean gradient: the result is that of the whole batch, but for dropout's random
             numbers and the order of sums. ``auto`` is the largest part that the budget is possible with: the
             whole batch, half, a quarter, …
+        observed_batches: Batches that a policy which measures before it draws (docs/policies.md) is measured on:
+            the first of a seeded order of the training data, the same in every epoch and on every rank.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -148,6 +152,7 @@ def finetune(
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=micro_batch,
+        observed_batches=observed_batches if needs_of(get_policy(policy)) else None,
     )
     if micro_batch is not None:
         _check_statistics(model)
@@ -171,6 +176,7 @@ def finetune(
             trainer=_trainer(model, loader, accelerator, request, copies_kept(optimizer, momentum)),
             batches=batches,
             evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
+            observed=measured_on(loader, observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,
             settings=settings,

@@ -38,6 +38,7 @@ class Settings:
         recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
         fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
         micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
+        observed_batches: Batches that the policy is measured on; ``None`` for one that measures nothing.
     """
 
     policy: str
@@ -59,6 +60,7 @@ class Settings:
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | str | None = None
+    observed_batches: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (
@@ -73,6 +75,8 @@ class Settings:
             if limit is not None and not limit > 0:
                 raise TrainingError(f"{name} is {limit}; give more than zero, or None")
 
+        if self.observed_batches is not None and self.observed_batches < 1:
+            raise TrainingError(f"observed_batches is {self.observed_batches}; give at least 1")
         if not _is_micro_batch(self.micro_batch):
             raise TrainingError(f"micro_batch is {self.micro_batch!r}; give a number of samples, {AUTO!r}, or None")
         if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ranking import LayerRanking
+from trady.training.batch import Loss
 from trady.training.state import State
 from trady.tuner import Tuner
 
@@ -53,6 +54,13 @@ class Trainer(Protocol):
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip the gradients; return their norm before."""
+
+    @property
+    def observation_due(self) -> bool:
+        """Whether something has to be measured before the next epoch starts."""
+
+    def observe(self, batches: Iterable[Any], loss: Loss, progress: Callable[[int, int], None]) -> None:
+        """Measure it on pairs (inputs, labels); tell of the passes done, and of those of the batches so far."""
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
@@ -106,6 +114,15 @@ class TunerTrainer:
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip each channel against its own weights, the head by its norm."""
         return self.tuner.clip_gradients(ratio, max_norm)
+
+    @property
+    def observation_due(self) -> bool:
+        """Ask the tuner."""
+        return self.tuner.observation_due
+
+    def observe(self, batches: Iterable[Any], loss: Loss, progress: Callable[[int, int], None]) -> None:
+        """Let the tuner measure what its policy draws from."""
+        self.tuner.observe(batches, loss, progress=progress)
 
     def start_epoch(self, epoch: int) -> None:
         """Draw new channels."""
@@ -174,6 +191,14 @@ class FullTrainer:
         """Clip all gradients together by their norm, as plain fine-tuning usually does."""
         limit = math.inf if max_norm is None else max_norm
         return float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+    @property
+    def observation_due(self) -> bool:
+        """Nothing is chosen, so nothing is measured."""
+        return False
+
+    def observe(self, batches: Iterable[Any], loss: Loss, progress: Callable[[int, int], None]) -> None:
+        """Nothing is measured."""
 
     def start_epoch(self, epoch: int) -> None:
         """Nothing changes between epochs."""

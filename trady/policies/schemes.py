@@ -1,0 +1,128 @@
+"""Schemes of sparse updates: which layers train, and which share of the input channels of each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trady.channels import ChannelTable, Layer
+from trady.errors import PolicyError
+
+FORMAT, VERSION = "trady-scheme", 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Layers and channel ratios, as MCUNetV3 publishes them (Lin et al. 2022, arXiv 2206.15472).
+
+    Attributes:
+        layers: Places of the layers, from 0, counted from the input; the classifier is not counted.
+        ratios: For each the share of its input channels that trains, 0 to 1. The paper trains the bias alone where
+            it is 0; biases do not train here, so such a layer stays frozen.
+        layer_count: Layers that the network has; 0 is unknown. A network with another number is refused.
+    """
+
+    layers: tuple[int, ...]
+    ratios: tuple[float, ...]
+    layer_count: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.ratios):
+            raise PolicyError(f"a scheme of {len(self.layers)} layers has {len(self.ratios)} ratios; give one for each")
+        for place in self.layers:
+            if not _is_number(place, int) or place < 0:
+                raise PolicyError(f"a scheme names layer {place!r}; layers are counted from 0 at the input")
+        if len(set(self.layers)) < len(self.layers):
+            raise PolicyError(f"a scheme names a layer twice: {sorted(self.layers)}")
+        for ratio in self.ratios:
+            if not _is_number(ratio, int, float) or not 0 <= ratio <= 1:
+                raise PolicyError(f"a scheme has ratio {ratio!r}; a ratio is a share of channels, 0 to 1")
+
+    def counts(self, table: ChannelTable) -> dict[str, int]:
+        """How many channels of each layer train: the ratio of its channels, rounded, and at least one.
+
+        Raises:
+            PolicyError: The network has too few layers, or another number than the scheme was made for.
+
+        """
+        convolutions = [layer for layer in table if layer.kind.startswith("conv")]
+        layers: list[Layer] = convolutions or list(table)
+        if self.layer_count and self.layer_count != len(layers):
+            raise PolicyError(
+                f"the scheme is for a network of {self.layer_count} layers, this one has {len(layers)}; "
+                "search one for it with trady search"
+            )
+        if self.layers and max(self.layers) >= len(layers):
+            raise PolicyError(
+                f"the scheme trains layer {max(self.layers)}, and this network has layers 0 to {len(layers) - 1}; "
+                "search one for it with trady search"
+            )
+        return {
+            layers[place].name: max(1, int(ratio * layers[place].channels + 0.5))
+            for place, ratio in sorted(zip(self.layers, self.ratios, strict=True))
+            if ratio > 0
+        }
+
+    def elements(self, table: ChannelTable) -> int:
+        """What the scheme takes of B_mem: Σ C^W_c + C^A_c, elements for one sample."""
+        return sum(count * table[name].elements for name, count in self.counts(table).items())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_json` reads them back."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "layer_indices": list(self.layers),
+            "channel_ratios": list(self.ratios),
+            "layer_count": self.layer_count,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Scheme:
+        """Read what :meth:`to_json` wrote, or a mapping with ``layer_indices`` and ``channel_ratios``.
+
+        Raises:
+            PolicyError: It is something else, of another version, or damaged.
+
+        """
+        if not isinstance(data, Mapping) or not {"layer_indices", "channel_ratios"} <= set(data):
+            raise PolicyError("this is no scheme: it lacks layer_indices and channel_ratios; trady search writes one")
+        if data.get("version", VERSION) != VERSION or data.get("format", FORMAT) != FORMAT:
+            raise PolicyError(f"the scheme is of version {data.get('version')}, this trady reads version {VERSION}")
+        try:
+            return cls(tuple(data["layer_indices"]), tuple(data["channel_ratios"]), int(data.get("layer_count", 0)))
+        except (TypeError, ValueError) as error:
+            if isinstance(error, PolicyError):
+                raise
+            raise PolicyError(f"the scheme is damaged: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file, whole or not at all."""
+        from trady.training.files import write_json
+
+        write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scheme:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            PolicyError: It cannot be read, or holds no scheme.
+
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{path} cannot be read as a scheme: {error}") from error
+        try:
+            return cls.from_json(data)
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from error
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
