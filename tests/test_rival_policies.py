@@ -299,7 +299,7 @@ def end(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("policy", ["dynamic-rgn", "medyate", "fisher", "scheme"])
+@pytest.mark.parametrize("policy", ["dynamic-rgn", "medyate", "fisher", "velocity", "scheme"])
 def test_a_killed_run_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Path, policy: str) -> None:
     settings = {
         "policy": SparseUpdate(Scheme((1,), (0.5,))) if policy == "scheme" else policy,
@@ -321,7 +321,9 @@ def test_a_killed_run_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Pat
     assert hashes[0] == hashes[1]
     assert all(m.channels > 0 for m in whole.history)
     observed = [m.observing_seconds > 0 for m in whole.history]
-    assert observed == {"dynamic-rgn": [True] * 3, "scheme": [False] * 3}.get(policy, [True, False, False])
+    assert observed == {"dynamic-rgn": [True] * 3, "velocity": [True] * 3, "scheme": [False] * 3}.get(
+        policy, [True, False, False]
+    )
     assert all(m.observing_seconds < m.seconds for m in whole.history)
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, normal, seeded, snapshot
+from tests.small_task import small_data, small_net
 from trady.budget import BelowLeastError
 from trady.channels import ChannelTable, Layer, by_output
 from trady.errors import StateError
@@ -253,6 +255,27 @@ def test_on_networks_of_all_kinds(name: str) -> None:
         epoch(tuner, number, optimizer, data)
         assert 0 < tuner.cost().elements <= 3000
     tuner.finish()
+
+
+class Augmented(Dataset[Any]):
+    """Every look at an image is another one."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.data[index]
+        return image + torch.rand(1), label
+
+
+def test_a_run_looks_at_the_same_samples_in_every_epoch_although_its_data_is_augmented() -> None:
+    data = Augmented(small_data(24, 0)), small_data(12, 1)
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.05, "progress": False, "out": None}
+    result = trady.finetune(small_net(), *data, budget="elements:2500", policy="velocity", **options)
+    assert len({epoch.selection_hash for epoch in result.history}) == 2
 
 
 def test_no_more_than_thirty_two_samples_are_looked_at() -> None:

@@ -49,10 +49,10 @@ def costs(draw: Draw, layer: Layer) -> tuple[int, int]:
     return draw.cost(layer.name, layer.channels, 1) - unit, unit
 
 
-def smallest(draw: Draw) -> tuple[int, Selection]:
-    """The unit that takes least of the capacity, with its layer's input, and what it takes."""
-    cheapest = min(draw.table, key=lambda layer: sum(costs(draw, layer)))
-    return sum(costs(draw, cheapest)), unit_selection(draw, [cheapest], [np.zeros(1, dtype=np.int64)])
+def one_of_each(draw: Draw) -> Iterator[Selection]:
+    """One unit of each layer alone, with the layer's input: the least that can be updated is among them."""
+    for layer in draw.table:
+        yield unit_selection(draw, [layer], [np.zeros(1, dtype=np.int64)])
 
 
 def fill_neurons(draw: Draw, layers: Sequence[Layer], order: Integers) -> Selection:

@@ -25,7 +25,7 @@ import numpy as np
 from trady.channels import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
-from trady.policies.neurons import by_unit, fill_neurons, unit_count, unit_selection, unit_weights
+from trady.policies.neurons import by_unit, fill_neurons, one_of_each, unit_count, unit_weights
 from trady.policies.registry import register_policy
 from trady.policies.uniform import shuffled
 
@@ -54,5 +54,4 @@ class Velocity:
 
     def smallest(self, draw: Draw) -> Iterator[Selection]:
         """One neuron of each layer: the least that can be updated."""
-        for layer in draw.table:
-            yield unit_selection(draw, [layer], [np.zeros(1, dtype=np.int64)])
+        return one_of_each(draw)
