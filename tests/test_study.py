@@ -121,6 +121,21 @@ def test_inside_a_budget_every_channel_is_seen_in_sweeps_and_the_training_goes_a
         np.testing.assert_allclose(norms[name][0], expected, rtol=1e-4)
 
 
+def test_the_sweeps_of_a_study_stay_inside_a_peak_budget() -> None:
+    batch = small_data(8, 0).batch(range(8))
+    tuner = trady.prepare(without_dropout(), batch[0], budget="peak:140 KiB", policy="dynamic-random")
+    sweeper, seen = tuner.sweeper(F.cross_entropy), dict[str, int]()
+
+    def see(name: str, channels: np.ndarray, gradient: torch.Tensor) -> None:
+        seen[name] = seen.get(name, 0) + len(channels)
+
+    ledger = tuner.ledger(lambda: sweeper.visit(batch, see, seed=0))
+    assert len(sweeper.selections) > 1
+    assert seen == {"features.0": 3, "features.3": 8}
+    assert ledger.peak_bytes <= 140 * 1024
+    tuner.finish()
+
+
 def test_a_budget_that_some_layer_does_not_fit_in_is_refused_with_its_name(tmp_path: Path) -> None:
     settings = replace(BUDGETED, budget="elements:230")
     with pytest.raises(BudgetError, match=r"a channel of features\.3 alone does not fit"):

@@ -133,6 +133,8 @@ def test_runs_as_samples_reject_where_the_task_decides_and_not_where_each_run_is
     assert by_task.rejected_shares > 0.5
     assert all(test.rejected_shares > 0.8 for test in of_runs if test.kind == "seeds")
     assert all(test.rejected_shares < 0.1 for test in of_runs if test.kind == "runs")
+    assert all(test.uncorrected_shares < 0.2 for test in of_runs if test.kind == "runs")
+    assert by_task.uncorrected_shares > 0.7
 
 
 def test_false_discoveries_are_held_down_over_all_channels() -> None:

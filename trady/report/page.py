@@ -10,7 +10,7 @@ from itertools import count
 
 STYLE = """
 :root { color-scheme: light; }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: #fff; color: #1c2730;
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; overflow-wrap: anywhere; background: #fff; color: #1c2730;
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.5rem 0 .5rem; border-top: 1px solid #d5dde3; padding-top: 1rem; }

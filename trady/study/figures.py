@@ -24,13 +24,13 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8a949b"
 
 STYLE: dict[str, Any] = {
-    "font.size": 10.5,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "svg.hashsalt": "trady",  # the same statistics give the same file
 }
@@ -62,7 +62,7 @@ def tail_indices(found: Statistics) -> Figure:
                 for end in ("low", "high")
             ]
             axis.errorbar(x, middle, ends, color=COLORS[0], fmt="o", markersize=3.5, elinewidth=1,
-                          label=f"epoch {epoch + 1}, 95 % interval")  # fmt: skip
+                          label=f"epoch {epoch + 1}, 95 %")  # fmt: skip
             control = [
                 np.mean([tail.gaussian.value for tail in here if tail.gaussian and place[tail.layer] == at]) for at in x
             ]
@@ -106,7 +106,7 @@ def top_shares(found: Statistics) -> Figure:
             ]
             axis.bar(x, values, 0.72 / epochs, yerr=ends, color=COLORS[0], alpha=0.35 + 0.65 * (epoch + 1) / epochs,
                      error_kw={"elinewidth": 1}, label=f"epoch {epoch + 1}")  # fmt: skip
-        axis.set_xticks(range(len(TOP_SHARES)), [f"top {share:.0%} of channels" for share in TOP_SHARES])
+        axis.set_xticks(range(len(TOP_SHARES)), [f"top {share:.0%}" for share in TOP_SHARES])
         axis.set(title=dataset, ylabel="% of ‖∂L/∂W‖²", ylim=(0, 100))
         axis.tick_params(axis="x", length=0)
     axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=min(epochs, 4))
@@ -150,7 +150,7 @@ def cumulated_rgn(found: Statistics) -> Figure:
 def task_tests(found: Statistics) -> Figure:
     """Share of each layer's channels whose mean share of the layer's gradient differs."""
     figure, (axis,) = _panels(1, 3.2)
-    titles = {"tasks": "two tasks", "seeds": "two seeds of one task", "runs": "two tasks, runs as samples"}
+    titles = {"tasks": "two tasks", "seeds": "two seeds of one task"}
     place: dict[str, int] = {}
     for color, (kind, title) in zip(COLORS, titles.items(), strict=False):
         tests = [test for test in found.importance if test.kind == kind]
@@ -162,7 +162,7 @@ def task_tests(found: Statistics) -> Figure:
         axis.plot(x, [np.mean(values) for values in layers.values()], "o-", markersize=3.5, linewidth=1, color=color,
                   label=title)  # fmt: skip
     axis.set(xlabel="layer, in order of execution", ylabel="% of channels that differ", ylim=(0, 102))
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
@@ -184,7 +184,7 @@ def kept_gradient(found: Statistics) -> Figure:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set(title=dataset, ylabel="% of ‖∂L/∂W‖² kept", ylim=(0, 102))
-    axes[-1].set_xlabel("budget B_mem, % of all channels' weights and activations")
+    axes[-1].set_xlabel("budget B_mem, % of all weights and activations")
     axes[0].legend(loc="lower right")
     return figure
 
@@ -256,7 +256,7 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """Panels one above the other: a telephone is narrow."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height * count + 0.4), layout="constrained")
+    figure = Figure(figsize=(5.2, height * count + 0.4), layout="constrained")
     axes = figure.subplots(count, 1, squeeze=False)
     return figure, list(axes[:, 0])
 
