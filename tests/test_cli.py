@@ -16,7 +16,7 @@ import trady
 from tests.small_task import write_npz
 
 MODEL = "tests.small_task:small_net"
-COMMANDS = ("demo", "plan", "finetune", "rank", "measure", "compare", "study")
+COMMANDS = ("demo", "plan", "finetune", "rank", "measure", "compare", "study", "search")
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

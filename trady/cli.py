@@ -16,6 +16,7 @@ from trady.commands.finetune import finetune
 from trady.commands.measure import measure
 from trady.commands.plan import plan
 from trady.commands.rank import rank
+from trady.commands.search import search
 from trady.commands.study import study
 from trady.errors import TradyError
 
@@ -87,5 +88,9 @@ app.command(
     epilog="Example: trady study efficientnet-lite0 fashion-mnist photos/ --image-size 64 --limit 1000 --seeds 3 "
     "--epochs 3 --out runs/study"
 )(study)
+app.command(
+    epilog="Example: trady search efficientnet-lite0 fashion-mnist --image-size 64 --limit 1000 --last 12 "
+    "--budget elements:27946 --out scheme.json"
+)(search)
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)
 app.command(epilog="Example: trady compare matrix.toml --workers 2 --max-minutes 80")(compare)

@@ -63,10 +63,11 @@ def plan(
     for text in budgets:
         parse_budget(text)
     sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
+    rule = options.read_policy(policy, scheme)
     planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
     request = Request(
         budget=budgets[0],
-        policy=options.read_policy(policy, scheme),
+        policy=rule,
         ranking=load_ranking(ranking),
         seed=seed,
         recompute=recompute,

@@ -49,8 +49,7 @@ class Scheme:
             PolicyError: The network has too few layers, or another number than the scheme was made for.
 
         """
-        convolutions = [layer for layer in table if layer.kind.startswith("conv")]
-        layers: list[Layer] = convolutions or list(table)
+        layers = scheme_layers(table)
         if self.layer_count and self.layer_count != len(layers):
             raise PolicyError(
                 f"the scheme is for a network of {self.layer_count} layers, this one has {len(layers)}; "
@@ -122,6 +121,11 @@ class Scheme:
             return cls.from_json(data)
         except PolicyError as error:
             raise PolicyError(f"{path}: {error}") from error
+
+
+def scheme_layers(table: ChannelTable) -> list[Layer]:
+    """The layers that a scheme counts: the convolutions, or all layers of a network without any."""
+    return [layer for layer in table if layer.kind.startswith("conv")] or list(table)
 
 
 def _is_number(value: object, *kinds: type) -> bool:
