@@ -288,6 +288,37 @@ def test_state_counts_in_the_budget_as_the_outer_optimizers_does(kind: str) -> N
     assert state_copies(inside(kind)(parameters)) == state_copies(outer(kind)(parameters))
 
 
+def _wide() -> nn.Module:
+    layers = (layer for _ in range(6) for layer in (nn.Linear(128, 128), nn.ReLU()))
+    return nn.Sequential(*layers, nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "momentum", "AdamW"])
+def test_a_peak_budget_counts_on_gradients_that_are_freed(kind: str) -> None:
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(8) % 3
+    counts = []
+    for make in (outer(kind), inside(kind)):
+        model = seeded(_wide)
+        tuner = trady.prepare(model, (x,), budget="peak:900 KiB", policy="dynamic-random")
+        optimizer = tuner.attach(make(tuner.parameters()))
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(2):
+            step()
+        measured = tuner.ledger(step, inference=False).peak_bytes - target.nbytes
+        predicted = tuner.plan.predicted_peak_bytes
+        counts.append(tuner.selection.count)
+        tuner.finish()
+    assert measured <= 900 * 1024
+    assert measured <= predicted <= 1.005 * measured
+    assert counts[1] > 1.1 * counts[0]
+
+
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 

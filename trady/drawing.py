@@ -39,6 +39,9 @@ MANY_CHANNELS = 200_000
 #: What a step may take, without weights and batch, over an inference pass, where the budget leaves it open.
 PEAK_OVER_INFERENCE = 1.5
 
+#: A number of steps, as torch.optim keeps it.
+_COUNTER_BYTES = 4
+
 #: Optimizer steps between two draws while the ranking is being learnt.
 STEPS_A_DRAW = 2
 
@@ -83,6 +86,8 @@ class Drawing:
         pool: Layers that channels are drawn from.
         online: The ranking being learnt; ``None`` when one is given, settled or not needed.
         state_copies: Copies of a parameter that the optimizer keeps.
+        update_forms: Tensors of a gradient's size that an update inside the backward pass needs; ``None`` where
+            gradients stay until the step ends.
         recomputation: What is computed anew in the backward pass.
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
@@ -104,6 +109,7 @@ class Drawing:
         self.budget, self.policy, self.seed = rules.budget, rules.policy, rules.seed
         self.ranking: LayerRanking | None = None
         self.state_copies = 0
+        self.update_forms: int | None = None
         self.online: OnlineRanking | None = None
         self.needs = needs_of(rules.policy)
         self.evidence: Evidence | None = None
@@ -114,6 +120,7 @@ class Drawing:
         self._mode, self.fidelity = rules.recompute, rules.fidelity
         self.micro_batch: int | None = None
         self._accumulates = waiting_bytes > 0
+        self._head_tensors = len(examined.head_parameters)
         self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
         self.recomputation = planner.everything if rules.recompute != "none" else planner.nothing
 
@@ -123,7 +130,7 @@ class Drawing:
             model, batch, head=examined.head, fuse=rules.fuse, fidelity=rules.fidelity, waiting_bytes=waiting_bytes
         )
         self._simulated: dict[tuple[Any, ...], Timeline] = {}
-        self._timeline: tuple[tuple[str, ...], Recomputation, Timeline] | None = None
+        self._timeline: tuple[tuple[str, ...], Recomputation, int | None, Timeline] | None = None
         self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
         if not rules.policy.uses_ranking:
@@ -184,9 +191,12 @@ class Drawing:
     def _simulate(self, layers: tuple[str, ...], choice: Recomputation) -> Timeline:
         """Simulate a step with one channel a layer, each kind of step once."""
         chosen = tuple((segment.start, segment.end) for segment in choice.stretches.get(True, ()))
-        if (layers, chosen) not in self._simulated:
-            self._simulated[layers, chosen] = self.simulator.timeline(layers=layers, stretches=choice.stretches)
-        return self._simulated[layers, chosen]
+        key = (layers, chosen, self.update_forms)
+        if key not in self._simulated:
+            self._simulated[key] = self.simulator.timeline(
+                layers=layers, stretches=choice.stretches, update_forms=self.update_forms
+            )
+        return self._simulated[key]
 
     @property
     def simulator(self) -> Simulator:
@@ -209,7 +219,7 @@ class Drawing:
             lambda timeline: timeline.predicted_peak(wanted, state_copies),
             peak_bytes,
         )
-        self._timeline = (layers, self.recomputation, timeline)
+        self._timeline = (layers, self.recomputation, self.update_forms, timeline)
 
     def _useful(self, capacity: int | None) -> Selection:
         """Channels that are to fit before anything is kept that could be computed anew: the same after a restart."""
@@ -252,10 +262,11 @@ class Drawing:
     @property
     def timeline(self) -> Timeline:
         """Live bytes of a step that updates the layers of the pool."""
-        state = (self._simulated_layers, self.recomputation)
-        if self._timeline is None or self._timeline[:2] != state:
-            self._timeline = (*state, self._simulate(*state))
-        return self._timeline[2]
+        layers, choice = self._simulated_layers, self.recomputation
+        state = (layers, choice, self.update_forms)
+        if self._timeline is None or self._timeline[:3] != state:
+            self._timeline = (*state, self._simulate(layers, choice))
+        return self._timeline[3]
 
     def _costs(self) -> dict[str, int]:
         map_price, weight_price = self._prices()
@@ -410,9 +421,13 @@ class Drawing:
         The timeline only bounds the peak from above.
         """
         stretches = (recomputation or self.recomputation).stretches
-        timeline = self.simulator.timeline(stretches=stretches, selection=selection, parts=True)
+        timeline = self.simulator.timeline(
+            stretches=stretches, selection=selection, parts=True, update_forms=self.update_forms
+        )
         kept = self.table.weight_elements(selection) * self.table.weight_element_bytes
         state = self.state_copies * (self._head_bytes + kept)
+        if self.state_copies > 1:  # Adam counts the steps of every tensor
+            state += _COUNTER_BYTES * (len(selection.channels) + self._head_tensors)
         return {**timeline.parts, **({"optimizer state": state} if state else {})}
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:

@@ -37,6 +37,11 @@ class UpdatesInBackward(torch.optim.Optimizer):
 
     outer: ClassVar[type[torch.optim.Optimizer]]
 
+    @property
+    def update_forms(self) -> int:
+        """Tensors of a gradient's size that an update needs for a moment, beside the gradient and the state."""
+        raise NotImplementedError
+
     _compact: set[int] | None = None
 
     def _begin(self, channel_clip: float | None, max_norm: float | None) -> None:
@@ -195,6 +200,15 @@ def _norm(parameter: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=dtype))
 
 
+def update_forms(optimizers: Iterable[torch.optim.Optimizer], compact: Iterable[nn.Parameter]) -> int | None:
+    """Tensors of a gradient's size that the updates of all these parameters need; ``None`` if one waits for a step."""
+    inside = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
+    theirs = {id(p) for optimizer in inside for group in optimizer.param_groups for p in group["params"]}
+    if not inside or not all(id(parameter) in theirs for parameter in compact):
+        return None
+    return max(optimizer.update_forms for optimizer in inside)
+
+
 class SGD(UpdatesInBackward, torch.optim.SGD):
     """``torch.optim.SGD``, bit for bit, inside the backward pass.
 
@@ -219,6 +233,12 @@ class SGD(UpdatesInBackward, torch.optim.SGD):
     """
 
     outer = torch.optim.SGD
+
+    @property
+    def update_forms(self) -> int:
+        """Weight decay, Nesterov's momentum and the other sign make a tensor each."""
+        options = ("weight_decay", "nesterov", "maximize")
+        return max(sum(bool(group[name]) for name in options) for group in self.param_groups)
 
     def __init__(
         self,
@@ -263,6 +283,11 @@ class AdamW(UpdatesInBackward, torch.optim.AdamW):
     """
 
     outer = torch.optim.AdamW
+
+    @property
+    def update_forms(self) -> int:
+        """The root of the second moment and its quotient, and the other sign."""
+        return max(2 + bool(group["maximize"]) for group in self.param_groups)
 
     def __init__(
         self,

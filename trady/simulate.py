@@ -81,6 +81,7 @@ class Simulator:
         stretches: Stretches | None = None,
         selection: Selection | None = None,
         parts: bool = False,
+        update_forms: int | None = None,
     ) -> Timeline:
         """Run one step in which one channel of each given layer trains.
 
@@ -89,19 +90,21 @@ class Simulator:
             stretches: What is computed anew in the backward pass (:func:`trady.examine.find_stretches`).
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
+            update_forms: Tensors of a compact gradient's size that an optimizer needs to use it up when it arrives
+                (:mod:`trady.optim`); ``None`` where gradients stay until the step ends.
 
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
         armed = Armed(self._twin, self._examined, stretches or {}, self._fidelity)
         try:
-            return self._follow(armed, selection, parts=parts)
+            return self._follow(armed, selection, parts, update_forms)
         finally:
             armed.disarm()
             for parameter in self._twin.parameters():
                 parameter.grad = None
 
-    def _follow(self, armed: Armed, selection: Selection, *, parts: bool) -> Timeline:
+    def _follow(self, armed: Armed, selection: Selection, parts: bool, update_forms: int | None) -> Timeline:
         armed.select(selection)
         intervals: list[Interval] = []
         live = LiveBytes()
@@ -118,9 +121,16 @@ class Simulator:
         def ran(layer: str) -> None:
             cut("forward" if torch._C._current_graph_task_id() == -1 else "recompute", layer)
 
+        def arrived(layer: str, compact: nn.Parameter) -> None:
+            if update_forms is not None and compact.grad is not None:
+                needed = [torch.empty_like(compact.grad) for _ in range(update_forms)]
+                del needed
+                compact.grad = None
+            cut("backward", layer)
+
         armed.interceptor.on_layer = ran
         armed.interceptor.prepare_call = mixed_to_meta
-        armed.on_gradient.append(lambda name, compact: cut("backward", name))
+        armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
             kept = self._forward_and_backward(live)
@@ -132,7 +142,7 @@ class Simulator:
                 live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
                 made_of = _parts(live, kept)
         head_bytes = sum(p.numel() * p.element_size() for p in self._examined.head_parameters.values())
-        return Timeline(tuple(intervals), self._examined.table, head_bytes, made_of)
+        return Timeline(tuple(intervals), self._examined.table, head_bytes, made_of, update_forms is not None)
 
     def _forward_and_backward(self, live: LiveBytes) -> list[Storage]:
         """Run one pass; return what was alive in its middle."""

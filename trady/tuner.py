@@ -25,7 +25,7 @@ from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
 from trady.observing import PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
-from trady.optim import UpdatesInBackward
+from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import remap_state, state_copies
 from trady.plan import Cost, Plan, cost_of
 from trady.policies import Evidence, Policy
@@ -211,12 +211,16 @@ class Tuner:
         mine = {id(p) for p in self.parameters()}
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
-        before, copies = self._drawing.state_copies, state_copies(optimizer)
-        self._drawing.state_copies = max(before, copies)
+        drawing = self._drawing
+        before = drawing.state_copies, drawing.update_forms
+        drawing.state_copies = max(drawing.state_copies, state_copies(optimizer))
+        drawing.update_forms = update_forms(
+            (*self._attached(), optimizer), [armed.compact for armed in self._armed.layers.values()]
+        )
         try:
-            self._drawing.check_budget()
+            drawing.check_budget()
         except BudgetError:
-            self._drawing.state_copies = before
+            drawing.state_copies, drawing.update_forms = before
             raise
         self._armed.interceptor.recompute(self._drawing.recomputation.stretches)
         self._optimizers.append(weakref.ref(optimizer))
@@ -430,6 +434,7 @@ class Tuner:
             self.model,
             inference=inference,
             compact=[armed.compact for armed in self._armed.layers.values()],
+            early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from trady.budget import format_bytes
 from trady.errors import TradyError
@@ -203,6 +204,7 @@ def measure(
     inference: bool = True,
     untouched: Callable[[], AbstractContextManager[object]] = nullcontext,
     compact: Iterable[Tensor] = (),
+    early: Iterable[Optimizer] = (),
 ) -> Ledger:
     """Run one training step and account for its tensor memory.
 
@@ -218,6 +220,8 @@ def measure(
         untouched: Makes the context for that pass in which the model is as its author wrote it.
         compact: Leaf tensors that are trained in place of (parts of) the model's weights;
             their gradients are ``compact gradients``.
+        early: Optimizers that update before their ``step()`` (:mod:`trady.optim`): their state is there from the
+            start, and not from where the first update reads it.
 
     Returns:
         The ledger. What could not be measured is in its ``remarks``.
@@ -225,7 +229,7 @@ def measure(
     Raises:
         Exception: Whatever the step raises; no hooks stay behind.
     """
-    recorder = Recorder(model, compact)
+    recorder = Recorder(model, compact, early)
     with recorder:
         step()
     return _ledger(recorder, recorder.inference_peak(untouched) if inference else None)

@@ -37,13 +37,19 @@ class Recorder:
     Args:
         model: The model, if it is known.
         compact: Leaf tensors trained in place of (parts of) the model's weights.
+        early: Optimizers that update before their ``step()``.
 
     Attributes:
         remarks: What could not be measured, and why.
         allocator_peak_bytes: On CUDA, the allocator's peak.
     """
 
-    def __init__(self, model: nn.Module | None, compact: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None,
+        compact: Iterable[torch.Tensor],
+        early: Iterable[torch.optim.Optimizer] = (),
+    ) -> None:
         self.remarks: list[str] = []
         self.allocator_peak_bytes: int | None = None
         self._live = LiveBytes()
@@ -52,6 +58,7 @@ class Recorder:
         self._weights: dict[nn.Module, list[Storage]] = {}
         self._savers: list[tuple[Saver, Storage]] = []
         self._compact = {id(tensor): tensor for tensor in compact}
+        self._early = list(early)
         self._watched: set[int] = set()
         self._saved_remarks: list[str] = []
         self._device: str | None = None
@@ -65,6 +72,8 @@ class Recorder:
                 self._watch_gradient(tensor)
             if self._modules.model is not None:
                 self._adopt(self._modules.model)
+            for optimizer in self._early:
+                self._optimizer_stepped(optimizer)
             stack.callback(optimizers.register_optimizer_step_pre_hook(self._optimizer_steps).remove)
             stack.callback(optimizers.register_optimizer_step_post_hook(self._optimizer_stepped).remove)
             stack.enter_context(self._modules)

@@ -48,12 +48,14 @@ class Timeline:
         table: Costs of the channels.
         head_bytes: Bytes of the head's parameters, whose optimizer state counts too.
         parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
+        frees_gradients: Whether a compact gradient is used up when it arrives, not at the end of the step.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
     head_bytes: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
+    frees_gradients: bool = False
 
     def predicted_peak(self, selection: Selection, state_copies: int = 0) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
@@ -116,7 +118,8 @@ class Timeline:
                 gradients[b, i] += _FORMS
                 working[b, i] = 1
             if backward:
-                gradients[backward[0] + 1 :, i] += 1
+                gone = backward[-1] + 1 if self.frees_gradients else len(base)
+                gradients[backward[0] + 1 : gone, i] += 1
         return base, maps, gradients, working
 
 
