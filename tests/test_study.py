@@ -121,6 +121,18 @@ def test_inside_a_budget_every_channel_is_seen_in_sweeps_and_the_training_goes_a
         np.testing.assert_allclose(norms[name][0], expected, rtol=1e-4)
 
 
+def test_a_policy_that_measures_before_it_draws_trains_as_without_being_watched(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    settings = replace(BUDGETED, policy="dynamic-rgn")
+    record(folder, settings, [task("first")], ["first"], [0], progress=False)
+    plain = trady.finetune(
+        small_net(), small_data(40, 0), small_data(16, 9), budget="elements:1200", policy="dynamic-rgn", epochs=1,
+        out=None, batch_size=8, lr=SETTINGS.lr, seed=0, progress=False,
+    )  # fmt: skip
+    (line,) = (folder.run("first", 0) / "metrics.jsonl").read_text().splitlines()
+    assert f'"train_loss": {plain.history[0].train_loss!r}' in line
+
+
 def test_the_sweeps_of_a_study_stay_inside_a_peak_budget() -> None:
     batch = small_data(8, 0).batch(range(8))
     tuner = trady.prepare(without_dropout(), batch[0], budget="peak:140 KiB", policy="dynamic-random")

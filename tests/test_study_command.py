@@ -68,6 +68,13 @@ def test_what_cannot_be_is_refused_at_once(arguments: tuple[str, ...], message: 
     assert message in shown.stderr
 
 
+def test_packages_that_are_missing_are_named_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trady.study.extra.PACKAGES", ("scipy", "not_a_package"))
+    shown = CliRunner().invoke(app, ["study", MODEL, "fashion-mnist"])
+    assert shown.exit_code == 2
+    assert 'a study needs not_a_package: pip install "trady[study]"' in shown.stderr
+
+
 def test_data_sets_of_the_same_name_are_refused() -> None:
     assert short_names(["fashion-mnist", "a/b.npz", "photos/"]) == ["fashion-mnist", "b", "photos"]
     with pytest.raises(DataError, match="several data sets are called b"):

@@ -57,6 +57,9 @@ def study(
 ) -> None:
     """Record gradients while a model trains, and show what they are like: a page, figures, statistics."""
     from trady.errors import DataError, ModelError
+    from trady.study.extra import check_installed
+
+    check_installed()
     from trady.study.folder import StudyFolder
     from trady.study.online import elements_of
     from trady.study.records import read_records

@@ -122,6 +122,11 @@ class Recorder:
         self._norms = {layer.name: [] for layer in self.table}
         self.display.start_epoch(epoch, epochs, steps)
 
+    def observing(self, epoch: int, epochs: int, passes: int) -> None:
+        """Hand through, to displays that care."""
+        if (tell := getattr(self.display, "observing", None)) is not None:
+            tell(epoch, epochs, passes)
+
     def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
         """Hand through."""
         self.display.step(loss, samples_per_second, peak_bytes)

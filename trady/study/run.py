@@ -17,6 +17,7 @@ from trady.channels import ChannelTable
 from trady.decision import Request
 from trady.errors import DataError, ModelError, TrainingError
 from trady.examine import examine
+from trady.policies import get_policy, needs_of
 from trady.study.folder import StudyFolder, Unit
 from trady.study.gradients import GradientSource, PlainGradients, SweptGradients
 from trady.study.parquet import write_noise, write_norms
@@ -27,6 +28,7 @@ from trady.training.checkpoint import find_checkpoint
 from trady.training.datasets import epoch_seed
 from trady.training.loaders import Batches, evaluation_batches, training_batches
 from trady.training.loop import Loop
+from trady.training.observed import measured_on
 from trady.training.optimizers import optimizer_factory
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
@@ -35,6 +37,9 @@ from trady.training.schedule import make_schedule
 from trady.training.settings import Settings
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner import Tuner
+
+#: Batches that a policy is measured on which measures before it draws, as in :func:`trady.finetune`.
+OBSERVED_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def _run(
             loss=cross_entropy,
             factory=optimizer_factory("sgd", study.lr, 0.0, 0.0),
             folder=run_folder,
+            observed=measured_on(loader, OBSERVED_BATCHES, seed, accelerator.device),
         )
         try:
             loop.run(run_folder.checkpoint if resuming else None)
@@ -187,6 +193,10 @@ def _armed(
     return TunerTrainer(tuner), SweptGradients(tuner.sweeper(cross_entropy))
 
 
+def _measures(study: StudySettings) -> bool:
+    return study.budget is not None and bool(needs_of(get_policy(study.policy)))
+
+
 def _settings(study: StudySettings, steps: int, warmup_steps: int, seed: int) -> Settings:
     return Settings(
         policy="full" if study.budget is None else study.policy,
@@ -205,4 +215,5 @@ def _settings(study: StudySettings, steps: int, warmup_steps: int, seed: int) ->
         mode="train",
         mixed_precision="no",
         seed=seed,
+        observed_batches=OBSERVED_BATCHES if _measures(study) else None,
     )
