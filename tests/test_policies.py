@@ -22,9 +22,9 @@ from trady.policies import (
     registry,
 )
 from trady.policies.fill import _rounds
-from trady.policies.uniform import shuffled
+from trady.policies.orders import shuffled
 
-RANDOM = ["trady", "dynamic-random", "static-random", "static-topk-random"]
+RANDOM = ["trady", "trady+", "dynamic-random", "static-random", "static-topk-random"]
 
 
 def layer(name, channels=8, weight=3, activation=4):
@@ -228,6 +228,21 @@ def test_no_two_draws_share_their_random_numbers():
     assert len({tuple(shuffled(50, *each)) for each in draws}) == len(draws)
 
 
+def test_trady_plus_draws_a_channel_as_often_as_it_is_cheap_and_trains_more_of_them():
+    layers = [layer("dear", 100, 20, 20), layer("cheap", 100, 5, 5)]
+    counts = Counter()
+    for epoch in range(400):
+        one = get_policy("trady+").select(draw_of(layers, capacity=40, epoch=epoch))
+        counts["dear"] += "dear" in one
+        assert sum(len(channels) for channels in one.values()) in (1, 4)
+    assert 400 * 0.2 * 0.65 < counts["dear"] < 400 * 0.2 * 1.35
+    trained = {
+        name: sum(get_policy(name).select(draw_of(layers, capacity=400, epoch=epoch)).count for epoch in range(50))
+        for name in ("trady", "trady+")
+    }
+    assert trained["trady+"] > 1.2 * trained["trady"]
+
+
 @pytest.mark.parametrize(("static", "dynamic"), [("static-random", "dynamic-random"), ("static-topk-random", "trady")])
 def test_a_static_policy_holds_the_channels_that_its_dynamic_twin_starts_with(static, dynamic):
     later = draw_of(LAYERS, pool=("a", "b"), capacity=300, epoch=7, redraw=2)
@@ -300,13 +315,13 @@ def test_full_says_what_it_needs_when_it_does_not_fit():
 def test_the_shipped_policies_are_registered_on_import():
     assert set(policy_names()) >= {*RANDOM, "head", "full"}
     assert list(policy_names()) == sorted(policy_names())
-    assert {name for name in RANDOM if get_policy(name).uses_ranking} == {"trady", "static-topk-random"}
+    assert {name for name in RANDOM if get_policy(name).uses_ranking} == {"trady", "trady+", "static-topk-random"}
 
 
 def test_the_help_of_the_command_line_and_the_docs_name_every_policy():
     assert options.POLICIES.split(", ") == list(policy_names())
     table = Path(__file__).parents[1].joinpath("docs", "policies.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)) == set(policy_names())
+    assert set(re.findall(r"^\| `([a-z+-]+)` \|", table, re.MULTILINE)) == set(policy_names())
 
 
 @pytest.mark.usefixtures("scratch_registry")

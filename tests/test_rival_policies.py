@@ -21,7 +21,7 @@ from tests.small_task import CLASSES, small_data, small_net
 from trady.channels import ChannelTable, Layer
 from trady.errors import BudgetError, CheckpointError, PolicyError, StateError, TrainingError
 from trady.policies import Draw, Evidence, Scheme, SparseUpdate, draw_selection, get_policy, policy_names
-from trady.policies.medyate import weighted_order
+from trady.policies.orders import weighted_order
 from trady.ranking import channel_rgn, layer_rgn, top_layers
 from trady.training.metrics import EpochMetrics
 from trady.training.progress import Silent

@@ -25,7 +25,7 @@ Dataset = Annotated[str, typer.Argument(help="fashion-mnist; a .npz file; or a f
 #: The registry's names; a test holds them equal, so that ``--help`` need not load it.
 POLICIES = (
     "dynamic-norm, dynamic-random, dynamic-rgn, fisher, full, head, medyate, sparse-update, static-norm, "
-    "static-random, static-rgn, static-topk-random, trady, velocity"
+    "static-random, static-rgn, static-topk-random, trady, trady+, velocity"
 )
 Policy = Annotated[str, typer.Option(help=f"Where to update: {POLICIES}.")]
 Scheme = Annotated[

@@ -3,7 +3,7 @@
 Importing this package fills the registry.
 """
 
-from trady.policies import extremes, fisher, medyate, oracles, sparse_update, uniform, velocity
+from trady.policies import extremes, fisher, medyate, oracles, sparse_update, trady_plus, uniform, velocity
 from trady.policies.base import Draw, Policy
 from trady.policies.draw import draw_selection, typical_selection
 from trady.policies.evidence import Evidence, Needs, needs_of
@@ -32,6 +32,7 @@ __all__ = [
     "policy_names",
     "register_policy",
     "sparse_update",
+    "trady_plus",
     "typical_selection",
     "uniform",
     "velocity",

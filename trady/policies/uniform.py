@@ -8,38 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import numpy as np
-import numpy.typing as npt
-
 from trady.channels import Selection
-from trady.errors import PolicyError
 from trady.policies.base import Draw
-from trady.policies.fill import Integers, fill_selection, layers_in_order
+from trady.policies.fill import fill_selection, layers_in_order
+from trady.policies.orders import shuffled
 from trady.policies.registry import register_policy
-
-
-def random_bits(count: int, seed: int, epoch: int, redraw: int) -> npt.NDArray[np.uint64]:
-    """64 random bits a channel, ``[count]``, that depend on the arguments alone.
-
-    They are the raw output of PCG64, which NumPy guarantees not to change between versions (the methods of
-    ``Generator`` may change), so a run resumes on another machine as it began.
-
-    Raises:
-        PolicyError: When the seed is not in 0 … 2**64 - 1, or epoch or redraw not in 0 … 2**32 - 1.
-    """
-    if not (0 <= seed < 2**64 and 0 <= epoch < 2**32 and 0 <= redraw < 2**32):
-        raise PolicyError(
-            f"seed {seed}, epoch {epoch}, redraw {redraw}: they start at 0, "
-            "seeds end below 2**64 and the others below 2**32"
-        )
-    # One word each: numbers of varying length would let one draw's seed be another draw's epoch.
-    words = [seed & 0xFFFFFFFF, seed >> 32, epoch, redraw]
-    return np.asarray(np.random.PCG64(np.random.SeedSequence(words)).random_raw(count), dtype=np.uint64)
-
-
-def shuffled(count: int, seed: int, epoch: int, redraw: int) -> Integers:
-    """A uniformly random order of ``range(count)``: that of :func:`random_bits`, whose errors are its own."""
-    return np.argsort(random_bits(count, seed, epoch, redraw), kind="stable").astype(np.int64, copy=False)
 
 
 def draw_uniformly(draw: Draw, names: Collection[str], *, once: bool) -> Selection:

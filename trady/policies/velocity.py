@@ -26,8 +26,8 @@ from trady.channels import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.neurons import by_unit, fill_neurons, one_of_each, unit_count, unit_weights
+from trady.policies.orders import shuffled
 from trady.policies.registry import register_policy
-from trady.policies.uniform import shuffled
 
 
 @register_policy
