@@ -17,11 +17,14 @@ pytest.importorskip("pyarrow")
 
 import psutil
 import pyarrow.parquet as pq
+import torch
 from torch import nn
 
 from tests.small_task import small_net, write_npz
+from trady.compare.cells import Job
 from trady.compare.display import Display
-from trady.compare.drive import RESUMES
+from trady.compare.engine import Ended
+from trady.compare.execute import Workplace, run_cell
 from trady.compare.read import read_matrix
 from trady.compare.results import read_rows
 from trady.compare.rows import Row
@@ -51,6 +54,12 @@ FULL_RATE = """
 policy = "full"
 lr = 0.05
 """
+
+SHORT = (
+    MATRIX.replace("seeds = [0, 1]", "seeds = [0]")
+    .replace("epochs = 4", "epochs = 1")
+    .replace('["trady", "static-random", "head", "full"]', '["head"]')
+)
 
 #: What a run measures of the clock; everything else must come out the same.
 CLOCK = ("seconds", "step_seconds", "peak_bytes")
@@ -94,9 +103,39 @@ def write_matrix(folder: Path, text: str = MATRIX + FULL_RATE) -> Path:
     return folder / "matrix.toml"
 
 
+class Here:
+    """An engine without other processes, where it is not the engine that is tested."""
+
+    def __init__(self, place: Workplace) -> None:
+        self.place = place
+        self.ended: list[Ended] = []
+
+    def free(self) -> int:
+        return 1 - len(self.ended)
+
+    def start(self, job: Job) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.place.threads)
+        self.ended.append(Ended(job, run_cell(job, self.place)))
+        torch.set_num_threads(threads)
+
+    def wait(self, timeout_seconds: float) -> list[Ended]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def close(self) -> None:
+        pass
+
+
 def run(matrix: Path, out: Path, **options: Any) -> Table:
     given = {"workers": 1, "threads": 1, "display": Quiet(), **options}
     return compare(matrix, out, **given)
+
+
+def run_here(matrix: Path, out: Path, **options: Any) -> Table:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trady.compare.run._engine", lambda name, workers, count, place: Here(place))
+        return run(matrix, out, **options)
 
 
 def figures(rows: tuple[Row, ...] | list[Row]) -> list[dict[str, Any]]:
@@ -106,7 +145,7 @@ def figures(rows: tuple[Row, ...] | list[Row]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Table:
     folder = tmp_path_factory.mktemp("unbroken")
-    return run(write_matrix(folder), folder / "out")
+    return run_here(write_matrix(folder), folder / "out")
 
 
 def start(matrix: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -211,44 +250,49 @@ def test_time_that_is_up_leaves_the_rest_for_the_next_call(unbroken: Table, tmp_
     assert [row.digest for row in table.rows] == [row.digest for row in unbroken.rows]
 
 
-def test_cells_that_fail_die_or_cannot_be_met_do_not_stop_the_rest(
+def test_cells_that_fail_or_cannot_be_met_do_not_stop_the_rest(tmp_path: Path) -> None:
+    text = SHORT.replace('ample = "elements:600"', 'scant = "elements:3"').replace('["head"]', '["trady", "head"]')
+    text = text.replace("[models]", '[models]\nbroken = "tests.test_compare:broken"')
+    matrix, out = write_matrix(tmp_path, text), tmp_path / "out"
+    table = run_here(matrix, out)
+    assert table.complete
+    found = {(row.model, row.policy): row for row in table.rows}
+    assert {key: row.status for key, row in found.items()} == {
+        ("broken", "head"): "failed",
+        ("broken", "trady"): "failed",
+        ("small", "head"): "done",
+        ("small", "trady"): "infeasible",
+    }
+    assert "no such weights" in str(found["broken", "head"].message)
+    assert "least is" in str(found["small", "trady"].message)
+    errors = [json.loads(path.read_text()) for path in out.glob("cells/broken-*/error.json")]
+    assert len(errors) == 2
+    assert all("in broken" in error["traceback"] for error in errors)
+    again = Quiet()
+    assert figures(run_here(matrix, out, display=again).rows) == figures(table.rows)
+    assert again.said == ["4 cells, 4 settled, 0 to run"]
+
+
+def test_a_cell_whose_worker_dies_is_resumed_once_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = MATRIX.replace("seeds = [0, 1]", "seeds = [0]").replace("epochs = 4", "epochs = 1")
-    text = text.replace('ample = "elements:600"', 'scant = "elements:3"')
-    text = text.replace('["trady", "static-random", "head", "full"]', '["trady", "head"]')
-    models = {name: f"tests.test_compare:{name}" for name in ("broken", "deadly", "deadly_once")}
-    text = text.replace("[models]", "\n".join(["[models]", *(f'{name} = "{path}"' for name, path in models.items())]))
+    models = "".join(f'{name} = "tests.test_compare:{name}"\n' for name in ("deadly", "deadly_once"))
     monkeypatch.setenv("DEADLY_ONCE", str(tmp_path / "mark"))
-    matrix, out, shown = write_matrix(tmp_path, text), tmp_path / "out", Quiet()
-    table = run(matrix, out, display=shown)
-    assert table.complete
-    found = {(row.model, row.policy, row.budget): row for row in table.rows}
-    assert {key[0] for key, row in found.items() if row.status == "failed"} == {"broken", "deadly"}
-    assert {key for key, row in found.items() if row.status == "infeasible"} == {
-        (model, "trady", "scant") for model in ("small", "deadly_once")
-    }
-    assert {key for key, row in found.items() if row.done} == {("small", "head", None), ("deadly_once", "head", None)}
-    assert "no such weights" in str(found["broken", "head", None].message)
-    assert "SIGKILL" in str(found["deadly", "head", None].message)
-    assert "least is" in str(found["small", "trady", "scant"].message)
-    errors = [json.loads(path.read_text()) for path in out.glob("cells/broken-*/error.json")]
-    assert all("in broken" in error["traceback"] for error in errors)
-    assert sum("resuming" in said for said in shown.said) == 2 * RESUMES + 1
-    again = Quiet()
-    assert figures(run(matrix, out, display=again).rows) == figures(table.rows)
-    assert again.said == ["8 cells, 8 settled, 0 to run"]
+    shown = Quiet()
+    matrix = write_matrix(tmp_path, SHORT.replace("[models]", f"[models]\n{models}"))
+    table = run(matrix, tmp_path / "out", display=shown)
+    assert {row.model: row.status for row in table.rows} == {"deadly": "failed", "deadly_once": "done", "small": "done"}
+    assert "SIGKILL" in str(table.rows[0].message)
+    assert sum("resuming" in said for said in shown.said) == 2
 
 
-def test_failed_cells_are_run_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = MATRIX.replace("seeds = [0, 1]", "seeds = [0]").replace("epochs = 4", "epochs = 1")
-    text = text.replace('["trady", "static-random", "head", "full"]', '["head"]')
-    matrix, out = write_matrix(tmp_path, text), tmp_path / "out"
+def test_failed_cells_are_run_again_when_asked(tmp_path: Path) -> None:
+    matrix, out = write_matrix(tmp_path, SHORT), tmp_path / "out"
     (tmp_path / "dots.npz").write_bytes(b"no archive")
-    assert [row.status for row in run(matrix, out).rows] == ["failed"]
-    write_matrix(tmp_path, text)
-    assert [row.status for row in run(matrix, out).rows] == ["failed"]
-    assert [row.status for row in run(matrix, out, retry_failed=True).rows] == ["done"]
+    assert [row.status for row in run_here(matrix, out).rows] == ["failed"]
+    write_matrix(tmp_path, SHORT)
+    assert [row.status for row in run_here(matrix, out).rows] == ["failed"]
+    assert [row.status for row in run_here(matrix, out, retry_failed=True).rows] == ["done"]
     assert not list(out.glob("cells/*/error.json"))
 
 
@@ -330,6 +374,36 @@ def test_the_same_cells_have_the_same_digests_wherever_the_data_lies(tmp_path: P
         write_matrix(tmp_path / "b"), tmp_path / "out", summary_only=True, datasets={"dots": str(tmp_path / "a")}
     )
     assert [row.digest for row in here.rows] == [row.digest for row in elsewhere.rows]
+
+
+def test_an_override_may_give_its_cells_another_amount(tmp_path: Path) -> None:
+    text = MATRIX + '[[override]]\npolicy = "trady"\namount = "elements:650"\n'
+    table = run(write_matrix(tmp_path, text), tmp_path / "out", summary_only=True)
+    amounts = {row.policy: row.amount for row in table.rows}
+    assert amounts == {"trady": "elements:650", "static-random": "elements:600", "head": None, "full": None}
+    assert {row.budget for row in table.rows if row.policy == "trady"} == {"ample"}
+
+
+SPARSE = SHORT.replace('["head"]', '["sparse-update"]')
+
+
+def test_sparse_update_without_a_scheme_is_refused_with_every_place_that_lacks_one(tmp_path: Path) -> None:
+    with pytest.raises(MatrixError, match=r"no scheme for model small, budget ample; nothing was run"):
+        run_here(write_matrix(tmp_path, SPARSE), tmp_path / "out")
+    text = SPARSE.replace("[training]", '[training]\nscheme = "nowhere.json"')
+    with pytest.raises(MatrixError, match=r"training\.scheme: .*nowhere\.json cannot be read"):
+        run_here(write_matrix(tmp_path, text), tmp_path / "out")
+
+
+def test_a_scheme_is_trained_and_is_part_of_the_cell(tmp_path: Path) -> None:
+    matrix = write_matrix(tmp_path, SPARSE.replace("[training]", '[training]\nscheme = "scheme.json"'))
+    digests = []
+    for ratio in (0.25, 0.125):
+        (tmp_path / "scheme.json").write_text(json.dumps({"layer_indices": [1], "channel_ratios": [ratio]}))
+        [found] = run_here(matrix, tmp_path / "out").rows
+        assert (found.status, found.message) == ("done", None)
+        digests.append(found.digest)
+    assert len(set(digests)) == 2
 
 
 def test_a_given_ranking_is_part_of_a_cell_whose_policy_uses_one(unbroken: Table, tmp_path: Path) -> None:

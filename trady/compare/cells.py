@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from trady.compare.matrix import WITHOUT_BUDGET, Matrix
 from trady.compare.names import load_ranking
 from trady.compare.read import ReadMatrix
-from trady.policies import get_policy
+from trady.errors import MatrixError
+from trady.policies import Scheme, SparseUpdate, get_policy
 from trady.training.settings import ranking_digest
 
 
@@ -29,7 +30,8 @@ class Cell:
         policy: Where to update.
         seed: Seed of everything random.
         settings: Those that the file gives; all others are the defaults of ``trady finetune``.
-        sources: The model and the data set as the file has them; a digest of the ranking, if one is given.
+        sources: The model and the data set as the file has them; a digest of the ranking and
+            the scheme itself, if they are given.
     """
 
     model: str
@@ -70,12 +72,14 @@ class Job:
         model: The model as ``load_model`` takes it.
         dataset: The data set as ``load_data`` takes it.
         ranking: The ranking's file, or ``online`` or ``structural``; ``None`` is the shipped prior, or online.
+        scheme: The file of a sparse update's scheme.
     """
 
     cell: Cell
     model: str
     dataset: str
     ranking: str | None
+    scheme: str | None
 
 
 def make_jobs(read: ReadMatrix) -> list[Job]:
@@ -91,28 +95,47 @@ def make_jobs(read: ReadMatrix) -> list[Job]:
         for budget, policy in product(budgets, matrix.policies):
             if (budget is None) == (policy in WITHOUT_BUDGET):
                 jobs.append(_job(read, model, dataset, budget, policy, seed))
+    _check_schemes(jobs)
     return jobs
+
+
+def _check_schemes(jobs: Sequence[Job]) -> None:
+    bare = [job.cell for job in jobs if job.cell.policy == SparseUpdate.name and job.scheme is None]
+    where = dict.fromkeys(f"model {cell.model}, budget {cell.budget}" for cell in bare)
+    if where:
+        raise MatrixError(
+            f"{SparseUpdate.name} has no scheme for {'; '.join(where)}; nothing was run. Add an [[override]] with "
+            'policy = "sparse-update", the model, the budget and scheme = "file.json" (trady search writes one)'
+        )
 
 
 def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy: str, seed: int) -> Job:
     matrix, around = read.matrix, read.around
     settings = _settings(matrix, model, dataset, budget, policy)
-    given = settings.pop("ranking", None)
+    given, scheme = settings.pop("ranking", None), settings.pop("scheme", None)
     ranking = around.ranking(given) if given is not None and get_policy(policy).uses_ranking else None
+    scheme = around.path(scheme) if scheme is not None and policy == SparseUpdate.name else None
     sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
     if ranking is not None:
         sources["ranking"] = ranking_digest(load_ranking(ranking))
+    if scheme is not None:
+        sources["scheme"] = json.dumps(Scheme.load(scheme).to_json(), sort_keys=True)
     cell = Cell(
         model=model,
         dataset=dataset,
         budget=budget,
-        amount=None if budget is None else matrix.budgets[budget][model],
+        amount=None if budget is None else _amount(matrix, model, dataset, budget, policy),
         policy=policy,
         seed=seed,
         settings=settings,
         sources=sources,
     )
-    return Job(cell, around.expand(matrix.models[model]), around.dataset(matrix.datasets[dataset]), ranking)
+    return Job(cell, around.expand(matrix.models[model]), around.dataset(matrix.datasets[dataset]), ranking, scheme)
+
+
+def _amount(matrix: Matrix, model: str, dataset: str, budget: str, policy: str) -> str:
+    given = (o.amount for o in reversed(matrix.override) if o.matches(model, dataset, budget, policy))
+    return next((amount for amount in given if amount is not None), matrix.budgets[budget][model])
 
 
 def _settings(matrix: Matrix, model: str, dataset: str, budget: str | None, policy: str) -> dict[str, Any]:

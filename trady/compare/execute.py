@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from trady.budget import BelowLeastError
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
 from trady.compare.names import load_ranking
-from trady.errors import CheckpointError
+from trady.errors import BudgetError, CheckpointError
+from trady.policies import Scheme, SparseUpdate
 from trady.training.datasets import DataSplit, Normalization
 from trady.training.result import Result
 
@@ -74,7 +74,7 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
         folder.begin(machine())
         try:
             seconds = _train(job, folder).seconds
-        except BelowLeastError as error:
+        except BudgetError as error:
             return folder.write_error(Status.INFEASIBLE, error)
         except Exception as error:  # whatever a model, a data set or a policy raises
             return folder.write_error(Status.FAILED, error)
@@ -123,7 +123,7 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
         data.train,
         data.evaluation,
         budget=cell.amount,
-        policy=cell.policy,
+        policy=SparseUpdate(Scheme.load(job.scheme)) if job.scheme is not None else cell.policy,
         seed=cell.seed,
         ranking=None if job.ranking is None else load_ranking(job.ranking),
         out=folder.path,

@@ -42,12 +42,14 @@ class Override(Training):
         dataset: Names of data sets.
         budget: Names of budgets.
         policy: Policies.
+        amount: Another amount than the budget's, for a rule that can only be taken whole.
     """
 
     model: Annotated[list[Names.DeclaredModel], BeforeValidator(_as_list)] | None = None
     dataset: Annotated[list[Names.DeclaredDataset], BeforeValidator(_as_list)] | None = None
     budget: Annotated[list[Names.DeclaredBudget], BeforeValidator(_as_list)] | None = None
     policy: Annotated[list[Names.DeclaredPolicy], BeforeValidator(_as_list)] | None = None
+    amount: Names.Budget | None = None
 
     def matches(self, model: str, dataset: str, budget: str | None, policy: str) -> bool:
         """Return whether a cell is among those it names."""

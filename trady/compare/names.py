@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ValidationInfo
 
 from trady.budget import parse_budget
 from trady.errors import TradyError
-from trady.policies import get_policy
+from trady.policies import Scheme, get_policy
 from trady.priors import KNOWN, Known
 from trady.ranking import LayerRanking
 
@@ -120,6 +120,12 @@ def _ranking(text: str, info: ValidationInfo) -> str:
     return text
 
 
+def _scheme(text: str, info: ValidationInfo) -> str:
+    path = _surroundings(info).path(text)
+    _with_message(lambda: Scheme.load(path))
+    return text
+
+
 def _budget(text: str) -> str:
     return _with_message(lambda: str(parse_budget(text)))
 
@@ -144,6 +150,7 @@ class Names:
     Model = Annotated[str, AfterValidator(_model)]
     Dataset = Annotated[str, AfterValidator(_dataset)]
     Ranking = Annotated[str, AfterValidator(_ranking)]
+    Scheme = Annotated[str, AfterValidator(_scheme)]
     Budget = Annotated[str, AfterValidator(_budget)]
     Policy = Annotated[str, AfterValidator(_policy)]
     DeclaredModel = Annotated[str, _declared("model")]

@@ -36,6 +36,9 @@ class Training(BaseModel):
         ranking: Of the layers, for the policies that use one: ``online``, ``structural``, or a file that ``trady
             rank`` has written. By default the shipped prior of the structure, else ``online``. A prior of the
             user's own is not looked for, since another machine might have another: name its file.
+        scheme: A file that ``trady search`` has written, for the policy ``sparse-update``.
+        observed_batches: Batches that a policy which measures before it draws is measured on.
+        fidelity: How exactly smooth activations are differentiated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -57,6 +60,9 @@ class Training(BaseModel):
     train_limit: Count | None = None
     evaluation_limit: Count | None = None
     ranking: Names.Ranking | None = None
+    scheme: Names.Scheme | None = None
+    observed_batches: Count = 4
+    fidelity: Literal["exact", "8bit", "4bit"] = "exact"
 
     def given(self) -> dict[str, Any]:
         """Return the settings that the file has, without the defaults."""

