@@ -7,6 +7,7 @@ on too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,14 +18,52 @@ from rich.console import Console
 from benchmarks import options
 from trady.compare.run import compare
 from trady.compare.show import view
+from trady.errors import DataError
+from trady.policies import Scheme
 
 FOLDER = Path(__file__).parent
+
+#: Where the schemes of a model of the matrix are, and the number of layers that they count.
+SCHEMES = {"mbv2": ("mbv2-w0.35", 51), "mcunet": ("mcunet-5fps", 42)}
+
+
+def write_schemes(published: Path, folder: Path) -> Path:
+    """Write every scheme into a file of its own, as ``trady finetune --scheme`` takes them.
+
+    Args:
+        published: Backbone to budget to layers and ratios, as JSON (mit-han-lab/tiny-training).
+        folder: Where they go, as ``mbv2-49kB.json``.
+
+    Raises:
+        DataError: The file is missing or holds something else.
+
+    """
+    try:
+        tables = json.loads(published.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
+        for short, (name, layers) in SCHEMES.items():
+            for budget, scheme in tables[name].items():
+                of_layers, ratios = scheme["layer_indices"], scheme["channel_ratios"]
+                Scheme(tuple(of_layers), tuple(ratios), layers).save(
+                    folder / f"{short}-{budget.replace('kb', 'kB')}.json"
+                )
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{published} has no sparse-update schemes ({error}); name their file with --schemes"
+        ) from error
+    return folder
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the cells that are left, for as long as there is time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
     options.add_models(parser)
+    parser.add_argument(
+        "--schemes",
+        type=Path,
+        metavar="JSON",
+        help="published sparse-update schemes (default: sparse_update_schemes.json in data/ beside the models' folder)",
+    )
     parser.add_argument("--matrix", type=Path, default=FOLDER / "matrix.toml", help="another matrix file")
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the results")
     parser.add_argument("--max-minutes", type=float, default=85.0, help="length of a part (default: 85)")
@@ -32,7 +71,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     chosen = parser.parse_args(arguments)
-    os.environ["TRADY_MODELS"] = str(options.models_folder(chosen.models).absolute())
+    models = options.models_folder(chosen.models).absolute()
+    published = chosen.schemes or models.parent / "data" / "sparse_update_schemes.json"
+    os.environ["TRADY_MODELS"] = str(models)
+    os.environ["TRADY_SCHEMES"] = str(write_schemes(published, chosen.out.absolute() / "schemes"))
     try:
         table = compare(
             chosen.matrix,
