@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.small_task import small_data, small_net
 from trady.errors import CheckpointError
+from trady.files import write_json, write_tensors
 from trady.training import checkpoint as module
 from trady.training.checkpoint import (
     DESCRIPTION,
@@ -24,7 +25,6 @@ from trady.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from trady.training.files import write_json, write_tensors
 from trady.training.run import finetune
 from trady.training.state import State, load_optimizer_state, optimizer_to_state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console, RenderableType
 from trady.budget import Budget
 from trady.channels import ChannelTable, FrozenLayer, Layer, Selection
 from trady.errors import CheckpointError
+from trady.files import write_json
 
 FORMAT, VERSION = "trady-plan", 1
 
@@ -262,13 +262,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced as a whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            partial.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from trady.channels import ChannelTable, Layer
 from trady.errors import RankingError
+from trady.files import write_json
 
 Metric = Literal["rgn", "norm"]
 Source = Literal["measured", "online", "prior", "structural", "given"]
@@ -294,16 +294,10 @@ class LayerRanking:
         Raises:
             RankingError: When the file cannot be written.
         """
-        target = Path(path)
-        partial = target.with_name(f".{uuid.uuid4().hex}.partial")
         try:
-            try:
-                partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_json(Path(path), self.to_json())
         except OSError as error:
-            raise RankingError(f"cannot write the ranking to {target}: {error.strerror or error}") from error
+            raise RankingError(f"cannot write the ranking to {path}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerRanking:

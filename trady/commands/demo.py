@@ -57,8 +57,8 @@ def demo(
 
     from trady.budget import Budget, Scope, format_bytes, parse_budget
     from trady.commands.comparison import as_table, draw
+    from trady.files import write_json
     from trady.training.data import load_data
-    from trady.training.files import write_json
     from trady.training.models import image_format
 
     console = Console(stderr=as_json, highlight=False)

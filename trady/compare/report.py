@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from trady.compare import figures, tables
 from trady.compare.results import LINES, TABLE
 from trady.compare.summary import Summary
+from trady.files import write_json, write_lines, write_whole
 from trady.report.page import Figure as Picture
 from trady.report.page import Section, Text, page
 from trady.report.page import Table as PageTable
 from trady.report.texts import latex, markdown
-from trady.training.files import write_json, write_lines, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

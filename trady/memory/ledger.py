@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from trady.budget import format_bytes
 from trady.errors import TradyError
+from trady.files import write_json
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
 
@@ -139,14 +139,7 @@ class Ledger:
         """Write JSON, all of it or nothing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=2)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:

@@ -11,6 +11,7 @@ from typing import Any
 
 from trady.channels import ChannelTable, Layer
 from trady.errors import PolicyError
+from trady.files import write_json
 
 FORMAT, VERSION = "trady-scheme", 1
 
@@ -101,8 +102,6 @@ class Scheme:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, whole or not at all."""
-        from trady.training.files import write_json
-
         write_json(Path(path), self.to_json())
 
     @classmethod

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from trady.channels import ChannelTable
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
+from trady.files import write_json
 from trady.policies.schemes import Scheme, scheme_layers
 from trady.policies.sparse_update import SparseUpdate
 from trady.search.evolution import Evolution
 from trady.training.checkpoint import fingerprint
-from trady.training.files import write_json
 from trady.training.run import finetune
 
 #: Called with (what was trained, its accuracy or ``None`` before, runs done, runs in all).

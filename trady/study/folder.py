@@ -10,8 +10,8 @@ from typing import Any
 
 from trady.channels import ChannelTable, Layer
 from trady.errors import ModelError, StateError
+from trady.files import write_json
 from trady.study.settings import StudySettings
-from trady.training.files import write_json
 
 
 @dataclass(frozen=True, order=True)

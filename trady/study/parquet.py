@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trady.errors import StateError
+from trady.files import write_whole
 from trady.study.estimate import Estimate
 from trady.study.folder import Unit
 from trady.study.noise import LayerNoise
 from trady.study.power_laws import Comparison, PowerLaw
 from trady.study.recorder import EpochRecord
-from trady.training.files import write_whole
 
 _ESTIMATE = pa.struct([("value", pa.float64()), ("low", pa.float64()), ("high", pa.float64()), ("samples", pa.int64())])
 _COMPARISON = pa.struct([("ratio", pa.float64()), ("p", pa.float64())])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trady.files import write_json, write_lines
 from trady.report.page import Figure, Part, Section, Table, Text, page
 from trady.study.estimate import Estimate
 from trady.study.figures import draw_all
@@ -11,7 +12,6 @@ from trady.study.folder import StudyFolder
 from trady.study.noise import MOST_COORDINATES
 from trady.study.stability import Agreement
 from trady.study.statistics import Statistics
-from trady.training.files import write_json, write_lines
 
 
 def write_report(folder: StudyFolder, found: Statistics) -> None:

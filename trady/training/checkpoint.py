@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trady.errors import CheckpointError
-from trady.training.files import flush, separate
+from trady.files import flush, separate
 from trady.training.state import State
 
 FORMAT = "trady-checkpoint"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from trady.errors import CheckpointError, StateError
+from trady.files import flush, write_json, write_lines, write_tensors
 from trady.training.checkpoint import find_checkpoint, remove_leftovers
-from trady.training.files import flush, write_json, write_lines, write_tensors
 from trady.training.metrics import EpochMetrics
 
 
