@@ -49,6 +49,6 @@ def clip_by_output(compact: nn.Parameter, yes: bool) -> None:
 
 
 def _norms(values: Tensor, unit: int) -> Tensor:
-    rows = values.flatten(1) if unit == 0 else values.transpose(0, unit).flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    others = [dim for dim in range(values.dim()) if dim != unit]
+    norms: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=torch.float32)
     return norms

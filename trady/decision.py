@@ -12,6 +12,7 @@ from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budg
 from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
 from trady.examine import Examined, examine, find_stretches
+from trady.memory.optimizer import OptimizerMemory
 from trady.micro_batches import part_of, samples_at_once, waiting_bytes
 from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan
@@ -41,14 +42,14 @@ class Request:
     micro_batch: int | str | None = None
 
     def decide(
-        self, model: nn.Module, example: Any, *, state_copies: int = 0, explain: bool = True
+        self, model: nn.Module, example: Any, *, optimizer: OptimizerMemory | None = None, explain: bool = True
     ) -> tuple[nn.Module, Examined, Drawing]:
         """Examine the model and decide; nothing is changed yet.
 
         Args:
             model: The model.
             example: A whole batch.
-            state_copies: Copies of a parameter that the optimizer will keep, as far as it is known.
+            optimizer: What the optimizer will take, as far as it is known.
             explain: Whether a refusal says what would take less, which has to be simulated.
 
         Raises:
@@ -61,12 +62,8 @@ class Request:
         sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
         for size in sizes:
             try:
-                found = self._decide(model, example, size)
-                drawing = found[2]
-                if state_copies > drawing.state_copies:
-                    drawing.state_copies = state_copies
-                    drawing.check_budget()
-                drawing.draw(0, 0)  # a policy that trains everything may find only now that it does not fit
+                found = self._decide(model, example, size, optimizer)
+                found[2].draw(0, 0)  # a policy that trains everything may find only now that it does not fit
                 return found
             except BelowLeastError as error:
                 refused = error
@@ -77,12 +74,14 @@ class Request:
             model,
             example if sizes[-1] is None else part_of(example, 0, sizes[-1]),
             self.recompute,
-            lambda model, batch, recompute: self._least_bytes(model, batch, recompute, state_copies),
+            lambda model, batch, recompute: self._least_bytes(model, batch, recompute, optimizer),
             refused.least_amount,
         )
         raise below_least(refused.budget, refused.least_amount, less) from None
 
-    def _decide(self, model: nn.Module, example: Any, size: int | None) -> tuple[nn.Module, Examined, Drawing]:
+    def _decide(
+        self, model: nn.Module, example: Any, size: int | None, optimizer: OptimizerMemory | None
+    ) -> tuple[nn.Module, Examined, Drawing]:
         rules = self._rules()
         whole = size is None or size >= batch_size(example)
         part = example if size is None or whole else part_of(example, 0, size)
@@ -95,7 +94,8 @@ class Request:
             )
         recomputes = self.fuse and self.recompute != "none"
         planner = Planner(*find_stretches(model, part, examined)) if recomputes else Planner({}, 0)
-        drawing = Drawing(model, part, examined, rules, planner, 0 if whole else waiting_bytes(example, part))
+        waiting = 0 if whole else waiting_bytes(example, part)
+        drawing = Drawing(model, part, examined, rules, planner, waiting, optimizer)
         drawing.micro_batch = None if whole else size
         return model, examined, drawing
 
@@ -112,8 +112,6 @@ class Request:
         asked = None if budget is None else parse_budget(budget)
         return Rules(asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity)
 
-    def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, state_copies: int) -> int:
+    def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)
-        drawing = request._decide(model, batch, None)[2]
-        drawing.state_copies = state_copies
-        return drawing.least_peak()
+        return request._decide(model, batch, None, optimizer)[2].least_peak()

@@ -16,6 +16,7 @@ from trady.channels import Selection
 from trady.errors import BudgetError
 from trady.examine import Examined, meta_batch
 from trady.measures import check_needs
+from trady.memory.optimizer import OptimizerMemory
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, Sparsity, cost_of
@@ -81,13 +82,12 @@ class Drawing:
         rules: What is asked for.
         planner: Chooses what is computed anew.
         waiting_bytes: Bytes of a larger batch that wait meanwhile.
+        optimizer: What the optimizer will take, as far as it is known.
 
     Attributes:
         pool: Layers that channels are drawn from.
         online: The ranking being learnt; ``None`` when one is given, settled or not needed.
-        state_copies: Copies of a parameter that the optimizer keeps.
-        update_forms: Tensors of a gradient's size that an update inside the backward pass needs; ``None`` where
-            gradients stay until the step ends.
+        optimizer: What the optimizer takes.
         recomputation: What is computed anew in the backward pass.
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
@@ -104,12 +104,12 @@ class Drawing:
         rules: Rules,
         planner: Planner,
         waiting_bytes: int = 0,
+        optimizer: OptimizerMemory | None = None,
     ) -> None:
         self.model_name, self.table = type(model).__name__, examined.table
         self.budget, self.policy, self.seed = rules.budget, rules.policy, rules.seed
         self.ranking: LayerRanking | None = None
-        self.state_copies = 0
-        self.update_forms: int | None = None
+        self.optimizer = optimizer or OptimizerMemory()
         self.online: OnlineRanking | None = None
         self.needs = needs_of(rules.policy)
         self.evidence: Evidence | None = None
@@ -165,7 +165,7 @@ class Drawing:
             return
         if self._mode == "auto" and self._planner.has_choice:
             if self.budget.scope is Scope.PEAK:
-                self._keep_what_fits(self.budget.amount, self._copies)
+                self._keep_what_fits(self.budget.amount, self.optimizer)
             elif self._timeline is None:
                 self._stay_near_inference(self.budget.amount)
         if not self.pool or self.policy.name == "head":
@@ -185,16 +185,16 @@ class Drawing:
         return () if smallest is None else tuple(smallest(self._asked(0, 0, None)))
 
     def _least_peak(self, timeline: Timeline) -> int:
-        nothing = timeline.predicted_peak(Selection(), self._copies)
-        return min((timeline.predicted_peak(s, self._copies) for s in self._smallest()), default=nothing)
+        nothing = self._peak(timeline, Selection())
+        return min((self._peak(timeline, s) for s in self._smallest()), default=nothing)
 
     def _simulate(self, layers: tuple[str, ...], choice: Recomputation) -> Timeline:
         """Simulate a step with one channel a layer, each kind of step once."""
         chosen = tuple((segment.start, segment.end) for segment in choice.stretches.get(True, ()))
-        key = (layers, chosen, self.update_forms)
+        key = (layers, chosen, self.optimizer.in_backward)
         if key not in self._simulated:
             self._simulated[key] = self.simulator.timeline(
-                layers=layers, stretches=choice.stretches, update_forms=self.update_forms
+                layers=layers, stretches=choice.stretches, optimizer=self.optimizer
             )
         return self._simulated[key]
 
@@ -208,18 +208,18 @@ class Drawing:
     def _stay_near_inference(self, capacity: int) -> None:
         """Compute anew what takes the peak near to that of inference, where the budget does not speak of the peak."""
         resident, working = self.simulator.inference_bytes()
-        self._keep_what_fits(resident + int(PEAK_OVER_INFERENCE * working), 0, capacity)
+        self._keep_what_fits(resident + int(PEAK_OVER_INFERENCE * working), OptimizerMemory(), capacity)
 
-    def _keep_what_fits(self, peak_bytes: int, state_copies: int, capacity: int | None = None) -> None:
+    def _keep_what_fits(self, peak_bytes: int, optimizer: OptimizerMemory, capacity: int | None = None) -> None:
         """Compute anew only what a useful number of channels needs to fit."""
         wanted = self._useful(capacity)
         layers = self._simulated_layers
         self.recomputation, timeline = self._planner.least_time(
             lambda choice: self._simulate(layers, choice),
-            lambda timeline: timeline.predicted_peak(wanted, state_copies),
+            lambda timeline: self._peak(timeline, wanted, optimizer),
             peak_bytes,
         )
-        self._timeline = (layers, self.recomputation, self.update_forms, timeline)
+        self._timeline = (layers, self.recomputation, self.optimizer.in_backward, timeline)
 
     def _useful(self, capacity: int | None) -> Selection:
         """Channels that are to fit before anything is kept that could be computed anew: the same after a restart."""
@@ -231,10 +231,13 @@ class Drawing:
         selection = self._select(0, 0, useful, typical=typical)
         return selection or min(self._smallest(), key=self.table.elements, default=selection)
 
+    def _peak(self, timeline: Timeline, selection: Selection, optimizer: OptimizerMemory | None = None) -> int:
+        return timeline.predicted_peak(selection, optimizer or self.optimizer, accumulates=self._accumulates)
+
     @property
-    def _copies(self) -> int:
-        """Copies of a parameter that are alive all the time: optimizer state, and the gradients of earlier parts."""
-        return self.state_copies + self._accumulates
+    def state_copies(self) -> int:
+        """Copies of a parameter that the optimizer keeps."""
+        return self.optimizer.copies
 
     @property
     def extremes(self) -> tuple[Recomputation, Recomputation | None]:
@@ -248,11 +251,11 @@ class Drawing:
             layers, wanted = self._simulated_layers, self._useful(None)
             _, timeline = self._planner.least_time(
                 lambda choice: self._simulate(layers, choice),
-                lambda timeline: timeline.predicted_peak(wanted, self._copies),
+                lambda timeline: self._peak(timeline, wanted),
                 0,
             )
         if self._whole:
-            return timeline.predicted_peak(self._useful(None), self._copies)
+            return self._peak(timeline, self._useful(None))
         return self._least_peak(timeline)
 
     @property
@@ -263,7 +266,7 @@ class Drawing:
     def timeline(self) -> Timeline:
         """Live bytes of a step that updates the layers of the pool."""
         layers, choice = self._simulated_layers, self.recomputation
-        state = (layers, choice, self.update_forms)
+        state = (layers, choice, self.optimizer.in_backward)
         if self._timeline is None or self._timeline[:3] != state:
             self._timeline = (*state, self._simulate(layers, choice))
         return self._timeline[3]
@@ -344,21 +347,20 @@ class Drawing:
         if self.budget.scope is Scope.UPDATE:
             return cost_of(self.table, selection).update_bytes + kept
         timeline = self._simulate(self.table.names, self.recomputation)
-        return timeline.predicted_peak(selection, int(self._accumulates)) + kept + self.state_copies * self._head_bytes
+        peak = self._peak(timeline, selection, OptimizerMemory())
+        return peak + kept + self.state_copies * self._head_bytes
 
     def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
         """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
         timeline = self.timeline
 
         def fits(selection: Selection) -> bool:
-            return timeline.predicted_peak(selection, self._copies) <= peak_bytes
+            return self._peak(timeline, selection) <= peak_bytes
 
         if self._whole:
             whole = self._select(epoch, redraw, None)
             if not fits(whole):
-                raise below_least(
-                    self.budget or Budget(Scope.PEAK, peak_bytes), timeline.predicted_peak(whole, self._copies)
-                )
+                raise below_least(self.budget or Budget(Scope.PEAK, peak_bytes), self._peak(timeline, whole))
             return whole
         everything = sum(layer.channels * layer.elements for layer in self.table)
         whole = self._select(epoch, redraw, everything)
@@ -372,9 +374,7 @@ class Drawing:
                 low, best = middle, selection
             else:
                 high = middle
-        return best or min(
-            filter(fits, self._smallest()), key=lambda s: timeline.predicted_peak(s, self._copies), default=best
-        )
+        return best or min(filter(fits, self._smallest()), key=lambda s: self._peak(timeline, s), default=best)
 
     def settle(self) -> None:
         """End the online phase: the layers that carry the gradient become the pool."""
@@ -422,7 +422,7 @@ class Drawing:
         """
         stretches = (recomputation or self.recomputation).stretches
         timeline = self.simulator.timeline(
-            stretches=stretches, selection=selection, parts=True, update_forms=self.update_forms
+            stretches=stretches, selection=selection, parts=True, optimizer=self.optimizer
         )
         kept = self.table.weight_elements(selection) * self.table.weight_element_bytes
         state = self.state_copies * (self._head_bytes + kept)

@@ -105,13 +105,16 @@ def _fits(
     if asked.scope is Scope.PEAK:
         timeline = Simulator(model, inputs, head=head).timeline(layers=table.names)
         least = timeline.least_bytes
-        amount = timeline.predicted_peak
+
+        def amount(selection: Selection) -> int:
+            return timeline.predicted_peak(selection)
+
     else:
         update = asked.scope is Scope.UPDATE
         least = min(_amount(table, layer, update) for layer in table)
 
-        def amount(selection: Selection, state_copies: int = 0) -> int:
-            cost = cost_of(table, selection, state_copies)
+        def amount(selection: Selection) -> int:
+            cost = cost_of(table, selection)
             return cost.update_bytes if update else cost.elements
 
     if asked.amount < least:

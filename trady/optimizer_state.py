@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from trady.armed import Change
 from trady.errors import StateError
+from trady.memory import LiveBytes
+from trady.memory.optimizer import OptimizerMemory
 from trady.optim import UpdatesInBackward
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
@@ -30,8 +35,8 @@ _SECOND_MOMENTS = {
 #: The dimension, from the end, that a factored second moment is a mean over.
 _AVERAGED = {"row_var": 1, "col_var": 2}
 
-#: Copies that an optimizer is taken to keep where it cannot be tried out: Adam's.
-_ASSUMED = 2
+#: What an optimizer is taken to need where it cannot be tried out: Adam's state, and as much for a moment.
+_ASSUMED = OptimizerMemory(copies=2, every=2.0)
 
 
 def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
@@ -65,7 +70,7 @@ def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None
     group = next((g for g in optimizer.param_groups if any(p is compact for p in g["params"])), None)
     if group is None:
         return
-    fresh = None if len(compact) == 0 else _twin(optimizer, group, compact)
+    fresh = None if len(compact) == 0 else _twin(optimizer, group, [compact])
     made = {} if fresh is None else dict(fresh.state.get(compact, {}))
     if made:
         optimizer.state[compact] = made
@@ -74,9 +79,9 @@ def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None
 
 
 def _twin(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer | None:
-    """An optimizer of the same kind and options over one parameter; ``None`` where it cannot be made."""
+    """An optimizer of the same kind and options over a few parameters; ``None`` where it cannot be made."""
     options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     # One that updates inside the backward pass keeps the state of its outer optimizer, which needs no tuner.
     kind = optimizer.outer if isinstance(optimizer, UpdatesInBackward) else type(optimizer)
@@ -84,7 +89,7 @@ def _twin(
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     defaults = {name: value for name, value in optimizer.defaults.items() if takes_all or name in accepted}
     try:
-        return kind([{"params": [parameter], **options}], **defaults)
+        return kind([{"params": list(parameters), **options}], **defaults)
     except Exception:
         return None
 
@@ -101,27 +106,75 @@ def state_copies(optimizer: torch.optim.Optimizer) -> int:
     """Count the copies of a parameter that an optimizer keeps as state: 0 for SGD, 1 with momentum, 2 for Adam.
 
     Raises:
+        StateError: As for :func:`optimizer_memory`.
+
+    """
+    return optimizer_memory(optimizer).copies
+
+
+def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
+    """Measure what an optimizer takes: a twin of it steps on a few small parameters on the same device.
+
+    One that cannot be tried out is taken to keep two copies of every parameter and to need two more in a step.
+
+    Raises:
         StateError: The optimizer keeps one flat state for all parameters (LBFGS).
 
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise StateError("LBFGS keeps one flat history that cannot follow changing channels; use SGD or AdamW")
-    return max(_copies(optimizer, group, shape) for group in optimizer.param_groups for shape in _PROBES)
+    found = OptimizerMemory()
+    for group in optimizer.param_groups:
+        for kind in {(p.dtype, torch.device("cpu") if p.is_meta else p.device) for p in group["params"]}:
+            for shape in _PROBES:
+                found |= _memory(optimizer, group, shape, *kind)
+    return found
 
 
-#: A matrix, one row and a pointwise convolution: factored second moments take most for the last two.
-_PROBES = ((4, 4), (1, 8), (4, 4, 1, 1))
+#: A matrix, one row and a pointwise convolution: factored second moments take most for the last two. They are large
+#: beside a number of steps or a mean.
+_PROBES = ((64, 64), (1, 4096), (64, 64, 1, 1))
 
 
-def _copies(optimizer: torch.optim.Optimizer, group: dict[str, Any], shape: tuple[int, ...]) -> int:
-    probe = nn.Parameter(torch.zeros(shape))
-    probe.grad = torch.ones_like(probe)
-    twin = _twin(optimizer, group, probe)
+def _memory(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OptimizerMemory:
+    """Tell from steps over one, two and three parameters which temporaries there are for each of them."""
     try:
-        if twin is None:
-            return _ASSUMED
-        twin.step()
+        one_two_three = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(n)] for n in (1, 2, 3))
+        tried = [_step(optimizer, group, values) for values in one_two_three]
     except Exception:
         return _ASSUMED
-    elements = sum(v.numel() for v in twin.state[probe].values() if isinstance(v, Tensor) and v.dim() > 0)
-    return -(-elements // probe.numel())
+    (copies, one), (_, two), (_, three) = tried
+    every = max(three - two, 0.0)
+    current = max(one - every, 0.0)
+    return OptimizerMemory(math.ceil(copies), every, current, max(two - 2 * every - current, 0.0))
+
+
+def _step(optimizer: torch.optim.Optimizer, group: dict[str, Any], values: list[Tensor]) -> tuple[float, float]:
+    """Copies of a parameter that are kept, and how many more are alive in the first two steps."""
+    parameters = [nn.Parameter(value) for value in values]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    twin = _twin(optimizer, group, parameters)
+    if twin is None:
+        raise StateError("the optimizer cannot be made anew")
+    size, most, kept = parameters[0].nbytes, 0, 0
+    for _ in range(2):
+        live = LiveBytes()
+        live.register([*parameters, *(p.grad for p in parameters if p.grad is not None), *_tensors(twin)])
+        with live:
+            twin.step()
+        state = _tensors(twin)
+        kept = sum(t.nbytes for t in state)
+        most = max(most, live.peak - 2 * size * len(parameters) - kept)
+    copies = sum(t.nbytes for t in state if t.dim() > 0) / (size * len(parameters))
+    return copies, most / size
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from trady.channels import Selection
 from trady.examine import examine, meta_batch, meta_twin, tensors_of
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
+from trady.memory.optimizer import OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
 from trady.standins import StandIns, mixed_to_meta
@@ -53,6 +55,8 @@ class Simulator:
         self._fidelity = fidelity
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
         self._twin, self._batch = meta_twin(model), meta_batch(example)
+        own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
+        self._whole_over_part = 1 + waiting_bytes / max(own, 1)
         self._device = real_device(model, example) or torch.device("meta")
         with StandIns(self._device):
             self._examined = examine(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
@@ -81,7 +85,7 @@ class Simulator:
         stretches: Stretches | None = None,
         selection: Selection | None = None,
         parts: bool = False,
-        update_forms: int | None = None,
+        optimizer: OptimizerMemory | None = None,
     ) -> Timeline:
         """Run one step in which one channel of each given layer trains.
 
@@ -90,21 +94,20 @@ class Simulator:
             stretches: What is computed anew in the backward pass (:func:`trady.examine.find_stretches`).
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
-            update_forms: Tensors of a compact gradient's size that an optimizer needs to use it up when it arrives
-                (:mod:`trady.optim`); ``None`` where gradients stay until the step ends.
+            optimizer: What the optimizer takes; what it keeps is not among the parts.
 
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
         armed = Armed(self._twin, self._examined, stretches or {}, self._fidelity)
         try:
-            return self._follow(armed, selection, parts, update_forms)
+            return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
         finally:
             armed.disarm()
             for parameter in self._twin.parameters():
                 parameter.grad = None
 
-    def _follow(self, armed: Armed, selection: Selection, parts: bool, update_forms: int | None) -> Timeline:
+    def _follow(self, armed: Armed, selection: Selection, parts: bool, optimizer: OptimizerMemory) -> Timeline:
         armed.select(selection)
         intervals: list[Interval] = []
         live = LiveBytes()
@@ -112,7 +115,8 @@ class Simulator:
         self._twin.train()
         live.register([*self._twin.parameters(), *self._twin.buffers()], "weights")
         live.register([*tensors_of(self._batch), self._waiting], "inputs")
-        compact = [armed.layers[name].compact for name in selection.channels]
+        compact = [armed.layers[layer.name].compact for layer in self._examined.table if layer.name in selection]
+        head = tuple(self._examined.head_parameters.values())
         live.register(compact, "compact parameters")
 
         def cut(phase: str, layer: str) -> None:
@@ -122,8 +126,8 @@ class Simulator:
             cut("forward" if torch._C._current_graph_task_id() == -1 else "recompute", layer)
 
         def arrived(layer: str, compact: nn.Parameter) -> None:
-            if update_forms is not None and compact.grad is not None:
-                needed = [torch.empty_like(compact.grad) for _ in range(update_forms)]
+            if optimizer.in_backward is not None and compact.grad is not None:
+                needed = [torch.empty_like(compact.grad) for _ in range(optimizer.in_backward)]
                 del needed
                 compact.grad = None
             cut("backward", layer)
@@ -133,22 +137,28 @@ class Simulator:
         armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
-            kept = self._forward_and_backward(live)
+            labels: list[Tensor] = []
+            kept = self._forward_and_backward(live, labels)
             cut("end", "")
+            cut("step", "")
             if parts:
                 if self._waiting.numel():  # the next part of the batch finds the gradients of this one
-                    kept += self._forward_and_backward(live)
+                    kept += self._forward_and_backward(live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
+                moment = optimizer.moment_bytes([p.grad.nbytes for p in (*compact, *head) if p.grad is not None])
+                torch.empty(moment, dtype=torch.uint8, device="meta")
                 made_of = _parts(live, kept)
-        head_bytes = sum(p.numel() * p.element_size() for p in self._examined.head_parameters.values())
-        return Timeline(tuple(intervals), self._examined.table, head_bytes, made_of, update_forms is not None)
+        frees = optimizer.in_backward is not None
+        return Timeline(tuple(intervals), self._examined.table, tuple(p.nbytes for p in head), made_of, frees)
 
-    def _forward_and_backward(self, live: LiveBytes) -> list[Storage]:
-        """Run one pass; return what was alive in its middle."""
+    def _forward_and_backward(self, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+        """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
         args, kwargs = as_arguments(self._batch)
         with StandIns(self._device):
             output = self._twin(*args, **kwargs)
+        if not labels and (count := label_count(output)):
+            labels.append(torch.empty(math.ceil(count * self._whole_over_part), dtype=torch.int64, device="meta"))
         loss = surrogate_loss(output)
         del output
         kept = [storage for storage in live.log if storage.death is None]
@@ -185,13 +195,37 @@ def _parts(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:
 
 def surrogate_loss(output: Any) -> Tensor | None:
     """A scalar that reaches every output as a cross-entropy would; the model's own loss where it gives one."""
-    loss = getattr(output, "loss", None) if not isinstance(output, Tensor) else None
-    if isinstance(loss, Tensor):
+    loss = _own_loss(output)
+    if loss is not None:
         return loss
-    tree = dict(output) if hasattr(output, "keys") else output
-    floats = [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
     total: Tensor | None = None
-    for tensor in floats:
+    for tensor in _floats(output):
         term = torch.log_softmax(tensor, -1).mean() if tensor.dim() else tensor
         total = term if total is None else total + term
     return total
+
+
+def label_count(output: Any) -> int:
+    """Labels that the user's loss reads beside the batch: a whole number for each position that has scores.
+
+    Classes are the last dimension of the scores, or the second of maps ``[N, classes, H, W]``. A model that gives its
+    own loss has found the labels in the batch.
+    """
+    if _own_loss(output) is not None:
+        return 0
+    scores = getattr(output, "logits", None)
+    if not isinstance(scores, Tensor):
+        scores = next(iter(_floats(output)), None)
+    if scores is None or scores.dim() < 2:
+        return 0
+    return scores.numel() // max(scores.shape[-1 if scores.dim() < 4 else 1], 1)
+
+
+def _own_loss(output: Any) -> Tensor | None:
+    loss = getattr(output, "loss", None) if not isinstance(output, Tensor) else None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _floats(output: Any) -> list[Tensor]:
+    tree = dict(output) if hasattr(output, "keys") else output
+    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]

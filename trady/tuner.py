@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from trady.memory import Ledger, measure
 from trady.observing import PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms
-from trady.optimizer_state import remap_state, state_copies
+from trady.optimizer_state import optimizer_memory, remap_state
 from trady.plan import Cost, Plan, cost_of
 from trady.policies import Evidence, Policy
 from trady.priors import Known
@@ -212,15 +213,14 @@ class Tuner:
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
         drawing = self._drawing
-        before = drawing.state_copies, drawing.update_forms
-        drawing.state_copies = max(drawing.state_copies, state_copies(optimizer))
-        drawing.update_forms = update_forms(
-            (*self._attached(), optimizer), [armed.compact for armed in self._armed.layers.values()]
-        )
+        before = drawing.optimizer
+        compact = [armed.compact for armed in self._armed.layers.values()]
+        forms = update_forms((*self._attached(), optimizer), compact)
+        drawing.optimizer = before | replace(optimizer_memory(optimizer), in_backward=forms)
         try:
             drawing.check_budget()
         except BudgetError:
-            drawing.state_copies, drawing.update_forms = before
+            drawing.optimizer = before
             raise
         self._armed.interceptor.recompute(self._drawing.recomputation.stretches)
         self._optimizers.append(weakref.ref(optimizer))
@@ -517,7 +517,8 @@ class Tuner:
             self._armed.select(self._selection)
             raise
         drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
-        self._epoch, self._redraw, self._steps, drawing.state_copies = numbers
+        self._epoch, self._redraw, self._steps, copies = numbers
+        drawing.optimizer = replace(drawing.optimizer, copies=copies)
         if evidence is not None:
             self._observed.evidence, self._observed.epoch = evidence, observed_epoch
             drawing.evidence = evidence

@@ -30,9 +30,9 @@ _FORMAT = "trady ledger 1"
 class Ledger:
     """The tensor memory of one training step, in bytes.
 
-    All figures are storages that PyTorch's operations read and wrote; workspaces inside a
-    kernel are not among them (on CUDA, ``allocator_peak_bytes`` has those too). Memory papers
-    state peaks without weights and batch: those are the ``working_…`` figures.
+    All figures are storages that PyTorch's operations read and wrote, labels from when the loss reads them;
+    workspaces inside a kernel are not among them (on CUDA, ``allocator_peak_bytes`` has those too).
+    Memory papers state peaks without weights and batch: those are the ``working_…`` figures.
 
     Attributes:
         peak_bytes: The most that was alive at one time in the step, weights and batch included.

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.channels import ChannelTable, Layer, Selection
+from trady.memory.optimizer import OptimizerMemory
 from trady.ops.layout import CHUNK_BYTES
 
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
@@ -23,6 +24,9 @@ _NUMBER_BYTES = 8
 #: Forms that a weight gradient takes while it is computed.
 _FORMS = 3
 
+#: Norms and factors of clipping (:mod:`trady.clipping`): of a channel, and of a tensor.
+_CLIPPING_CHANNEL_BYTES, _CLIPPING_TENSOR_BYTES = 20, 16
+
 Integers = npt.NDArray[np.int64]
 
 
@@ -30,8 +34,8 @@ Integers = npt.NDArray[np.int64]
 class Interval:
     """The highest live bytes up to a cut: the end of ``layer``'s ``phase`` (or of the step).
 
-    ``phase`` is ``forward``, ``recompute`` (the layer ran forward anew, on a part of the batch), ``backward``
-    or ``end``.
+    ``phase`` is ``forward``, ``recompute`` (the layer ran forward anew, on a part of the batch), ``backward``,
+    ``end`` (of the backward pass) or ``step``: what is there when the optimizer steps.
     """
 
     phase: str
@@ -46,25 +50,29 @@ class Timeline:
     Attributes:
         intervals: The cuts in the order they happened.
         table: Costs of the channels.
-        head_bytes: Bytes of the head's parameters, whose optimizer state counts too.
+        head_sizes: Bytes of each of the head's parameters, whose optimizer state counts too.
         parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
         frees_gradients: Whether a compact gradient is used up when it arrives, not at the end of the step.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
-    head_bytes: int = 0
+    head_sizes: tuple[int, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     frees_gradients: bool = False
 
-    def predicted_peak(self, selection: Selection, state_copies: int = 0) -> int:
+    def predicted_peak(
+        self, selection: Selection, optimizer: OptimizerMemory | None = None, *, accumulates: bool = False
+    ) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
 
         Args:
             selection: Channels that train.
-            state_copies: Copies of a parameter that the optimizer keeps (0 for SGD, 2 for Adam).
+            optimizer: What the optimizer takes; plain SGD takes nothing.
+            accumulates: Whether the gradients of earlier parts of the batch are there all along.
 
         """
+        optimizer = optimizer or OptimizerMemory()
         layers, weight_bytes = self.table.layers, self.table.weight_element_bytes
         counts = _integers(len(selection.channels.get(layer.name, ())) for layer in layers)
         chosen = [selection.output_count(layer.name) for layer in layers]
@@ -77,14 +85,23 @@ class Timeline:
         numbers = int(_integers(1 if layer.groups == 1 else 5 for layer in layers) @ channels) + sum(
             filter(None, chosen)
         )
-        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + state_copies * (int(compact.sum()) + self.head_bytes)
-        if state_copies:  # steps are counted for every tensor
-            kept += _NUMBER_BYTES * int((counts > 0).sum() + 1)
+        copy = int(compact.sum()) + sum(self.head_sizes)
+        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + (optimizer.copies + accumulates) * copy
+        tensors = int((counts > 0).sum()) + len(self.head_sizes)
+        if optimizer.copies:  # steps are counted for every tensor
+            kept += _NUMBER_BYTES * tensors
         base, maps, gradients, working = self._matrices()
         narrowed = _integers(
             _narrowed_bytes(layer, self.table, outputs or 0) for layer, outputs in zip(layers, chosen, strict=True)
         )
-        return int((base + maps @ channels + gradients @ weights + working @ narrowed).max(initial=0)) + kept
+        live = base + maps @ channels + gradients @ weights + working @ narrowed
+        sizes = [*self.head_sizes, *(() if self.frees_gradients else compact.tolist())]
+        units = max((*counts.tolist(), *filter(None, chosen)), default=0)
+        clipping = _CLIPPING_CHANNEL_BYTES * units + _CLIPPING_TENSOR_BYTES * tensors
+        # By then the gradients of all parts are one.
+        moment = max(optimizer.most_moment_bytes(sizes), clipping) - accumulates * copy
+        live[[i for i, interval in enumerate(self.intervals) if interval.phase == "step"]] += moment
+        return int(live.max(initial=0)) + kept
 
     @property
     def least_bytes(self) -> int:
@@ -111,7 +128,7 @@ class Timeline:
                 continue
             # Computed anew, a channel is alive for one part of the batch at a time, and so is its gradient.
             first = anew[0] if anew else forward[0]
-            last = backward[-1] if backward else len(base) - 1
+            last = backward[-1] if backward else places["end", ""][-1]
             maps[first : last + 1, i] += -(-saved // len(anew)) if anew else saved
             for b in range(first, last + 1) if anew else backward:
                 maps[b, i] += _gathered_bytes(layer, self.table)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from trady import optim
 from trady.errors import TrainingError
+from trady.memory.optimizer import OptimizerMemory
+from trady.optimizer_state import optimizer_memory
 
 #: Makes an optimizer over parameters.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -37,8 +40,10 @@ def optimizer_factory(
     raise TrainingError(f"no optimizer {optimizer!r}; there are {', '.join(NAMES)}")
 
 
-def copies_kept(optimizer: str | OptimizerFactory, momentum: float) -> int:
-    """Return how many copies of a parameter a named optimizer keeps; 0 for the user's own: it is seen when it steps."""
+def memory_of(optimizer: str | OptimizerFactory, factory: OptimizerFactory, device: torch.device) -> OptimizerMemory:
+    """Return what a named optimizer takes; nothing for the user's own, which is looked at when it is attached."""
     if not isinstance(optimizer, str):
-        return 0
-    return 2 if optimizer.startswith("adam") else int(momentum != 0)
+        return OptimizerMemory()
+    one = nn.Parameter(torch.zeros(1, device=device))
+    made = factory([one])
+    return replace(optimizer_memory(made), in_backward=optim.update_forms([made], [one]))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from trady.budget import Budget, Scope, parse_budget
 from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
+from trady.memory.optimizer import OptimizerMemory
 from trady.policies import Policy, get_policy, needs_of
 from trady.priors import Known
 from trady.ranking import LayerRanking
@@ -21,7 +22,7 @@ from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches
 from trady.training.loop import Loop
 from trady.training.observed import measured_on
-from trady.training.optimizers import OptimizerFactory, copies_kept, optimizer_factory
+from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
@@ -173,7 +174,7 @@ def finetune(
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, copies_kept(optimizer, momentum)),
+            trainer=_trainer(model, loader, accelerator, request, memory_of(optimizer, factory, accelerator.device)),
             batches=batches,
             evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
             observed=measured_on(loader, observed_batches, seed, accelerator.device),
@@ -206,13 +207,13 @@ def _name(policy: str | Policy) -> str:
 
 
 def _trainer(
-    model: nn.Module, loader: Batches, accelerator: Accelerator, request: Request, state_copies: int
+    model: nn.Module, loader: Batches, accelerator: Accelerator, request: Request, memory: OptimizerMemory
 ) -> Trainer:
     if _name(request.policy) == FULL:
         asked = request.micro_batch  # without a budget, nothing asks for parts
         return FullTrainer(model, asked if isinstance(asked, int) else None)
     example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
-    return TunerTrainer(Tuner(*request.decide(model, example, state_copies=state_copies), example=example))
+    return TunerTrainer(Tuner(*request.decide(model, example, optimizer=memory), example=example))
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -1,0 +1,160 @@
+"""What an optimizer needs for a moment is in the predicted peak: weights, not activations, decide these budgets."""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import trady
+from tests.models import normal, seeded
+from trady.budget import BelowLeastError, parse_budget
+from trady.clipping import clip_by_output, clip_channels_
+from trady.memory import LiveBytes
+from trady.memory.optimizer import OptimizerMemory
+from trady.optimizer_state import optimizer_memory
+from trady.training.optimizers import NAMES, memory_of, optimizer_factory
+
+WIDTH, SAMPLES, CLASSES = 128, 32, 10
+LABELS = torch.arange(SAMPLES) % CLASSES
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-3),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+    "SGD, nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1, foreach=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "Adadelta": torch.optim.Adadelta,
+    "AdamW in backward": lambda p: trady.optim.AdamW(p, lr=1e-3, channel_clip=0.1),
+}
+
+
+def wide() -> nn.Module:
+    """Weights of 390 KiB, and a batch of 16."""
+    layers = [layer for _ in range(6) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return seeded(lambda: nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES)))
+
+
+def ledgers(tuner: trady.Tuner, optimizer: torch.optim.Optimizer, x: Tensor) -> list[trady.Ledger]:
+    """Three steps: in the first the optimizer makes its state."""
+
+    def step() -> None:
+        F.cross_entropy(tuner.model(x), LABELS).backward()
+        tuner.clip_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return [tuner.ledger(step, inference=False) for _ in range(3)]
+
+
+@pytest.mark.parametrize("budget", ["peak:620 KiB", "peak:900 KiB"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_of_an_optimizer_exceeds_a_tight_budget(name: str, budget: str) -> None:
+    model, x = wide(), normal(SAMPLES, WIDTH)
+    tuner = trady.prepare(model, x, budget=budget, policy="dynamic-random")
+    optimizer = tuner.attach(OPTIMIZERS[name](tuner.parameters()))
+    predicted, found = tuner.plan.predicted_peak_bytes, ledgers(tuner, optimizer, x)
+    limit = parse_budget(budget).amount
+    assert max(ledger.peak_bytes for ledger in found) <= limit
+    assert abs(predicted / found[-1].peak_bytes - 1) < 0.005
+    assert found[-1].peak_bytes > 0.93 * limit
+    assert found[-1].parts["optimizer state"] == tuner.plan.predicted_parts.get("optimizer state", 0)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_at_the_least_budget_the_labels_fit_too(name: str) -> None:
+    x = normal(SAMPLES, WIDTH)
+    with pytest.raises(BelowLeastError) as refused:
+        trady.plan(wide(), x, budget="1 KiB", policy="dynamic-random")
+    least = refused.value.least_amount
+    if name == "AdamW":  # which keeps a state of the head
+        tuner = trady.prepare(wide(), x, budget=f"peak:{least} B", policy="dynamic-random")
+        with pytest.raises(BelowLeastError) as refused:
+            tuner.attach(OPTIMIZERS[name](tuner.parameters()))
+        least = refused.value.least_amount
+    tuner = trady.prepare(wide(), x, budget=f"peak:{least} B", policy="dynamic-random")
+    found = ledgers(tuner, tuner.attach(OPTIMIZERS[name](tuner.parameters())), x)
+    assert max(ledger.peak_bytes for ledger in found) <= least
+    assert tuner.plan.predicted_peak_bytes == found[-1].peak_bytes
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw-in-backward"])
+def test_a_run_knows_its_optimizer_beforehand(name: str, tmp_path: Path) -> None:
+    data = TensorDataset(normal(2 * SAMPLES, WIDTH), LABELS.repeat(2))
+    budget = "peak:700 KiB"
+    options: dict[str, Any] = {"batch_size": SAMPLES, "epochs": 2, "lr": 1e-3, "progress": False}
+    trady.finetune(
+        wide(), data, data, budget=budget, policy="dynamic-random", optimizer=name, out=tmp_path / "run", **options
+    )
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["peak_bytes"] <= parse_budget(budget).amount for line in metrics)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_known_beforehand_is_what_is_measured_when_it_is_attached(name: str) -> None:
+    factory = optimizer_factory(name, lr=1e-3, momentum=0.9 if "sgd" in name else 0.0, weight_decay=0.1)
+    before = memory_of(name, factory, torch.device("cpu"))
+    tuner = trady.prepare(wide(), normal(SAMPLES, WIDTH), budget="peak:2 MiB", policy="dynamic-random")
+    tuner.attach(factory(tuner.parameters()))
+    assert tuner._drawing.optimizer == before
+    assert before.copies == (1 if "sgd" in name else 2)
+    assert (before.in_backward is None) == ("in-backward" not in name)
+
+
+def memory(name: str) -> OptimizerMemory:
+    return optimizer_memory(OPTIMIZERS[name]([nn.Parameter(torch.zeros(2, 2))]))
+
+
+def test_temporaries_are_those_of_a_parameter_or_of_all() -> None:
+    assert memory("SGD") == OptimizerMemory()
+    assert memory("SGD, momentum") == OptimizerMemory(copies=1)
+    assert memory("SGD, nesterov") == OptimizerMemory(copies=1, current=2)
+    assert memory("SGD, foreach") == OptimizerMemory(copies=1, every=1)
+    one_by_one, together = memory("AdamW"), memory("AdamW, foreach")
+    assert (one_by_one.every, one_by_one.current, one_by_one.previous) == pytest.approx((0, 2, 1), abs=1e-2)
+    assert (together.every, together.current, together.previous) == pytest.approx((1, 0, 0), abs=1e-2)
+    assert memory("AdamW, fused") == OptimizerMemory(copies=2)
+
+
+def test_an_optimizer_that_cannot_be_tried_out_is_taken_to_need_as_much_as_it_keeps() -> None:
+    class Stubborn(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("not on these")
+
+    assert optimizer_memory(Stubborn([nn.Parameter(torch.zeros(2, 2))])) == OptimizerMemory(copies=2, every=2)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=4), st.tuples(*[st.floats(0, 4)] * 3))
+def test_the_bound_of_a_moment_holds_in_every_order(sizes: list[int], forms: tuple[float, float, float]) -> None:
+    needs = OptimizerMemory(0, *forms)
+    moments = [needs.moment_bytes(order) for order in permutations(sizes)]
+    assert max(moments) <= needs.most_moment_bytes(sizes)
+    if len(sizes) < 3:
+        assert max(moments) >= needs.most_moment_bytes(sizes) - 1 or forms[2] > forms[1]
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_clipping_takes_norms_and_nothing_of_the_size_of_a_gradient(by_output: bool) -> None:
+    parameter = nn.Parameter(normal(64, 48, 3, 3))
+    parameter.grad = 10 * torch.ones_like(parameter)
+    clip_by_output(parameter, by_output)
+    live = LiveBytes()
+    live.register([parameter, parameter.grad])
+    with live:
+        clip_channels_([parameter], 0.1)
+    dims = [dim for dim in range(4) if dim != int(by_output)]
+    norms = [torch.linalg.vector_norm(t.detach(), dim=dims) for t in (parameter, parameter.grad)]
+    torch.testing.assert_close(norms[1], 0.1 * norms[0])
+    assert live.peak - 2 * parameter.nbytes <= 20 * 64
