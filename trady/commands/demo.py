@@ -84,13 +84,14 @@ def demo(
     )
     _show_plan(console, data, recipe, limit, seed)
     results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
-    learnt = results["trady"].ranking
-    if learnt is not None:
+    ranking = results["trady"].ranking
+    if ranking is not None:
+        known = f"measured on {ranking.measured_on}" if ranking.source == "prior" else "learnt in the first epoch"
         console.print(
-            f"TraDy's pool, as learnt in the first epoch: the {len(learnt.top())} of {len(learnt.scores)} "
-            "layers that carry 97 % of the reweighted gradient norm."
+            f"TraDy's pool: the {len(ranking.top())} of {len(ranking.scores)} layers that carry 97 % of the "
+            f"reweighted gradient norm, {known}."
         )
-    seconds = _time_steps(data, recipe, limit, learnt, seed)
+    seconds = _time_steps(data, recipe, limit, ranking, seed)
     rows = [_row(method, results[method], seconds[method], inference_peak) for method in METHODS]
     epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     title = f"{MODEL}, {epochs} on {len(data.train)} images of {DATASET}, evaluated on {len(data.evaluation)}"
