@@ -136,9 +136,6 @@ def load_task(
 
 def load_ranking(given: str | None) -> LayerRanking | Known | None:
     """Load a ranking, if a file is named; a word that stands for one is passed on."""
-    from trady.priors import KNOWN
-    from trady.ranking import LayerRanking
+    from trady.priors import read_ranking
 
-    if given is None:
-        return None
-    return next((word for word in KNOWN if word == given), None) or LayerRanking.load(given)
+    return None if given is None else read_ranking(given)

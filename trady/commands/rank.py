@@ -22,7 +22,8 @@ def rank(
         str | None, typer.Option(help="What ranking itself may take, e.g. 300 MiB; no limit by default.")
     ] = None,
     prior: Annotated[
-        bool, typer.Option(help="Keep it for later: models of this structure are then trained by it without --ranking.")
+        bool,
+        typer.Option(help="Keep an rgn ranking: models of this structure are then trained by it without --ranking."),
     ] = True,
     metric: Annotated[str, typer.Option(help="rgn (gradient for its cost) or norm.")] = "rgn",
     image_size: options.ImageSize = None,

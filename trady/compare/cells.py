@@ -11,10 +11,10 @@ from itertools import product
 from typing import Any
 
 from trady.compare.matrix import WITHOUT_BUDGET, Matrix
-from trady.compare.names import load_ranking
 from trady.compare.read import ReadMatrix
 from trady.errors import MatrixError
 from trady.policies import Scheme, SparseUpdate, get_policy
+from trady.priors import read_ranking
 from trady.training.settings import ranking_digest
 
 
@@ -117,7 +117,7 @@ def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy:
     scheme = around.path(scheme) if scheme is not None and policy == SparseUpdate.name else None
     sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
     if ranking is not None:
-        sources["ranking"] = ranking_digest(load_ranking(ranking))
+        sources["ranking"] = ranking_digest(read_ranking(ranking))
     if scheme is not None:
         sources["scheme"] = json.dumps(Scheme.load(scheme).to_json(), sort_keys=True)
     cell = Cell(

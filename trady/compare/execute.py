@@ -14,9 +14,9 @@ from typing import Literal
 
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
-from trady.compare.names import load_ranking
 from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
+from trady.priors import read_ranking
 from trady.training.datasets import DataSplit, Normalization
 from trady.training.result import Result
 
@@ -125,7 +125,7 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
         budget=cell.amount,
         policy=SparseUpdate(Scheme.load(job.scheme)) if job.scheme is not None else cell.policy,
         seed=cell.seed,
-        ranking=None if job.ranking is None else load_ranking(job.ranking),
+        ranking=None if job.ranking is None else read_ranking(job.ranking),
         out=folder.path,
         resume=resume,
         overwrite=not resume,

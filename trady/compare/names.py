@@ -15,8 +15,7 @@ from pydantic import AfterValidator, ValidationInfo
 from trady.budget import parse_budget
 from trady.errors import TradyError
 from trady.policies import Scheme, get_policy
-from trady.priors import KNOWN, Known
-from trady.ranking import LayerRanking
+from trady.priors import KNOWN, read_ranking
 
 T = TypeVar("T")
 
@@ -67,11 +66,6 @@ class Surroundings:
         return text if text in KNOWN else self.path(text)
 
 
-def load_ranking(source: str) -> LayerRanking | Known:
-    """Return the ranking of a file, or the word that was given for one."""
-    return next((word for word in KNOWN if word == source), None) or LayerRanking.load(source)
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return what to say after an unknown name: the nearest known one, and all of them."""
     possible = tuple(known)
@@ -116,7 +110,7 @@ def _dataset(text: str, info: ValidationInfo) -> str:
 
 def _ranking(text: str, info: ValidationInfo) -> str:
     source = _surroundings(info).ranking(text)
-    _with_message(lambda: load_ranking(source))
+    _with_message(lambda: read_ranking(source))
     return text
 
 

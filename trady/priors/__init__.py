@@ -9,9 +9,11 @@ one of another structure is never used.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -70,9 +72,19 @@ def find_prior(table: ChannelTable) -> LayerRanking | None:
     return next((_applied(ranking, table) for ranking in found), None)
 
 
-def shipped_priors() -> dict[str, LayerRanking]:
-    """The priors that come with trady, by the name of the architecture."""
-    return dict(_read(_SHIPPED))
+def read_ranking(given: str) -> LayerRanking | Known:
+    """The ranking of a file that ``trady rank`` has written, or the word of :data:`KNOWN` that was given for one.
+
+    Raises:
+        RankingError: The file cannot be read as a ranking.
+    """
+    return next((word for word in KNOWN if word == given), None) or LayerRanking.load(given)
+
+
+@cache
+def shipped_priors() -> Mapping[str, LayerRanking]:
+    """The priors that come with trady, by the name of the architecture; read once."""
+    return MappingProxyType({path.stem: LayerRanking.load(path) for path in sorted(_SHIPPED.glob("*.json"))})
 
 
 def save_prior(ranking: LayerRanking) -> Path:
@@ -106,8 +118,3 @@ def prior_folder() -> Path:
 
 def _applied(ranking: LayerRanking, table: ChannelTable) -> LayerRanking:
     return replace(ranking.adopted(table).at(table), source="prior")
-
-
-def _read(folder: Path) -> Iterator[tuple[str, LayerRanking]]:
-    for path in sorted(folder.glob("*.json")):
-        yield path.stem, LayerRanking.load(path)
