@@ -5,28 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trady.compare.matched import Task, score
 from trady.compare.summary import Summary
+from trady.report import figures as report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE: Any = {  # matplotlib's type for it is the list of all its keys
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "svg.hashsalt": "trady",  # the same table gives the same file
-}
-#: Told apart without colour vision too (Okabe and Ito 2008), and by marker where there are more policies.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+#: Where there are more policies than colours, markers tell them apart.
+COLORS = (*report.COLORS, "#8c6d31")
 #: For the policies that take no budget.
-GREYS = ("#000000", "#8a949b")
+GREYS = ("#000000", report.GREY)
 MARKERS = "osDv^<>PX*"
 
 

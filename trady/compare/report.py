@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trady.compare import figures, tables
 from trady.compare.results import LINES, TABLE
 from trady.compare.summary import Summary
 from trady.files import write_json, write_lines, write_whole
+from trady.report.figures import STYLE, as_png, as_svg
 from trady.report.page import Figure as Picture
 from trady.report.page import Section, Text, page
 from trady.report.page import Table as PageTable
 from trady.report.texts import latex, markdown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WINS_CAPTION = (
     "Wins: in how many tasks (model, data set, budget) the row's mean beats the column's, of how many; in brackets, in "
@@ -79,21 +75,9 @@ def _draw(summary: Summary) -> dict[str, tuple[str, bytes]]:
     """Return each figure as SVG and as PNG."""
     import matplotlib as mpl
 
-    with mpl.rc_context(figures.STYLE):
+    with mpl.rc_context(STYLE):
         drawn = {"wins": figures.wins_figure(summary), "accuracy-by-budget": figures.budget_figure(summary)}
-        return {name: (_svg(figure), _png(figure)) for name, figure in drawn.items()}
-
-
-def _svg(figure: Figure) -> str:
-    text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=160, metadata={"Software": None})
-    return content.getvalue()
+        return {name: (as_svg(figure), as_png(figure, 160)) for name, figure in drawn.items()}
 
 
 def _write(path: Path, content: bytes) -> None:

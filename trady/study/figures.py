@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from io import StringIO
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trady.errors import TrainingError
+from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg
 from trady.study.heavy_tails import TOP_SHARES
 from trady.study.stability import POOL_SHARE
 from trady.study.statistics import Statistics
@@ -19,21 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Told apart without colour vision too (Okabe and Ito 2008).
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-GREY = "#8a949b"
-
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-    "svg.hashsalt": "trady",  # the same statistics give the same file
-}
+_STYLE = {**STYLE, "legend.fontsize": 9, "lines.linewidth": 1.6}
 
 
 def tail_indices(found: Statistics) -> Figure:
@@ -242,12 +228,10 @@ def draw_all(found: Statistics, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, draw in FIGURES.items():
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(_STYLE):
             figure = draw(found)
-            text = StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None})
-            figure.savefig(folder / f"{name}.png", dpi=150)
-        drawn[name] = text.getvalue()
+            drawn[name] = as_svg(figure)
+            (folder / f"{name}.png").write_bytes(as_png(figure, 150))
         (folder / f"{name}.svg").write_text(drawn[name], encoding="utf-8")
     return drawn
 
