@@ -161,6 +161,11 @@ class ChannelTable:
             for name, channels in selection.items()
         )
 
+    @property
+    def all_elements(self) -> int:
+        """What all input channels of all layers take of B_mem, elements for one sample."""
+        return sum(layer.channels * layer.elements for layer in self.layers)
+
     def saved_bytes(self, selection: Selection) -> int:
         """Bytes of the activations a selection saves, for the whole batch of the example."""
         return self.activation_elements(selection) * self.batch * self.element_bytes

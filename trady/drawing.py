@@ -131,7 +131,6 @@ class Drawing:
         )
         self._simulated: dict[tuple[Any, ...], Timeline] = {}
         self._timeline: tuple[tuple[str, ...], Recomputation, int | None, Timeline] | None = None
-        self._capacity: dict[tuple[int, int], int | None] = {}
         learn = False
         if not rules.policy.uses_ranking:
             self.pool, self.source = self.table.names, "none"
@@ -226,7 +225,7 @@ class Drawing:
         typical = bool(self.needs)
         if self._whole:
             return self._select(0, 0, None, typical=typical)
-        everything = sum(layer.channels * layer.elements for layer in self.table)
+        everything = self.table.all_elements
         useful = int(everything * USEFUL_SHARE) if capacity is None else capacity
         selection = self._select(0, 0, useful, typical=typical)
         return selection or min(self._smallest(), key=self.table.elements, default=selection)
@@ -362,7 +361,7 @@ class Drawing:
             if not fits(whole):
                 raise below_least(self.budget or Budget(Scope.PEAK, peak_bytes), self._peak(timeline, whole))
             return whole
-        everything = sum(layer.channels * layer.elements for layer in self.table)
+        everything = self.table.all_elements
         whole = self._select(epoch, redraw, everything)
         if fits(whole):
             return whole

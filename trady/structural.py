@@ -34,6 +34,5 @@ def structural_ranking(table: ChannelTable) -> LayerRanking:
 
 
 def _squared_norm(layer: Layer) -> float:
-    outputs = layer.weight_shape[1 if layer.kind == "addmm" else 0]
-    fan_in = math.prod(layer.weight_shape) / outputs
-    return fan_in / outputs
+    fan_in = math.prod(layer.weight_shape) / layer.outputs
+    return fan_in / layer.outputs

@@ -44,7 +44,7 @@ class Kept:
 def kept(records: Records) -> tuple[Kept, ...]:
     """Fill each budget by RGN, by norm and at random: as policies do, each channel that still fits is taken."""
     found = []
-    whole = sum(layer.channels * layer.elements for layer in records.table)
+    whole = records.table.all_elements
     for dataset in records.datasets:
         squared = records.mean(records.of(dataset))
         for share in BUDGET_SHARES:

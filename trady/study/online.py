@@ -54,7 +54,7 @@ def budgets_of(records: Records, asked: Sequence[str]) -> tuple[int, ...]:
     Raises:
         BudgetError: One that is asked for is not in elements, or not even one channel of any layer fits in it.
     """
-    whole = sum(layer.channels * layer.elements for layer in records.table)
+    whole = records.table.all_elements
     least = min(layer.elements for layer in records.table)
     if not asked:
         return tuple(max(least, round(share * whole)) for share in USUAL_SHARES)

@@ -105,7 +105,7 @@ def statistics(records: Records, budgets: Sequence[str] = ()) -> Statistics:
         ),
         layers=len(records.table),
         channels=records.table.channel_count,
-        elements=sum(layer.channels * layer.elements for layer in records.table),
+        elements=records.table.all_elements,
         without_gradient=records.without_gradient,
         heavy_tails=heavy_tails(records),
         stability=stability(records),
