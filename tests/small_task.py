@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from trady.training.datasets import CENTERED, ImageDataset
+from trady.training.metrics import EpochMetrics
+from trady.training.progress import Silent
 
 CLASSES = 3
 
@@ -33,6 +35,17 @@ class SmallNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.dropout(self.features(x)))
+
+
+class StopAfter(Silent):
+    """Ctrl-C at the end of an epoch, before its checkpoint: so many epochs of the run are kept."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        if metrics.epoch == self.epochs:
+            raise KeyboardInterrupt
 
 
 def small_net(classes: int = CLASSES) -> nn.Module:

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import trady
-from tests.small_task import SmallNet, small_data, small_net
+from tests.small_task import SmallNet, StopAfter, small_data, small_net
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.micro_batches import part_of, parts_of, samples_at_once, waiting_bytes
-from trady.training.metrics import EpochMetrics
-from trady.training.progress import Silent
 from trady.training.run import finetune
 
 
@@ -120,13 +118,8 @@ def test_a_resumed_run_on_parts_ends_bit_for_bit_where_the_unbroken_one_does(tmp
     settings = {"policy": policy, "epochs": 3, "micro_batch": 5, "model": None, "momentum": 0.9}
     run(tmp_path / "unbroken", **settings)
 
-    class StopAfterOne(Silent):
-        def end_epoch(self, metrics: EpochMetrics) -> None:
-            if metrics.epoch == 1:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", progress=StopAfterOne(), **settings)
+        run(tmp_path / "broken", progress=StopAfter(1), **settings)
     with pytest.raises(trady.CheckpointError, match="micro_batch was 5, is now 4"):
         run(tmp_path / "broken", resume=True, **{**settings, "micro_batch": 4})
     with pytest.raises(trady.CheckpointError, match="recompute was 'auto', is now 'none'"):

@@ -17,13 +17,12 @@ from torch import nn
 
 import trady
 from tests.models import Residual, normal, seeded
-from tests.small_task import CLASSES, small_data, small_net
+from tests.small_task import CLASSES, StopAfter, small_data, small_net
 from trady.channels import ChannelTable, Layer
 from trady.errors import BudgetError, CheckpointError, PolicyError, StateError, TrainingError
 from trady.policies import Draw, Evidence, Scheme, SparseUpdate, draw_selection, get_policy, policy_names
 from trady.policies.orders import weighted_order
 from trady.ranking import channel_rgn, layer_rgn, top_layers
-from trady.training.metrics import EpochMetrics
 from trady.training.progress import Silent
 from trady.training.run import finetune
 
@@ -308,13 +307,8 @@ def test_a_killed_run_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Pat
     }
     whole = run(tmp_path / "whole", **settings)
 
-    class StopAfterOne(Silent):
-        def end_epoch(self, metrics: EpochMetrics) -> None:
-            if metrics.epoch == 1:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", progress=StopAfterOne(), **settings)
+        run(tmp_path / "broken", progress=StopAfter(1), **settings)
     again = run(tmp_path / "broken", resume=True, **settings)
     assert end(tmp_path / "whole") == end(tmp_path / "broken")
     hashes = [[m.selection_hash for m in result.history] for result in (whole, again)]

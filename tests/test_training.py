@@ -19,11 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import trady
-from tests.small_task import small_data, small_net, write_npz
+from tests.small_task import StopAfter, small_data, small_net, write_npz
 from trady.errors import BudgetError, DataError, PolicyError, StateError, TrainingError
 from trady.training.interrupt import Interrupts
-from trady.training.metrics import EpochMetrics
-from trady.training.progress import Silent
 from trady.training.run import finetune
 from trady.training.schedule import make_schedule
 
@@ -130,13 +128,8 @@ def test_resumed_run_ends_bit_for_bit_where_the_unbroken_one_does(
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     run(unbroken, **settings)
 
-    class StopAfterTwo(Silent):
-        def end_epoch(self, metrics: EpochMetrics) -> None:
-            if metrics.epoch == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(broken, progress=StopAfterTwo(), **settings)
+        run(broken, progress=StopAfter(2), **settings)
     assert [m["epoch"] for m in lines(broken)] == [0, 1]
     result = run(broken, resume=True, **settings)
     assert len(result.history) == 4

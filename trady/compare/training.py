@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from trady.compare.names import Names
+from trady.training.settings import OBSERVED_BATCHES
 
 #: A limit that can be switched off; TOML has no null.
 Limit = Annotated[float, Field(gt=0)] | Literal[False]
@@ -61,7 +62,7 @@ class Training(BaseModel):
     evaluation_limit: Count | None = None
     ranking: Names.Ranking | None = None
     scheme: Names.Scheme | None = None
-    observed_batches: Count = 4
+    observed_batches: Count = OBSERVED_BATCHES
     fidelity: Literal["exact", "8bit", "4bit"] = "exact"
 
     def given(self) -> dict[str, Any]:

@@ -34,12 +34,9 @@ from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule
-from trady.training.settings import Settings
+from trady.training.settings import OBSERVED_BATCHES, Settings
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner import Tuner
-
-#: Batches that a policy is measured on which measures before it draws, as in :func:`trady.finetune`.
-OBSERVED_BATCHES = 4
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule
-from trady.training.settings import Settings, ranking_digest
+from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner import Tuner
 
@@ -67,7 +67,7 @@ def finetune(
     recompute: Literal["auto", "all", "none"] = "auto",
     fidelity: str = "exact",
     micro_batch: int | Literal["auto"] | None = None,
-    observed_batches: int = 4,
+    observed_batches: int = OBSERVED_BATCHES,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, the whole run.

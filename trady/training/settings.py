@@ -13,6 +13,9 @@ from trady.ops.smooth import FIDELITIES
 from trady.planner import MODES
 from trady.ranking import LayerRanking
 
+#: Batches that a policy is measured on which measures before it draws.
+OBSERVED_BATCHES = 4
+
 
 @dataclass(frozen=True)
 class Settings:
