@@ -137,6 +137,47 @@ def test_resumed_run_ends_bit_for_bit_where_the_unbroken_one_does(
     assert (broken / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
+def test_an_epoch_of_several_draws_trains_more_channels_than_one_draw_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    settings = {"policy": "dynamic-random", "draws_per_epoch": 3, "momentum": 0.9, "epochs": 2}
+    once, whole, broken = tmp_path / "once", tmp_path / "whole", tmp_path / "broken"
+    run(once, **{**settings, "draws_per_epoch": 1})
+    run(whole, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, progress=StopAfter(1), **settings)
+    run(broken, resume=True, **settings)
+
+    def trained(out: Path) -> int:
+        new, old = load_file(out / "model.safetensors"), small_net().state_dict()
+        changes = [(new[name] - old[name]).abs().amax((0, 2, 3)) for name in new if new[name].dim() == 4]
+        return sum(int((change > 0).sum()) for change in changes)
+
+    assert trained(whole) > trained(once)
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert without_clock(lines(broken)) == without_clock(lines(whole))
+
+
+def test_the_draws_of_an_epoch_are_evenly_spread_and_each_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    for name in ("redraw", "ledger", "clip_gradients"):
+        original = getattr(trady.Tuner, name)
+
+        def spy(self: Any, *given: Any, _name: str = name, _original: Any = original, **named: Any) -> Any:
+            happened.append(_name)
+            return _original(self, *given, **named)
+
+        monkeypatch.setattr(trady.Tuner, name, spy)
+    run(None, policy="dynamic-random", draws_per_epoch=3, epochs=1)
+    measured = ["ledger", "clip_gradients", "clip_gradients"]
+    assert happened == [*measured, "redraw", *measured, "redraw", *measured]
+
+
+def test_more_draws_than_steps_are_refused() -> None:
+    with pytest.raises(TrainingError, match="draws_per_epoch is 7, and an epoch has 6 steps"):
+        run(None, draws_per_epoch=7)
+    with pytest.raises(TrainingError, match="draws_per_epoch is 0"):
+        run(None, draws_per_epoch=0)
+
+
 def test_resuming_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
     first = run(tmp_path, policy="full")
     again = run(tmp_path, policy="full", resume=True)

@@ -234,6 +234,21 @@ def test_dynamic_policies_draw_anew_and_static_ones_do_not() -> None:
         tuner.finish()
 
 
+def test_a_redraw_within_an_epoch_is_other_channels_for_dynamic_policies_and_survives_a_restart() -> None:
+    for policy, count in {"trady": 4, "trady+": 4, "dynamic-random": 4, "static-random": 1, "head": 1}.items():
+        tuner, again = (prepared(policy=policy, budget="elements:1500") for _ in range(2))
+        drawn = [tuner.resample(2).digest, *(tuner.redraw().digest for _ in range(3))]
+        assert len(set(drawn)) == count, policy
+        again.load_state_dict(tuner.state_dict())
+        assert again.selection == tuner.selection
+        assert again.redraw() == tuner.redraw()
+        assert tuner.resample(2).digest == drawn[0]
+        tuner.finish()
+        with pytest.raises(StateError, match="redraw"):
+            tuner.redraw()
+        again.finish()
+
+
 def test_training_does_not_move_the_draws() -> None:
     """A restart draws what it would have drawn: nothing but seed and epoch enters."""
     idle, trained = prepared(), prepared()

@@ -335,6 +335,23 @@ class Tuner:
         self._apply(self._drawing.draw(epoch, 0))
         return self._selection
 
+    def redraw(self) -> Selection:
+        """Draw the channels of the running epoch anew, for epochs that are few and long.
+
+        Call it between ``optimizer.step()`` and the next forward pass. How often it was called since
+        :meth:`resample` is part of the state, so every rank and every restart draws the same. A static policy
+        draws what it drew before.
+
+        Raises:
+            StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
+
+        """
+        self._check_alive("redraw")
+        self._observed.check_present("redraw")
+        self._redraw += 1
+        self._apply(self._drawing.draw(self._epoch, self._redraw))
+        return self._selection
+
     def _apply(self, selection: Selection) -> None:
         for change in self._armed.select(selection):
             for optimizer in self._attached():
@@ -383,8 +400,7 @@ class Tuner:
             self._drawing.settle()
         elif self._steps % STEPS_A_DRAW:
             return
-        self._redraw += 1
-        self._apply(self._drawing.draw(self._epoch, self._redraw))
+        self.redraw()
 
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.clipping`).

@@ -40,6 +40,9 @@ def finetune(
     observed_batches: Annotated[
         int, typer.Option(min=1, help="Batches that a policy which measures before it draws is measured on.")
     ] = 4,
+    draws_per_epoch: Annotated[
+        int, typer.Option(min=1, help="Channels are drawn anew so often in an epoch; more where epochs are few.")
+    ] = 1,
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
     ] = "sgd",
@@ -101,6 +104,7 @@ def finetune(
             recompute=cast(Recompute, recompute),
             fidelity=fidelity,
             observed_batches=observed_batches,
+            draws_per_epoch=draws_per_epoch,
             micro_batch=cast(MicroBatch, options.read_micro_batch(micro_batch)),
         )
     except KeyboardInterrupt:

@@ -40,6 +40,7 @@ class Training(BaseModel):
         scheme: A file that ``trady search`` has written, for the policy ``sparse-update``.
         observed_batches: Batches that a policy which measures before it draws is measured on.
         fidelity: How exactly smooth activations are differentiated.
+        draws_per_epoch: How often channels are drawn in an epoch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -64,6 +65,7 @@ class Training(BaseModel):
     scheme: Names.Scheme | None = None
     observed_batches: Count = OBSERVED_BATCHES
     fidelity: Literal["exact", "8bit", "4bit"] = "exact"
+    draws_per_epoch: Count = 1
 
     def given(self) -> dict[str, Any]:
         """Return the settings that the file has, without the defaults."""

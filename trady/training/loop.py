@@ -139,6 +139,7 @@ class Loop:
             self.trainer.micro_batch,
         )
         first = epoch * len(self.batches)
+        redraws = self._redraws()
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
         examples, total, rate = 0, 0.0, 0.0
         trained_from = time.perf_counter()
@@ -146,8 +147,11 @@ class Loop:
         for step, batch in enumerate(self.batches, start=first):
             rate = self.schedule.rate(step)
             try:
-                if step == first:
-                    result, peak_bytes, saved_bytes = self._measured(stepper, batch, rate)
+                if step - first in redraws:
+                    self.trainer.redraw()
+                if step == first or step - first in redraws:
+                    result, peak, saved = self._measured(stepper, batch, rate)
+                    peak_bytes, saved_bytes = max(peak_bytes, peak), max(saved_bytes, saved)
                 else:
                     result = stepper(batch, self.trainer.parameters(), rate)
             except NotFiniteError as error:
@@ -185,6 +189,11 @@ class Loop:
         )
         self.display.end_epoch(metrics)
         return metrics
+
+    def _redraws(self) -> frozenset[int]:
+        """Steps before which channels are drawn anew: an epoch is cut into equal parts, and the first is drawn by then."""
+        draws = self.settings.draws_per_epoch
+        return frozenset(part * len(self.batches) // draws for part in range(1, draws))
 
     def _observe(self, epoch: int) -> float:
         """Measure what the next draw needs; return the seconds it took."""

@@ -68,6 +68,7 @@ def finetune(
     fidelity: str = "exact",
     micro_batch: int | Literal["auto"] | None = None,
     observed_batches: int = OBSERVED_BATCHES,
+    draws_per_epoch: int = 1,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, the whole run.
@@ -113,6 +114,8 @@ def finetune(
             whole batch, half, a quarter, …
         observed_batches: Batches that a policy which measures before it draws (docs/policies.md) is measured on:
             the first of a seeded order of the training data, the same in every epoch and on every rank.
+        draws_per_epoch: An epoch is cut into so many equal parts, and channels are drawn anew before each. One is the
+            paper's; take more where epochs are few and long.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -124,7 +127,7 @@ def finetune(
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: The checkpoint is damaged, or of another model, version or setting.
         ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
-        TrainingError: The loss is no longer finite; the last good checkpoint is kept.
+        TrainingError: A setting is out of range, or the loss is no longer finite; the last good checkpoint is kept.
     """
     if epochs < 1:
         raise TrainingError(f"epochs is {epochs}; it must be at least 1")
@@ -154,7 +157,12 @@ def finetune(
         fidelity=fidelity,
         micro_batch=micro_batch,
         observed_batches=observed_batches if needs_of(get_policy(policy)) else None,
+        draws_per_epoch=draws_per_epoch,
     )
+    if draws_per_epoch > len(batches):
+        raise TrainingError(
+            f"draws_per_epoch is {draws_per_epoch}, and an epoch has {len(batches)} steps; give at most that many"
+        )
     if micro_batch is not None:
         _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)

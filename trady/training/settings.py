@@ -42,6 +42,7 @@ class Settings:
         fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
         micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
         observed_batches: Batches that the policy is measured on; ``None`` for one that measures nothing.
+        draws_per_epoch: How often channels are drawn in an epoch.
     """
 
     policy: str
@@ -64,6 +65,7 @@ class Settings:
     fidelity: str = "exact"
     micro_batch: int | str | None = None
     observed_batches: int | None = None
+    draws_per_epoch: int = 1
 
     def __post_init__(self) -> None:
         for name, value, possible in (
@@ -80,6 +82,8 @@ class Settings:
 
         if self.observed_batches is not None and self.observed_batches < 1:
             raise TrainingError(f"observed_batches is {self.observed_batches}; give at least 1")
+        if self.draws_per_epoch < 1:
+            raise TrainingError(f"draws_per_epoch is {self.draws_per_epoch}; give at least 1")
         if not _is_micro_batch(self.micro_batch):
             raise TrainingError(f"micro_batch is {self.micro_batch!r}; give a number of samples, {AUTO!r}, or None")
         if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):

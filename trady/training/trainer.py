@@ -65,6 +65,9 @@ class Trainer(Protocol):
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
 
+    def redraw(self) -> None:
+        """Called between two steps of an epoch, where it has several draws."""
+
     def set_mode(self, *, training: bool) -> None:
         """Put the model in training or evaluation mode."""
 
@@ -127,6 +130,10 @@ class TunerTrainer:
     def start_epoch(self, epoch: int) -> None:
         """Draw new channels."""
         self.tuner.resample(epoch)
+
+    def redraw(self) -> None:
+        """Draw other channels."""
+        self.tuner.redraw()
 
     def set_mode(self, *, training: bool) -> None:
         """Set the mode; an armed model keeps its normalisation statistics fixed in both."""
@@ -202,6 +209,9 @@ class FullTrainer:
 
     def start_epoch(self, epoch: int) -> None:
         """Nothing changes between epochs."""
+
+    def redraw(self) -> None:
+        """Nothing changes within an epoch."""
 
     def set_mode(self, *, training: bool) -> None:
         """Set the mode, with the statistics of batch normalisation fixed as under a tuner.
