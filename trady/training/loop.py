@@ -191,7 +191,7 @@ class Loop:
         return metrics
 
     def _redraws(self) -> frozenset[int]:
-        """Steps before which channels are drawn anew: an epoch is cut into equal parts, and the first is drawn by then."""
+        """Steps before which channels are drawn anew: an epoch is cut into equal parts, the first drawn already."""
         draws = self.settings.draws_per_epoch
         return frozenset(part * len(self.batches) // draws for part in range(1, draws))
 
