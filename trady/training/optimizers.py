@@ -40,10 +40,8 @@ def optimizer_factory(
     raise TrainingError(f"no optimizer {optimizer!r}; there are {', '.join(NAMES)}")
 
 
-def memory_of(optimizer: str | OptimizerFactory, factory: OptimizerFactory, device: torch.device) -> OptimizerMemory:
-    """Return what a named optimizer takes; nothing for the user's own, which is looked at when it is attached."""
-    if not isinstance(optimizer, str):
-        return OptimizerMemory()
+def memory_of(factory: OptimizerFactory, device: torch.device) -> OptimizerMemory:
+    """Return what an optimizer takes beside its parameters and their gradients: one over a single number tells."""
     one = nn.Parameter(torch.zeros(1, device=device))
     made = factory([one])
     return replace(optimizer_memory(made), in_backward=optim.update_forms([made], [one]))

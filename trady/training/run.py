@@ -176,13 +176,15 @@ def finetune(
         fidelity=fidelity,
         micro_batch=micro_batch,
     )
+    # An optimizer of the user's own making is looked at when it is attached: it may cling to what it is given.
+    memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
     folder = None if out is None else RunFolder(Path(out))
     resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
     with own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, memory_of(optimizer, factory, accelerator.device)),
+            trainer=_trainer(model, loader, accelerator, request, memory),
             batches=batches,
             evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
             observed=measured_on(loader, observed_batches, seed, accelerator.device),
