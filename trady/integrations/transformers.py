@@ -31,10 +31,13 @@ from trady.training.state import State
 from trady.tuner import Tuner
 
 try:
+    import transformers
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError('this module needs transformers: pip install "trady[transformers]"') from error
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(f"this module needs transformers 5 or newer, and {transformers.__version__} is installed")
 
 #: Batches that are looked at for the largest one, which the plan is made for.
 EXAMPLES = 8
