@@ -84,37 +84,6 @@ def test_observed_gradients_are_those_of_the_dense_model_whatever_the_budget(nam
     tuner.finish()
 
 
-def test_fisher_information_is_that_of_the_activations_in_front_of_the_layer() -> None:
-    model = seeded(Residual).double()
-    x, y = normal(5, 3, 9, 9).double(), torch.tensor([0, 1, 2, 1, 0])
-    tuner = prepared(model, x, Largest("fisher"))
-    measured = tuner.observe([(x, y)], F.cross_entropy)["fisher"]
-    table = tuner.plan.table
-    tuner.finish()
-    dense = copy.deepcopy(model).requires_grad_(True)
-    freeze_norms(dense)
-    for layer in table:
-        found = [activation_fisher(dense, layer, x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
-        np.testing.assert_allclose(measured[layer.name], np.mean(found, axis=0) / 2, rtol=1e-6, atol=1e-20)
-
-
-def activation_fisher(model: nn.Module, layer: trady.Layer, x: Tensor, y: Tensor) -> np.ndarray:
-    """(Σ_positions a · ∂L/∂a)² of each input channel, by autograd on the layer's own input."""
-    inputs: list[Tensor] = []
-
-    def own_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs.append(args[0].detach().requires_grad_())  # a leaf: only the path through this layer counts
-        return (inputs[-1], *args[1:])
-
-    handle = model.get_submodule(layer.name).register_forward_pre_hook(own_input)
-    try:
-        F.cross_entropy(model(x), y).backward()
-    finally:
-        handle.remove()
-    (a,) = inputs
-    return (a.detach() * a.grad).sum((0, *range(2, a.dim()))).square().numpy()
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weight_norms_are_known_as_soon_as_the_model_is_prepared(name: str) -> None:
     build, shape = IMAGE_NETWORKS[name]
@@ -151,14 +120,15 @@ def test_parts_of_a_batch_measure_what_the_whole_batch_does() -> None:
 # -- inside the budget -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", ["dynamic-rgn", "fisher"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("name", ["residual", "grouped"])
-def test_observing_stays_inside_a_peak_budget(name: str, optimizer: str) -> None:
+def test_observing_stays_inside_a_peak_budget(name: str, optimizer: str, policy: str) -> None:
     build, shape = IMAGE_NETWORKS[name]
     model = seeded(build)
     batch = (normal(16, *shape), torch.zeros(16, dtype=torch.int64))
     generous = trady.plan(model, batch[0], budget="peak:1 GiB", policy="full").predicted_peak_bytes
-    tuner = prepared(model, batch[0], "dynamic-rgn", f"peak:{int(0.8 * generous)} B")
+    tuner = prepared(model, batch[0], policy, f"peak:{int(0.8 * generous)} B")
     made = tuner.attach(getattr(torch.optim, optimizer)(tuner.parameters(), lr=0.01))
     amount = tuner.plan.budget.amount
     for epoch in range(2):
@@ -171,9 +141,10 @@ def test_observing_stays_inside_a_peak_budget(name: str, optimizer: str) -> None
     tuner.finish()
 
 
-def test_no_sweep_takes_more_elements_than_the_budget_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["dynamic-rgn", "fisher"])
+def test_no_sweep_takes_more_elements_than_the_budget_has(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = data()
-    tuner = prepared(seeded(Residual), batches[0][0], "dynamic-rgn", "elements:900")
+    tuner = prepared(seeded(Residual), batches[0][0], policy, "elements:900")
     taken: list[Selection] = []
     select = tuner._armed.select
     monkeypatch.setattr(tuner._armed, "select", lambda selection: taken.append(selection) or select(selection))

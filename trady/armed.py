@@ -8,8 +8,9 @@ it is written back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,6 +126,30 @@ class Armed:
                 else:
                     scatter_channels_(weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
             self._written[name] = armed.versions
+
+    @contextmanager
+    def gated(self, samples: int) -> Iterator[Mapping[str, Tensor]]:
+        """Put gates (:mod:`trady.ops.gates`) in the place of the selected channels' weights for a while.
+
+        Args:
+            samples: Samples of the batches that follow.
+
+        Yields:
+            Layer name to its gates ``[n, samples]``, which receive their gradient as leaves do.
+
+        """
+        before = {name: (armed.leaf, armed.selected) for name, armed in self.layers.items()}
+        gates = {}
+        for name, armed in self.layers.items():
+            if armed.selected is not None:
+                one = armed.compact.detach().new_ones(())
+                armed.leaf = gates[name] = one.expand(len(armed.selected), samples).requires_grad_()
+                armed.selected = replace(armed.selected, gates=samples)
+        try:
+            yield gates
+        finally:
+            for name, armed in self.layers.items():
+                armed.leaf, armed.selected = before[name]
 
     def _new_leaf(self, name: str) -> Tensor:
         armed = self.layers[name]

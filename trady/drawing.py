@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 
 import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.budget import Budget, Scope, below_least
-from trady.channels import Selection
+from trady.channels import ChannelTable, Selection
 from trady.errors import BudgetError
 from trady.examine import Examined, meta_batch
 from trady.measures import check_needs
@@ -317,37 +317,46 @@ class Drawing:
         """Whether the policy cannot draw yet."""
         return bool(self.needs) and self.evidence is None
 
-    def sweeps(self, trained: Selection) -> tuple[Selection, ...]:
+    def sweeps(self, trained: Selection, numbers: int = 0) -> tuple[Selection, ...]:
         """Cut all channels into selections whose gradients can be had inside the budget.
 
         Args:
             trained: The channels that train; the optimizer's state of them stays alive meanwhile.
+            numbers: Numbers that are kept of a channel, where these are more than the weights that it has.
 
         Raises:
             BudgetError: Not one channel fits beside that state.
 
         """
         kept = self.state_copies * self.table.weight_elements(trained) * self.table.weight_element_bytes
-        selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept) <= self._amount))
-        if not selections:
+        table = _with_weights(self.table, numbers)
+        selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept, table) <= self._amount))
+        if not selections and self.table.layers:
             one = (Selection({layer.name: np.zeros(1, dtype=np.int64)}) for layer in self.table)
             assert self.budget is not None
-            raise below_least(self.budget, min(self._taken(selection, kept) for selection in one))
+            raise below_least(self.budget, min(self._taken(selection, kept, table) for selection in one))
         return selections
 
     @property
     def _amount(self) -> float:
         return math.inf if self.budget is None else self.budget.amount
 
-    def _taken(self, selection: Selection, kept: int) -> int:
-        """What measuring a selection takes of the budget, beside the optimizer's state of the channels that train."""
+    def _taken(self, selection: Selection, kept: int, table: ChannelTable) -> int:
+        """What measuring a selection takes of the budget, beside the optimizer's state of the channels that train.
+
+        ``table`` counts numbers of every sample as weights. In elements for one sample they are one a channel, which no
+        channel has fewer weights than.
+        """
         if self.budget is None or self.budget.scope is Scope.ELEMENTS:
             return self.table.elements(selection)
         if self.budget.scope is Scope.UPDATE:
-            return cost_of(self.table, selection).update_bytes + kept
-        timeline = self._simulate(self.table.names, self.recomputation)
+            return cost_of(table, selection).update_bytes + kept
+        timeline = replace(self._simulate(self.table.names, self.recomputation), table=table)
         peak = self._peak(timeline, selection, OptimizerMemory())
-        return peak + kept + self.state_copies * self._head_bytes
+        # Taking the numbers of a sample copies its channels, of one layer at a time.
+        maps = (len(channels) * table[name].activation_elements for name, channels in selection.items())
+        copied = max(maps, default=0) * table.element_bytes if table is not self.table else 0
+        return peak + copied + kept + self.state_copies * self._head_bytes
 
     def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
         """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
@@ -435,3 +444,9 @@ class Drawing:
             return None
         drawn = [selection, *(self.draw(e, 0) for e in range(epoch + 1, epoch + EPOCHS_LOOKED_AT))]
         return Sparsity.of([cost_of(self.table, s, self.state_copies) for s in drawn])
+
+
+def _with_weights(table: ChannelTable, least: int) -> ChannelTable:
+    """The table as if no channel had fewer weight elements than ``least``."""
+    layers = (replace(layer, weight_elements=max(layer.weight_elements, least)) for layer in table)
+    return replace(table, layers=tuple(layers)) if least else table

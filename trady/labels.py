@@ -13,6 +13,9 @@ current_operation: ContextVar[str | None] = ContextVar("current_operation", defa
 #: Whether it is trady that asks a tensor where it is: a model is told that stand-ins are on the real device.
 asking_for_ourselves: ContextVar[bool] = ContextVar("asking_for_ourselves", default=False)
 
+#: The part of a batch that is computed anew: its first sample and how many they are; ``None`` is the whole batch.
+samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_under_way", default=None)
+
 T = TypeVar("T", bound=torch.Tensor)
 
 

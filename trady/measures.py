@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from trady.armed import Armed
 from trady.errors import PolicyError, StateError
+from trady.fisher_information import fisher_information
 from trady.ops.selected import channel_major
 from trady.policies.evidence import Evidence, Floats, Needs, Values
 from trady.sweeps import Loss, Sweeper, squared_norm
@@ -44,14 +44,15 @@ class Bench:
 
     Attributes:
         armed: The armed model.
-        sweeper: Runs batches through it, in sweeps that fit in the budget.
+        sweeper: Runs batches through it, in sweeps that fit in the budget, with room for so many numbers a channel
+            beside its activations, or for its weight gradient if that is larger.
         batches: Pairs (inputs, targets), or mappings that the model computes a loss from.
         loss: From (outputs, targets) to a scalar; ``None`` for the model's own.
         before: What was measured before; ``None`` the first time.
     """
 
     armed: Armed
-    sweeper: Callable[[], Sweeper]
+    sweeper: Callable[[int], Sweeper]
     batches: Iterable[Any]
     loss: Loss | None
     before: Evidence | None
@@ -130,7 +131,7 @@ class SquaredGradients:
 
     def __call__(self, bench: Bench) -> Measured:
         """Measure in sweeps."""
-        found = bench.sweeper().mean(bench.batches, squared_norm)
+        found = bench.sweeper(0).mean(bench.batches, squared_norm)
         return Measured(found.values, batches=found.batches)
 
 
@@ -138,15 +139,14 @@ class FisherInformation:
     """``fisher``: ½ · mean over samples of (Σ_positions a_c · ∂L/∂a_c)², a_c the channel's input activations.
 
     The activation Fisher information of TinyTrain (arXiv 2307.09988), for the input of a layer instead of its
-    output. A layer is linear in its input, so Σ_positions a_c · ∂L/∂a_c through this layer is ⟨W[:, c], ∂L/∂W[:, c]⟩:
-    the compact gradient of a batch of one sample has it, and no activation gradient is kept.
+    output: :mod:`trady.fisher_information`.
     """
 
     needs_batches = True
 
     def __call__(self, bench: Bench) -> Measured:
-        """Measure in sweeps, sample by sample."""
-        found = bench.sweeper().mean(bench.batches, _half_squared_inner_product, single_samples=True)
+        """Measure in sweeps; of every channel one number a sample is kept beside its activations."""
+        found = fisher_information(bench.sweeper(bench.armed.table.batch), bench.batches)
         return Measured(found.values, batches=found.batches)
 
 
@@ -164,10 +164,6 @@ class WeightNorms:
             norm = torch.linalg.vector_norm(rows, dim=tuple(range(2, rows.dim())), dtype=torch.float64)
             norms[layer.name] = norm.flatten().cpu().numpy()
         return Measured(norms)
-
-
-def _half_squared_inner_product(weights: Tensor, gradient: Tensor) -> Tensor:
-    return (weights.double() * gradient.double()).sum(1).square_().div_(2)
 
 
 def _averaged(array: Floats) -> Floats:

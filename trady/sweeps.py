@@ -22,8 +22,8 @@ from trady.micro_batches import parts_of
 from trady.policies.evidence import Floats
 from trady.trace import as_arguments
 
-#: From the selected slices ``W[:, c]`` and their gradient, both [n, output channels a group, *kernel], to [n].
-Reduce = Callable[[Tensor, Tensor], Tensor]
+#: From the gradient of the selected slices ``W[:, c]`` [n, weight elements of a channel] to [n].
+Reduce = Callable[[Tensor], Tensor]
 
 #: Shown a layer's name, some of its channels ``[n]`` and their gradient ``[n, weight elements of a channel]``.
 See = Callable[[str, Channels, Tensor], None]
@@ -59,33 +59,30 @@ class Sweeper:
     seed: int = 0
     progress: Progress | None = field(default=None, compare=False)
 
-    def mean(self, batches: Iterable[Any], reduce: Reduce, *, single_samples: bool = False) -> Means:
+    def mean(self, batches: Iterable[Any], reduce: Reduce) -> Means:
         """Average ``reduce`` of every channel's gradient over the batches; what is not finite counts as 0.
 
         Args:
             batches: Pairs (inputs, targets), or mappings that the model computes a loss from; each is looked
                 at once, and none is kept.
             reduce: What is averaged.
-            single_samples: Take every sample for a batch of its own.
 
         """
         sums = {layer.name: np.zeros(layer.channels) for layer in self.armed.table}
         device = next(iter(self.armed.model.parameters())).device
-        done = count = given = 0
-        with _put_aside(self.armed, self.head):
+        done = given = 0
+        with put_aside(self.armed, self.head):
             for batch in batches:
                 given += 1
-                for one in (part for part, _ in parts_of(batch, 1)) if single_samples else (batch,):
-                    for selection in self.selections:
-                        self.armed.select(selection)
-                        self._backward(one, self.seed + count, device)
-                        for name, channels in selection.items():
-                            sums[name][channels] += self._reduced(name, reduce)
-                        done += 1
-                        if self.progress is not None:
-                            self.progress(done, given)
-                    count += 1
-        return Means({name: values / max(count, 1) for name, values in sums.items()}, given)
+                for selection in self.selections:
+                    self.armed.select(selection)
+                    self._backward(batch, self.seed + given - 1, device)
+                    for name, channels in selection.items():
+                        sums[name][channels] += self._reduced(name, reduce)
+                    done += 1
+                    if self.progress is not None:
+                        self.progress(done, given)
+        return Means({name: values / max(given, 1) for name, values in sums.items()}, given)
 
     def visit(self, batch: Any, see: See, *, seed: int) -> None:
         """Show the gradient of every channel on one batch, a few channels at a time.
@@ -98,13 +95,13 @@ class Sweeper:
 
         """
         device = next(iter(self.armed.model.parameters())).device
-        with _put_aside(self.armed, self.head):
+        with put_aside(self.armed, self.head):
             for selection in self.selections:
                 self.armed.select(selection)
                 self._backward(batch, seed, device)
                 for name, channels in selection.items():
                     start = 0
-                    for _, gradient in self._rows(name):
+                    for gradient in self._rows(name):
                         see(name, channels[start : start + len(gradient)], gradient)
                         start += len(gradient)
 
@@ -117,21 +114,21 @@ class Sweeper:
                     (value if share == 1.0 else value * share).backward()
 
     def _reduced(self, name: str, reduce: Reduce) -> Floats:
-        reduced = [reduce(weights, gradient) for weights, gradient in self._rows(name)]
+        reduced = [reduce(gradient) for gradient in self._rows(name)]
         if not reduced:
             return np.zeros(len(self.armed.layers[name].compact))
         found = torch.cat(reduced)
         return torch.where(found.isfinite(), found, 0.0).cpu().numpy()
 
-    def _rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Take a layer's gradient: slices and gradient, a few rows at a time, so that float64 copies stay small."""
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        """Take a layer's gradient, a few rows at a time, so that float64 copies stay small."""
         compact = self.armed.layers[name].compact
         gradient, compact.grad = compact.grad, None
         if gradient is None:
             return
         rows = max(1, _ROW_BYTES // max(gradient[0].nbytes, 1))
-        for weights, part in zip(compact.detach().split(rows), gradient.split(rows), strict=True):
-            yield weights.flatten(1), part.flatten(1)
+        for part in gradient.split(rows):
+            yield part.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -142,13 +139,13 @@ class Means:
     batches: int
 
 
-def squared_norm(weights: Tensor, gradient: Tensor) -> Tensor:
+def squared_norm(gradient: Tensor) -> Tensor:
     """‖∂L/∂W[:, c]‖₂² of each channel."""
     return gradient.double().square_().sum(1)
 
 
 @contextmanager
-def _put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
+def put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
     selection, callbacks = armed.selection, list(armed.on_gradient)
     compacts = [layer.compact for layer in armed.layers.values()]

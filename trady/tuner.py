@@ -271,7 +271,9 @@ class Tuner:
         if not drawing.needs or (observed.evidence is not None and not drawing.needs.each_epoch):
             return observed.evidence
         first = observed.evidence is None
-        bench = Bench(self._armed, lambda: self._sweeper(loss, progress), batches, loss, observed.evidence)
+        bench = Bench(
+            self._armed, lambda numbers: self._sweeper(loss, progress, numbers), batches, loss, observed.evidence
+        )
         observed.evidence, observed.epoch = gather_evidence(drawing.needs, bench), None
         drawing.evidence = observed.evidence
         if first:
@@ -296,12 +298,12 @@ class Tuner:
         return self._sweeper(loss, None)
 
     def _sweeper(
-        self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None
+        self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None, numbers: int = 0
     ) -> Sweeper:
         return Sweeper(
             self._armed,
             tuple(self._examined.head_parameters.values()),
-            self._drawing.sweeps(self._selection),
+            self._drawing.sweeps(self._selection, numbers),
             loss,
             self._drawing.micro_batch,
             self._drawing.seed,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
+from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_dense, is_owned, memory_format, unviewed
 from trady.ops.maps import WeightMap
 from trady.ops.selected import SelectedChannels
@@ -58,7 +59,8 @@ def layer(
     Args:
         x: Input, batch first.
         compact: Leaf of shape [n, selected output channels a group, *kernel] that receives the gradient of
-            the selected channels (its values are not read: ``weight`` holds the truth).
+            the selected channels (its values are not read: ``weight`` holds the truth). Where they have gates, it
+            receives the gradient of these, [n, samples].
         call: Geometry, selected channels, activation.
         weight: The frozen weight.
         bias: Bias of the layer.
@@ -130,6 +132,9 @@ class _Layer(torch.autograd.Function):
                 inputs = x.index_select(call.weight_map.channel_dim, call.selected.index).to(y.dtype)
         ctx.call, ctx.input_shape, ctx.input_dtype, ctx.format = call, x.shape, x.dtype, memory_format(y)
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
+        ctx.gates = None
+        if inputs is not None and call.selected is not None and call.selected.gates is not None:
+            ctx.gates = Gates.of(call.selected, call.selected.gates, x.shape[0], call.weight_map.channel_dim)
         ctx.save_for_backward(
             None if inputs is None else label_saved(inputs, "channels"),
             None if bits is None else label_saved(bits, "bits"),
@@ -144,36 +149,39 @@ class _Layer(torch.autograd.Function):
         references = sys.getrefcount(gradient)
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
+        gates: Gates | None = ctx.gates
         owned = is_owned(gradient, references)
         wants_input = ctx.needs_input_grad[0]
-        folded = _fold(weight, scale, call).to(gradient.dtype) if wants_input else None
+        folded = _fold(weight, scale, call).to(gradient.dtype) if wants_input or gates else None
         weight_gradient = None
         if inputs is not None:
             shape, dtype = ctx.compact_like
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
         sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
-        in_parts = call.weight_map.pad or (bits is not None and not owned)
+        in_parts = call.weight_map.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
         parts = _parts(gradient, sizes) if in_parts else [slice(None)]
         for part in parts:
             whole = len(parts) == 1
             g = gradient if whole else gradient[part]
             if bits is not None:
                 g = _before_activation(g, bits if whole else bits[part], call, ctx.format, owned)
-            if weight_gradient is not None:
+            if weight_gradient is not None and gates is None:
                 _add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
             if folded is not None:
                 shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.weight_map.input_gradient(g, folded, shape)
                 del g
-                if whole:
+                if gates is not None and weight_gradient is not None:
+                    gates.add_gradient(weight_gradient, made, inputs, part)
+                if wants_input and whole:
                     input_gradient = (made if is_dense(made) else made.contiguous()).to(ctx.input_dtype)
-                else:
+                elif wants_input:
                     if input_gradient is None:
                         input_gradient = empty_like_batch(made.to(ctx.input_dtype), ctx.input_shape[0])
                     input_gradient[part].copy_(made)
                 del made
-        if weight_gradient is not None and scale is not None:
+        if weight_gradient is not None and scale is not None and gates is None:
             weight_gradient = _scale_gradient(weight_gradient, scale, call)
         return input_gradient, weight_gradient, None, None, None, None, None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from trady.batching import Along
-from trady.labels import asking_for_ourselves, label_saved
+from trady.labels import asking_for_ourselves, label_saved, samples_under_way
 from trady.ops.layout import unviewed
 
 
@@ -181,8 +181,12 @@ class _Recomputed(torch.autograd.Function):
                 ]
                 for i in wanted:
                     inputs[i] = inputs[i].requires_grad_()
-                with torch.enable_grad():
-                    out = recipe.run(inputs, part, True)
+                token = samples_under_way.set(None if part.whole else (part.start, part.samples))
+                try:
+                    with torch.enable_grad():
+                        out = recipe.run(inputs, part, True)
+                finally:
+                    samples_under_way.reset(token)
                 pairs = [
                     (t, part.of(g, along))
                     for t, g, along in zip(out, gradients, recipe.made, strict=False)

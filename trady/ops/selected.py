@@ -38,6 +38,8 @@ class SelectedChannels:
         channel: int64 [n], its place inside that group.
         blocks: The groups by number of selected channels: at most sqrt(2 n) of them.
         outputs: int64 [m], the output channels that train; ``None`` for all. Of layers with one group.
+        gates: Samples of the batch, where the leaf of the layer holds no weights but gates: factors of 1 that the
+            input is multiplied by, one a channel and sample, ``[n, gates]``. Else ``None``.
     """
 
     index: Tensor
@@ -45,6 +47,7 @@ class SelectedChannels:
     channel: Tensor
     blocks: tuple[Block, ...]
     outputs: Tensor | None = None
+    gates: int | None = None
 
     @property
     def place(self) -> tuple[Tensor, ...]:

@@ -11,8 +11,8 @@ paper fixes beforehand how many channels a layer may train and which blocks may 
 budget alone decides, so a layer trains whole before the next one begins; and the samples are ordinary batches
 of the training data, not the support set of an episode.
 
-What it spends that TraDy does not: one forward and backward pass of a single sample for each observed sample and each
-selection that all channels have to be cut into, once, before training.
+What it spends that TraDy does not: one forward and backward pass of each observed batch for each selection that all
+channels have to be cut into, once, before training (:mod:`trady.fisher_information`).
 """
 
 from __future__ import annotations
