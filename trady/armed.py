@@ -30,11 +30,12 @@ _armed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Change:
-    """How a compact parameter changed: new row ``i`` was row ``sources[i]``, or -1 is new; columns likewise.
+    """How a layer's compact parameter changed: new row ``i`` was row ``sources[i]``, or -1 is new; columns likewise.
 
     Rows are input channels, columns output channels (of a group).
     """
 
+    layer: str
     compact: nn.Parameter
     sources: Channels
     rows_before: int
@@ -98,7 +99,7 @@ class Armed:
             armed.leaf = self._new_leaf(name) if len(now) else None
             self._written[name] = armed.versions
             moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
-            changes.append(Change(armed.compact, *moved))
+            changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
         return changes
 

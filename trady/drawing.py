@@ -15,7 +15,7 @@ from trady.budget import Budget, Scope, below_least
 from trady.channels import ChannelTable, Selection
 from trady.errors import BudgetError
 from trady.examine import Examined, meta_batch
-from trady.measures import check_needs
+from trady.measures import looks_back
 from trady.memory.optimizer import OptimizerMemory
 from trady.memory.timeline import Timeline
 from trady.online_ranking import OnlineRanking
@@ -92,6 +92,7 @@ class Drawing:
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
         needs: What the policy wants measured.
+        looks_back: Whether the weights that train are kept to compare with an epoch ago.
         evidence: What was measured; ``None`` until then, and draws are typical ones, for plans.
         options: What the policy was made with, as text.
     """
@@ -113,7 +114,7 @@ class Drawing:
         self.online: OnlineRanking | None = None
         self.needs = needs_of(rules.policy)
         self.evidence: Evidence | None = None
-        check_needs(self.needs)
+        self.looks_back = looks_back(self.needs)
         self.options = str(getattr(rules.policy, "options", ""))
         self._whole = bool(getattr(rules.policy, "whole", False))
         self._planner = planner
@@ -231,12 +232,19 @@ class Drawing:
         return selection or min(self._smallest(), key=self.table.elements, default=selection)
 
     def _peak(self, timeline: Timeline, selection: Selection, optimizer: OptimizerMemory | None = None) -> int:
-        return timeline.predicted_peak(selection, optimizer or self.optimizer, accumulates=self._accumulates)
+        optimizer = optimizer or self.optimizer
+        kept = replace(optimizer, copies=optimizer.copies + self.looks_back)
+        return timeline.predicted_peak(selection, kept, accumulates=self._accumulates)
 
     @property
     def state_copies(self) -> int:
         """Copies of a parameter that the optimizer keeps."""
         return self.optimizer.copies
+
+    @property
+    def copies(self) -> int:
+        """Copies of what trains that are kept: by the optimizer, and to compare with an epoch ago."""
+        return self.optimizer.copies + self.looks_back
 
     @property
     def extremes(self) -> tuple[Recomputation, Recomputation | None]:
@@ -282,7 +290,7 @@ class Drawing:
         if self.budget is None or self.budget.scope is not Scope.UPDATE:
             return 1, 1
         sample = self.table.batch * self.table.element_bytes
-        return sample, self.table.weight_element_bytes * (2 + self.state_copies)
+        return sample, self.table.weight_element_bytes * (2 + self.copies)
 
     def _drawable(self) -> list[str]:
         if self.budget is None or self.budget.scope is Scope.PEAK:
@@ -328,7 +336,7 @@ class Drawing:
             BudgetError: Not one channel fits beside that state.
 
         """
-        kept = self.state_copies * self.table.weight_elements(trained) * self.table.weight_element_bytes
+        kept = self.copies * self.table.weight_elements(trained) * self.table.weight_element_bytes
         table = _with_weights(self.table, numbers)
         selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept, table) <= self._amount))
         if not selections and self.table.layers:
@@ -352,11 +360,11 @@ class Drawing:
         if self.budget.scope is Scope.UPDATE:
             return cost_of(table, selection).update_bytes + kept
         timeline = replace(self._simulate(self.table.names, self.recomputation), table=table)
-        peak = self._peak(timeline, selection, OptimizerMemory())
+        peak = timeline.predicted_peak(selection, OptimizerMemory(), accumulates=self._accumulates)
         # Taking the numbers of a sample copies its channels, of one layer at a time.
         maps = (len(channels) * table[name].activation_elements for name, channels in selection.items())
         copied = max(maps, default=0) * table.element_bytes if table is not self.table else 0
-        return peak + copied + kept + self.state_copies * self._head_bytes
+        return peak + copied + kept + self.copies * self._head_bytes
 
     def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
         """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
@@ -408,7 +416,7 @@ class Drawing:
             head=head,
             head_parameters=sum(p.numel() for p in parameters.values()),
             selection=selection,
-            cost=cost_of(self.table, selection, self.state_copies),
+            cost=cost_of(self.table, selection, self.copies),
             predicted_peak_bytes=sum(predicted.values()) if peak else None,
             least_peak_bytes=self.timeline.least_bytes if peak else None,
             recomputed=self.recomputation.names,
@@ -434,16 +442,19 @@ class Drawing:
         )
         kept = self.table.weight_elements(selection) * self.table.weight_element_bytes
         state = self.state_copies * (self._head_bytes + kept)
+        parts = dict(timeline.parts)
+        if self.looks_back:
+            parts["compact parameters"] = parts.get("compact parameters", 0) + self._head_bytes + kept
         if self.state_copies > 1:  # Adam counts the steps of every tensor
             state += _COUNTER_BYTES * (len(selection.channels) + self._head_tensors)
-        return {**timeline.parts, **({"optimizer state": state} if state else {})}
+        return {**parts, **({"optimizer state": state} if state else {})}
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:
         """Look at the draws of further epochs too, where a draw costs next to nothing."""
         if peak or self._whole or self.table.channel_count > MANY_CHANNELS:
             return None
         drawn = [selection, *(self.draw(e, 0) for e in range(epoch + 1, epoch + EPOCHS_LOOKED_AT))]
-        return Sparsity.of([cost_of(self.table, s, self.state_copies) for s in drawn])
+        return Sparsity.of([cost_of(self.table, s, self.copies) for s in drawn])
 
 
 def _with_weights(table: ChannelTable, least: int) -> ChannelTable:

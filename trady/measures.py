@@ -7,7 +7,8 @@ budget, and the next draw has them as :class:`trady.policies.Evidence`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +50,7 @@ class Bench:
         batches: Pairs (inputs, targets), or mappings that the model computes a loss from.
         loss: From (outputs, targets) to a scalar; ``None`` for the model's own.
         before: What was measured before; ``None`` the first time.
+        earlier: Context in which the model has the weights of back then, for measures with ``looks_back``.
     """
 
     armed: Armed
@@ -56,10 +58,15 @@ class Bench:
     batches: Iterable[Any]
     loss: Loss | None
     before: Evidence | None
+    earlier: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Measure(Protocol):
-    """One kind of evidence."""
+    """One kind of evidence.
+
+    Optional is the attribute ``looks_back`` (true: the weights that train are kept from one measurement to the next,
+    in the budget, for :attr:`Bench.earlier`).
+    """
 
     #: Whether it looks at data; without, the tuner measures when the model is prepared.
     needs_batches: bool
@@ -101,6 +108,12 @@ def needs_batches(needs: Needs) -> bool:
     return any(_measures[kind].needs_batches for kind in needs.kinds)
 
 
+def looks_back(needs: Needs) -> bool:
+    """Whether any of the kinds compares with the weights of the measurement before."""
+    check_needs(needs)
+    return any(getattr(_measures[kind], "looks_back", False) for kind in needs.kinds)
+
+
 def gather_evidence(needs: Needs, bench: Bench) -> Evidence:
     """Measure all that a policy needs, the same on every rank.
 
@@ -110,7 +123,7 @@ def gather_evidence(needs: Needs, bench: Bench) -> Evidence:
     """
     check_needs(needs)
     several = sum(_measures[kind].needs_batches for kind in needs.kinds) > 1
-    shared = Bench(bench.armed, bench.sweeper, list(bench.batches), bench.loss, bench.before) if several else bench
+    shared = replace(bench, batches=list(bench.batches)) if several else bench
     values: dict[str, Values] = {}
     carried: dict[str, npt.NDArray[Any]] = {}
     batches = 0

@@ -18,6 +18,9 @@ PREFIX = "@evidence/"
 
 _KINDS, _CARRIED = "kinds", "carried"
 
+#: And those of them that hold the weights as they were when it was measured (:mod:`trady.earlier`).
+EARLIER = PREFIX + "earlier/"
+
 
 class Observed:
     """The evidence of a run and the epoch that was drawn from it.
@@ -104,7 +107,7 @@ class Observed:
         values: dict[str, dict[str, Any]] = {kind: {} for kind in self.needs.kinds}
         carried = {}
         for key, tensor in tensors.items():
-            if not key.startswith(PREFIX):
+            if not key.startswith(PREFIX) or key.startswith(EARLIER):
                 continue
             part, _, rest = key.removeprefix(PREFIX).partition("/")
             if part == _CARRIED:

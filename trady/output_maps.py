@@ -14,13 +14,12 @@ linear layer over vectors) its cosine could only be 1 or -1, so there the sample
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -44,22 +43,23 @@ MOMENTUM = 0.5
 #: Samples that are looked at. The paper finds that a single image does nearly as well as hundreds.
 MOST_SAMPLES = 32
 
-#: What is kept of a map until the next epoch. A unit vector whose elements are rounded to 11 bits is turned by less
-#: than 2**-12, and so is the cosine; next to 1 by its square.
-_KEPT = np.float16
+#: Name and number of a call of a layer, to what it computes: [output channels, positions].
+Maps = dict[tuple[str, int], Tensor]
 
-Maps = dict[str, npt.NDArray[Any]]
+#: Shown one of these.
+See = Callable[[tuple[str, int], Tensor], None]
 
 
 class Velocity:
-    """``velocity``: v of every output channel of every layer, and the maps that the next epoch needs.
+    """``velocity``: v of every output channel of every layer.
 
     The first :data:`MOST_SAMPLES` samples of the batches go through the untouched model in evaluation mode, one at
-    a time, without a graph. What is kept of them (``carried``) lies outside of tensors, beside the budget: a
-    half-precision number for each element of every layer's output.
+    a time, without a graph: with the weights of an epoch ago, whose maps of this one sample are kept for a moment, and
+    with those of now.
     """
 
     needs_batches = True
+    looks_back = True
 
     def __call__(self, bench: Bench) -> Measured:
         """Compare the outputs with those of an epoch ago.
@@ -68,26 +68,23 @@ class Velocity:
             StateError: The samples are other ones than an epoch ago.
 
         """
-        before = {} if bench.before is None else dict(bench.before.carried)
-        maps: Maps = {}
         found = {layer.name: _Similarity(layer.outputs) for layer in bench.armed.table}
         seen, batches = hashlib.sha256(), 0
-        for number, (given, sample) in enumerate(islice(_samples(bench.batches), MOST_SAMPLES)):
+        for given, sample in islice(_samples(bench.batches), MOST_SAMPLES):
             batches = given
             for tensor in tree_iter(dict(sample) if hasattr(sample, "keys") else sample):
                 if isinstance(tensor, Tensor):
                     seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
-            for (name, call), now in _maps(bench.armed, sample):
-                key = f"{KIND}/maps/{number}/{call}/{name}"
-                maps[key] = _rounded(now)
-                if before:
-                    found[name].add(now, _before(before, key, now))
+            if bench.before is not None:
+                with bench.earlier():
+                    earlier = _maps(bench.armed, sample)
+                _maps(bench.armed, sample, lambda call, now: found[call[0]].add(now, earlier[call]))  # noqa: B023
         digest = np.frombuffer(seen.digest(), dtype=np.uint8)
-        if before and not np.array_equal(before[f"{KIND}/samples"], digest):
+        if bench.before is not None and not np.array_equal(bench.before.carried[f"{KIND}/samples"], digest):
             raise StateError(_OTHER_SAMPLES)
         phi = {f"{KIND}/phi/{name}": similarity.mean() for name, similarity in found.items()}
         velocity = _velocities(bench.armed.table, bench.before, phi)
-        return Measured(velocity, {**maps, **phi, f"{KIND}/samples": digest}, batches)
+        return Measured(velocity, {**phi, f"{KIND}/samples": digest}, batches)
 
 
 _OTHER_SAMPLES = (
@@ -121,11 +118,11 @@ class _Similarity:
         self._products: list[Floats] = []
         self._single = True
 
-    def add(self, now: npt.NDArray[Any], before: npt.NDArray[Any]) -> None:
+    def add(self, now: Tensor, before: Tensor) -> None:
         """Take in two maps [outputs, positions]."""
         self._single &= now.shape[1] == 1
-        a, b = now.astype(np.float64), before.astype(np.float64)
-        self._products.append(np.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]))
+        a, b = now.double(), before.double()
+        self._products.append(torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]).cpu().numpy())
 
     def mean(self) -> Floats:
         """The mean over the maps; over one map of all samples where each is a single number."""
@@ -141,41 +138,22 @@ class _Similarity:
         return mean
 
 
-def _before(before: Mapping[str, npt.NDArray[Any]], key: str, now: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    found = before.get(key)
-    if found is None or found.shape != now.shape:
-        raise StateError(_OTHER_SAMPLES)
-    return found
-
-
-def _rounded(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A map in half precision, over its largest element: directions are all that is looked at.
-
-    Maps of one number are as they were: the samples together give them their direction.
-    """
-    if maps.shape[1] == 1:
-        return maps
-    largest = np.abs(maps).max(1, keepdims=True, initial=0)
-    scaled: npt.NDArray[Any] = np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0)
-    return scaled.astype(_KEPT)
-
-
-def _maps(armed: Armed, sample: Any) -> list[tuple[tuple[str, int], npt.NDArray[Any]]]:
-    """Run one sample through the untouched model: [output channels, positions] of every call of every layer."""
-    watching = _Watching(armed)
+def _maps(armed: Armed, sample: Any, see: See | None = None) -> Maps:
+    """Run one sample through the untouched model; return the maps of all calls, or show each and keep none."""
+    watching = _Watching(armed, see)
     args, kwargs = as_arguments(sample)
     with _evaluating(armed.model), armed.interceptor.off(), torch.no_grad(), watching:
-        armed.write_back()
         armed.model(*args, **kwargs)
     return watching.found
 
 
 class _Watching(TorchFunctionMode):
-    """Copies what every layer computes; a later operation may overwrite it in place."""
+    """Looks at what every layer computes; a later operation may overwrite it in place."""
 
-    def __init__(self, armed: Armed) -> None:
+    def __init__(self, armed: Armed, see: See | None) -> None:
         super().__init__()
-        self.found: list[tuple[tuple[str, int], npt.NDArray[Any]]] = []
+        self.found: Maps = {}
+        self._see = see or (lambda call, maps: self.found.update({call: maps.clone()}))
         self._names = {id(layer.weight): name for name, layer in armed.layers.items()}
         self._calls: dict[str, int] = {}
 
@@ -188,7 +166,7 @@ class _Watching(TorchFunctionMode):
             number = self._calls[name] = self._calls.get(name, -1) + 1
             spatial = 0 if call.weight_map.channel_dim == -1 else call.weight.dim() - 2
             maps = out.detach().movedim(-1 - spatial, 0).flatten(1) if out.dim() > 1 else out.detach().unsqueeze(1)
-            self.found.append(((name, number), maps.float().cpu().numpy()))
+            self._see((name, number), maps)
         return out
 
 

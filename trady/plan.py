@@ -31,7 +31,7 @@ class Cost:
         compact_bytes: Weight elements of the selected channels in bytes: the size of the compact
             parameters, and again of their gradients.
         update_bytes: What updating adds to a frozen forward and backward: saved channels, compact
-            parameters, their gradients and optimizer state.
+            parameters, their gradients, optimizer state and what a policy keeps to compare with.
         flops: Weight-gradient multiply-adds of one sample.
         weight_sparsity: Share of weight elements without a gradient.
         activation_sparsity: Share of layer inputs that is not saved.
@@ -55,7 +55,7 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) ->
     Args:
         table: The layers.
         selection: Channels that train.
-        state_copies: Copies of a parameter that the optimizer keeps.
+        state_copies: Copies of a parameter that are kept beside it: the optimizer's, and a policy's that looks back.
 
     """
     weights, activations = table.weight_elements(selection), table.activation_elements(selection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from trady.clipping import clip_channels_
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
+from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, StateError
 from trady.examine import Examined
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
-from trady.observing import PREFIX, Observed, check_layers
+from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
@@ -134,6 +135,7 @@ class Tuner:
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._selection = Selection()
         self._observed = Observed(drawing.policy.name, drawing.needs)
+        self._earlier = EarlierWeights(self._armed, examined.head_parameters) if drawing.looks_back else None
         self._armed.on_gradient.append(self._gradient_arrived)
         if drawing.needs:
             if not needs_batches(drawing.needs) and not any(p.is_meta for p in model.parameters()):
@@ -185,7 +187,7 @@ class Tuner:
 
     def cost(self) -> Cost:
         """Account for the channels that train now."""
-        return cost_of(self._examined.table, self._selection, self._drawing.state_copies)
+        return cost_of(self._examined.table, self._selection, self._drawing.copies)
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -271,11 +273,19 @@ class Tuner:
         if not drawing.needs or (observed.evidence is not None and not drawing.needs.each_epoch):
             return observed.evidence
         first = observed.evidence is None
+        earlier = self._earlier
         bench = Bench(
-            self._armed, lambda numbers: self._sweeper(loss, progress, numbers), batches, loss, observed.evidence
+            self._armed,
+            lambda numbers: self._sweeper(loss, progress, numbers),
+            batches,
+            loss,
+            observed.evidence,
+            nullcontext if earlier is None else earlier.restored,
         )
         observed.evidence, observed.epoch = gather_evidence(drawing.needs, bench), None
         drawing.evidence = observed.evidence
+        if earlier is not None:
+            earlier.begin()
         if first:
             self._apply(self._draw())
         return observed.evidence
@@ -355,9 +365,12 @@ class Tuner:
         return self._selection
 
     def _apply(self, selection: Selection) -> None:
-        for change in self._armed.select(selection):
+        changes = self._armed.select(selection)
+        for change in changes:
             for optimizer in self._attached():
                 remap_state(optimizer, change)
+        if self._earlier is not None:
+            self._earlier.drawn({change.layer for change in changes})
         self._selection = selection
         self._norms.clear()
         self._touched |= selection
@@ -366,6 +379,8 @@ class Tuner:
         gradient = compact.grad
         if gradient is None:
             return
+        if self._earlier is not None:
+            self._earlier.trained()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             gradient.div_(torch.distributed.get_world_size())
@@ -386,6 +401,8 @@ class Tuner:
         self._observed.check_present("step the optimizer")
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._earlier is not None:
+            self._earlier.trained()
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for armed in self._armed.layers.values():
             if armed.selected is not None and id(armed.compact) in stepped:
@@ -447,11 +464,12 @@ class Tuner:
 
         """
         self._check_alive("measure")
+        earlier = [] if self._earlier is None else self._earlier.tensors
         return measure(
             step,
             self.model,
             inference=inference,
-            compact=[armed.compact for armed in self._armed.layers.values()],
+            compact=[armed.compact for armed in self._armed.layers.values()] + earlier,
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
@@ -470,8 +488,10 @@ class Tuner:
 
         """
         online, ranking = self._drawing.online, self._drawing.ranking
+        kept, slices = ({}, None) if self._earlier is None else self._earlier.state()
+        earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
         return {
-            "tensors": {**self.delta(), **self._observed.tensors()},
+            "tensors": {**self.delta(), **self._observed.tensors(), **earlier},
             "meta": {
                 "format": FORMAT,
                 "version": VERSION,
@@ -488,6 +508,7 @@ class Tuner:
                 "ranking": None if ranking is None else ranking.to_json(),
                 "online": None if online is None else online.to_json(),
                 "observed": self._observed.meta(),
+                "earlier": slices,
             },
         }
 
@@ -542,6 +563,9 @@ class Tuner:
             drawing.evidence = evidence
         self._touched = touched.renamed({layer.parameter: layer.name for layer in drawing.table})
         self._apply(selection)
+        if self._earlier is not None and evidence is not None:
+            kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
+            self._earlier.load(kept, meta.get("earlier"))
 
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.

@@ -61,8 +61,8 @@ class Evidence(Mapping[str, Values]):
 
     Attributes:
         kinds: Kind to layer to one float64 a channel, finite, ``[channels]``.
-        carried: What the next measurement needs of this one, arrays of any shape under any name (the
-            output maps of an epoch ago). Policies do not look at it.
+        carried: What the next measurement needs of this one, arrays of any shape under any name (a digest of
+            the samples that were looked at). Policies do not look at it.
         batches: Batches that were measured.
     """
 

@@ -8,12 +8,13 @@ on the edge: ways to select neurons to update under a budget constraint" (WACV w
 
     v_i^t = (φ_i^t - φ_i^{t-1}) - μ v_i^{t-1},    score_i = |v_i^t| / (weight elements of the neuron)
 
-neurons are taken by descending score until the budget is full, anew in each epoch. While nothing has moved (the first
-epoch) they are drawn at random, as are neurons of equal score.
+neurons are taken by descending score until the budget is full, anew in each epoch and the same all through it. While
+nothing has moved (the first epoch) they are drawn at random, as are neurons of equal score.
 
-What it spends that TraDy does not: the output maps of all layers on up to 32 observed samples, kept from one epoch to
-the next, in memory and in the checkpoint (half precision; ``Evidence.carried_bytes`` says how much); an inference pass
-over these samples before each epoch; and, since a neuron reads all of its layer's input, whole input maps.
+What it spends that TraDy does not: a copy of what trains (:mod:`trady.earlier`), which budgets in bytes count; two
+inference passes over up to 32 observed samples before each epoch; and, since a neuron reads all of its layer's input,
+whole input maps. The papers keep the output maps of all layers on these samples from one epoch to the next; the copy
+makes them anew, one sample at a time.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Velocity:
         layers, velocity = draw.table.layers, draw.measured("velocity")
         scores = [by_unit(layer, np.abs(velocity[layer.name])) / unit_weights(layer) for layer in layers]
         flat = np.concatenate(scores) if scores else np.empty(0)
-        order = shuffled(flat.size, draw.seed, draw.epoch, draw.redraw)
+        order = shuffled(flat.size, draw.seed, draw.epoch, 0)
         # NaN, of a map that overflowed, comes last.
         return fill_neurons(draw, layers, order[np.argsort(-np.nan_to_num(flat[order], nan=-1.0), kind="stable")])
 
     def typical(self, draw: Draw) -> Selection:
         """Random neurons, as in the first epoch."""
         count = sum(unit_count(layer) for layer in draw.table)
-        return fill_neurons(draw, draw.table.layers, shuffled(count, draw.seed, draw.epoch, draw.redraw))
+        return fill_neurons(draw, draw.table.layers, shuffled(count, draw.seed, draw.epoch, 0))
 
     def smallest(self, draw: Draw) -> Iterator[Selection]:
         """One neuron of each layer: the least that can be updated."""

@@ -1,0 +1,153 @@
+"""The weights as they were when a policy last measured: a copy of what trains, and a way back to it.
+
+Whoever compares a model with itself an epoch ago needs no more than this: all other weights are as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from trady.armed import Armed
+from trady.channels import Channels
+from trady.errors import CheckpointError
+from trady.ops.selected import SelectedChannels, gather_channels, scatter_channels_, select_channels
+
+_HEAD = "head"
+
+
+@dataclass
+class _Slices:
+    """Channels of a layer, in turn as they were and, while the model is taken back, as they are."""
+
+    layer: str
+    channels: Channels
+    outputs: Channels | None
+    selected: SelectedChannels
+    values: Tensor
+
+
+class EarlierWeights:
+    """Follows what trains from one measurement to the next.
+
+    Its memory is a copy of the channels that train and of the head; another one for every further draw between two
+    measurements.
+
+    Args:
+        armed: The armed model.
+        head: The parameters that always train.
+    """
+
+    def __init__(self, armed: Armed, head: Mapping[str, nn.Parameter]) -> None:
+        self._armed, self._parameters = armed, dict(head)
+        self._slices: list[_Slices] = []
+        self._head: dict[str, Tensor] = {}
+        self._untrained = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*(each.values for each in self._slices), *self._head.values()]
+
+    def begin(self) -> None:
+        """From now on the weights of now are the earlier ones."""
+        self._slices, self._head = [], {}
+        self._head = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._untrained = True
+        self.drawn(self._armed.layers)
+
+    def drawn(self, changed: Collection[str]) -> None:
+        """Other channels train in these layers from now on."""
+        if not self._head and not self._untrained:
+            return  # nothing was measured yet
+        if self._untrained:
+            self._slices = []
+            changed = self._armed.layers
+        selection = self._armed.selection
+        for name in changed:
+            selected = self._armed.layers[name].selected
+            if selected is not None:
+                values = self._armed.layers[name].compact.detach().clone()
+                outputs = selection.outputs.get(name)
+                self._slices.append(_Slices(name, selection.channels[name], outputs, selected, values))
+
+    def trained(self) -> None:
+        """Weights may have changed."""
+        self._untrained = False
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the earlier weights into the model for a while. Let it run untouched meanwhile."""
+        self._armed.write_back()
+        try:
+            for each in reversed(self._slices):
+                self._swap(each)
+            self._swap_head()
+            yield
+        finally:
+            self._swap_head()
+            for each in self._slices:
+                self._swap(each)
+            self._armed.write_back()
+
+    def _swap(self, each: _Slices) -> None:
+        layer, weight = self._armed.table[each.layer], self._armed.layers[each.layer].weight.detach()
+        now = gather_channels(weight, layer.kind, layer.groups, each.selected)
+        scatter_channels_(weight, layer.kind, layer.groups, each.selected, each.values)
+        each.values.copy_(now)
+
+    def _swap_head(self) -> None:
+        for name, earlier in self._head.items():
+            parameter = self._parameters[name].detach()
+            now = parameter.clone()
+            parameter.copy_(earlier)
+            earlier.copy_(now)
+
+    def state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Tensors and JSON values for :meth:`load`."""
+        tensors = {f"{number}": each.values for number, each in enumerate(self._slices)}
+        tensors.update({f"{_HEAD}/{name}": tensor for name, tensor in self._head.items()})
+        meta = [
+            {
+                "layer": each.layer,
+                "channels": each.channels.tolist(),
+                "outputs": None if each.outputs is None else each.outputs.tolist(),
+            }
+            for each in self._slices
+        ]
+        return tensors, meta
+
+    def load(self, tensors: Mapping[str, Tensor], meta: list[dict[str, Any]] | None) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            CheckpointError: It is damaged.
+
+        """
+        if meta is None:
+            raise CheckpointError("the checkpoint lacks the weights that were measured before; start a new run")
+        try:
+            slices = [self._read(each, tensors[f"{number}"]) for number, each in enumerate(meta)]
+            head = {
+                name: tensors[f"{_HEAD}/{name}"].to(parameter.device, copy=True)
+                for name, parameter in self._parameters.items()
+            }
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
+        self._slices, self._head, self._untrained = slices, head, False
+
+    def _read(self, meta: Mapping[str, Any], values: Tensor) -> _Slices:
+        layer = self._armed.table[meta["layer"]]
+        weight = self._armed.layers[layer.name].weight
+        channels = np.asarray(meta["channels"], dtype=np.int64)
+        outputs = None if meta["outputs"] is None else np.asarray(meta["outputs"], dtype=np.int64)
+        a_group = layer.channels // layer.groups
+        selected = select_channels(channels, layer.groups, a_group, weight.device, outputs)
+        if gather_channels(weight.detach(), layer.kind, layer.groups, selected).shape != values.shape:
+            raise ValueError(f"{layer.name} has other earlier weights")
+        return _Slices(layer.name, channels, outputs, selected, values.to(weight.device, copy=True))
