@@ -26,6 +26,9 @@ def compare(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch in each worker; the processors shared out by default.")
     ] = None,
+    gpus_per_cell: Annotated[
+        float | None, typer.Option(help="Share of a GPU that a cell takes, e.g. 0.5; no more cells at a time than fit.")
+    ] = None,
     max_minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")
     ] = None,
@@ -66,6 +69,7 @@ def compare(
             engine=cast("EngineName", engine),
             workers=workers,
             threads=threads,
+            gpus_per_cell=gpus_per_cell,
             max_minutes=max_minutes,
             retry_failed=retry_failed,
             summary_only=summary_only,

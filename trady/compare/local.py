@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from trady.compare.cells import Job
+from trady.compare.devices import least_used, seen_by_children
 from trady.compare.engine import Ended
 from trady.compare.execute import Workplace, run_cell
 
@@ -20,19 +22,21 @@ from trady.compare.execute import Workplace, run_cell
 class _Worker:
     process: SpawnProcess
     pipe: Connection
+    device: str | None = None
     job: Job | None = None
 
 
 class LocalEngine:
-    """Spawned processes, each with its share of the cores.
+    """Spawned processes, each with its share of the cores and, where there are CUDA devices, with one of its own.
 
     Args:
         workers: How many.
         place: What each of them is told.
+        devices: CUDA devices, as ``CUDA_VISIBLE_DEVICES`` names them; each worker sees one, shared out evenly.
     """
 
-    def __init__(self, workers: int, place: Workplace) -> None:
-        self._place = place
+    def __init__(self, workers: int, place: Workplace, devices: Sequence[str] = ()) -> None:
+        self._place, self._devices = place, devices
         self._limit = workers
         self._workers: list[_Worker] = []
 
@@ -67,9 +71,11 @@ class LocalEngine:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self._place), daemon=True)
-        process.start()
+        device = least_used(self._devices, [worker.device for worker in self._workers])
+        with seen_by_children(device):
+            process.start()
         theirs.close()  # so that the pipe ends when the worker does
-        worker = _Worker(process, ours)
+        worker = _Worker(process, ours, device)
         self._workers.append(worker)
         return worker
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trady.compare.cell_folder import Outcome
 from trady.compare.cells import Job
+from trady.compare.devices import cells_at_a_time
 from trady.compare.engine import Ended
 from trady.compare.execute import Workplace, run_cell
 from trady.errors import StateError
@@ -41,20 +42,30 @@ class RayEngine:
         workers: How many; ``None`` is as many as the cluster has processors for.
         place: What each of them is told.
         address: Of the cluster; ``None`` is the one that ``RAY_ADDRESS`` names, or one on this machine.
+        gpus_per_cell: Share of a GPU that each actor asks Ray for, which lets it see that one alone; ``None`` asks
+            for none.
 
     Raises:
         StateError: Ray is not installed.
+        MatrixError: The cluster has too few GPUs.
     """
 
-    def __init__(self, workers: int | None, place: Workplace, address: str | None = None) -> None:
+    def __init__(
+        self, workers: int | None, place: Workplace, address: str | None = None, gpus_per_cell: float | None = None
+    ) -> None:
         self._ray = _ray()
         self._mine = not self._ray.is_initialized()
         if self._mine:
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             self._ray.init(address=address, log_to_driver=False, include_dashboard=False)
-        processors = self._ray.cluster_resources().get("CPU", 1.0)
-        self._limit = workers or max(1, int(processors // place.threads))
-        self._make = self._ray.remote(num_cpus=place.threads, max_restarts=0)(_Worker).remote
+        has = self._ray.cluster_resources()
+        wanted = max(1, int(has.get("CPU", 1.0) // place.threads))
+        self._limit = workers or wanted
+        resources: dict[str, float] = {"num_cpus": place.threads}
+        if gpus_per_cell is not None:
+            self._limit = cells_at_a_time(has.get("GPU", 0.0), gpus_per_cell, workers, wanted)
+            resources["num_gpus"] = gpus_per_cell
+        self._make = self._ray.remote(**resources, max_restarts=0)(_Worker).remote
         self._place = place
         self._waiting: list[Any] = []
         self._running: dict[Any, _Running] = {}

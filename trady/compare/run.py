@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from trady.compare.cells import make_jobs
+from trady.compare.devices import cells_at_a_time, check_share, visible_devices
 from trady.compare.display import Display
 from trady.compare.drive import Drive, jobs_left
 from trady.compare.engine import Engine
@@ -49,6 +50,7 @@ def compare(
     engine: EngineName = "local",
     workers: int | None = None,
     threads: int | None = None,
+    gpus_per_cell: float | None = None,
     max_minutes: float | None = None,
     retry_failed: bool = False,
     summary_only: bool = False,
@@ -66,6 +68,8 @@ def compare(
         workers: Cells at a time; one a processor by default.
         threads: Of torch in each worker; the processors shared out by default. Another number of threads can
             change the last digits of a result.
+        gpus_per_cell: Share of a GPU that a cell takes: no more cells at a time than fit. Without it, local workers
+            share the CUDA devices out evenly, and Ray's see what their machine shows them.
         max_minutes: No cell starts after so long, and those that run then are stopped to be resumed.
         retry_failed: Run cells again that failed or were infeasible.
         summary_only: Run nothing.
@@ -75,17 +79,21 @@ def compare(
         display: Shows the progress.
 
     Raises:
-        MatrixError: The file has mistakes.
+        MatrixError: The file has mistakes, or there are too few GPUs.
         StateError: Ray is asked for and not installed.
     """
     if workers is not None and workers < 1:
         raise MatrixError(f"workers is {workers}; it must be at least 1")
     if threads is not None and threads < 1:
         raise MatrixError(f"threads is {threads}; it must be at least 1")
+    check_share(gpus_per_cell)
     read = read_matrix(matrix, datasets=datasets, check_sources=not summary_only)
     jobs = make_jobs(read)
     processors = os.cpu_count() or 1
+    devices = visible_devices() if engine == "local" and not summary_only else ()
     count = workers or processors
+    if gpus_per_cell is not None and engine == "local" and not summary_only:
+        count = cells_at_a_time(len(devices), gpus_per_cell, workers, processors)
     place = Workplace(
         out=Path(out).absolute(),
         keep=keep,
@@ -98,7 +106,8 @@ def compare(
     try:
         if not summary_only:
             left = jobs_left(jobs, place, done_digests(place.out), retry_failed=retry_failed)
-            drive = Drive(place, _engine(engine, workers, count, place), display or Display(), max_minutes)
+            hired = _engine(engine, place, workers, count, devices, gpus_per_cell)
+            drive = Drive(place, hired, display or Display(), max_minutes)
             complete = drive.run(left, len(jobs))
     finally:
         rows = collect(jobs, place)
@@ -108,11 +117,18 @@ def compare(
     return Table(tuple(rows), complete, summary, place.out)
 
 
-def _engine(name: EngineName, workers: int | None, count: int, place: Workplace) -> Engine:
+def _engine(
+    name: EngineName,
+    place: Workplace,
+    workers: int | None,
+    count: int,
+    devices: tuple[str, ...],
+    gpus_per_cell: float | None,
+) -> Engine:
     if name == "ray":
         from trady.compare.on_ray import RayEngine
 
-        return RayEngine(workers, place)
+        return RayEngine(workers, place, gpus_per_cell=gpus_per_cell)
     from trady.compare.local import LocalEngine
 
-    return LocalEngine(count, place)
+    return LocalEngine(count, place, devices)
