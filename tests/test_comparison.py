@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ pytest.importorskip("pyarrow")
 from scipy import stats
 
 from trady.compare import tables
+from trady.compare.figures import budget_figure
 from trady.compare.report import write_report
 from trady.compare.rows import Row
 from trady.compare.summary import Summary, summarize
+from trady.report.figures import COLORS, looks
 from trady.report.page import Table
 from trady.report.texts import latex, markdown
 
@@ -140,6 +143,33 @@ def test_a_missing_cell_is_left_out_of_its_pairs_and_named(summary: Summary) -> 
     assert tables.gap_table(partial).rows == [
         ["net dots small poor seed 0", "failed", "it broke: 100 % & more"],
     ]
+
+
+def test_every_policy_has_a_look_of_its_own_which_the_legend_shows() -> None:
+    """Also one without a result in the first panel."""
+    pytest.importorskip("matplotlib")
+    names = {f"policy-{number}": number / 100 for number in range(20)}
+    rows = make_rows({**names, "head": -0.1})
+    rows += [row("net", "dots", None, "full", seed, 0.9 if seed else None) for seed in SEEDS]
+    figure = budget_figure(summarize(rows))
+    [legend] = figure.legends
+    shown = {
+        text.get_text(): (line.get_color(), line.get_linestyle(), line.get_marker())
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert len(shown) == len(set(shown.values())) == 22
+    assert {name for name, (_, line, _) in shown.items() if line == "--"} == {"head", "full"}
+    for axis in figure.axes:
+        for line in axis.get_lines():
+            if line.get_label() in shown:
+                look = (line.get_color(), line.get_linestyle(), line.get_marker())
+                assert look == shown[str(line.get_label())]
+
+
+def test_no_two_series_look_alike() -> None:
+    found = list(islice(looks(), 90))
+    assert len({(look.color, look.marker) for look in found}) == 90
+    assert len({look.color for look in found[: len(COLORS)]}) == len(COLORS) == 9
 
 
 def test_the_report_has_every_table_and_figure_and_needs_no_network(summary: Summary, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trady.compare.matched import Task, score
 from trady.compare.summary import Summary
@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Where there are more policies than colours, markers tell them apart.
-COLORS = (*report.COLORS, "#8c6d31")
-#: For the policies that take no budget.
+#: For the policies that take no budget: dashed lines across all of them.
 GREYS = ("#000000", report.GREY)
-MARKERS = "osDv^<>PX*"
 
 
 def wins_figure(summary: Summary) -> Figure:
@@ -45,7 +42,7 @@ def wins_figure(summary: Summary) -> Figure:
             found, lead = wins.get((row, column)), leads[y][x]
             if found is None or lead is None:
                 continue
-            dark = abs(lead) > 0.6 * largest
+            dark = _is_dark(image.cmap(0.5 + lead / (2 * largest)))
             text = f"{found.in_mean}/{found.tasks}\n({found.significant})"
             star = "*" if _is_significant(summary, row, column) else ""
             axis.text(x, y, text + star, ha="center", va="center", fontsize=8.5, color="white" if dark else "black")
@@ -69,8 +66,9 @@ def budget_figure(summary: Summary) -> Figure:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1.5 + 3.4 * columns, 1.0 + 2.9 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    looks = _looks(summary)
     for axis, (title, wanted) in zip(axes, panels, strict=False):
-        _lines(axis, summary, wanted)
+        _lines(axis, summary, wanted, looks)
         axis.set_title(title)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -81,28 +79,45 @@ def budget_figure(summary: Summary) -> Figure:
     return figure
 
 
-def _lines(axis: Axes, summary: Summary, tasks: Sequence[tuple[str, str]]) -> None:
+def _looks(summary: Summary) -> dict[str, dict[str, Any]]:
+    """How the line of every policy is drawn, in all panels and in the legend."""
+    series, greys = report.looks(), cycle(GREYS)
+    found: dict[str, dict[str, Any]] = {}
+    for policy in summary.policies:
+        if not score(summary.rows, policy, summary.metric).takes_budget:
+            found[policy] = {"color": next(greys), "linestyle": "--", "linewidth": 1.2}
+        else:
+            look = next(series)
+            found[policy] = {"color": look.color, "linestyle": look.line, "marker": look.marker, "linewidth": 1.4}
+    return found
+
+
+def _lines(axis: Axes, summary: Summary, tasks: Sequence[tuple[str, str]], looks: dict[str, dict[str, Any]]) -> None:
     budgets = summary.budgets
-    greys = cycle(GREYS)
-    for place, policy in enumerate(summary.policies):
-        scores = score(summary.rows, policy, summary.metric)
-        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    for policy in summary.policies:
+        scores, look = score(summary.rows, policy, summary.metric), looks[policy]
         groups = [[scores.by_task.get(Task(*task, budget), {}) for task in tasks] for budget in budgets]
         points = [(at, group) for at, group in enumerate(groups) if all(group)]
         x = [at for at, _ in points]
         y = [100 * statistics.fmean(statistics.fmean(seeds.values()) for seeds in group) for _, group in points]
         if not x:
-            axis.plot([], [], color=color, marker=marker, label=policy)
+            axis.plot([], [], **look, markersize=4.5, label=policy)
         elif not scores.takes_budget:
-            axis.axhline(y[0], color=next(greys), linestyle="--", linewidth=1.2, label=policy)
+            axis.axhline(y[0], **look, label=policy)
         else:
-            axis.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.3, label=policy)
+            axis.plot(x, y, **look, markersize=4.5, label=policy)
             for at, group in points:
                 seeds = [100 * value for values in group for value in values.values()] if len(tasks) == 1 else []
-                axis.plot([at] * len(seeds), seeds, ".", color=color, markersize=3, alpha=0.5)
+                axis.plot([at] * len(seeds), seeds, ".", color=look["color"], markersize=3, alpha=0.5)
     axis.set_xticks(range(len(budgets)), [budget or "none" for budget in budgets])
     axis.set_xlim(-0.3, len(budgets) - 0.7)
     axis.grid(axis="y", alpha=0.25)
+
+
+def _is_dark(color: Any) -> bool:
+    """Whether white stands out more than black on a colour, by the contrast of WCAG 2."""
+    red, green, blue = (channel**2.2 for channel in color[:3])
+    return bool(0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18)
 
 
 def _lead(summary: Summary, row: str, column: str) -> float | None:

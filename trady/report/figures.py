@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO, StringIO
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,9 +21,37 @@ STYLE: Any = {  # matplotlib's type for it is the list of all its keys
     "svg.hashsalt": "trady",  # the same numbers give the same file
 }
 
-#: Told apart without colour vision too (Okabe and Ito 2008).
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+#: Told apart without colour vision too ("muted" of Tol, Colour Schemes, SRON 2021), the strongest first.
+COLORS = (
+    "#332288", "#cc6677", "#117733", "#88ccee", "#882255", "#44aa99", "#aa4499", "#999933", "#ddcc77",
+)  # fmt: skip
 GREY = "#8a949b"
+
+#: Dashed lines are for what stands beside the series: limits, a reference.
+LINES = ("-", ":", "-.")
+MARKERS = "osDv^<>PX*"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series of a figure is drawn.
+
+    Attributes:
+        color: Of :data:`COLORS`.
+        line: Another one when the colours begin anew.
+        marker: No two series have both colour and marker in common.
+    """
+
+    color: str
+    line: str
+    marker: str
+
+
+def looks() -> Iterator[Look]:
+    """One look after the other, no two alike as far as anybody would put into one figure (90)."""
+    for place in count():
+        line = LINES[place // len(COLORS) % len(LINES)]
+        yield Look(COLORS[place % len(COLORS)], line, MARKERS[place % len(MARKERS)])
 
 
 def as_svg(figure: Figure) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trady.errors import TrainingError
-from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg
+from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg, looks
 from trady.study.heavy_tails import TOP_SHARES
 from trady.study.stability import POOL_SHARE
 from trady.study.statistics import Statistics
@@ -64,8 +64,8 @@ def tail_curves(found: Statistics) -> Figure:
     """Share of the noise beyond so many medians, beside that of a Gaussian."""
     figure, (axis,) = _panels(1, 3.4)
     longest: Sequence[float] = ()
-    for color, curve in zip(COLORS, found.heavy_tails.curves, strict=False):
-        axis.loglog(curve.medians, curve.exceeding, color=color, label=curve.dataset)
+    for look, curve in zip(looks(), found.heavy_tails.curves, strict=False):
+        axis.loglog(curve.medians, curve.exceeding, look.line, color=look.color, label=curve.dataset)
         longest = max(longest, curve.exceeding, key=len)
     normal = NormalDist()
     # The first share is all of it: no value is exceeded by everything.
@@ -123,10 +123,11 @@ def rank_matrix(found: Statistics) -> Figure:
 def cumulated_rgn(found: Statistics) -> Figure:
     """Cumulated layer RGN, highest layer first."""
     figure, (axis,) = _panels(1, 3.2)
-    for color, (dataset, curve) in zip(COLORS, found.stability.curves.items(), strict=False):
+    for look, (dataset, curve) in zip(looks(), found.stability.curves.items(), strict=False):
         k = next(at for at, share in enumerate(curve, start=1) if share >= POOL_SHARE - 1e-12)
-        axis.plot(range(1, len(curve) + 1), [100 * share for share in curve], color=color, label=f"{dataset}: K = {k}")
-        axis.plot([k], [100 * curve[k - 1]], "o", color=color)
+        axis.plot(range(1, len(curve) + 1), [100 * share for share in curve], look.line, color=look.color,
+                  label=f"{dataset}: K = {k}")  # fmt: skip
+        axis.plot([k], [100 * curve[k - 1]], look.marker, color=look.color)
     axis.axhline(100 * POOL_SHARE, color=GREY, linestyle="--", linewidth=1)
     axis.set(xlabel="layers, by falling RGN", ylabel="% of cumulated layer RGN", ylim=(0, 102))
     axis.legend(loc="lower right")
@@ -178,13 +179,14 @@ def kept_gradient(found: Statistics) -> Figure:
 def online_ranking(found: Statistics) -> Figure:
     """Online ranking against offline, by draws and budget."""
     figure, (agreement, overlap) = _panels(2, 2.5)
-    for color, elements in zip(COLORS, dict.fromkeys(point.elements for point in found.online), strict=False):
+    for look, elements in zip(looks(), dict.fromkeys(point.elements for point in found.online), strict=False):
         points = [point for point in found.online if point.elements == elements]
         x = [point.draws for point in points]
         label = f"{elements:,} elements".replace(",", " ")
-        agreement.plot(x, [point.spearman for point in points], "o-", markersize=3.5, color=color, label=label)
+        form, color = f"{look.marker}-", look.color
+        agreement.plot(x, [point.spearman for point in points], form, markersize=3.5, color=color, label=label)
         agreement.plot(x, [point.spearman_same_steps for point in points], ":", linewidth=1.2, color=color)
-        overlap.plot(x, [point.overlap for point in points], "o-", markersize=3.5, color=color)
+        overlap.plot(x, [point.overlap for point in points], form, markersize=3.5, color=color)
     k = found.online[0].k_offline
     overlap.axhline(k, color=GREY, linestyle="--", linewidth=1)
     agreement.set(ylabel="Spearman", ylim=(None, 1.01))
