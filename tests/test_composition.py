@@ -1,11 +1,10 @@
-"""trady together with checkpointing, torch.compile, autocast, quantised weights and PEFT (docs/composition.md)."""
+"""trady together with checkpointing, autocast, quantised weights and PEFT (docs/composition.md)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import trady
-from tests.models import Residual, channels_of, normal, relative_error, same, seeded, snapshot
+from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
 from trady.armed import Armed
 from trady.channels import Selection
@@ -27,7 +26,7 @@ hf = pytest.importorskip("transformers")
 pytestmark = [
     # peft asks transformers for names that transformers has deprecated.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
-    # Compilers and quantisers look at parts of PyTorch that PyTorch has deprecated.
+    # Quantisers look at parts of PyTorch that PyTorch has deprecated.
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]
@@ -235,90 +234,6 @@ def test_a_checkpoint_that_appears_after_prepare_is_refused_unless_the_model_is_
     tuner = armed(model, x)
     loss(model).backward()
     assert_gradients(tuner, expected)
-
-
-# -- torch.compile -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _fresh_compiler() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.set_stance("default")
-    torch.compiler.reset()
-
-
-def compiled_outside(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="eager")
-    return model
-
-
-def compiled_inside(model: nn.Module) -> nn.Module:
-    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
-    return model
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place])
-def test_a_prepared_model_that_is_compiled_says_so_and_trains_with_compilers_off(
-    compiled: Callable[[nn.Module], nn.Module],
-) -> None:
-    x = normal(2, 3, 9, 9, dtype=torch.float64)
-    model, plain = (seeded(Residual).double().train() for _ in range(2))
-    tuner = armed(model, x)
-    around = compiled(model)
-    with pytest.raises(ModelError, match=r"compile it after tuner\.finish"):
-        around(x)
-    torch.compiler.set_stance("force_eager")
-    expected = dense_gradients(plain, tuner, lambda net: net(x).square().sum())
-    around(x).square().sum().backward()
-    assert_gradients(tuner, expected)
-    torch.compiler.set_stance("default")
-    tuner.finish()
-    model.eval()
-    assert relative_error(around(x), plain.eval()(x)) < 1e-10
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("compiled", [compiled_outside, compiled_in_place, compiled_inside])
-def test_a_compiled_model_is_refused_and_can_be_prepared_with_compilers_off(
-    compiled: Callable[[nn.Module], nn.Module],
-) -> None:
-    x = normal(2, 3, 9, 9, dtype=torch.float64)
-    model, plain = compiled(seeded(Residual).double().train()), seeded(Residual).double().train()
-    with pytest.raises(ModelError, match="prepare and train the model uncompiled"):
-        armed(model, x)
-    torch.compiler.set_stance("force_eager")
-    tuner = armed(model, x)
-    assert len(tuner.plan.table) == 5
-    expected = dense_gradients(compiled(plain), tuner, lambda net: net(x).square().sum())
-    model(x).square().sum().backward()
-    assert_gradients(tuner, expected)
-
-
-@torch.compile(backend="eager")
-def gate(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-class UsesCompiled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(gate(self.first(x)))
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_function_that_compiles_itself_inside_the_model_is_refused_too() -> None:
-    x = normal(4, 6)
-    with pytest.raises(ModelError, match='set_stance\\("force_eager"\\)'):
-        armed(UsesCompiled(), x)
 
 
 # -- autocast ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trady.channels import Channels, Layer, Selection
 from trady.clipping import clip_by_output
+from trady.compiled import Uncompiled, author_module
 from trady.errors import StateError
 from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
@@ -44,7 +45,12 @@ class Change:
 
 
 class Armed:
-    """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`."""
+    """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`.
+
+    Attributes:
+        given: The model that is to be armed, maybe compiled.
+        model: The same without what ``torch.compile`` has put around it.
+    """
 
     def __init__(
         self,
@@ -54,7 +60,8 @@ class Armed:
         fidelity: str = "exact",
     ) -> None:
         refuse_prepared(model)
-        self.model, self.table = model, examined.table
+        self.given, self.model, self.table = model, author_module(model), examined.table
+        model = self.model
         plain = {id(p) for p in examined.head_parameters.values()}
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self._flags:
@@ -74,6 +81,7 @@ class Armed:
         self.interceptor.fidelity = fidelity
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
+        self._uncompiled = Uncompiled(self.given)
         _armed.update(model.modules())
 
     def select(self, selection: Selection) -> list[Change]:
@@ -176,6 +184,7 @@ class Armed:
             self.write_back()
         finally:
             self.interceptor.disarm()
+            self._uncompiled.put_back()
             self.on_gradient.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
+from trady.compiled import author_module
 from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
 from trady.examine import Examined, examine, find_stretches
@@ -58,13 +59,14 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
+        given, model = model, author_module(model)
         refused: BelowLeastError | None = None
         sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
         for size in sizes:
             try:
-                found = self._decide(model, example, size, optimizer)
-                found[2].draw(0, 0)  # a policy that trains everything may find only now that it does not fit
-                return found
+                examined, drawing = self._decide(model, example, size, optimizer)
+                drawing.draw(0, 0)  # a policy that trains everything may find only now that it does not fit
+                return given, examined, drawing
             except BelowLeastError as error:
                 refused = error
         assert refused is not None
@@ -81,7 +83,7 @@ class Request:
 
     def _decide(
         self, model: nn.Module, example: Any, size: int | None, optimizer: OptimizerMemory | None
-    ) -> tuple[nn.Module, Examined, Drawing]:
+    ) -> tuple[Examined, Drawing]:
         rules = self._rules()
         whole = size is None or size >= batch_size(example)
         part = example if size is None or whole else part_of(example, 0, size)
@@ -97,7 +99,7 @@ class Request:
         waiting = 0 if whole else waiting_bytes(example, part)
         drawing = Drawing(model, part, examined, rules, planner, waiting, optimizer)
         drawing.micro_batch = None if whole else size
-        return model, examined, drawing
+        return examined, drawing
 
     def _rules(self) -> Rules:
         """Read and check what does not depend on the model; an earlier plan goes before."""
@@ -114,4 +116,4 @@ class Request:
 
     def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)
-        return request._decide(model, batch, None, optimizer)[2].least_peak()
+        return request._decide(model, batch, None, optimizer)[1].least_peak()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trady.channels import ChannelTable, Selection
+from trady.compiled import author_name
 from trady.errors import CheckpointError
 from trady.ops.selected import channel_major
 
@@ -28,26 +29,27 @@ def changed_tensors(
     """Copy the channels that were ever selected, and the head.
 
     Returns:
-        For every weight ``name::channels`` (int64 [n]), ``name::values`` ([n, output channels a group,
-        *kernel]) and ``name::groups``; where only some output channels were selected ``name::outputs`` (int64
-        [m]), which the values are of; for every parameter of the head ``name::whole``.
+        Under the names of the uncompiled model: for every weight ``name::channels`` (int64 [n]),
+        ``name::values`` ([n, output channels a group, *kernel]) and ``name::groups``; where only some output
+        channels were selected ``name::outputs`` (int64 [m]), which the values are of; for every parameter of
+        the head ``name::whole``.
 
     """
     tensors: dict[str, Tensor] = {}
     for layer in table:
         if layer.name not in touched:
             continue
-        weight = model.get_parameter(layer.parameter).detach()
+        weight, name = model.get_parameter(layer.parameter).detach(), author_name(layer.parameter)
         index, outputs = torch.tensor(touched[layer.name]), None
         if layer.name in touched.outputs:
-            tensors[layer.parameter + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
+            tensors[name + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
         groups = _INPUT_MAJOR if layer.kind == "addmm" else layer.groups
         values = _rows(weight, groups)[_place(weight, groups, index, outputs)]
-        tensors[layer.parameter + _CHANNELS] = index
-        tensors[layer.parameter + _VALUES] = values.contiguous().clone()
-        tensors[layer.parameter + _GROUPS] = torch.tensor([groups], dtype=torch.int64)
+        tensors[name + _CHANNELS] = index
+        tensors[name + _VALUES] = values.contiguous().clone()
+        tensors[name + _GROUPS] = torch.tensor([groups], dtype=torch.int64)
     for name, parameter in head.items():
-        tensors[name + _WHOLE] = parameter.detach().clone().contiguous()
+        tensors[author_name(name) + _WHOLE] = parameter.detach().clone().contiguous()
     return tensors
 
 
@@ -71,7 +73,7 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
 
 def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Selection:
     """Write changed tensors into a model, all or nothing; return the channels under the names of the weights."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {author_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     touched: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     writes: list[tuple[Tensor, tuple[Tensor, ...] | None, Tensor]] = []

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import samples_of
 from trady.channels import ChannelTable
+from trady.compiled import Uncompiled
 from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.segments import Segment, find_segments, work_of
@@ -104,14 +105,15 @@ def tensors_of(example: Any) -> list[Tensor]:
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
-    """Copy a model without its memory: same modules and shapes, every tensor on the meta device."""
+    """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        twin = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = twin
+        memo[id(parameter)] = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _without_memory(buffer)
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    Uncompiled(twin)
+    return twin
 
 
 def meta_batch(example: Any) -> Any:

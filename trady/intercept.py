@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
+from trady.compiled import COMPILED, CompilersOff
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
 from trady.hooks import Hook
@@ -51,7 +52,6 @@ from trady.recognize import (
 from trady.segments import Segment
 from trady.stretches import Writing
 from trady.trace import (
-    COMPILED,
     READS_ONE,
     batch_counters,
     batches_counted,
@@ -125,6 +125,7 @@ class Interceptor(TorchFunctionMode):
         self._section = current_section()
         self._depth = 0
         self._outermost: FrameType | None = None
+        self._compilers = CompilersOff()
         self._enabled = True
         self._plan: FusionPlan | None = None
         self._here: Mapping[int, Segment] = {}
@@ -188,8 +189,10 @@ class Interceptor(TorchFunctionMode):
             return
         if self._depth:
             self._recover()
-        if self._depth == 0 and self.before_forward is not None:
-            self.before_forward()  # may refuse: before anything is pushed
+        if self._depth == 0:  # both may refuse: before anything is pushed
+            if self.before_forward is not None:
+                self.before_forward()
+            self._compilers.begin()
         self._depth += 1
         if self._depth > 1:
             return
@@ -218,6 +221,7 @@ class Interceptor(TorchFunctionMode):
         if self._depth == 0:
             self._outermost, self._writing = None, None
             self.__exit__(None, None, None)
+            self._compilers.end()
             if self._wrote and self.prepare_call is None and any(_is_stand_in(t) for t in tree_iter(output)):
                 raise ModelError(_STANDS_IN)
 
@@ -225,6 +229,7 @@ class Interceptor(TorchFunctionMode):
         """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""
         if self._depth and self._is_abandoned():
             self._depth, self._outermost = 0, None
+            self._compilers.end()
             above = []
             while self in _get_current_function_mode_stack():
                 mode = _pop_mode()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trady.armed import Armed
 from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.channels import ChannelTable, Layer, Selection
+from trady.compiled import author_module
 from trady.errors import ModelError
 from trady.examine import examine
 from trady.plan import cost_of
@@ -58,12 +59,13 @@ def rank(
     if not data:
         raise ModelError("there is no batch to rank on; pass at least one (inputs, targets) pair")
     inputs = split(data[0])[0]
+    given, model = model, author_module(model)
     examined = examine(model, inputs, head=head)
     table = examined.table
     selections = tuple(cut(table, _fits(model, inputs, table, examined.head, budget)))
     _check_complete(table, selections)
     steps = len(selections) * len(data)
-    armed = Armed(model, examined)
+    armed = Armed(given, examined)
     try:
         squared = (
             Sweeper(

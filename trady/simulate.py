@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
 from trady.channels import Selection
+from trady.compiled import uncompiled
 from trady.examine import examine, meta_batch, meta_twin, tensors_of
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
@@ -71,7 +72,7 @@ class Simulator:
         live = LiveBytes()
         resident = [*self._twin.parameters(), *self._twin.buffers(), *tensors_of(self._batch)]
         args, kwargs = as_arguments(self._batch)
-        with kept_mode(self._twin, False):
+        with uncompiled(self._twin), kept_mode(self._twin, False):
             live.register(resident)
             before = live.current
             with StandIns(self._device), torch.no_grad(), live:

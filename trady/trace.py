@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
 from trady.errors import ModelError
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
 
@@ -130,9 +131,20 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
 
     """
     _refuse_repacking(model)
+    known = compiler_is_loaded()
+    try:
+        return _trace(model, example, training)
+    except ModelError:
+        if known or not compiler_is_loaded():
+            raise
+        return _trace(model, example, training)  # the forward pass itself called torch.compile: now it can be told
+
+
+def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
     args, kwargs = as_arguments(example)
     recorder = _Recorder(model, real_device(model, example))
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
         stack.enter_context(kept_mode(model, training))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
@@ -159,13 +171,6 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
     recorder.trace.values = [_settle(value) for value in recorder.trace.values]
     del outputs
     return recorder.trace
-
-
-#: Why compiled code is refused: its calls are not seen one by one.
-COMPILED = (
-    "torch.compile leaves trady no calls to work on: prepare and train the model uncompiled, and compile it after "
-    'tuner.finish(). To train code that compiles itself, call torch.compiler.set_stance("force_eager") first'
-)
 
 
 def _refuse_compiled() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +18,12 @@ from trady.batch_check import BatchCheck
 from trady.budget import Budget
 from trady.channels import Selection
 from trady.clipping import clip_channels_
+from trady.compiled import UNCOMPILED, author_module, author_name, is_compiled
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
-from trady.errors import BudgetError, CheckpointError, StateError
+from trady.errors import BudgetError, CheckpointError, StateError, TradyWarning
 from trady.examine import Examined
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
@@ -126,7 +128,10 @@ class Tuner:
         selection = drawing.draw(0, 0)
         bounded = drawing.budget is not None and drawing.budget.scope.in_bytes
         refuse_prepared(model)
-        self._batch_check = BatchCheck(model, example) if bounded else None  # in front of the hooks of the interception
+        if is_compiled(model):
+            warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
+        # In front of the hooks of the interception.
+        self._batch_check = BatchCheck(author_module(model), example) if bounded else None
         self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
         self._epoch, self._redraw, self._steps = 0, 0, 0
         self._finished = False
@@ -148,7 +153,7 @@ class Tuner:
     @property
     def model(self) -> nn.Module:
         """The armed model: the object that was given to :func:`prepare`."""
-        return self._armed.model
+        return self._armed.given
 
     @property
     def selection(self) -> Selection:
@@ -467,7 +472,7 @@ class Tuner:
         earlier = [] if self._earlier is None else self._earlier.tensors
         return measure(
             step,
-            self.model,
+            self._armed.model,
             inference=inference,
             compact=[armed.compact for armed in self._armed.layers.values()] + earlier,
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
@@ -551,7 +556,7 @@ class Tuner:
         self._armed.select(Selection())
         try:
             changed = {name: t for name, t in state["tensors"].items() if not name.startswith(PREFIX)}
-            touched = load_changed_tensors(self.model, changed)
+            touched = load_changed_tensors(self._armed.model, changed)
         except CheckpointError:
             self._armed.select(self._selection)
             raise
@@ -561,7 +566,7 @@ class Tuner:
         if evidence is not None:
             self._observed.evidence, self._observed.epoch = evidence, observed_epoch
             drawing.evidence = evidence
-        self._touched = touched.renamed({layer.parameter: layer.name for layer in drawing.table})
+        self._touched = touched.renamed({author_name(layer.parameter): layer.name for layer in drawing.table})
         self._apply(selection)
         if self._earlier is not None and evidence is not None:
             kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
@@ -575,10 +580,10 @@ class Tuner:
         """
         self._check_alive("read the delta")
         self._armed.write_back()
-        return changed_tensors(self.model, self._examined.table, self._touched, self._examined.head_parameters)
+        return changed_tensors(self._armed.model, self._examined.table, self._touched, self._examined.head_parameters)
 
     def finish(self) -> nn.Module:
-        """Give the plain model back: hooks out, flags as they were, trained channels in its weights."""
+        """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again."""
         self._check_alive("finish again")
         self._armed.disarm()
         if self._batch_check is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -77,6 +78,9 @@ class Recorder:
             stack.callback(optimizers.register_optimizer_step_pre_hook(self._optimizer_steps).remove)
             stack.callback(optimizers.register_optimizer_step_post_hook(self._optimizer_stepped).remove)
             stack.enter_context(self._modules)
+            # The hooks of all modules are ours, and tell a module from what torch.compile has put around it.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
             self._saved_remarks = stack.enter_context(saved_tensors(self._saved))
             stack.enter_context(self._operations)
             if torch.cuda.is_initialized():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trady.compiled import author_name
 from trady.errors import CheckpointError
 from trady.files import flush, separate
 from trady.training.state import State
@@ -139,7 +140,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(f"{author_name(name)} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if name not in without and tensor.numel():
             bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(memoryview(bits.numpy()))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trady.compiled import author_name
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.training.batch import Loss
 from trady.training.checkpoint import (
@@ -252,7 +253,7 @@ class Loop:
         result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
         if (folder := self._writable()) is not None:
             folder.write_plan(plan)
-            folder.write_model(model.state_dict(), delta)
+            folder.write_model({author_name(name): t for name, t in model.state_dict().items()}, delta)
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result
 

@@ -1,0 +1,126 @@
+"""Models that are compiled, or that call compiled code: they run uncompiled while trady traces or trains them.
+
+trady works on the single calls of a model, and compiled code has none. The compiled form of a module is put aside and
+put back afterwards; the module stays where it is, under its name. Functions that compile themselves are told not to
+while a model runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from trady.errors import ModelError
+
+#: Why a prepared model does not run inside of torch.compile.
+COMPILED = (
+    "torch.compile was put around a prepared model, which leaves trady no single calls to work on: compile the model "
+    "before trady.prepare and hand the compiled one to it (it trains uncompiled, and tuner.finish() gives the compiled "
+    "model back), or compile it after tuner.finish(). A step that is compiled as a whole calls the prepared model as "
+    'torch.compiler.disable(model); torch.compiler.set_stance("force_eager") keeps all compilers off meanwhile'
+)
+
+#: What happens to a compiled model.
+UNCOMPILED = (
+    "the model is compiled: it runs uncompiled as long as it is prepared, since trady works on its single calls, and "
+    "compiled again after tuner.finish()"
+)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can be compiled yet: ``torch.compile`` loads its parts when it is first called."""
+    return "torch._dynamo" in sys.modules
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile(module)`` returns."""
+    return compiler_is_loaded() and isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module in it, has a compiled form."""
+    return any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules())
+
+
+def author_module(model: nn.Module) -> nn.Module:
+    """Return the module that was given to ``torch.compile``; any other module as it is."""
+    while _is_wrapper(model):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def author_name(name: str) -> str:
+    """Return the name that a tensor or module has in the model that was not compiled yet."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+class Uncompiled:
+    """Modules of a model without their compiled forms, until :meth:`put_back`.
+
+    Args:
+        model: The model; none of its names, keys and classes changes.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._calls = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+        self._forwards: list[tuple[Any, Any]] = [(m, m.forward) for m in modules if _is_wrapper(m)]
+        for module, _ in self._calls:
+            module._compiled_call_impl = None
+        for wrapper, _ in self._forwards:
+            wrapper.forward = wrapper._orig_mod.__call__
+
+    def put_back(self) -> None:
+        """Let the modules run compiled again; what was compiled anew meanwhile stays."""
+        for module, call in self._calls:
+            if module._compiled_call_impl is None:
+                module._compiled_call_impl = call
+        for wrapper, forward in self._forwards:
+            wrapper.forward = forward
+        self._calls, self._forwards = [], []
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Context in which a model, and all that it calls, runs uncompiled."""
+    aside, compilers = Uncompiled(model), CompilersOff()
+    try:
+        compilers.begin()
+        yield
+    finally:
+        compilers.end()
+        aside.put_back()
+
+
+class CompilersOff:
+    """Keeps code from being compiled, or run compiled, from :meth:`begin` to :meth:`end`."""
+
+    def __init__(self) -> None:
+        self._end: Callable[[], Any] | None = None
+
+    def begin(self) -> None:
+        """Run all code as it is written from here on.
+
+        Raises:
+            ModelError: A compiler is at work on the code that calls this.
+
+        """
+        if self._end is not None or not compiler_is_loaded():
+            return
+        try:
+            stance = torch.compiler.set_stance("force_eager")
+        except RuntimeError as error:
+            raise ModelError(COMPILED) from error
+        self._end = lambda: stance.__exit__(None, None, None)
+
+    def end(self) -> None:
+        """Go back to how it was."""
+        if self._end is not None:
+            end, self._end = self._end, None
+            end()
