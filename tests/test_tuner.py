@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import json
 from collections.abc import Callable
@@ -50,6 +51,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Adafactor of transformers": lambda p: importlib.import_module("transformers.optimization").Adafactor(
+        p, lr=0.01, relative_step=False, scale_parameter=False
+    ),
 }  # fmt: skip
 
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -267,7 +271,8 @@ def rows_of_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     return {
         name: value.clone()
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.dim() == parameter.dim() and value.shape[0] == len(parameter)
+        if isinstance(value, Tensor) and (value.dim() == parameter.dim() or name == "exp_avg_sq_row")
+        and value.shape[0] == len(parameter)
         and not (name == "col_var" and parameter.dim() == 2)
     }  # fmt: skip
 

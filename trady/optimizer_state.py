@@ -30,10 +30,13 @@ _SECOND_MOMENTS = {
     "row_var",
     "col_var",
     "step_size",
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
 }
 
-#: The dimension, from the end, that a factored second moment is a mean over.
-_AVERAGED = {"row_var": 1, "col_var": 2}
+#: The dimension, from the end, that a factored second moment is a mean over: torch keeps it, of size 1, and
+#: transformers leaves it out.
+_AVERAGED = {"row_var": 1, "col_var": 2, "exp_avg_sq_row": 1, "exp_avg_sq_col": 2}
 
 #: What an optimizer is taken to need where it cannot be tried out: Adam's state, and as much for a moment.
 _ASSUMED = OptimizerMemory(copies=2, every=2.0)
@@ -49,20 +52,33 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
     """
     state: dict[str, Any] | None = optimizer.state.get(change.compact)
     moves = [(change.sources, change.rows_before), (change.columns, change.columns_before)]
-    if not state or not all((sources >= 0).any() for sources, _ in moves):
+    remain = all((sources >= 0).any() for sources, _ in moves)
+    if not state or not remain or not all(_follows(name, value, change.compact) for name, value in state.items()):
         _start_anew(optimizer, change.compact)
         return
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() != change.compact.dim():
+        if not isinstance(value, Tensor) or value.dim() == 0:
             continue
+        left_out = value.dim() < change.compact.dim()
+        averaged = change.compact.dim() - _AVERAGED[name] if name in _AVERAGED else None
+        if left_out and averaged is not None:
+            value = value.unsqueeze(averaged)
         for dim, (sources, before) in enumerate(moves):
-            # Adafactor averages over one of the last two dimensions: there is no row, or column, of its own.
-            averaged = dim == value.dim() - _AVERAGED.get(name, 0)
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
-            if value.shape[dim] == before and not averaged and not stayed:
+            if value.shape[dim] == before and dim != averaged and not stayed:
                 kept = torch.from_numpy(sources).to(value.device)
                 value = _rearranged(value, kept, dim, mean=name in _SECOND_MOMENTS)
-        state[name] = value
+        state[name] = value.squeeze(averaged) if left_out and averaged is not None else value
+
+
+def _follows(name: str, value: object, compact: nn.Parameter) -> bool:
+    """Whether it is known which part of a state belongs to which channel.
+
+    In blocks of numbers that are quantised together, as in 8-bit optimizers, it is not.
+    """
+    if not isinstance(value, Tensor) or value.dim() in (0, compact.dim()):
+        return True
+    return name in _AVERAGED and value.dim() == compact.dim() - 1
 
 
 def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:

@@ -265,9 +265,10 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if not known or {"params", "model", "optimizer_dict"} & set(settings):
+            asked = getattr(self.args.optim, "value", self.args.optim)
             raise TrainingError(
-                f"optim={str(self.args.optim)!r} makes its optimizer from the whole model, and under a budget most of "
-                "it does not train: choose adamw_torch, sgd or another one over parameters"
+                f"optim={asked!r} makes its optimizer from the whole model, and under a budget most of it does not "
+                "train: choose adamw_torch, sgd or another one over parameters"
             )
         made: torch.optim.Optimizer = kind(groups, **settings)
         return made
@@ -351,6 +352,7 @@ def _refuse_wrappers(trainer: Any) -> None:
         (trainer.is_fsdp_enabled, "FSDP", "plain or distributed data-parallel training"),
         (args.n_gpu > 1, "DataParallel over several GPUs", "torchrun, or CUDA_VISIBLE_DEVICES with one of them"),
         (args.torch_compile, "torch_compile", "compiling the model after train()"),
+        (args.neftune_noise_alpha is not None, "NEFTune, whose noise cannot be planned", "dropout"),
     ):
         if asked:
             raise ModelError(f"a memory budget does not work with {what}; take {instead}")
