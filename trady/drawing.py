@@ -16,8 +16,8 @@ from trady.channels import ChannelTable, Selection
 from trady.errors import BudgetError
 from trady.examine import Examined, meta_batch
 from trady.measures import looks_back
-from trady.memory.optimizer import OptimizerMemory
-from trady.memory.timeline import Timeline
+from trady.memory.optimizer import Form, OptimizerMemory
+from trady.memory.timeline import Timeline, compact_forms
 from trady.online_ranking import OnlineRanking
 from trady.plan import Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation
@@ -121,8 +121,7 @@ class Drawing:
         self._mode, self.fidelity = rules.recompute, rules.fidelity
         self.micro_batch: int | None = None
         self._accumulates = waiting_bytes > 0
-        self._head_tensors = len(examined.head_parameters)
-        self._head_bytes = sum(p.numel() * p.element_size() for p in examined.head_parameters.values())
+        self._head = tuple(Form.of(p.shape, p.element_size()) for p in examined.head_parameters.values())
         self.recomputation = planner.everything if rules.recompute != "none" else planner.nothing
 
         batch = meta_batch(example)
@@ -232,9 +231,9 @@ class Drawing:
         return selection or min(self._smallest(), key=self.table.elements, default=selection)
 
     def _peak(self, timeline: Timeline, selection: Selection, optimizer: OptimizerMemory | None = None) -> int:
-        optimizer = optimizer or self.optimizer
-        kept = replace(optimizer, copies=optimizer.copies + self.looks_back)
-        return timeline.predicted_peak(selection, kept, accumulates=self._accumulates)
+        return timeline.predicted_peak(
+            selection, optimizer or self.optimizer, accumulates=self._accumulates, copies=self.looks_back
+        )
 
     @property
     def state_copies(self) -> int:
@@ -336,7 +335,7 @@ class Drawing:
             BudgetError: Not one channel fits beside that state.
 
         """
-        kept = self.copies * self.table.weight_elements(trained) * self.table.weight_element_bytes
+        kept = self._kept_bytes(trained)
         table = _with_weights(self.table, numbers)
         selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept, table) <= self._amount))
         if not selections and self.table.layers:
@@ -344,6 +343,12 @@ class Drawing:
             assert self.budget is not None
             raise below_least(self.budget, min(self._taken(selection, kept, table) for selection in one))
         return selections
+
+    def _kept_bytes(self, trained: Selection) -> int:
+        """State and copies of the channels that train, as far as the budget counts them."""
+        peak = self.budget is not None and self.budget.scope is Scope.PEAK
+        forms = [*(self._head if peak else ()), *compact_forms(self.table, trained)]
+        return self.optimizer.kept_bytes(forms) + self.looks_back * sum(form.whole for form in forms)
 
     @property
     def _amount(self) -> float:
@@ -364,7 +369,7 @@ class Drawing:
         # Taking the numbers of a sample copies its channels, of one layer at a time.
         maps = (len(channels) * table[name].activation_elements for name, channels in selection.items())
         copied = max(maps, default=0) * table.element_bytes if table is not self.table else 0
-        return peak + copied + kept + self.copies * self._head_bytes
+        return peak + copied + kept
 
     def _largest_within(self, epoch: int, redraw: int, peak_bytes: int) -> Selection:
         """Halve the interval of B_mem until the policy's own draw fills the peak budget to within 1 %."""
@@ -440,13 +445,12 @@ class Drawing:
         timeline = self.simulator.timeline(
             stretches=stretches, selection=selection, parts=True, optimizer=self.optimizer
         )
-        kept = self.table.weight_elements(selection) * self.table.weight_element_bytes
-        state = self.state_copies * (self._head_bytes + kept)
-        parts = dict(timeline.parts)
+        forms = [*self._head, *compact_forms(self.table, selection)]
+        state, parts = self.optimizer.kept_bytes(forms), dict(timeline.parts)
         if self.looks_back:
-            parts["compact parameters"] = parts.get("compact parameters", 0) + self._head_bytes + kept
+            parts["compact parameters"] = parts.get("compact parameters", 0) + sum(form.whole for form in forms)
         if self.state_copies > 1:  # Adam counts the steps of every tensor
-            state += _COUNTER_BYTES * (len(selection.channels) + self._head_tensors)
+            state += _COUNTER_BYTES * len(forms)
         return {**parts, **({"optimizer state": state} if state else {})}
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from trady.armed import Change
 from trady.errors import StateError
 from trady.memory import LiveBytes
-from trady.memory.optimizer import OptimizerMemory
+from trady.memory.optimizer import Amount, Form, OptimizerMemory
 from trady.optim import UpdatesInBackward
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
@@ -141,34 +142,59 @@ def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
         raise StateError("LBFGS keeps one flat history that cannot follow changing channels; use SGD or AdamW")
     found = OptimizerMemory()
     for group in optimizer.param_groups:
-        for kind in {(p.dtype, torch.device("cpu") if p.is_meta else p.device) for p in group["params"]}:
-            for shape in _PROBES:
-                found |= _memory(optimizer, group, shape, *kind)
+        for dtype, device in {(p.dtype, torch.device("cpu") if p.is_meta else p.device) for p in group["params"]}:
+            try:
+                found |= _memory(lambda shape: _needs(optimizer, group, shape, dtype, device))  # noqa: B023
+            except Exception:
+                found |= _ASSUMED
     return found
 
 
-#: A matrix, one row and a pointwise convolution: factored second moments take most for the last two. They are large
-#: beside a number of steps or a mean.
-_PROBES = ((64, 64), (1, 4096), (64, 64, 1, 1))
+#: A matrix, one row, a pointwise convolution and another one: factored second moments take most for the second and
+#: third. They are large beside a number of steps or a mean.
+_PROBES = ((64, 64), (1, 4096), (64, 64, 1, 1), (64, 8, 4, 2))
+
+#: What the needs for these shapes tell of others must be right for this one.
+_CHECK = (32, 128)
+
+#: Steps and means, as a share of these parameters.
+_SMALL = 0.02
+
+#: Copies of a parameter that are kept, that a step needs of each, of the current one and of the one before.
+_Needs = tuple[float, float, float, float]
 
 
-def _memory(
+def _memory(needs: Callable[[tuple[int, ...]], _Needs]) -> OptimizerMemory:
+    """Put together what parameters of different shapes need."""
+    found = [needs(shape) for shape in _PROBES]
+    kept, *moment = map(max, zip(*found, strict=True))
+    memory = OptimizerMemory(math.ceil(kept), *moment)
+    if all(max(each) - min(each) < _SMALL for each in zip(*found, strict=True)):
+        return memory
+    forms = [Form.of(shape, 1) for shape in _PROBES]
+    solved = np.linalg.solve(np.array([astuple(form) for form in forms]), np.array(found) * 4096).T
+    amounts = [Amount(*(round(n) if abs(n - round(n)) < _SMALL else float(n) for n in numbers)) for numbers in solved]
+    form, checked = Form.of(_CHECK, 1), needs(_CHECK)
+    right = all(abs(a.of(form) / form.whole - n) < _SMALL for a, n in zip(amounts, checked, strict=True))
+    if not right or min(min(astuple(amount)) for amount in amounts) < 0:
+        return memory
+    kept_of, every, current, previous = amounts
+    return replace(memory, factored=(kept_of, every, current, previous))
+
+
+def _needs(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> OptimizerMemory:
+) -> _Needs:
     """Tell from steps over one, two and three parameters which temporaries there are for each of them."""
-    try:
-        one_two_three = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(n)] for n in (1, 2, 3))
-        tried = [_step(optimizer, group, values) for values in one_two_three]
-    except Exception:
-        return _ASSUMED
-    (copies, one), (_, two), (_, three) = tried
+    one_two_three = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(n)] for n in (1, 2, 3))
+    (copies, one), (_, two), (_, three) = (_step(optimizer, group, values) for values in one_two_three)
     every = max(three - two, 0.0)
     current = max(one - every, 0.0)
-    return OptimizerMemory(math.ceil(copies), every, current, max(two - 2 * every - current, 0.0))
+    return copies, every, current, max(two - 2 * every - current, 0.0)
 
 
 def _step(optimizer: torch.optim.Optimizer, group: dict[str, Any], values: list[Tensor]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from trady.compiled import uncompiled
 from trady.examine import examine, meta_batch, meta_twin, tensors_of
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
-from trady.memory.optimizer import OptimizerMemory
+from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
 from trady.standins import StandIns, mixed_to_meta
@@ -147,11 +147,11 @@ class Simulator:
                     kept += self._forward_and_backward(live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
-                moment = optimizer.moment_bytes([p.grad.nbytes for p in (*compact, *head) if p.grad is not None])
+                moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
                 torch.empty(moment, dtype=torch.uint8, device="meta")
                 made_of = _parts(live, kept)
         frees = optimizer.in_backward is not None
-        return Timeline(tuple(intervals), self._examined.table, tuple(p.nbytes for p in head), made_of, frees)
+        return Timeline(tuple(intervals), self._examined.table, tuple(map(_form, head)), made_of, frees)
 
     def _forward_and_backward(self, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
@@ -167,6 +167,10 @@ class Simulator:
             with StandIns(self._device):
                 _backward(loss)
         return kept
+
+
+def _form(parameter: Tensor) -> Form:
+    return Form.of(parameter.shape, parameter.element_size())
 
 
 def _backward(loss: Tensor) -> None:

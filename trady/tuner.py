@@ -507,7 +507,7 @@ class Tuner:
                 "epoch": self._epoch,
                 "redraw": self._redraw,
                 "steps": self._steps,
-                "state_copies": self._drawing.state_copies,
+                **self._drawing.optimizer.state(),
                 "pool": list(self._drawing.pool),
                 "selection": self._selection.to_json(),
                 "ranking": None if ranking is None else ranking.to_json(),
@@ -547,7 +547,8 @@ class Tuner:
             ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
             online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
             pool = tuple(drawing.table[name].name for name in meta["pool"])
-            numbers = [int(meta[key]) for key in ("epoch", "redraw", "steps", "state_copies")]
+            numbers = [int(meta[key]) for key in ("epoch", "redraw", "steps")]
+            optimizer = drawing.optimizer.with_state(meta)
             evidence, observed_epoch = self._observed.read(meta.get("observed"), state["tensors"])
             if evidence is not None:
                 check_layers(evidence, drawing.table)
@@ -561,8 +562,8 @@ class Tuner:
             self._armed.select(self._selection)
             raise
         drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
-        self._epoch, self._redraw, self._steps, copies = numbers
-        drawing.optimizer = replace(drawing.optimizer, copies=copies)
+        self._epoch, self._redraw, self._steps = numbers
+        drawing.optimizer = optimizer
         if evidence is not None:
             self._observed.evidence, self._observed.epoch = evidence, observed_epoch
             drawing.evidence = evidence

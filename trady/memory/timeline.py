@@ -8,6 +8,7 @@ channel a layer gives the peak of every other selection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.channels import ChannelTable, Layer, Selection
-from trady.memory.optimizer import OptimizerMemory
+from trady.memory.optimizer import Form, OptimizerMemory
 from trady.ops.layout import CHUNK_BYTES
 
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
@@ -50,19 +51,24 @@ class Timeline:
     Attributes:
         intervals: The cuts in the order they happened.
         table: Costs of the channels.
-        head_sizes: Bytes of each of the head's parameters, whose optimizer state counts too.
+        head: Each of the head's parameters, whose optimizer state counts too.
         parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
         frees_gradients: Whether a compact gradient is used up when it arrives, not at the end of the step.
     """
 
     intervals: tuple[Interval, ...]
     table: ChannelTable
-    head_sizes: tuple[int, ...] = ()
+    head: tuple[Form, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     frees_gradients: bool = False
 
     def predicted_peak(
-        self, selection: Selection, optimizer: OptimizerMemory | None = None, *, accumulates: bool = False
+        self,
+        selection: Selection,
+        optimizer: OptimizerMemory | None = None,
+        *,
+        accumulates: bool = False,
+        copies: int = 0,
     ) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
 
@@ -70,6 +76,7 @@ class Timeline:
             selection: Channels that train.
             optimizer: What the optimizer takes; plain SGD takes nothing.
             accumulates: Whether the gradients of earlier parts of the batch are there all along.
+            copies: Copies of all that trains that are kept beside the optimizer's.
 
         """
         optimizer = optimizer or OptimizerMemory()
@@ -85,9 +92,11 @@ class Timeline:
         numbers = int(_integers(1 if layer.groups == 1 else 5 for layer in layers) @ channels) + sum(
             filter(None, chosen)
         )
-        copy = int(compact.sum()) + sum(self.head_sizes)
-        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + (optimizer.copies + accumulates) * copy
-        tensors = int((counts > 0).sum()) + len(self.head_sizes)
+        copy = int(compact.sum()) + sum(form.whole for form in self.head)
+        forms = [*self.head, *compact_forms(self.table, selection)]
+        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + (copies + accumulates) * copy
+        kept += optimizer.kept_bytes(forms)
+        tensors = int((counts > 0).sum()) + len(self.head)
         if optimizer.copies:  # steps are counted for every tensor
             kept += _NUMBER_BYTES * tensors
         base, maps, gradients, working = self._matrices()
@@ -95,11 +104,11 @@ class Timeline:
             _narrowed_bytes(layer, self.table, outputs or 0) for layer, outputs in zip(layers, chosen, strict=True)
         )
         live = base + maps @ channels + gradients @ weights + working @ narrowed
-        sizes = [*self.head_sizes, *(() if self.frees_gradients else compact.tolist())]
+        stepped = self.head if self.frees_gradients else forms
         units = max((*counts.tolist(), *filter(None, chosen)), default=0)
         clipping = _CLIPPING_CHANNEL_BYTES * units + _CLIPPING_TENSOR_BYTES * tensors
         # By then the gradients of all parts are one.
-        moment = max(optimizer.most_moment_bytes(sizes), clipping) - accumulates * copy
+        moment = max(optimizer.most_moment_bytes(stepped), clipping) - accumulates * copy
         live[[i for i, interval in enumerate(self.intervals) if interval.phase == "step"]] += moment
         return int(live.max(initial=0)) + kept
 
@@ -138,6 +147,17 @@ class Timeline:
                 gone = backward[-1] + 1 if self.frees_gradients else len(base)
                 gradients[backward[0] + 1 : gone, i] += 1
         return base, maps, gradients, working
+
+
+def compact_forms(table: ChannelTable, selection: Selection) -> list[Form]:
+    """The compact parameters of a selection: [channels, output channels a group, *kernel] of each layer."""
+    found = []
+    for name, channels in selection.items():
+        layer, outputs = table[name], selection.output_count(name)
+        kernel = layer.weight_shape[2:]
+        share = layer.weight_elements // math.prod(kernel) if outputs is None else outputs
+        found.append(Form.of((len(channels), share, *kernel), table.weight_element_bytes))
+    return found
 
 
 def _gathered_bytes(layer: Layer, table: ChannelTable) -> int:
