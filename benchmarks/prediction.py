@@ -29,8 +29,10 @@ from benchmarks.tasks import Task, cross_entropy
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.budget import BelowLeastError, Budget, Scope, format_bytes
 from trady.decision import Request
+from trady.memory.optimizer import OptimizerMemory
 from trady.micro_batches import part_of
 from trady.trace import batch_size
+from trady.training.optimizers import OptimizerFactory, memory_of
 from trady.tuner import Tuner
 
 #: How far a prediction may lie from the measured peak.
@@ -38,6 +40,13 @@ MOST_ERROR = 0.03
 
 #: The part of a batch that ``--small`` leaves.
 SMALL = 4
+
+#: What trains, by the name that ``--optimizer`` takes.
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=RATE),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=RATE),
+}
 
 
 @dataclass(frozen=True)
@@ -84,22 +93,27 @@ def reduced(task: Task) -> Task:
     return Task(task.model, part, task.loss if computes_loss else cross_entropy(torch.zeros(samples, dtype=torch.long)))
 
 
-def limits(workload: Workload, task: Task) -> dict[Scope, tuple[int, int]]:
+def limits(workload: Workload, task: Task, optimizer: str = "sgd") -> dict[Scope, tuple[int, int]]:
     """The least and the largest budget that make a difference, for every kind of budget."""
     with full_fine_tuning(workload, task) as step:
         full = step.ledger().peak_bytes
     everything = trady.plan(task.model, task.batch, policy="full").cost
     most = {Scope.PEAK: full, Scope.UPDATE: everything.update_bytes, Scope.ELEMENTS: everything.elements}
-    return {scope: (least(task, scope), most[scope]) for scope in Scope}
+    return {scope: (least(task, scope, optimizer), most[scope]) for scope in Scope}
 
 
-def least(task: Task, scope: Scope) -> int:
+def least(task: Task, scope: Scope, optimizer: str) -> int:
     """The least budget that a step is possible in."""
     try:
-        Request(budget=Budget(scope, 1)).decide(task.model, task.batch, explain=False)
+        Request(budget=Budget(scope, 1)).decide(task.model, task.batch, explain=False, optimizer=taken(task, optimizer))
     except BelowLeastError as error:
         return error.least_amount
     return 1
+
+
+def taken(task: Task, optimizer: str) -> OptimizerMemory:
+    """What an optimizer takes, before it is there."""
+    return memory_of(OPTIMIZERS[optimizer], next(task.model.parameters()).device)
 
 
 def draw_budget(scope: Scope, low: int, high: int, random: random.Random) -> Budget:
@@ -110,14 +124,15 @@ def draw_budget(scope: Scope, low: int, high: int, random: random.Random) -> Bud
     return Budget(scope, min(high, max(low, round(math.exp(random.uniform(math.log(low), math.log(high)))))))
 
 
-def attempt(name: str, task: Task, budget: Budget, seed: int) -> Trial:
-    """Plan, predict, run one step with plain SGD, and measure it."""
-    model, examined, drawing = Request(budget=budget, seed=seed).decide(task.model, task.batch)
+def attempt(name: str, task: Task, budget: Budget, seed: int, chosen: str = "sgd") -> Trial:
+    """Plan, predict, run a step, and measure it; the second one where the first makes the optimizer's state."""
+    request = Request(budget=budget, seed=seed)
+    model, examined, drawing = request.decide(task.model, task.batch, optimizer=taken(task, chosen))
     tuner = Tuner(model, examined, drawing, example=task.batch)
     try:
         predicted = sum(drawing.predicted_parts(tuner.selection).values())
         model.train()
-        optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=RATE))
+        optimizer = tuner.attach(OPTIMIZERS[chosen](tuner.parameters()))
 
         def step() -> None:
             task.run().backward()
@@ -125,25 +140,27 @@ def attempt(name: str, task: Task, budget: Budget, seed: int) -> Trial:
             optimizer.zero_grad(set_to_none=True)
 
         channels, recomputed = tuner.selection.count, len(drawing.recomputation.names)
-        measured = tuner.ledger(step, inference=False).peak_bytes
+        measured = max(tuner.ledger(step, inference=False).peak_bytes for _ in range(1 if chosen == "sgd" else 2))
     finally:
         tuner.finish()
     limit = budget.amount if budget.scope is Scope.PEAK else None
     return Trial(name, str(budget), seed, channels, recomputed, predicted, measured, limit)
 
 
-def trials(workload: Workload, task: Task, budgets: int, draws: int, seed: int, progress: Console) -> list[Trial]:
+def trials(
+    workload: Workload, task: Task, budgets: int, draws: int, seed: int, progress: Console, optimizer: str = "sgd"
+) -> list[Trial]:
     """Try budgets of every kind in turn, then further peak budgets."""
     random_ = random.Random(f"{seed} {workload.name}")
     if not budgets + draws:
         return []
-    bounds = limits(workload, task)
+    bounds = limits(workload, task, optimizer)
     scopes = [tuple(Scope)[i % len(Scope)] for i in range(budgets)] + [Scope.PEAK] * draws
     found = []
     for number, scope in enumerate(scopes, 1):
         started = time.perf_counter()
         budget = draw_budget(scope, *bounds[scope], random_)
-        trial = attempt(workload.name, task, budget, random_.randrange(2**31))
+        trial = attempt(workload.name, task, budget, random_.randrange(2**31), optimizer)
         found.append(trial)
         peaks = f"predicted {format_bytes(trial.predicted_bytes)}, measured {format_bytes(trial.measured_bytes)}"
         progress.print(
@@ -196,6 +213,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budgets", type=int, default=20, help="random budgets of all kinds a workload (default: 20)")
     parser.add_argument("--draws", type=int, default=50, help="peak budgets more, over the workloads (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of budgets and channels (default: 0)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="what trains (default: sgd)")
     parser.add_argument("--small", action="store_true", help=f"steps of 1/{SMALL} of each batch, which take less time")
     add_models(parser)
     add_json(parser)
@@ -210,7 +228,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         workload, draws = WORKLOADS[name], drawn.count(name)
         task = workload.make(models_folder(options.models))
         task = reduced(task) if options.small else task
-        found += trials(workload, task, options.budgets, draws, options.seed, progress)
+        found += trials(workload, task, options.budgets, draws, options.seed, progress, options.optimizer)
     console.print(as_table(found))
     verdicts = judge(found)
     for verdict in verdicts:
@@ -218,6 +236,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{word}  {verdict.bar}: {verdict.measured}")
     figures: dict[str, Any] = {
         "small": options.small,
+        "optimizer": options.optimizer,
         "seed": options.seed,
         "trials": [{**asdict(trial), "error": trial.error, "kept": trial.kept} for trial in found],
         "bars": [asdict(verdict) for verdict in verdicts],

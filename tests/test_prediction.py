@@ -28,12 +28,13 @@ SMALL = Workload("small", "two convolutions", lambda models: task(), "trady")
 TRIAL = Trial("small", "peak:1 MiB", 0, 3, 0, predicted_bytes=1000, measured_bytes=1000, budget_bytes=1000)
 
 
+@pytest.mark.parametrize("optimizer", prediction.OPTIMIZERS)
 def test_random_budgets_of_every_kind_are_predicted_and_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prediction, "WORKLOADS", {"small": SMALL})
     target = tmp_path / "prediction.json"
-    code = prediction.run(["--budgets", "6", "--draws", "2", "--json", str(target)])
+    code = prediction.run(["--budgets", "6", "--draws", "2", "--optimizer", optimizer, "--json", str(target)])
     figures = json.loads(target.read_text())
     trials = figures["trials"]
     assert code == 0, trials
