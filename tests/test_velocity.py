@@ -231,8 +231,11 @@ def test_looking_back_leaves_the_bits_of_every_weight() -> None:
     tuner.finish()
 
 
-def test_several_draws_between_two_looks_are_all_taken_back() -> None:
-    tuner, data = prepared(), samples()
+@pytest.mark.parametrize("head", ["auto", None])
+def test_several_draws_between_two_looks_are_all_taken_back(head: str | None) -> None:
+    build, shape = IMAGE_NETWORKS["residual"]
+    tuner = trady.prepare(seeded(build), normal(3, *shape), budget=BUDGET, policy="velocity", head=head)
+    data = samples()
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
     tuner.observe(data)
     tuner.resample(0)

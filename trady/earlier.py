@@ -47,7 +47,7 @@ class EarlierWeights:
         self._armed, self._parameters = armed, dict(head)
         self._slices: list[_Slices] = []
         self._head: dict[str, Tensor] = {}
-        self._untrained = False
+        self._begun = self._untrained = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -58,13 +58,13 @@ class EarlierWeights:
         """From now on the weights of now are the earlier ones."""
         self._slices, self._head = [], {}
         self._head = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._untrained = True
+        self._begun = self._untrained = True
         self.drawn(self._armed.layers)
 
     def drawn(self, changed: Collection[str]) -> None:
         """Other channels train in these layers from now on."""
-        if not self._head and not self._untrained:
-            return  # nothing was measured yet
+        if not self._begun:
+            return
         if self._untrained:
             self._slices = []
             changed = self._armed.layers
@@ -139,7 +139,7 @@ class EarlierWeights:
             }
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
-        self._slices, self._head, self._untrained = slices, head, False
+        self._slices, self._head, self._begun, self._untrained = slices, head, True, False
 
     def _read(self, meta: Mapping[str, Any], values: Tensor) -> _Slices:
         layer = self._armed.table[meta["layer"]]
