@@ -7,6 +7,7 @@ while a model runs.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,9 +43,18 @@ def _is_wrapper(module: nn.Module) -> bool:
     return compiler_is_loaded() and isinstance(module, torch._dynamo.OptimizedModule)
 
 
+def _plain_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.forward`` was before it was compiled; ``None`` if it is not."""
+    if _is_wrapper(module):
+        return module._orig_mod.__call__  # type: ignore[operator]
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__dict__", {})
+    return own.get("_torchdynamo_orig_callable") if own.get("_torchdynamo_wrapper_id") == id(forward) else None
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module in it, has a compiled form."""
-    return any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules())
+    return any(m._compiled_call_impl is not None or _plain_forward(m) is not None for m in model.modules())
 
 
 def author_module(model: nn.Module) -> nn.Module:
@@ -70,19 +80,21 @@ class Uncompiled:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._calls = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
-        self._forwards: list[tuple[Any, Any]] = [(m, m.forward) for m in modules if _is_wrapper(m)]
+        self._forwards: list[tuple[nn.Module, Any]] = []
         for module, _ in self._calls:
             module._compiled_call_impl = None
-        for wrapper, _ in self._forwards:
-            wrapper.forward = wrapper._orig_mod.__call__
+        for module in modules:
+            if (plain := _plain_forward(module)) is not None:
+                self._forwards.append((module, module.forward))
+                module.forward = plain
 
     def put_back(self) -> None:
         """Let the modules run compiled again; what was compiled anew meanwhile stays."""
         for module, call in self._calls:
             if module._compiled_call_impl is None:
                 module._compiled_call_impl = call
-        for wrapper, forward in self._forwards:
-            wrapper.forward = forward
+        for module, forward in self._forwards:
+            module.forward = forward
         self._calls, self._forwards = [], []
 
 
@@ -124,3 +136,12 @@ class CompilersOff:
         if self._end is not None:
             end, self._end = self._end, None
             end()
+
+
+def uncompiled_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy`` of a model without its compiled forms; compilers are not copied."""
+    memo |= {id(m.dynamo_ctx): m.dynamo_ctx for m in model.modules() if _is_wrapper(m)}
+    with uncompiled(model):
+        copied: nn.Module = copy.deepcopy(model, memo)
+    Uncompiled(copied)
+    return copied

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import samples_of
 from trady.channels import ChannelTable
-from trady.compiled import Uncompiled
+from trady.compiled import uncompiled_copy
 from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.segments import Segment, find_segments, work_of
@@ -111,9 +110,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _without_memory(buffer)
-    twin = copy.deepcopy(model, memo)
-    Uncompiled(twin)
-    return twin
+    return uncompiled_copy(model, memo)
 
 
 def meta_batch(example: Any) -> Any:
