@@ -328,124 +328,13 @@ def test_a_delta_holds_the_base_channels_that_the_adapter_file_does_not() -> Non
     assert same(snapshot(trady.apply_delta(fresh, delta)), snapshot(model))
 
 
-# -- quantised weights -------------------------------------------------------------------------------------------
+# -- a batch of another kind -------------------------------------------------------------------------------------
 
 
-def attention_in(bits: int, model: nn.Module) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
-    if bits == 8:
-        config = quantization.Int8WeightOnlyConfig()
-    else:
-        group = quantization.PerGroup(16)
-        config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
-    quantization.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and "attention" in name)
-    return model
-
-
-def dequantized(model: nn.Module, quantized: nn.Module) -> nn.Module:
-    """``model`` with the values that the weights of ``quantized`` stand for."""
-    stored = dict(quantized.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = stored[name]
-            parameter.copy_(value if type(value) is nn.Parameter else value.dequantize())
-    return model
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_gradients_pass_through_quantised_layers_and_everything_else_trains(bits: int) -> None:
-    batch, model = {"input_ids": IDS}, attention_in(bits, bert())
-    before = {
-        n: p.dequantize().clone() for n, p in model.named_parameters() if "attention" in n and "query.weight" in n
-    }
-    tuner = armed(model, batch)
-    reasons = {f.parameter: f.reason for f in tuner.plan.table.frozen}
-    quantised = [n for n, reason in reasons.items() if reason.startswith("stored quantised")]
-    assert len(quantised) == 4 * 3
-    assert {layer.name.split(".")[-2] for layer in tuner.plan.table} >= {"intermediate", "output"}
-    expected = dense_gradients(dequantized(bert(), model), tuner, loss_on(batch))
-    loss_on(batch)(model).backward()
-    assert_gradients(tuner, expected, 1e-4)
-    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
-    optimizer.step()
-    tuner.resample(1)
-    delta = tuner.delta()
-    tuner.finish()
-    assert all(torch.equal(model.get_parameter(n).dequantize(), value) for n, value in before.items())
-    assert same(snapshot_of_plain(trady.apply_delta(attention_in(bits, bert()), delta)), snapshot_of_plain(model))
-
-
-def snapshot_of_plain(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if type(p) is nn.Parameter}
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_backward_keeps_no_float_copy_of_a_quantised_weight(bits: int) -> None:
-    batch, model = {"input_ids": IDS[:1]}, attention_in(bits, bert(128))
-
-    def step() -> None:
-        loss_on(batch)(model).backward()
-
-    pytorch = trady.measure(step, model).saved_bytes
-    model.zero_grad()
-    tuner = armed(model, batch)
-    copies = sum(4 * p.numel() for n, p in model.named_parameters() if type(p) is not nn.Parameter)
-    assert tuner.ledger(step).saved_bytes < pytorch - 0.9 * copies
-
-
-def test_weights_that_hand_no_gradient_back_are_refused() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 3))
-    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(), lambda m, name: name == "1")
-    tuner = armed(model, normal(4, 32))
-    with pytest.raises(ModelError, match="quantise the weights only"):
-        model(normal(4, 32))
-    tuner.finish()
-
-
-def test_a_quantised_head_is_refused() -> None:
-    model = attention_in(8, bert())
-    with pytest.raises(ModelError, match="cannot train: it is stored quantised, as Int8Tensor"):
-        armed(model, {"input_ids": IDS}, head="bert.encoder.layer.2.attention")
-
-
-class Bits(nn.Module):
-    """One layer of bitsandbytes, or the plain one, between two that train."""
-
-    def __init__(self, bits: int | None) -> None:
-        super().__init__()
-        self.first, self.last, self.head = nn.Linear(64, 128), nn.Linear(64, 64), nn.Linear(64, 3)
-        if bits is None:
-            self.stored = nn.Linear(128, 64)
-        else:
-            bnb = pytest.importorskip("bitsandbytes")
-            four = bits == 4
-            self.stored = bnb.nn.Linear4bit(128, 64) if four else bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.first, self.stored, self.last):
-            x = torch.relu(layer(x))
-        return self.head(x)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
-def test_gradients_pass_through_layers_of_bitsandbytes(bits: int) -> None:
-    plain = seeded(lambda: Bits(None))
-    model = Bits(bits)
-    model.load_state_dict(plain.state_dict())
-    model.to("cpu")
-    x = normal(16, 64)
-    if bits == 4 and getattr(model.stored, "support_avx512bf16_for_cpu", False):
-        with pytest.raises(ModelError, match="support_avx512bf16_for_cpu = False"):
-            armed(model, x)
-        model.stored.support_avx512bf16_for_cpu = False
-    # Its 4-bit product takes another path where gradients are needed: what is fused could not be followed.
-    tuner = armed(model, x, fuse=bits != 4)
-    assert tuner.plan.table.names == ("first", "last")
-    with torch.no_grad():
-        plain.stored.weight.copy_((model.stored(torch.eye(128)) - model.stored.bias).t())
-    expected = dense_gradients(plain, tuner, lambda net: net(x).square().sum())
-    model(x).square().sum().backward()
-    assert_gradients(tuner, expected, 2e-2)
-    tuner.finish()
+def test_a_forward_pass_that_ends_inside_a_stretch_is_an_error_and_no_memory_that_nobody_has_written_to() -> None:
+    model = llama().eval()
+    tuner = trady.prepare(model, {"input_ids": IDS, "labels": IDS}, budget="elements:5000", policy="dynamic-random")
+    with pytest.raises(ModelError, match=r"it ended where \w+ was expected.*prepare with an example of that kind"):
+        model(input_ids=IDS)
+    expected = model(input_ids=IDS, labels=IDS).logits
+    assert torch.equal(tuner.finish()(input_ids=IDS).logits, expected)

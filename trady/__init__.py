@@ -11,6 +11,7 @@ from trady import optim
 from trady.budget import Budget, parse_budget
 from trady.channels import ChannelTable, Layer, Selection, by_output
 from trady.delta import apply_delta
+from trady.dequantize import dequantize
 from trady.errors import (
     BudgetError,
     CheckpointError,
@@ -73,6 +74,7 @@ __all__ = [
     "apply_delta",
     "by_output",
     "cross_entropy",
+    "dequantize",
     "finetune",
     "load_data",
     "measure",

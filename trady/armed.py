@@ -1,8 +1,8 @@
 """A model with its interception in place and a set of channels that train.
 
-``weight`` holds the truth. Beside it every layer has a compact parameter, a leaf that holds the selected
-channels ``W[:, c]`` (or ``W[outputs][:, c]``) only: it receives their gradient, the optimizer updates it, and
-it is written back.
+``weight`` holds the truth (of a quantised layer with the float channels beside it: :mod:`trady.quantized`). Every
+layer has a compact parameter too, a leaf that holds the selected channels ``W[:, c]`` (or ``W[outputs][:, c]``)
+only: it receives their gradient, the optimizer updates it, and it is written back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from trady.compiled import Uncompiled, author_module
 from trady.errors import StateError
 from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
-from trady.ops.selected import channel_major, gather_channels, scatter_channels_, select_channels
+from trady.ops.selected import DenseWeight, select_channels
+from trady.quantized import QuantizedLinear, leave, route
 from trady.segments import Segment
 from trady.stretches import drawn_anew
 
@@ -66,13 +67,15 @@ class Armed:
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(id(parameter) in plain)
+        self._quantized = route(model)
         self.layers: dict[str, ArmedLayer] = {}
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         for layer in self.table:
             weight = model.get_parameter(layer.parameter)
             path, _, attribute = layer.parameter.rpartition(".")
             self._owners[layer.name] = (model.get_submodule(path), attribute)
-            self.layers[layer.name] = ArmedLayer(layer.name, weight, nn.Parameter(_no_channel(weight, layer)))
+            truth = self._quantized.get(id(weight)) or DenseWeight(weight, layer.kind, layer.groups)
+            self.layers[layer.name] = ArmedLayer(layer.name, weight, truth, nn.Parameter(truth.empty()))
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
         self.selection = Selection()
@@ -94,14 +97,13 @@ class Armed:
             now, columns = _rows_and_columns(selection, layer)
             if np.array_equal(before, now) and np.array_equal(columns_before, columns):
                 continue
-            weight = armed.weight.detach()
             if len(now):
                 groups, outputs = layer.groups, selection.outputs.get(name)
-                armed.selected = select_channels(now, groups, layer.channels // groups, weight.device, outputs)
-                armed.compact.data = gather_channels(weight, layer.kind, groups, armed.selected)
+                armed.selected = select_channels(now, groups, layer.channels // groups, armed.weight.device, outputs)
+                armed.compact.data = armed.truth.gather(armed.selected)
             else:
                 armed.selected = None
-                armed.compact.data = _no_channel(weight, layer)
+                armed.compact.data = armed.truth.empty()
             armed.compact.grad = None
             clip_by_output(armed.compact, name in selection.outputs)
             armed.leaf = self._new_leaf(name) if len(now) else None
@@ -110,6 +112,13 @@ class Armed:
             changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
         return changes
+
+    @property
+    def float_channels(self) -> Selection:
+        """Channels of quantised layers that are in floating point beside the weight: those that have trained."""
+        truths = {name: armed.truth for name, armed in self.layers.items()}
+        kept = {name: truth.channels for name, truth in truths.items() if isinstance(truth, QuantizedLinear)}
+        return Selection({name: found[0].cpu().numpy() for name, found in kept.items() if found is not None})
 
     def write_back(self) -> None:
         """Copy the compact parameters that an optimizer has changed into the weights.
@@ -128,12 +137,11 @@ class Armed:
                 )
             if self._written[name] == armed.versions:
                 continue
-            layer, weight = self.table[name], armed.weight.detach()
             with torch.no_grad():
                 if self._written[name][0] == armed.compact._version:
-                    armed.compact.copy_(gather_channels(weight, layer.kind, layer.groups, armed.selected))
+                    armed.compact.copy_(armed.truth.gather(armed.selected))
                 else:
-                    scatter_channels_(weight, layer.kind, layer.groups, armed.selected, armed.compact.detach())
+                    armed.truth.scatter_(armed.selected, armed.compact.detach())
             self._written[name] = armed.versions
 
     @contextmanager
@@ -185,6 +193,7 @@ class Armed:
         finally:
             self.interceptor.disarm()
             self._uncompiled.put_back()
+            leave(self._quantized)
             self.on_gradient.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
@@ -197,12 +206,6 @@ def refuse_prepared(model: nn.Module) -> None:
         raise StateError(
             f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
         )
-
-
-def _no_channel(weight: Tensor, layer: Layer) -> Tensor:
-    """A compact parameter of a layer in which nothing trains."""
-    shape = channel_major(weight.detach(), layer.kind, layer.groups).shape
-    return weight.detach().new_empty((0, *shape[2:]))
 
 
 def _rows_and_columns(selection: Selection, layer: Layer) -> tuple[Channels, Channels]:

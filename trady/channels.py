@@ -17,6 +17,9 @@ import numpy as np
 from trady.errors import ModelError
 from trady.selection import Channels, Selection, channel_indices
 
+#: The number of a channel.
+_NUMBER_BYTES = 8
+
 __all__ = ["ChannelTable", "Channels", "FrozenLayer", "Layer", "Selection", "by_output"]
 
 
@@ -38,6 +41,8 @@ class Layer:
         input_shapes: Shape of the input of each call, before padding that the module does itself.
         output_shapes: Shape of the output of each call.
         groups: Groups of the convolution; 1 for linear layers.
+        quantized: Whether the weight is stored quantised: channels that have trained stay beside it, in floating
+            point and with all their output channels.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Layer:
     input_shapes: tuple[tuple[int, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     groups: int = 1
+    quantized: bool = False
 
     @property
     def elements(self) -> int:
@@ -149,6 +155,15 @@ class ChannelTable:
             self[name].share(len(channels) * self[name].weight_elements, selection.output_count(name))
             for name, channels in selection.items()
         )
+
+    def float_bytes(self, selection: Selection) -> int:
+        """Bytes of the float channels of quantised layers, once these have trained, with their numbers."""
+        return sum(len(c) * self.float_channel_bytes(name) for name, c in selection.items())
+
+    def float_channel_bytes(self, name: str) -> int:
+        """Bytes of one float channel of a layer; 0 if it is not quantised."""
+        layer = self[name]
+        return layer.weight_elements * self.weight_element_bytes + _NUMBER_BYTES if layer.quantized else 0
 
     def activation_elements(self, selection: Selection) -> int:
         """Activation elements that a selection saves of one sample, whatever its output channels."""

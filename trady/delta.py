@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.channels import ChannelTable, Selection
+from trady.channels import Channels, ChannelTable, Layer, Selection
 from trady.compiled import author_name
 from trady.errors import CheckpointError
-from trady.ops.selected import channel_major
+from trady.ops.quantized import is_quantized
+from trady.ops.selected import channel_major, select_channels
+from trady.quantized import QuantizedLinear, layer_at
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
 _OUTPUTS = "::outputs"
@@ -26,7 +30,7 @@ def changed_tensors(
     touched: Selection,
     head: Mapping[str, nn.Parameter],
 ) -> dict[str, Tensor]:
-    """Copy the channels that were ever selected, and the head.
+    """Copy the channels that were ever selected (of quantised layers those that have trained), and the head.
 
     Returns:
         Under the names of the uncompiled model: for every weight ``name::channels`` (int64 [n]),
@@ -39,8 +43,10 @@ def changed_tensors(
     for layer in table:
         if layer.name not in touched:
             continue
-        weight, name = model.get_parameter(layer.parameter).detach(), author_name(layer.parameter)
-        index, outputs = torch.tensor(touched[layer.name]), None
+        index, outputs = torch.tensor(_changed(model, layer, touched[layer.name])), None
+        if not len(index):
+            continue
+        weight, name = _weight(model, layer.parameter), author_name(layer.parameter)
         if layer.name in touched.outputs:
             tensors[name + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
         groups = _INPUT_MAJOR if layer.kind == "addmm" else layer.groups
@@ -57,7 +63,9 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
     """Write a delta into the base model it was trained from.
 
     Args:
-        model: The base model; changed in place.
+        model: The base model; changed in place. It may be stored quantised where the delta was trained in floating
+            point, or the other way round: a delta holds whole channels, which a quantised layer keeps in floating
+            point beside its weight.
         delta: The tensors of ``Tuner.delta()``, or of ``delta.safetensors``.
 
     Returns:
@@ -76,23 +84,30 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
     parameters = {author_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     touched: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
-    writes: list[tuple[Tensor, tuple[Tensor, ...] | None, Tensor]] = []
+    writes: list[Callable[[], object]] = []
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("::")
         parameter = parameters.get(name)
         if parameter is None:
             raise CheckpointError(f"the delta changes {name or key!r}, which this {type(model).__name__} does not have")
+        layer = _layer(model, name)
         if part == "whole":
+            if is_quantized(parameter):
+                raise CheckpointError(
+                    f"the delta changes all of {name!r}, which this model stores quantised: apply it to a base in "
+                    "floating point (trady.dequantize)"
+                )
             _check_shape(name, tensor.shape, parameter.shape)
-            writes.append((parameter, None, tensor))
+            writes.append(partial(parameter.copy_, tensor))
         elif part == "channels":
             values, groups = tensors.get(name + _VALUES), tensors.get(name + _GROUPS)
             if values is None or groups is None:
                 raise CheckpointError(f"the delta is damaged: {name!r} has channels but no values")
             count = int(groups)
-            if parameter.dim() < 2 or count < 0 or (count and parameter.shape[0] % count):
-                raise CheckpointError(f"the delta has {count} groups for {name!r} of shape {tuple(parameter.shape)}")
-            rows = _rows(parameter.detach(), count)
+            weight = parameter.detach() if layer is None else torch.empty(layer.shape, device="meta")
+            if weight.dim() < 2 or count < 0 or (count and weight.shape[0] % count):
+                raise CheckpointError(f"the delta has {count} groups for {name!r} of shape {tuple(weight.shape)}")
+            rows = _rows(weight, count)
             _check_range(name, "channel", tensor, rows.shape[0] * rows.shape[1])
             outputs, expected = tensors.get(name + _OUTPUTS), list(rows.shape[2:])
             if outputs is not None:
@@ -101,17 +116,41 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
                 _check_range(name, "output channel", outputs, rows.shape[2])
                 expected[0], chosen[name] = outputs.numel(), outputs.cpu().numpy()
             _check_shape(name, values.shape, torch.Size((tensor.numel(), *expected)))
-            writes.append((rows, _place(parameter, count, tensor, outputs), values))
+            if layer is not None:
+                selected = select_channels(tensor.cpu().numpy(), 1, layer.shape[1], parameter.device, chosen.get(name))
+                writes.append(partial(layer.scatter_, selected, values.to(parameter.device)))
+            else:
+                writes.append(partial(_write, rows, _place(weight, count, tensor, outputs), values))
             touched[name] = tensor.cpu().numpy()
         elif part not in ("values", "groups", "outputs"):
             raise CheckpointError(f"the delta holds {key!r}, which is no part of a trady delta")
     with torch.no_grad():
-        for target, place, values in writes:
-            if place is None:
-                target.copy_(values)
-            else:
-                target[place] = values.to(target.dtype).to(target.device)
+        for write in writes:
+            write()
     return Selection(touched, chosen)
+
+
+def _layer(model: nn.Module, parameter: str) -> QuantizedLinear | None:
+    """What computes the quantised layer that a weight belongs to; ``None`` for any other weight."""
+    owner, _, attribute = parameter.rpartition(".")
+    return layer_at(model.get_submodule(owner)) if attribute == "weight" else None
+
+
+def _changed(model: nn.Module, layer: Layer, touched: Channels) -> Channels:
+    quantized = _layer(model, layer.parameter)
+    if quantized is None:
+        return touched
+    found = quantized.channels
+    return touched[:0] if found is None else np.intersect1d(touched, found[0].cpu().numpy())
+
+
+def _weight(model: nn.Module, parameter: str) -> Tensor:
+    layer = _layer(model, parameter)
+    return model.get_parameter(parameter).detach() if layer is None else layer.dense()
+
+
+def _write(target: Tensor, place: tuple[Tensor, ...], values: Tensor) -> None:
+    target[place] = values.to(target.dtype).to(target.device)
 
 
 def _rows(weight: Tensor, groups: int) -> Tensor:

@@ -13,17 +13,18 @@ from torch import nn
 import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.budget import Budget, Scope, below_least
 from trady.channels import ChannelTable, Selection
-from trady.errors import BudgetError
+from trady.errors import BudgetError, RankingError
 from trady.examine import Examined, meta_batch
 from trady.measures import looks_back
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Timeline, compact_forms
 from trady.online_ranking import OnlineRanking
-from trady.plan import Plan, Sparsity, cost_of
+from trady.plan import Cost, Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation
 from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
 from trady.priors import ranking_for
 from trady.ranking import LayerRanking
+from trady.room import Room, room_for
 from trady.simulate import Simulator
 from trady.sweeps import cut
 
@@ -129,6 +130,8 @@ class Drawing:
         self._new_simulator = lambda: Simulator(
             model, batch, head=examined.head, fuse=rules.fuse, fidelity=rules.fidelity, waiting_bytes=waiting_bytes
         )
+        self._in_bytes = rules.budget is not None and rules.budget.scope.in_bytes
+        self._room = self._room_in(self.table.names)
         self._simulated: dict[tuple[Any, ...], Timeline] = {}
         self._timeline: tuple[tuple[str, ...], Recomputation, int | None, Timeline] | None = None
         learn = False
@@ -136,17 +139,47 @@ class Drawing:
             self.pool, self.source = self.table.names, "none"
         elif rules.pool is not None:
             self.pool, self.source = rules.pool, "given"
-        elif (known := ranking_for(self.table, rules.ranking)) is not None:
+        elif (known := self._known_ranking(rules)) is not None:
             self.ranking = known
             self.pool, self.source = known.top(POOL_SHARE), known.source
         else:
             self.pool, self.source = self.table.names, "online"
             learn = True
+        self._room = self._room_in(self.pool)
         self.check_budget()
         if learn:
             self.online = OnlineRanking(
                 self.table, drawable=self._drawable(), share=POOL_SHARE, window=8 * STEPS_A_DRAW
             )
+
+    def _room_in(self, pool: tuple[str, ...]) -> Room:
+        return room_for(self.table, pool, self.policy, self.seed, in_bytes=self._in_bytes, whole=self._whole)
+
+    def _known_ranking(self, rules: Rules) -> LayerRanking | None:
+        """The ranking to draw by; ``None`` where it is learnt, which takes more draws than bytes have room for."""
+        found = ranking_for(self.table, rules.ranking)
+        if found is not None or not self._room.grows:
+            return found
+        if rules.ranking == "online":
+            raise RankingError(
+                "ranking='online' draws channels every few steps, and quantised layers keep each of them in floating "
+                "point: no budget in bytes has room for that. Measure a ranking (trady.rank), or type "
+                "ranking='structural' or an elements: budget"
+            )
+        return ranking_for(self.table, "structural")
+
+    def has_room(self, selection: Selection, floats: Selection) -> bool:
+        """Whether ``selection`` fits in a budget of bytes beside the channels that are kept in floating point."""
+        if not self._in_bytes or not self._room.grows:
+            return True
+        kept = self.table.float_bytes(selection | floats)
+        if self.budget is not None and self.budget.scope is Scope.UPDATE:
+            return cost_of(self.table, selection, self.copies, kept).update_bytes <= self._amount
+        return self._peak(self.timeline, selection, float_bytes=kept) <= self._amount
+
+    def cost(self, selection: Selection) -> Cost:
+        """Account for a selection."""
+        return cost_of(self.table, selection, self.copies, self._room.reserved(selection))
 
     def check_budget(self) -> None:
         """Refuse a budget that not even the cheapest channel fits in.
@@ -230,9 +263,19 @@ class Drawing:
         selection = self._select(0, 0, useful, typical=typical)
         return selection or min(self._smallest(), key=self.table.elements, default=selection)
 
-    def _peak(self, timeline: Timeline, selection: Selection, optimizer: OptimizerMemory | None = None) -> int:
+    def _peak(
+        self,
+        timeline: Timeline,
+        selection: Selection,
+        optimizer: OptimizerMemory | None = None,
+        float_bytes: int | None = None,
+    ) -> int:
         return timeline.predicted_peak(
-            selection, optimizer or self.optimizer, accumulates=self._accumulates, copies=self.looks_back
+            selection,
+            optimizer or self.optimizer,
+            accumulates=self._accumulates,
+            copies=self.looks_back,
+            float_bytes=self._room.reserved(selection) if float_bytes is None else float_bytes,
         )
 
     @property
@@ -279,8 +322,12 @@ class Drawing:
 
     def _costs(self) -> dict[str, int]:
         map_price, weight_price = self._prices()
+        in_bytes = self.budget is not None and self.budget.scope is Scope.UPDATE
+        draws = self._room.draws if in_bytes else 0
         return {
-            layer.name: layer.activation_elements * map_price + layer.weight_elements * weight_price
+            layer.name: layer.activation_elements * map_price
+            + layer.weight_elements * weight_price
+            + draws * self.table.float_channel_bytes(layer.name)
             for layer in self.table
         }
 
@@ -335,7 +382,7 @@ class Drawing:
             BudgetError: Not one channel fits beside that state.
 
         """
-        kept = self._kept_bytes(trained)
+        kept = self._kept_bytes(trained) + self._room.reserved(trained)
         table = _with_weights(self.table, numbers)
         selections = tuple(cut(self.table, lambda selection: self._taken(selection, kept, table) <= self._amount))
         if not selections and self.table.layers:
@@ -421,7 +468,7 @@ class Drawing:
             head=head,
             head_parameters=sum(p.numel() for p in parameters.values()),
             selection=selection,
-            cost=cost_of(self.table, selection, self.copies),
+            cost=self.cost(selection),
             predicted_peak_bytes=sum(predicted.values()) if peak else None,
             least_peak_bytes=self.timeline.least_bytes if peak else None,
             recomputed=self.recomputation.names,
@@ -451,6 +498,8 @@ class Drawing:
             parts["compact parameters"] = parts.get("compact parameters", 0) + sum(form.whole for form in forms)
         if self.state_copies > 1:  # Adam counts the steps of every tensor
             state += _COUNTER_BYTES * len(forms)
+        if floats := self._room.reserved(selection):
+            parts["weights"] = parts.get("weights", 0) + floats
         return {**parts, **({"optimizer state": state} if state else {})}
 
     def _mean_sparsity(self, selection: Selection, epoch: int, peak: bool) -> Sparsity | None:

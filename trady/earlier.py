@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trady.armed import Armed
 from trady.channels import Channels
 from trady.errors import CheckpointError
-from trady.ops.selected import SelectedChannels, gather_channels, scatter_channels_, select_channels
+from trady.ops.selected import SelectedChannels, select_channels
 
 _HEAD = "head"
 
@@ -96,9 +96,9 @@ class EarlierWeights:
             self._armed.write_back()
 
     def _swap(self, each: _Slices) -> None:
-        layer, weight = self._armed.table[each.layer], self._armed.layers[each.layer].weight.detach()
-        now = gather_channels(weight, layer.kind, layer.groups, each.selected)
-        scatter_channels_(weight, layer.kind, layer.groups, each.selected, each.values)
+        truth = self._armed.layers[each.layer].truth
+        now = truth.gather(each.selected)
+        truth.scatter_(each.selected, each.values)
         each.values.copy_(now)
 
     def _swap_head(self) -> None:
@@ -143,11 +143,11 @@ class EarlierWeights:
 
     def _read(self, meta: Mapping[str, Any], values: Tensor) -> _Slices:
         layer = self._armed.table[meta["layer"]]
-        weight = self._armed.layers[layer.name].weight
+        armed = self._armed.layers[layer.name]
         channels = np.asarray(meta["channels"], dtype=np.int64)
         outputs = None if meta["outputs"] is None else np.asarray(meta["outputs"], dtype=np.int64)
         a_group = layer.channels // layer.groups
-        selected = select_channels(channels, layer.groups, a_group, weight.device, outputs)
-        if gather_channels(weight.detach(), layer.kind, layer.groups, selected).shape != values.shape:
+        selected = select_channels(channels, layer.groups, a_group, armed.weight.device, outputs)
+        if armed.truth.gather(selected).shape != values.shape:
             raise ValueError(f"{layer.name} has other earlier weights")
-        return _Slices(layer.name, channels, outputs, selected, values.to(weight.device, copy=True))
+        return _Slices(layer.name, channels, outputs, selected, values.to(armed.weight.device, copy=True))

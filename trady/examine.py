@@ -15,6 +15,7 @@ from trady.channels import ChannelTable
 from trady.compiled import uncompiled_copy
 from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
+from trady.quantized import outlines, route
 from trady.segments import Segment, find_segments, work_of
 from trady.table import build_table, find_head, head_parameters
 from trady.trace import trace_forward, twice
@@ -105,12 +106,15 @@ def tensors_of(example: Any) -> list[Tensor]:
 
 def meta_twin(model: nn.Module) -> nn.Module:
     """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = outlines(model)
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _without_memory(buffer)
-    return uncompiled_copy(model, memo)
+    twin = uncompiled_copy(model, memo)
+    route(twin)
+    return twin
 
 
 def meta_batch(example: Any) -> Any:

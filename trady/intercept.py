@@ -32,10 +32,11 @@ from trady.ops.layer import LayerCall, layer
 from trady.ops.layout import is_dense
 from trady.ops.maps import Convolution
 from trady.ops.pooling import average_pool, max_pool
-from trady.ops.quantized import is_quantized, quantized_linear
-from trady.ops.selected import SelectedChannels
+from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
+from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program
+from trady.quantized import QuantizedLinear
 from trady.recognize import (
     ActivationCall,
     AveragePoolCall,
@@ -69,24 +70,28 @@ class ArmedLayer:
     """The channels of one layer that train now, and where their gradient goes.
 
     Attributes:
-        weight: The frozen weight, which holds the truth.
+        weight: The frozen weight.
+        truth: What the trained channels are read from and written to: this weight, or of a quantised one the layer
+            with its float channels.
         compact: What an optimizer updates: the same object over all draws, while its shape changes.
         leaf: The same values as the graph's own leaf: one a draw, since autograd remembers a leaf's shape
             as long as any graph refers to it.
         selected: The channels; ``None`` when none trains.
     """
 
-    __slots__ = ("compact", "leaf", "name", "selected", "weight")
+    __slots__ = ("compact", "leaf", "name", "selected", "truth", "weight")
 
-    def __init__(self, name: str, weight: nn.Parameter, compact: nn.Parameter) -> None:
-        self.name, self.weight, self.compact = name, weight, compact
+    def __init__(
+        self, name: str, weight: nn.Parameter, truth: DenseWeight | QuantizedLinear, compact: nn.Parameter
+    ) -> None:
+        self.name, self.weight, self.truth, self.compact = name, weight, truth, compact
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
 
     @property
     def versions(self) -> tuple[int, int]:
         """How often compact parameter and weight have been written to."""
-        return self.compact._version, self.weight._version
+        return self.compact._version, self.truth.version
 
 
 class Interceptor(TorchFunctionMode):
@@ -219,9 +224,11 @@ class Interceptor(TorchFunctionMode):
             return
         self._depth -= 1
         if self._depth == 0:
-            self._outermost, self._writing = None, None
+            unfinished, self._outermost, self._writing = self._writing is not None, None, None
             self.__exit__(None, None, None)
             self._compilers.end()
+            if unfinished and output is not None:  # what was written down has not been computed
+                raise self._departed(None)
             if self._wrote and self.prepare_call is None and any(_is_stand_in(t) for t in tree_iter(output)):
                 raise ModelError(_STANDS_IN)
 
@@ -397,11 +404,12 @@ class Interceptor(TorchFunctionMode):
         return bool(step.function == function) and step.parameters == parameters
 
     def _departed(self, function: Any) -> ModelError:
+        """Say that ``function``, or the end if it is ``None``, is not what comes next."""
         plan, self._plan, self._writing = self._plan, None, None
-        name = getattr(function, "__name__", str(function))
+        came = "ended" if function is None else f"called {getattr(function, '__name__', str(function))}"
         expected = "the end" if plan is None else self._expected(plan)
         return ModelError(
-            f"the forward pass took another path than the traced one: it called {name} where {expected} was "
+            f"the forward pass took another path than the traced one: it {came} where {expected} was "
             "expected. If the model's forward depends on data, random choices or outside state, pass fuse=False "
             "to trady.prepare; if it depends on the kind of batch, prepare with an example of that kind."
         )
@@ -420,8 +428,9 @@ class Interceptor(TorchFunctionMode):
             if isinstance(action, WithLayer):
                 raise ModelError(_MADE_TRAINABLE)
             return None
-        if is_quantized(call.weight):
-            return quantized_linear(call.x, call.weight, call.bias) if call.weight_map.kind == "linear" else None
+        quantized = call.layer or (None if armed is None or isinstance(armed.truth, DenseWeight) else armed.truth)
+        if quantized is None and is_quantized(call.weight):
+            return frozen_linear(call.x, call.weight, call.bias) if call.weight_map.kind == "linear" else None
         fused = action if isinstance(action, WithLayer) else WithLayer()
         if fused.norm is not None and _trains(fused.norm.weight, fused.norm.bias):
             raise ModelError(_MADE_TRAINABLE)
@@ -437,7 +446,11 @@ class Interceptor(TorchFunctionMode):
         selected = None if armed is None else armed.selected
         options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x), self._graph_only)
         with _label(fused.operation or weight_map.kind):
-            out = layer(x, armed.leaf if armed is not None else None, options, call.weight, call.bias, scale, shift)
+            leaf = armed.leaf if armed is not None else None
+            if quantized is not None:
+                out = quantized_linear(x, leaf, options, quantized)
+            else:
+                out = layer(x, leaf, options, call.weight, call.bias, scale, shift)
         if self.on_layer is not None and armed is not None:
             self.on_layer(armed.name)
         return out if x.dim() == call.x.dim() else out.squeeze(0)

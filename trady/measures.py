@@ -173,7 +173,7 @@ class WeightNorms:
         bench.armed.write_back()
         norms: dict[str, Floats] = {}
         for layer in bench.armed.table:
-            rows = channel_major(bench.armed.layers[layer.name].weight.detach(), layer.kind, layer.groups)
+            rows = channel_major(bench.armed.layers[layer.name].truth.dense(), layer.kind, layer.groups)
             norm = torch.linalg.vector_norm(rows, dim=tuple(range(2, rows.dim())), dtype=torch.float64)
             norms[layer.name] = norm.flatten().cpu().numpy()
         return Measured(norms)

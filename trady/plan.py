@@ -31,11 +31,13 @@ class Cost:
         compact_bytes: Weight elements of the selected channels in bytes: the size of the compact
             parameters, and again of their gradients.
         update_bytes: What updating adds to a frozen forward and backward: saved channels, compact
-            parameters, their gradients, optimizer state and what a policy keeps to compare with.
+            parameters, their gradients, optimizer state and what a policy keeps to compare with, and the float
+            channels of quantised layers.
         flops: Weight-gradient multiply-adds of one sample.
         weight_sparsity: Share of weight elements without a gradient.
         activation_sparsity: Share of layer inputs that is not saved.
         flops_reduction: Share of the weight-gradient multiply-adds that is not executed.
+        float_bytes: Reserved for the channels of quantised layers that stay in floating point once they have trained.
     """
 
     channels: int
@@ -47,15 +49,17 @@ class Cost:
     weight_sparsity: float
     activation_sparsity: float
     flops_reduction: float
+    float_bytes: int = 0
 
 
-def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) -> Cost:
+def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0, float_bytes: int = 0) -> Cost:
     """Account for a selection (DESIGN of the method: arXiv 2510.19675, section 3 and table 1).
 
     Args:
         table: The layers.
         selection: Channels that train.
         state_copies: Copies of a parameter that are kept beside it: the optimizer's, and a policy's that looks back.
+        float_bytes: What the float channels of quantised layers take.
 
     """
     weights, activations = table.weight_elements(selection), table.activation_elements(selection)
@@ -70,11 +74,12 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0) ->
         elements=weights + activations,
         saved_channel_bytes=saved,
         compact_bytes=compact,
-        update_bytes=saved + compact * (2 + state_copies),
+        update_bytes=saved + compact * (2 + state_copies) + float_bytes,
         flops=flops,
         weight_sparsity=sparsity(weights, sum(layer.channels * layer.weight_elements for layer in table)),
         activation_sparsity=sparsity(activations, sum(layer.channels * layer.activation_elements for layer in table)),
         flops_reduction=sparsity(flops, sum(layer.channels * layer.flops for layer in table)),
+        float_bytes=float_bytes,
     )
 
 

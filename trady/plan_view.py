@@ -128,6 +128,9 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     yield "keeps", f"{format_bytes(cost.saved_channel_bytes)} of the channels that train"
     yield from _recomputation(plan)
     yield "updating adds", f"{format_bytes(cost.update_bytes)} ({_count(cost.elements)} elements a sample)"
+    if cost.float_bytes:
+        kept = "in floating point beside quantised weights, once they have trained"
+        yield "float channels", f"{format_bytes(cost.float_bytes)} reserved, {kept}"
     yield (
         "does without",
         f"{_finely(without.weight)} of the weight gradients, "

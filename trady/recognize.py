@@ -21,18 +21,30 @@ from trady.ops.loss import pays, row_losses
 from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.smooth import Smooth
+from trady.quantized import QuantizedLinear, linear
 
 _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class WeightCall:
-    """``weight_map`` applied to ``x``: a convolution or a linear layer."""
+    """``weight_map`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     weight_map: Convolution | Linear
+    layer: QuantizedLinear | None = None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the weight, or of what a quantised one stands for."""
+        return self.weight.shape if self.layer is None else self.layer.shape
+
+    @property
+    def output_channels(self) -> int:
+        """Number of output channels."""
+        return self.weight_shape[1 if self.weight_map.kind == "addmm" else 0]
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Weight
     return WeightCall(input, weight, bias, Linear()) if weight.dim() == 2 else None
 
 
+def _quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> WeightCall:
+    return WeightCall(x, weight, bias, Linear(), layer)
+
+
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> WeightCall | None:
     plain = beta == 1 and alpha == 1 and input.dim() == 1 and isinstance(mat2, torch.nn.Parameter)
     return WeightCall(mat1, mat2, input, Linear(input_major=True)) if plain else None
@@ -418,6 +434,7 @@ _READERS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: partial(_convolution, 2),
     torch.conv3d: partial(_convolution, 3),
     F.linear: _linear,
+    linear: _quantized_linear,
     torch.addmm: _addmm,
     F.batch_norm: _batch_norm,
     F.relu: _relu,

@@ -306,9 +306,7 @@ def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element
 def work_of(trace: Trace, entry: TracedCall) -> int:
     """Multiply-adds of a call, of weight layers and matrix products; nothing else counts."""
     if isinstance(entry.call, WeightCall):
-        weight = entry.call.weight
-        outputs = entry.call.weight_map.output_channels(weight)
-        return math.prod(entry.output_shape) // outputs * weight.numel()
+        return math.prod(entry.output_shape) // entry.call.output_channels * math.prod(entry.call.weight_shape)
     name = name_of(entry.function)
     if name == "scaled_dot_product_attention":
         return 2 * math.prod(entry.shapes[0]) * entry.shapes[1][-2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from trady.channels import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
+from trady.quantized import QuantizedLinear
 from trady.recognize import WeightCall
 from trady.trace import Trace, TracedCall
 
@@ -101,11 +102,10 @@ def build_table(
         for parameter in entry.parameters:
             if parameter is not weight:
                 others.setdefault(id(parameter), set()).add(_use(entry))
-    layers, frozen = [], []
+    frozen = []
     reasons = {id(p): _reason(p, calls, others, plain) for p in model.parameters() if p.dim() > 1}
-    for identity, entries in calls.items():
-        if reasons.get(identity) is None:
-            layers.append(_layer(entries, plan, names[identity], trace.batch))
+    trains = [identity for identity in calls if reasons.get(identity) is None]
+    layers = [_layer(calls[identity], plan, names[identity], trace.batch) for identity in trains]
     owners = Counter(layer.name for layer in layers)
     layers = [replace(layer, name=layer.parameter) if owners[layer.name] > 1 else layer for layer in layers]
     for parameter in model.parameters():
@@ -124,8 +124,10 @@ def build_table(
         frozen=tuple(frozen),
         batch=trace.batch,
         element_bytes=example_dtype.itemsize,
-        weight_element_bytes=max((model.get_parameter(layer.parameter).element_size() for layer in layers), default=4),
-        parameters=sum(p.numel() for p in model.parameters()),
+        weight_element_bytes=max(
+            (_element_bytes(calls[id(model.get_parameter(v.parameter))]) for v in layers), default=4
+        ),
+        parameters=sum(_elements(parameter, calls) for parameter in model.parameters()),
     )
 
 
@@ -149,6 +151,24 @@ def _stored(parameter: nn.Parameter) -> str:
     return f"stored quantised, as {type(parameter).__name__} of {numbers}"
 
 
+def _quantized(entries: Sequence[tuple[int, TracedCall]]) -> QuantizedLinear | None:
+    """The quantised layer that makes these calls of a weight; ``None`` if the weight is a plain one."""
+    found = (entry.call.layer for _, entry in entries if isinstance(entry.call, WeightCall))
+    return next((layer for layer in found if layer is not None), None)
+
+
+def _element_bytes(entries: Sequence[tuple[int, TracedCall]]) -> int:
+    """Bytes of one element of a channel that trains."""
+    layer, call = _quantized(entries), entries[0][1].call
+    assert isinstance(call, WeightCall)
+    return call.weight.element_size() if layer is None else layer.dtype.itemsize
+
+
+def _elements(parameter: nn.Parameter, calls: Mapping[int, Sequence[tuple[int, TracedCall]]]) -> int:
+    layer = _quantized(calls.get(id(parameter), ()))
+    return parameter.numel() if layer is None else math.prod(layer.shape)
+
+
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -162,8 +182,8 @@ def _reason(
     """Why a weight cannot be updated by input channel; ``None`` when it can."""
     if id(parameter) in plain:
         return "head: always trained, outside the budget"
-    if is_quantized(parameter):
-        return f"{_stored(parameter)}: no channel of it can be updated, gradients pass through it"
+    if is_quantized(parameter) and _quantized(calls.get(id(parameter), ())) is None:
+        return f"{_stored(parameter)}, outside of a linear layer that can be read: gradients pass through it"
     used = ", ".join(sorted(others.get(id(parameter), ())))
     if id(parameter) not in calls and _UNSEEN in used:
         return f"used by {used}, where it cannot be intercepted"
@@ -184,27 +204,28 @@ def _reason(
 def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: str, batch: int) -> Layer:
     first = entries[0][1].call
     assert isinstance(first, WeightCall)
-    weight, weight_map = first.weight, first.weight_map
+    shape, weight_map = first.weight_shape, first.weight_map
     groups = weight_map.groups
     if weight_map.kind == "addmm":
-        channels, weight_elements = weight.shape[0], weight.shape[1]
+        channels, weight_elements = shape[0], shape[1]
     else:
-        channels = weight.shape[1] * groups
-        weight_elements = weight.numel() // channels
+        channels = shape[1] * groups
+        weight_elements = math.prod(shape) // channels
     inputs = tuple(plan.saved_shapes.get(index, entry.input_shape) for index, entry in entries)
     outputs = tuple(entry.output_shape for _, entry in entries)
     # Output positions of one sample: everything but batch and output channels.
-    positions = [math.prod(shape) // (batch * weight_map.output_channels(weight)) for shape in outputs]
+    positions = [math.prod(made) // (batch * first.output_channels) for made in outputs]
     return Layer(
         name=parameter.rpartition(".")[0],
         parameter=parameter,
         kind=weight_map.kind,
         channels=channels,
         weight_elements=weight_elements,
-        activation_elements=sum(-(-math.prod(shape) // (batch * channels)) for shape in inputs),
+        activation_elements=sum(-(-math.prod(given) // (batch * channels)) for given in inputs),
         flops=sum(weight_elements * p for p in positions),
-        weight_shape=tuple(weight.shape),
+        weight_shape=tuple(shape),
         input_shapes=inputs,
         output_shapes=outputs,
         groups=groups,
+        quantized=_quantized(entries) is not None,
     )

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
 from trady.errors import ModelError
+from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
 
 #: Whether a trace is running: a model that trains already is traced as its author wrote it.
@@ -146,6 +147,7 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         stack.enter_context(kept_mode(model, training))
+        stack.enter_context(routed(model))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
         # (custom functions, checkpoints) shows.

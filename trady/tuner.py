@@ -21,6 +21,7 @@ from trady.clipping import clip_channels_
 from trady.compiled import UNCOMPILED, author_module, author_name, is_compiled
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
+from trady.dequantize import dequantize as in_floating_point
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, StateError, TradyWarning
@@ -31,7 +32,7 @@ from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
-from trady.plan import Cost, Plan, cost_of
+from trady.plan import Cost, Plan
 from trady.policies import Evidence, Policy
 from trady.priors import Known
 from trady.ranking import LayerRanking, structure_digest
@@ -134,7 +135,7 @@ class Tuner:
         self._batch_check = BatchCheck(author_module(model), example) if bounded else None
         self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
         self._epoch, self._redraw, self._steps = 0, 0, 0
-        self._finished = False
+        self._finished, self._full = False, False
         self._touched = Selection()
         self._norms: dict[str, Any] = {}
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
@@ -192,7 +193,7 @@ class Tuner:
 
     def cost(self) -> Cost:
         """Account for the channels that train now."""
-        return cost_of(self._examined.table, self._selection, self._drawing.copies)
+        return self._drawing.cost(self._selection)
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -349,7 +350,22 @@ class Tuner:
         if epoch > 0:
             self._drawing.settle()
         self._epoch, self._redraw = epoch, 0
-        self._apply(self._drawing.draw(epoch, 0))
+        self._apply(self._with_room(self._drawing.draw(epoch, 0)))
+        return self._selection
+
+    def _with_room(self, drawn: Selection) -> Selection:
+        """What was drawn; where the float channels of quantised layers have filled the budget, what trains already."""
+        if self._drawing.has_room(drawn, self._armed.float_channels):
+            return drawn
+        if not self._full:
+            self._full = True
+            warnings.warn(
+                "quantised layers keep every channel that has trained in floating point, and these have filled the "
+                f"budget: from epoch {self._epoch} on the channels stay those of the last draw. A larger budget, or a "
+                "static policy, leaves room",
+                TradyWarning,
+                stacklevel=3,
+            )
         return self._selection
 
     def redraw(self) -> Selection:
@@ -366,7 +382,7 @@ class Tuner:
         self._check_alive("redraw")
         self._observed.check_present("redraw")
         self._redraw += 1
-        self._apply(self._drawing.draw(self._epoch, self._redraw))
+        self._apply(self._with_room(self._drawing.draw(self._epoch, self._redraw)))
         return self._selection
 
     def _apply(self, selection: Selection) -> None:
@@ -583,14 +599,22 @@ class Tuner:
         self._armed.write_back()
         return changed_tensors(self._armed.model, self._examined.table, self._touched, self._examined.head_parameters)
 
-    def finish(self) -> nn.Module:
-        """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again."""
+    def finish(self, *, dequantize: bool = False) -> nn.Module:
+        """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again.
+
+        A weight that is stored quantised stays so. The channels of it that have trained lie beside it, in two buffers
+        of its module, which computes with them (docs/composition.md).
+
+        Args:
+            dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
+
+        """
         self._check_alive("finish again")
         self._armed.disarm()
         if self._batch_check is not None:
             self._batch_check.remove()
         self._finished = True
-        return self.model
+        return in_floating_point(self.model) if dequantize else self.model
 
     def _check_alive(self, wish: str) -> None:
         if self._finished:

@@ -69,6 +69,7 @@ class Timeline:
         *,
         accumulates: bool = False,
         copies: int = 0,
+        float_bytes: int = 0,
     ) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
 
@@ -77,6 +78,7 @@ class Timeline:
             optimizer: What the optimizer takes; plain SGD takes nothing.
             accumulates: Whether the gradients of earlier parts of the batch are there all along.
             copies: Copies of all that trains that are kept beside the optimizer's.
+            float_bytes: What the float channels of quantised layers take beside their weights.
 
         """
         optimizer = optimizer or OptimizerMemory()
@@ -94,7 +96,7 @@ class Timeline:
         )
         copy = int(compact.sum()) + sum(form.whole for form in self.head)
         forms = [*self.head, *compact_forms(self.table, selection)]
-        kept = _NUMBER_BYTES * numbers + int(weights.sum()) + (copies + accumulates) * copy
+        kept = float_bytes + _NUMBER_BYTES * numbers + int(weights.sum()) + (copies + accumulates) * copy
         kept += optimizer.kept_bytes(forms)
         tensors = int((counts > 0).sum()) + len(self.head)
         if optimizer.copies:  # steps are counted for every tensor
@@ -107,8 +109,11 @@ class Timeline:
         stepped = self.head if self.frees_gradients else forms
         units = max((*counts.tolist(), *filter(None, chosen)), default=0)
         clipping = _CLIPPING_CHANNEL_BYTES * units + _CLIPPING_TENSOR_BYTES * tensors
+        # The float channels of a layer are copied when they become more.
+        in_floats = (layer.channels * self.table.float_channel_bytes(layer.name) for layer in layers)
+        grown = min(float_bytes, max(in_floats, default=0))
         # By then the gradients of all parts are one.
-        moment = max(optimizer.most_moment_bytes(stepped), clipping) - accumulates * copy
+        moment = max(optimizer.most_moment_bytes(stepped), clipping, grown) - accumulates * copy
         live[[i for i, interval in enumerate(self.intervals) if interval.phase == "step"]] += moment
         return int(live.max(initial=0)) + kept
 

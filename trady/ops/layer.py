@@ -167,7 +167,7 @@ class _Layer(torch.autograd.Function):
             if bits is not None:
                 g = _before_activation(g, bits if whole else bits[part], call, ctx.format, owned)
             if weight_gradient is not None and gates is None:
-                _add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
+                add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
             if folded is not None:
                 shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.weight_map.input_gradient(g, folded, shape)
@@ -193,7 +193,8 @@ def _parts(gradient: Tensor, total_bytes: int) -> list[slice]:
     return list(chunks(gradient.shape[0], total_bytes // gradient.shape[0]))
 
 
-def _add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: LayerCall) -> None:
+def add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: LayerCall) -> None:
+    """Add the gradient of the selected channels, whose ``inputs`` were kept, to ``total``."""
     selected = call.selected
     assert selected is not None
     if selected.outputs is None:

@@ -107,3 +107,33 @@ def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedCh
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
     """Write slices of :func:`gather_channels` back into ``weight``."""
     channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A plain weight, of which channels are read and written: where a layer's trained channels go."""
+
+    weight: Tensor
+    kind: str
+    groups: int
+
+    @property
+    def version(self) -> int:
+        """How often it has been written to."""
+        return self.weight._version
+
+    def dense(self) -> Tensor:
+        """The weight itself."""
+        return self.weight.detach()
+
+    def empty(self) -> Tensor:
+        """No channel: [0, output channels a group, *kernel]."""
+        return self.weight.detach().new_empty((0, *channel_major(self.dense(), self.kind, self.groups).shape[2:]))
+
+    def gather(self, selected: SelectedChannels) -> Tensor:
+        """Copy the selected slices."""
+        return gather_channels(self.dense(), self.kind, self.groups, selected)
+
+    def scatter_(self, selected: SelectedChannels, values: Tensor) -> None:
+        """Write slices of :meth:`gather` back."""
+        scatter_channels_(self.dense(), self.kind, self.groups, selected, values)

@@ -19,6 +19,7 @@ from torch import nn
 from trady.compiled import author_name
 from trady.errors import CheckpointError
 from trady.files import flush, separate
+from trady.stored import inner_tensors
 from trady.training.state import State
 
 FORMAT = "trady-checkpoint"
@@ -141,9 +142,10 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{author_name(name)} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if name not in without and tensor.numel():
-            bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(bits.numpy()))
+        for inner in inner_tensors(tensor) if name not in without else ():
+            if inner.numel():
+                bits: Any = inner.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                digest.update(memoryview(bits))
     return digest.hexdigest()[:16]
 
 

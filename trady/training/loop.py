@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from trady.compiled import author_name
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
+from trady.ops.quantized import is_quantized
 from trady.training.batch import Loss
 from trady.training.checkpoint import (
     Checkpoint,
@@ -253,7 +254,9 @@ class Loop:
         result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
         if (folder := self._writable()) is not None:
             folder.write_plan(plan)
-            folder.write_model({author_name(name): t for name, t in model.state_dict().items()}, delta)
+            quantized = any(is_quantized(parameter) for parameter in model.parameters())
+            weights = {author_name(name): t for name, t in model.state_dict().items()}
+            folder.write_model(None if quantized else weights, delta)
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result
 

@@ -129,11 +129,12 @@ class RunFolder:
         """Write ``plan.json``."""
         write_json(self.plan, plan)
 
-    def write_model(self, weights: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor] | None) -> None:
-        """Write ``model.safetensors`` and, if there is one, ``delta.safetensors``."""
-        aliases = _aliases(weights)
-        kept = {name: tensor for name, tensor in weights.items() if name not in aliases}
-        write_tensors(self.model, kept, {"format": "pt", **aliases})
+    def write_model(self, weights: Mapping[str, torch.Tensor] | None, delta: Mapping[str, torch.Tensor] | None) -> None:
+        """Write ``model.safetensors``, unless weights are quantised, and ``delta.safetensors`` if there is one."""
+        if weights is not None:
+            aliases = _aliases(weights)
+            kept = {name: tensor for name, tensor in weights.items() if name not in aliases}
+            write_tensors(self.model, kept, {"format": "pt", **aliases})
         if delta is not None:
             write_tensors(self.delta, delta, {"format": "trady-delta"})
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
+from trady.ops.quantized import is_quantized
 from trady.ranking import LayerRanking
 from trady.training.batch import Loss
 from trady.training.state import State
@@ -171,6 +172,11 @@ class FullTrainer:
 
     def __init__(self, model: nn.Module, micro_batch: int | None = None) -> None:
         self.model, self.micro_batch = model, micro_batch
+        if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
+            raise ModelError(
+                f"plain full fine-tuning trains whole weights, and {stored} is stored quantised: only channels of it "
+                "can train. Take a policy with a budget, such as trady, or call trady.dequantize(model) first"
+            )
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

@@ -1,0 +1,63 @@
+"""Room for the float channels of quantised layers, whose number grows with the draws."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from trady.channels import ChannelTable, Selection
+from trady.policies import Draw, Policy, needs_of
+
+#: A budget in bytes leaves room for the float channels of so many draws; then they are drawn no more.
+DRAWS = 10
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a selection reserves for the float channels of quantised layers.
+
+    Attributes:
+        table: The layers.
+        draws: For so many draws of its size; never more than for all channels that can be drawn.
+        most_bytes: What all of these take.
+    """
+
+    table: ChannelTable
+    draws: int
+    most_bytes: int
+
+    @property
+    def grows(self) -> bool:
+        """Whether draws add to what is kept."""
+        return self.draws > 1 and self.most_bytes > 0
+
+    def reserved(self, selection: Selection) -> int:
+        """Bytes reserved for the draws of a training that draws as much as ``selection``."""
+        return min(self.draws * self.table.float_bytes(selection), self.most_bytes)
+
+
+def room_for(
+    table: ChannelTable, pool: Collection[str], policy: Policy, seed: int, *, in_bytes: bool, whole: bool
+) -> Room:
+    """Say how much is reserved.
+
+    Args:
+        table: The layers.
+        pool: Those that channels are drawn from.
+        policy: Draws them.
+        seed: Seed of the draws.
+        in_bytes: Whether the budget promises bytes; where it does not, a plan counts one draw.
+        whole: Whether the policy always selects the same.
+
+    """
+    most = sum(layer.channels * table.float_channel_bytes(layer.name) for layer in table if layer.name in pool)
+    several = in_bytes and most > 0 and not whole and not _draws_once(table, pool, policy, seed)
+    return Room(table, DRAWS if several else 1, most)
+
+
+def _draws_once(table: ChannelTable, pool: Collection[str], policy: Policy, seed: int) -> bool:
+    if needs_of(policy):
+        return False
+    costs, half = {layer.name: layer.elements for layer in table}, table.all_elements // 2
+    first, second = (policy.select(Draw(table, tuple(pool), costs, half, seed, epoch)) for epoch in (0, 1))
+    return first == second
