@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import backbones, memory, options, peers, sparsity, speed, text, vision
+from benchmarks import backbones, compiled, memory, options, peers, sparsity, speed, text, vision
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES
@@ -26,6 +26,7 @@ from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task, cross_entropy, needs
 from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload
+from tests.models import relative_error
 from tests.small_task import pixels, small_net
 from trady.policies import get_policy
 
@@ -253,6 +254,30 @@ def test_every_workload_steps_with_every_method(name: str, method: str, models: 
         assert (step.trainable_parameters == 0) is (method == "floor")
         if method not in ("trady", "trady-keep", "static-random"):
             assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_layers_that_a_compiler_takes_whole_have_tradys_gradients() -> None:
+    workload = small("llama-tiny")
+    compiled.compiled_layers(workload, workload.make(Path()), backend="aot_eager")()
+    task = workload.make(Path())
+    tuner = workload.arm(task)
+    task.model.train()
+    task.run().backward()
+    gradients = {name: p.grad for name, p in tuner.named_parameters() if name.endswith(".channels")}
+    expected = [gradients[f"{tuner.plan.table[name].parameter}.channels"] for name in tuner.selection]
+    tuner.finish()
+    assert sorted(compiled.GRADIENTS) == list(range(len(expected)))
+    for layer, gradient in enumerate(expected):
+        assert relative_error(compiled.GRADIENTS[layer], gradient) < 1e-5, layer
+    torch.compiler.reset()
+
+
+def test_only_models_of_linear_layers_are_compiled_layer_by_layer() -> None:
+    workload = small("resnet50")
+    with pytest.raises(SkippedError, match="linear layers"):
+        compiled.compiled_layers(workload, workload.make(Path()), backend="eager")
 
 
 @pytest.mark.parametrize("name", ["gpt2-small-like", "vit-tiny"])
