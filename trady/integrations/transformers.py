@@ -26,6 +26,7 @@ from trady.ranking import LayerRanking
 from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trady.training.optimizers import memory_of
 from trady.training.randomness import own_randomness
+from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
 from trady.tuner import Tuner
@@ -96,7 +97,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
 
     Raises:
         StateError: An optimizer was given, which cannot know the parameters.
-        ModelError: FSDP, DeepSpeed, DataParallel or ``torch_compile`` are asked for.
+        ModelError: FSDP, DeepSpeed, DataParallel, ``torch_compile`` or NEFTune are asked for.
+        TrainingError: ``draws_per_epoch`` is less than 1.
 
     """
 
@@ -202,12 +204,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     def end_step(self, step: int, steps: int, epochs: int) -> None:
         """Draw other channels where a part of the epoch ends, after so many steps of so many in all."""
         an_epoch = -(-steps // max(1, epochs))
-        draws = self.options.draws_per_epoch
-        if draws > an_epoch:
-            raise TrainingError(
-                f"draws_per_epoch is {draws}, and an epoch has {an_epoch} steps; give at most that many"
-            )
-        if step % an_epoch in {part * an_epoch // draws for part in range(1, draws)}:
+        if step % an_epoch in redraw_steps(self.options.draws_per_epoch, an_epoch):
             self._armed().redraw()
 
     # -- arming --------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class Loop:
         factory: Makes the optimizer.
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
         observed: Batches (inputs, labels) that a policy is measured on.
+        redraws: Steps of an epoch before which channels are drawn anew.
     """
 
     trainer: Trainer
@@ -69,6 +70,7 @@ class Loop:
     factory: OptimizerFactory
     folder: RunFolder | None
     observed: Iterable[Any] = ()
+    redraws: frozenset[int] = frozenset()
     _finished: bool = field(default=False, init=False)
     _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
@@ -141,7 +143,6 @@ class Loop:
             self.trainer.micro_batch,
         )
         first = epoch * len(self.batches)
-        redraws = self._redraws()
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
         examples, total, rate = 0, 0.0, 0.0
         trained_from = time.perf_counter()
@@ -149,9 +150,9 @@ class Loop:
         for step, batch in enumerate(self.batches, start=first):
             rate = self.schedule.rate(step)
             try:
-                if step - first in redraws:
+                if step - first in self.redraws:
                     self.trainer.redraw()
-                if step == first or step - first in redraws:
+                if step == first or step - first in self.redraws:
                     result, peak, saved = self._measured(stepper, batch, rate)
                     peak_bytes, saved_bytes = max(peak_bytes, peak), max(saved_bytes, saved)
                 else:
@@ -191,11 +192,6 @@ class Loop:
         )
         self.display.end_epoch(metrics)
         return metrics
-
-    def _redraws(self) -> frozenset[int]:
-        """Steps before which channels are drawn anew: an epoch is cut into equal parts, the first drawn already."""
-        draws = self.settings.draws_per_epoch
-        return frozenset(part * len(self.batches) // draws for part in range(1, draws))
 
     def _observe(self, epoch: int) -> float:
         """Measure what the next draw needs; return the seconds it took."""

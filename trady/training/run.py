@@ -28,7 +28,7 @@ from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
-from trady.training.schedule import make_schedule
+from trady.training.schedule import make_schedule, redraw_steps
 from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner import Tuner
@@ -159,10 +159,7 @@ def finetune(
         observed_batches=observed_batches if needs_of(get_policy(policy)) else None,
         draws_per_epoch=draws_per_epoch,
     )
-    if draws_per_epoch > len(batches):
-        raise TrainingError(
-            f"draws_per_epoch is {draws_per_epoch}, and an epoch has {len(batches)} steps; give at most that many"
-        )
+    redraws = redraw_steps(draws_per_epoch, len(batches))
     if micro_batch is not None:
         _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
@@ -190,6 +187,7 @@ def finetune(
             observed=measured_on(loader, observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,
+            redraws=redraws,
             settings=settings,
             display=_display(progress, accelerator, settings.policy, limit),
             loss=loss or cross_entropy,

@@ -1,4 +1,7 @@
-"""The learning rate: linear warm-up, then a cosine to zero (SGDR, arXiv 1608.03983, one cycle)."""
+"""What happens at which step: the learning rate, and new draws.
+
+The rate warms up linearly, then falls along a cosine to zero (SGDR, arXiv 1608.03983, one cycle).
+"""
 
 from __future__ import annotations
 
@@ -43,3 +46,19 @@ def make_schedule(lr: float, epochs: int, steps_per_epoch: int, warmup_epochs: f
     if not 0 <= warmup_epochs < epochs:
         raise TrainingError(f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than {epochs}")
     return Schedule(lr, steps, round(warmup_epochs * steps_per_epoch))
+
+
+def redraw_steps(draws: int, steps: int) -> frozenset[int]:
+    """Return the steps of an epoch before which channels are drawn anew: it is cut into equal parts.
+
+    Args:
+        draws: Draws of an epoch, at least 1, that of its beginning included.
+        steps: Steps of an epoch.
+
+    Raises:
+        TrainingError: There are more draws than steps.
+
+    """
+    if draws > steps:
+        raise TrainingError(f"draws_per_epoch is {draws}, and an epoch has {steps} steps; give at most that many")
+    return frozenset(part * steps // draws for part in range(1, draws))
