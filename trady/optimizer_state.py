@@ -61,15 +61,15 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
         left_out = value.dim() < change.compact.dim()
-        averaged = change.compact.dim() - _AVERAGED[name] if name in _AVERAGED else None
-        if left_out and averaged is not None:
+        averaged = change.compact.dim() - _AVERAGED.get(name, 0)  # beyond the last one for what is no mean
+        if left_out:
             value = value.unsqueeze(averaged)
         for dim, (sources, before) in enumerate(moves):
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
             if value.shape[dim] == before and dim != averaged and not stayed:
                 kept = torch.from_numpy(sources).to(value.device)
                 value = _rearranged(value, kept, dim, mean=name in _SECOND_MOMENTS)
-        state[name] = value.squeeze(averaged) if left_out and averaged is not None else value
+        state[name] = value.squeeze(averaged) if left_out else value
 
 
 def _follows(name: str, value: object, compact: nn.Parameter) -> bool:
