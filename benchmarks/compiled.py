@@ -35,7 +35,7 @@ from benchmarks.options import (
 )
 from benchmarks.prediction import reduced
 from benchmarks.skipped import SkippedError
-from benchmarks.speed import CLOCKS, in_turns, ratio
+from benchmarks.speed import CLOCKS, add_timing, in_turns, ratio
 from benchmarks.tasks import Task
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -168,9 +168,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
     add_workloads(parser, WORKLOADS)
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds to time (default: 5)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall (default) or processor time")
+    add_timing(parser, repeats=5)
     parser.add_argument("--small", action="store_true", help="a quarter of each batch, which takes less time")
     add_models(parser)
     add_json(parser)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 import trady
 from benchmarks import options
@@ -29,6 +28,7 @@ from benchmarks.tasks import needs
 from benchmarks.text import Sentences, minilm, pretrained_minilm, read_sentences
 from trady.ops.selected import channel_major
 from trady.stored import inner_tensors, stored_in
+from trady.training.run import finetune
 
 MIB = 2**20
 BUDGET, BATCH, DRAWS = "elements:100000", 32, 4
@@ -135,44 +135,23 @@ def train(
     model: nn.Module, sentences: Sentences, evaluation: Sentences, epochs: int, seed: int
 ) -> tuple[float, float, int]:
     """Train, and return loss, accuracy and the bytes of float channels."""
-    batches = [[sentences[i] for i in range(k, k + BATCH)] for k in range(0, len(sentences) - BATCH + 1, BATCH)]
-    example = {k: v for k, v in default_collate(batches[0]).items() if k != "labels"}
-    tuner = trady.prepare(model, example, budget=BUDGET, seed=seed)
-    optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=3e-3))
-    warm, steps, step = max(1, epochs * len(batches) // 10), epochs * len(batches), 0
-    for epoch in range(epochs):
-        model.train()
-        tuner.resample(epoch)
-        for number, batch in enumerate(batches):
-            if number and number % -(-len(batches) // DRAWS) == 0:
-                tuner.redraw()
-            rate = min(1.0, (step + 1) / warm) * (1 - step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * rate
-            inputs = default_collate(batch)
-            labels = inputs.pop("labels")
-            F.cross_entropy(model(**inputs).logits, labels).backward()
-            tuner.clip_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-    table = tuner.plan.table
-    model = tuner.finish().eval()
-    floats = sum(b.nbytes for name, b in model.named_buffers() if "float_" in name)
-    assert bool(floats) == any(layer.quantized for layer in table)
-    return *_evaluate(model, evaluation), floats
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, sentences: Sentences) -> tuple[float, float]:
-    loss = right = 0.0
-    for start in range(0, len(sentences), BATCH):
-        inputs = default_collate([sentences[i] for i in range(start, min(start + BATCH, len(sentences)))])
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        right += float((logits.argmax(1) == labels).sum())
-    return loss / len(sentences), right / len(sentences)
+    quantized = any(stored_in(module) for module in model.modules())
+    result = finetune(
+        model,
+        sentences,
+        evaluation,
+        budget=BUDGET,
+        epochs=epochs,
+        batch_size=BATCH,
+        optimizer="adamw",
+        lr=3e-3,
+        seed=seed,
+        draws_per_epoch=min(DRAWS, -(-len(sentences) // BATCH)),
+        out=None,
+    )
+    floats = sum(b.nbytes for name, b in result.model.named_buffers() if "float_" in name)
+    assert bool(floats) == quantized
+    return result.history[-1].evaluation_loss, result.accuracy, floats
 
 
 def measure(name: str, data: tuple[Sentences, Sentences], epochs: int, seed: int) -> Row:

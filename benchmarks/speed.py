@@ -49,6 +49,13 @@ WARM_UP_ROUNDS = 2
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+def add_timing(parser: argparse.ArgumentParser, *, repeats: int) -> None:
+    """Ask how steps are to be timed: ``repeats``, ``threads`` and ``clock``."""
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"rounds (default: {repeats})")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall (default) or processor time")
+
+
 def in_turns(
     steps: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
@@ -147,9 +154,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     add_workloads(parser, WORKLOADS)
     add_methods(parser, METHODS, TIMED)
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds to time (default: 9)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall (default) or processor time")
+    add_timing(parser, repeats=9)
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
