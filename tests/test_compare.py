@@ -185,7 +185,7 @@ def test_the_table_is_the_same_as_parquet_and_as_json_lines(unbroken: Table) -> 
     assert [(row["policy"], row["accuracy"], row["peak_bytes"]) for row in table] == [
         (row.policy, row.accuracy, row.peak_bytes) for row in unbroken.rows
     ]
-    assert read_rows(unbroken.out) == list(unbroken.rows)
+    assert read_rows(unbroken.out / "results.jsonl") == list(unbroken.rows)
 
 
 def test_finished_cells_keep_what_the_table_needs_and_no_weights(unbroken: Table) -> None:
@@ -211,6 +211,18 @@ def test_changed_settings_are_other_cells(unbroken: Table, tmp_path: Path) -> No
     table = run(matrix, out, summary_only=True)
     assert {row.policy for row in table.rows if not row.done} == {"full"}
     assert {row.status for row in table.rows if not row.done} == {"missing"}
+
+
+def test_a_smaller_matrix_loses_no_cell_of_a_larger_one(unbroken: Table, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.jsonl").write_text((unbroken.out / "results.jsonl").read_text())
+    smaller = run(write_matrix(tmp_path, MATRIX.replace("seeds = [0, 1]", "seeds = [1]")), out, summary_only=True)
+    assert 0 < len(smaller.rows) < len(unbroken.rows)
+    assert read_rows(out / "results.jsonl") == list(smaller.rows)
+    larger = run(write_matrix(tmp_path), out, summary_only=True)
+    assert larger.rows == unbroken.rows
+    assert read_rows(out / "other_cells.jsonl") == []
 
 
 def test_killed_three_times_a_matrix_ends_with_the_table_of_the_unbroken_one(unbroken: Table, tmp_path: Path) -> None:
@@ -428,4 +440,4 @@ def test_ray_gives_the_same_numbers(unbroken: Table, tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(matrix), str(out)], capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
-    assert figures(read_rows(out)) == figures(unbroken.rows)
+    assert figures(read_rows(out / "results.jsonl")) == figures(unbroken.rows)

@@ -14,23 +14,24 @@ from trady.files import write_lines, write_whole
 
 LINES = "results.jsonl"
 TABLE = "results.parquet"
+#: Rows of cells that are done and not in the matrix of the last call: another matrix may want them again.
+OTHERS = "other_cells.jsonl"
 
 
 def collect(jobs: Sequence[Job], place: Workplace) -> list[Row]:
     """Return a row for every cell: what its folder says, or what was written of it when it had one."""
-    known = {row.digest: row for row in read_rows(place.out)}
+    known = _done_rows(place.out)
     rows = []
     for job in jobs:
         row = make_row(place.cell_folder(job))
-        kept = known.get(row.digest)
-        rows.append(kept if kept is not None and kept.done and not row.done else row)
+        rows.append(row if row.done else known.get(row.digest, row))
     return rows
 
 
-def read_rows(out: Path) -> list[Row]:
-    """Return the rows of ``results.jsonl``; none where there is no such file."""
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file such as ``results.jsonl``; none where there is no such file."""
     try:
-        lines = (out / LINES).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     return [Row.from_json(json.loads(line)) for line in lines]
@@ -38,14 +39,26 @@ def read_rows(out: Path) -> list[Row]:
 
 def done_digests(out: Path) -> set[str]:
     """Return the cells that the written results have: they need no folder, and are not run again."""
-    return {row.digest for row in read_rows(out) if row.done}
+    return set(_done_rows(out))
 
 
 def write_rows(rows: Sequence[Row], out: Path) -> None:
-    """Write ``results.jsonl`` and ``results.parquet``."""
+    """Write ``results.jsonl`` and ``results.parquet``; what they held of other cells goes to ``other_cells.jsonl``."""
     out.mkdir(parents=True, exist_ok=True)
-    write_lines(out / LINES, (json.dumps(row.to_json(), allow_nan=False) for row in rows))
+    mine = {row.digest for row in rows}
+    others = [row for digest, row in _done_rows(out).items() if digest not in mine]
+    if others or (out / OTHERS).exists():
+        _write_lines(others, out / OTHERS)
+    _write_lines(rows, out / LINES)
     write_whole(out / TABLE, lambda place: _write_parquet(rows, place))
+
+
+def _done_rows(out: Path) -> dict[str, Row]:
+    return {row.digest: row for name in (OTHERS, LINES) for row in read_rows(out / name) if row.done}
+
+
+def _write_lines(rows: Sequence[Row], path: Path) -> None:
+    write_lines(path, (json.dumps(row.to_json(), allow_nan=False) for row in rows))
 
 
 def _write_parquet(rows: Sequence[Row], place: Path) -> None:
