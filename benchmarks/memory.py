@@ -20,6 +20,7 @@ from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES, Step
 from benchmarks.options import (
     add_json,
+    add_layout,
     add_methods,
     add_models,
     add_workloads,
@@ -30,7 +31,7 @@ from benchmarks.options import (
 )
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
-from benchmarks.workloads import MIB, WORKLOADS, Workload
+from benchmarks.workloads import MIB, WORKLOADS, Workload, chosen_workloads
 
 #: The floor is a bound of time, not of memory.
 MEASURED = tuple(method for method in METHODS if method != "floor")
@@ -230,14 +231,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_workloads(parser, WORKLOADS)
+    add_layout(parser)
     add_methods(parser, MEASURED, MEASURED)
     parser.add_argument("--draws", type=int, default=3, help="draws of TraDy's channels to measure (default: 3)")
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
     console, figures, missed = console_for(options.json), dict[str, Any](), False
-    for name in options.workload:
-        workload = WORKLOADS[name]
+    for name, workload in chosen_workloads(options).items():
         measured = measure(workload, models_folder(options.models), max(1, options.draws), options.method)
         verdicts = judge(workload, measured.rows)
         console.print(as_table(workload, measured.rows))

@@ -51,6 +51,11 @@ def add_workloads(parser: argparse.ArgumentParser, names: Collection[str]) -> No
     )
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Offer ``--channels-last``."""
+    parser.add_argument("--channels-last", action="store_true", help="model and images in PyTorch's other layout")
+
+
 def add_methods(parser: argparse.ArgumentParser, names: Collection[str], default: Collection[str]) -> None:
     """Offer ``--method``."""
     usual = "all" if set(default) == set(names) else ", ".join(default)

@@ -20,6 +20,7 @@ from benchmarks import memory, speed
 from benchmarks.methods import TITLES
 from benchmarks.options import (
     add_json,
+    add_layout,
     add_methods,
     add_models,
     add_workloads,
@@ -29,7 +30,7 @@ from benchmarks.options import (
     write_json,
 )
 from benchmarks.picture import draw
-from benchmarks.workloads import MIB, WORKLOADS, Workload
+from benchmarks.workloads import MIB, WORKLOADS, Workload, chosen_workloads
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and draw a picture for each workload."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add_workloads(parser, WORKLOADS)
+    add_layout(parser)
     add_methods(parser, memory.MEASURED, memory.MEASURED)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <workload>.svg, <workload>.png, peers.json")
     speed.add_timing(parser, repeats=9)
@@ -132,9 +134,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     console, figures = console_for(options.json), dict[str, Any]()
-    for name in options.workload:
-        workload, rounds = WORKLOADS[name], max(1, options.repeats)
-        clock, draws = speed.CLOCKS[options.clock], max(1, options.draws)
+    for name, workload in chosen_workloads(options).items():
+        rounds, draws = max(1, options.repeats), max(1, options.draws)
+        clock = speed.CLOCKS[options.clock]
         peers, measured = measure(workload, models_folder(options.models), rounds, clock, options.method, draws)
         console.print(as_table(workload, peers))
         for remark in memory.remarks(measured):

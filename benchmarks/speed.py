@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.methods import METHODS, TITLES
 from benchmarks.options import (
     add_json,
+    add_layout,
     add_methods,
     add_models,
     add_workloads,
@@ -35,7 +36,7 @@ from benchmarks.options import (
 )
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Workload, chosen_workloads
 
 #: Timed by default; ``benchmarks.peers`` times them all.
 TIMED = ("full", "head", "trady", "trady-keep", "floor")
@@ -153,6 +154,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     add_workloads(parser, WORKLOADS)
+    add_layout(parser)
     add_methods(parser, METHODS, TIMED)
     add_timing(parser, repeats=9)
     add_models(parser)
@@ -161,9 +163,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     console, figures = console_for(options.json), dict[str, Any]()
-    for name in options.workload:
-        workload, clock = WORKLOADS[name], CLOCKS[options.clock]
-        rounds = max(1, options.repeats)
+    for name, workload in chosen_workloads(options).items():
+        clock, rounds = CLOCKS[options.clock], max(1, options.repeats)
         seconds, skipped = measure(workload, models_folder(options.models), rounds, clock, options.method)
         console.print(as_table(workload, seconds))
         for method, reason in skipped.items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 import trady
 from benchmarks import text, vision
@@ -96,6 +100,25 @@ class Workload:
             seed=seed,
             recompute=recompute,
         )
+
+
+def in_channels_last(workload: Workload) -> Workload:
+    """Return the workload with convolutions and images in PyTorch's other layout, for every method."""
+
+    def make(models: Path) -> Task:
+        task = workload.make(models)
+        task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not isinstance(task.batch, Tensor) or task.batch.dim() != 4:
+            return task
+        return replace(task, batch=task.batch.contiguous(memory_format=torch.channels_last))
+
+    return replace(workload, make=make, describe=f"{workload.describe}; channels_last")
+
+
+def chosen_workloads(options: argparse.Namespace) -> dict[str, Workload]:
+    """Return the workloads of ``--workload``, in the layout of ``--channels-last``."""
+    found = {name: WORKLOADS[name] for name in options.workload}
+    return {name: in_channels_last(workload) for name, workload in found.items()} if options.channels_last else found
 
 
 #: B_mem of the paper's smallest budget, in elements for one sample.

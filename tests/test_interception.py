@@ -936,3 +936,32 @@ def test_channels_last_and_autocast_together() -> None:
     x = normal(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     errors = gradient_errors(model, x, autocast=True, train=False)
     assert max(errors.values()) < 3e-2
+
+
+@pytest.mark.parametrize("padding", [1, 0], ids=["padded inside", "padded in front"])
+def test_channels_last_takes_no_more_memory(padding: int) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 24, 1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU6(),
+            nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1)),
+            nn.Conv2d(24, 24, 3, 2, padding, groups=24, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU6(),
+            nn.Conv2d(24, 8, 3, bias=False),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        )
+
+    peaks = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = seeded(network).to(memory_format=layout)
+        x = normal(8, 3, 64, 64).contiguous(memory_format=layout)
+        tuner = armed(model, x, budget="elements:40000", policy="dynamic-random")
+        assert any(parameter.numel() for parameter in tuner.parameters())
+        peaks.append(trady.measure(lambda model=model, x=x: squares(x)(model).backward(), model).peak_bytes)
+        tuner.finish()
+    assert peaks[1] <= 1.02 * peaks[0]

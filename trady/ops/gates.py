@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trady.errors import ModelError
 from trady.labels import samples_under_way
+from trady.ops.layout import take
 from trady.ops.selected import SelectedChannels
 
 
@@ -65,6 +66,6 @@ class Gates:
         end = start + gradient.shape[0]
         for sample in range(start // self.rows, -(-end // self.rows)):
             first, last = max(start, sample * self.rows), min(end, (sample + 1) * self.rows)
-            product = gradient[first - start : last - start].index_select(self.channel_dim, self.index)
+            product = take(gradient[first - start : last - start], self.channel_dim, self.index)
             sums = product.mul_(inputs[first:last]).movedim(self.channel_dim, 0).flatten(1).sum(1, dtype=total.dtype)
             total[:, self.first + sample].add_(sums)

@@ -21,7 +21,7 @@ from torch import Tensor
 from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.gates import Gates
-from trady.ops.layout import CHUNK_BYTES, chunks, empty_like_batch, is_dense, is_owned, memory_format, unviewed
+from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.maps import WeightMap
 from trady.ops.selected import SelectedChannels
 
@@ -129,7 +129,7 @@ class _Layer(torch.autograd.Function):
             y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
             inputs = None
             if compact is not None and call.selected is not None:
-                inputs = x.index_select(call.weight_map.channel_dim, call.selected.index).to(y.dtype)
+                inputs = take(x, call.weight_map.channel_dim, call.selected.index).to(y.dtype)
         ctx.call, ctx.input_shape, ctx.input_dtype, ctx.format = call, x.shape, x.dtype, memory_format(y)
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.gates = None
@@ -171,14 +171,18 @@ class _Layer(torch.autograd.Function):
             if folded is not None:
                 shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.weight_map.input_gradient(g, folded, shape)
+                layout = memory_format(g)
                 del g
                 if gates is not None and weight_gradient is not None:
                     gates.add_gradient(weight_gradient, made, inputs, part)
                 if wants_input and whole:
-                    input_gradient = (made if is_dense(made) else made.contiguous()).to(ctx.input_dtype)
+                    dense = made if is_dense(made) else made.contiguous(memory_format=layout)
+                    input_gradient = dense.to(ctx.input_dtype)
                 elif wants_input:
                     if input_gradient is None:
-                        input_gradient = empty_like_batch(made.to(ctx.input_dtype), ctx.input_shape[0])
+                        input_gradient = torch.empty(
+                            ctx.input_shape, dtype=ctx.input_dtype, device=made.device, memory_format=layout
+                        )
                     input_gradient[part].copy_(made)
                 del made
         if weight_gradient is not None and scale is not None and gates is None:
@@ -203,7 +207,7 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: L
     dim = call.weight_map.channel_dim
     read = gradient.numel() // gradient.shape[dim] * len(selected.outputs) * gradient.element_size()
     for part in _parts(gradient, read):
-        narrow = gradient[part].index_select(dim, selected.outputs)
+        narrow = take(gradient[part], dim, selected.outputs)
         call.weight_map.weight_gradient(narrow, inputs[part], selected, total)
 
 

@@ -40,6 +40,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(1, -1) if x.dim() < 2 else x.view(x.shape[0], -1) if x.numel() else x.reshape(x.shape[0], 0)
 
 
+def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Copy the slices ``index`` (int64) of one dimension.
+
+    ``index_select`` first copies the whole of a tensor that is not contiguous, such as a channels_last one.
+    """
+    return x.index_select(dim, index) if x.is_contiguous() else x[(slice(None),) * (dim % x.dim()) + (index,)]
+
+
 def chunks(samples: int, bytes_a_sample: int) -> Iterator[slice]:
     """Slices of samples whose temporaries stay below :data:`CHUNK_BYTES` (at least one sample each)."""
     step = max(1, CHUNK_BYTES // max(1, bytes_a_sample))

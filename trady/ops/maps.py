@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.ops.layout import chunks, empty_like_batch
+from trady.ops.layout import chunks, empty_like_batch, memory_format, take
 from trady.ops.native import depthwise, unwritten
 from trady.ops.selected import SelectedChannels
 
@@ -173,12 +173,21 @@ class Convolution:
         enough = _STRIDED_MATRIX_POSITIONS_BACKWARD if strided else _MATRIX_POSITIONS
         if self._is_matrix_product(gradient, weight) and gradient.shape[2:].numel() >= enough:
             return self._multiply_back(gradient, weight, input_shape)
-        padded = _padded_shape(input_shape, self.pad)
-        unread = gradient.new_empty(1).expand(padded)
-        made: Tensor = self._backward(gradient, unread, weight, self.groups, (True, False, False))[0]
+        made = self._transposed(gradient, weight, _padded_shape(input_shape, self.pad))
         for axis, before in enumerate(self.pad[::2]):
             made = made.narrow(-1 - axis, before, input_shape[-1 - axis])
         return made
+
+    def _transposed(self, gradient: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
+        """Gradient of the input. PyTorch's own backward pass would copy the input on the CPU, which it never reads."""
+        transpose = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(self.stride) - 1]
+        sides = zip(input_shape[2:], gradient.shape[2:], weight.shape[2:], strict=True)
+        steps = zip(self.stride, self.padding, self.dilation, strict=True)
+        unreached = tuple(  # positions behind the last one that a strided kernel reads
+            size - ((outputs - 1) * s - 2 * p + d * (k - 1) + 1)
+            for (size, outputs, k), (s, p, d) in zip(sides, steps, strict=True)
+        )
+        return transpose(gradient, weight, None, self.stride, self.padding, unreached, self.groups, self.dilation)
 
     def _multiply_back(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         matrix = weight.view(1, *weight.shape[:2]).transpose(1, 2)
@@ -214,13 +223,15 @@ class Convolution:
                 total.add_(torch.bmm(x[part], g[part]).sum(0))
             return
         for block in selected.blocks:
-            x = inputs if block.positions is None else inputs.index_select(1, block.positions)
+            x = inputs if block.positions is None else take(inputs, 1, block.positions)
             g = gradient
             if block.groups is not None:
-                g = gradient.unflatten(1, (self.groups, -1)).index_select(1, block.groups).flatten(1, 2)
+                g = take(gradient.unflatten(1, (self.groups, -1)), 1, block.groups).flatten(1, 2)
             outputs = out.shape[1]
-            weight = x.new_empty((block.group_count * outputs, block.channels_a_group, *out.shape[2:]))
-            made = self._backward(g, x, weight, block.group_count, (False, True, False))[1]
+            kernels = (block.group_count * outputs, block.channels_a_group, *out.shape[2:])
+            weight = torch.empty(kernels, dtype=x.dtype, device=x.device, memory_format=memory_format(g))
+            geometry = (self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), block.group_count)
+            made = _convolution_backward(g, x, weight, None, *geometry, (False, True, False))[1]
             made = made.unflatten(0, (block.group_count, outputs)).transpose(1, 2).flatten(0, 1)
             if block.positions is None:
                 out.add_(made)
@@ -229,25 +240,6 @@ class Convolution:
 
     def _is_pointwise(self, kernel: torch.Size) -> bool:
         return all(n == 1 for n in kernel) and not any(self.padding)
-
-    def _backward(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dimensions = len(self.stride)
-        made: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
-            gradient,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            (0,) * dimensions,
-            groups,
-            wanted,
-        )
-        return made
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output channel by its scale."""

@@ -24,7 +24,7 @@ from trady.errors import ModelError
 from trady.labels import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
-from trady.ops.layout import unviewed
+from trady.ops.layout import take, unviewed
 from trady.ops.maps import Linear
 
 
@@ -133,7 +133,7 @@ class _QuantizedLinear(torch.autograd.Function):
         y = _forward(x, call, weight, trains=compact is not None)
         inputs = None
         if compact is not None and call.selected is not None:
-            inputs = label_saved(x.index_select(-1, call.selected.index).to(y.dtype), "channels")
+            inputs = label_saved(take(x, -1, call.selected.index).to(y.dtype), "channels")
         ctx.call, ctx.weight, ctx.input_dtype = call, weight, x.dtype  # the weight is alive in the model anyway
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.gates = None
