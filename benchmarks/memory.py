@@ -31,7 +31,7 @@ from benchmarks.options import (
 )
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
-from benchmarks.workloads import MIB, WORKLOADS, Workload, chosen_workloads
+from benchmarks.workloads import MIB, WORKLOADS, Workload, laid_out
 
 #: The floor is a bound of time, not of memory.
 MEASURED = tuple(method for method in METHODS if method != "floor")
@@ -238,7 +238,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_json(parser)
     options = parser.parse_args(arguments)
     console, figures, missed = console_for(options.json), dict[str, Any](), False
-    for name, workload in chosen_workloads(options).items():
+    for name in options.workload:
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
         measured = measure(workload, models_folder(options.models), max(1, options.draws), options.method)
         verdicts = judge(workload, measured.rows)
         console.print(as_table(workload, measured.rows))

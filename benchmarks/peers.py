@@ -30,7 +30,7 @@ from benchmarks.options import (
     write_json,
 )
 from benchmarks.picture import draw
-from benchmarks.workloads import MIB, WORKLOADS, Workload, chosen_workloads
+from benchmarks.workloads import MIB, WORKLOADS, Workload, laid_out
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     console, figures = console_for(options.json), dict[str, Any]()
-    for name, workload in chosen_workloads(options).items():
+    for name in options.workload:
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
         rounds, draws = max(1, options.repeats), max(1, options.draws)
         clock = speed.CLOCKS[options.clock]
         peers, measured = measure(workload, models_folder(options.models), rounds, clock, options.method, draws)

@@ -36,7 +36,7 @@ from benchmarks.options import (
 )
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
-from benchmarks.workloads import WORKLOADS, Workload, chosen_workloads
+from benchmarks.workloads import WORKLOADS, Workload, laid_out
 
 #: Timed by default; ``benchmarks.peers`` times them all.
 TIMED = ("full", "head", "trady", "trady-keep", "floor")
@@ -163,7 +163,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     console, figures = console_for(options.json), dict[str, Any]()
-    for name, workload in chosen_workloads(options).items():
+    for name in options.workload:
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
         clock, rounds = CLOCKS[options.clock], max(1, options.repeats)
         seconds, skipped = measure(workload, models_folder(options.models), rounds, clock, options.method)
         console.print(as_table(workload, seconds))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -102,8 +101,10 @@ class Workload:
         )
 
 
-def in_channels_last(workload: Workload) -> Workload:
-    """Return the workload with convolutions and images in PyTorch's other layout, for every method."""
+def laid_out(workload: Workload, *, channels_last: bool) -> Workload:
+    """Return the workload; with convolutions and images in ``channels_last``, for every method, where that is asked."""
+    if not channels_last:
+        return workload
 
     def make(models: Path) -> Task:
         task = workload.make(models)
@@ -113,12 +114,6 @@ def in_channels_last(workload: Workload) -> Workload:
         return replace(task, batch=task.batch.contiguous(memory_format=torch.channels_last))
 
     return replace(workload, make=make, describe=f"{workload.describe}; channels_last")
-
-
-def chosen_workloads(options: argparse.Namespace) -> dict[str, Workload]:
-    """Return the workloads of ``--workload``, in the layout of ``--channels-last``."""
-    found = {name: WORKLOADS[name] for name in options.workload}
-    return {name: in_channels_last(workload) for name, workload in found.items()} if options.channels_last else found
 
 
 #: B_mem of the paper's smallest budget, in elements for one sample.

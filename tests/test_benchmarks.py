@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import backbones, compiled, memory, options, peers, sparsity, speed, text, vision
+from benchmarks import backbones, compiled, memory, options, overhead, peers, sparsity, speed, text, vision
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES
@@ -521,6 +521,25 @@ def test_speed_command_reports_every_method_and_gates_nothing(monkeypatch, tmp_p
     assert set(figures["trady_over"]) == {"full", "floor"}
 
 
+def test_both_layouts_are_timed(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
+    assert speed.run(["--repeats", "1", "--method", "head", "--channels-last"]) == 0
+    assert "channels_last" in capsys.readouterr().out
+
+
+def test_overhead_is_a_plan_and_a_draw_over_the_steps_of_an_epoch(monkeypatch, tmp_path) -> None:
+    assert overhead.steps_of_an_epoch(torch.zeros(32, 3, 8, 8)) == 1563
+    ids = torch.zeros(8, 256, dtype=torch.long)
+    assert overhead.steps_of_an_epoch({"input_ids": ids}) == 8419
+    assert overhead.steps_of_an_epoch({"input_ids": ids, "labels": ids}) == 1020
+    assert overhead.Overhead(3.0, 1.0, 0.5, 100).share == 0.08
+    monkeypatch.setattr(overhead, "WORKLOADS", {"toy": TOY})
+    target = tmp_path / "overhead.json"
+    assert overhead.run(["--repeats", "1", "--json", str(target)]) == 0
+    figures = json.loads(target.read_text())["workloads"]["toy"]
+    assert min(figures[name] for name in ("plan_seconds", "draw_seconds", "step_seconds", "share")) > 0
+
+
 def test_speed_of_one_method_alone_has_no_aims(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
     target = tmp_path / "speed.json"
@@ -577,7 +596,7 @@ def test_sparsity_faults_name_seed_and_figure() -> None:
     assert "68 bytes, planned 64" in found[1]
 
 
-@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones])
+@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead])
 def test_commands_explain_themselves(command, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         command.run(["--help"])
