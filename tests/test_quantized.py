@@ -602,8 +602,23 @@ def test_a_quantised_head_is_refused() -> None:
         armed(quantised("torchao-8", network()), X, head="blocks.2")
 
 
-def test_weights_that_bitsandbytes_would_repack_are_refused() -> None:
+def test_weights_that_bitsandbytes_has_repacked_are_unpacked() -> None:
+    modules = pytest.importorskip("bitsandbytes").nn
+    if not modules.Linear4bit(64, 64).support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16")
     model = quantised("bitsandbytes-4", network())
-    model.blocks[0].up.support_avx512bf16_for_cpu = True
-    with pytest.raises(ModelError, match="support_avx512bf16_for_cpu = False"):
-        armed(model, X)
+    for block in model.blocks:
+        block.up.support_avx512bf16_for_cpu = True
+    model.eval()
+    with torch.no_grad():
+        model(X)
+    assert model.blocks[0].up.weight.quant_state.packing_format_for_cpu
+    with pytest.warns(TradyWarning, match="repacks 4-bit weights"):
+        tuner = armed(model, X)
+    expected = dense_gradients(dequantised(model), tuner, loss(X))  # repacking has rounded the scales
+    loss(X)(model.train()).backward()
+    assert_gradients(tuner, expected, 1e-5)
+    model.eval()
+    with torch.no_grad():
+        model(X)
+    assert not model.blocks[0].up.support_avx512bf16_for_cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,27 @@ def test_an_optimizer_of_a_class_of_ones_own_trains_by_channel(tmp_path: Path) -
     given = trainer(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}))
     given.train()
     assert any("attention" in name for name in given.delta())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("stored", ["8 bits", "4 bits"])
+def test_models_that_transformers_has_quantised(tmp_path: Path, stored: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    bits = {"load_in_8bit": True} if stored == "8 bits" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    bert().save_pretrained(tmp_path / "float")
+    config = transformers.BitsAndBytesConfig(**bits, llm_int8_skip_modules=["classifier"])
+    kind = transformers.BertForSequenceClassification
+    model, again = (kind.from_pretrained(tmp_path / "float", quantization_config=config) for _ in range(2))
+    stored_before = model.bert.encoder.layer[1].intermediate.dense.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TradyWarning)  # on some processors 4-bit weights are unpacked
+        given = trainer(tmp_path, model, num_train_epochs=8, save_strategy="epoch", logging_steps=4)
+        given.train()
+        resumed = trainer(tmp_path / "resumed", again, num_train_epochs=8)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert all(torch.equal(resumed.delta()[name], tensor) for name, tensor in given.delta().items())
+    losses = [entry["loss"] for entry in given.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    assert model.is_quantized
+    assert torch.equal(model.bert.encoder.layer[1].intermediate.dense.weight, stored_before)
+    assert any(name.startswith("bert.encoder") for name in given.delta())

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
-from trady.errors import ModelError
+from trady.errors import ModelError, TradyWarning
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
 
@@ -131,7 +131,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         ModelError: The model cannot run on the example, or its forward depends on the data.
 
     """
-    _refuse_repacking(model)
+    _keep_unpacked(model)
     known = compiler_is_loaded()
     try:
         return _trace(model, example, training)
@@ -179,18 +179,24 @@ def _refuse_compiled() -> None:
     raise ModelError(COMPILED)
 
 
-def _refuse_repacking(model: nn.Module) -> None:
-    """Refuse 4-bit layers of bitsandbytes that repack themselves for inference: no gradient passes afterwards."""
-    for name, module in model.named_modules():
+def _keep_unpacked(model: nn.Module) -> None:
+    """Keep 4-bit layers of bitsandbytes from repacking themselves for inference: no gradient passes afterwards."""
+    kept = False
+    for module in model.modules():
         weight = getattr(module, "weight", None)
-        packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
-        repacks = getattr(module, "support_avx512bf16_for_cpu", False)
-        if isinstance(weight, Tensor) and weight.device.type == "cpu" and (packed or repacks):
-            raise ModelError(
-                f"on this CPU, bitsandbytes repacks the 4-bit weight of {name!r} in evaluation mode, and then no "
-                "gradient passes through it: first set module.support_avx512bf16_for_cpu = False on every such "
-                "module, and call model.state_dict(), which unpacks the weights"
-            )
+        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+            continue
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            module.state_dict()  # unpacks
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu, kept = False, True
+    if kept:
+        warnings.warn(
+            "bitsandbytes repacks 4-bit weights in evaluation mode on this CPU, and then no gradient passes through "
+            "them: module.support_avx512bf16_for_cpu is False from now on, which turns that off",
+            TradyWarning,
+            stacklevel=2,
+        )
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

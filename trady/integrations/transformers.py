@@ -7,7 +7,8 @@ drawn as epochs begin, and a checkpoint holds what a restart needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     ) -> None:
         if draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {draws_per_epoch}; give at least 1")
-        super().__init__(*args, **kwargs)
+        with _unnoticed_quantization(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is not None:
             raise StateError(
@@ -330,6 +332,19 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.end_step(state.global_step, state.max_steps, state.num_train_epochs)
+
+
+@contextmanager
+def _unnoticed_quantization(model: Any) -> Iterator[None]:
+    """Hide that a model is quantised: the Trainer wants adapters there, and here its channels train beside it."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
 
 
 def _own_loss(output: Any, _: None) -> Tensor:
