@@ -189,7 +189,8 @@ def _keep_unpacked(model: nn.Module) -> None:
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             module.state_dict()  # unpacks
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu, kept = False, True
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            kept = True
     if kept:
         warnings.warn(
             "bitsandbytes repacks 4-bit weights in evaluation mode on this CPU, and then no gradient passes through "
