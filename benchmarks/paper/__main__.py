@@ -65,12 +65,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         help="published sparse-update schemes (default: sparse_update_schemes.json in data/ beside the models' folder)",
     )
     parser.add_argument("--matrix", type=Path, default=FOLDER / "matrix.toml", help="another matrix file")
-    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: results, or results-NAME of NAME.toml)"
+    )
     parser.add_argument("--max-minutes", type=float, default=85.0, help="length of a part (default: 85)")
     parser.add_argument("--workers", type=int, help="cells at a time (default: one a processor)")
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     chosen = parser.parse_args(arguments)
+    usual = chosen.matrix.resolve() == (FOLDER / "matrix.toml").resolve()
+    chosen.out = chosen.out or FOLDER / ("results" if usual else f"results-{chosen.matrix.stem}")
     models = options.models_folder(chosen.models).absolute()
     published = chosen.schemes or models.parent / "data" / "sparse_update_schemes.json"
     os.environ["TRADY_MODELS"] = str(models)
