@@ -17,6 +17,7 @@ from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.quantized import outlines, route
 from trady.segments import Segment, find_segments, work_of
+from trady.stored import keep_unpacked
 from trady.table import build_table, find_head, head_parameters
 from trady.trace import trace_forward, twice
 
@@ -59,6 +60,7 @@ def examine(
         ModelError: The model cannot be traced, or has nothing to update.
 
     """
+    keep_unpacked(model)
     training = trace_forward(model, example, training=True)
     names = find_head(model, training, head)
     plain = head_parameters(model, names)

@@ -7,12 +7,14 @@ is one more class of :class:`Stored` and one more reader.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trady.errors import TradyWarning
 from trady.ops.quantized import is_linear_in_its_input, is_quantized
 
 
@@ -202,3 +204,24 @@ def stored_in(module: nn.Module) -> Stored | None:
     if weight is None or not is_quantized(weight):
         return None
     return next((found for reader in _READERS if (found := reader(module, weight)) is not None), None)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep 4-bit layers of bitsandbytes from repacking themselves for inference: no gradient passes afterwards."""
+    kept = False
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+            continue
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            module.state_dict()  # unpacks
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            kept = True
+    if kept:
+        warnings.warn(
+            "bitsandbytes repacks 4-bit weights in evaluation mode on this CPU, and then no gradient passes through "
+            "them: module.support_avx512bf16_for_cpu is False from now on, which turns that off",
+            TradyWarning,
+            stacklevel=2,
+        )

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
-from trady.errors import ModelError, TradyWarning
+from trady.errors import ModelError
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
 
@@ -131,7 +131,6 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         ModelError: The model cannot run on the example, or its forward depends on the data.
 
     """
-    _keep_unpacked(model)
     known = compiler_is_loaded()
     try:
         return _trace(model, example, training)
@@ -177,27 +176,6 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
 
 def _refuse_compiled() -> None:
     raise ModelError(COMPILED)
-
-
-def _keep_unpacked(model: nn.Module) -> None:
-    """Keep 4-bit layers of bitsandbytes from repacking themselves for inference: no gradient passes afterwards."""
-    kept = False
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
-            continue
-        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            module.state_dict()  # unpacks
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            kept = True
-    if kept:
-        warnings.warn(
-            "bitsandbytes repacks 4-bit weights in evaluation mode on this CPU, and then no gradient passes through "
-            "them: module.support_avx512bf16_for_cpu is False from now on, which turns that off",
-            TradyWarning,
-            stacklevel=2,
-        )
 
 
 def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
