@@ -35,7 +35,7 @@ from benchmarks.options import (
 )
 from benchmarks.prediction import reduced
 from benchmarks.skipped import SkippedError
-from benchmarks.speed import CLOCKS, add_timing, in_turns, ratio
+from benchmarks.speed import add_timing, in_turns, ratio, timing
 from benchmarks.tasks import Task
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -173,12 +173,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    rounds, clock = timing(options)
     console, figures = console_for(options.json), dict[str, Any]()
     for name in options.workload:
         workload, models = WORKLOADS[name], models_folder(options.models)
-        seconds, first = measure(workload, models, options.repeats, CLOCKS[options.clock], small=options.small)
+        seconds, first = measure(workload, models, rounds, clock, small=options.small)
         console.print(_table(workload, seconds, first))
         figures[name] = {"seconds": seconds, "first_step_seconds": first}
     here = machine()

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.methods import trady_step
 from benchmarks.options import add_json, add_models, add_workloads, console_for, main, models_folder, write_json
 from benchmarks.shares import budget_of
-from benchmarks.speed import CLOCKS, WARM_UP_ROUNDS, add_timing
+from benchmarks.speed import WARM_UP_ROUNDS, add_timing, timing
 from benchmarks.workloads import WORKLOADS, Workload
 
 IMAGES, SENTENCES, TOKENS = 50_000, 67_349, 2_088_628
@@ -101,11 +101,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock, models = CLOCKS[options.clock], models_folder(options.models)
+    rounds, clock = timing(options)
+    models = models_folder(options.models)
     found = {
-        name: measure(WORKLOADS[name], models, max(1, options.repeats), clock)
+        name: measure(WORKLOADS[name], models, rounds, clock)
         for name in track(options.workload, console=Console(stderr=True), transient=True)
     }
     console = console_for(options.json)

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from benchmarks import memory, speed
@@ -129,15 +128,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    rounds, clock = speed.timing(options)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     console, figures = console_for(options.json), dict[str, Any]()
     for name in options.workload:
         workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
-        rounds, draws = max(1, options.repeats), max(1, options.draws)
-        clock = speed.CLOCKS[options.clock]
+        draws = max(1, options.draws)
         peers, measured = measure(workload, models_folder(options.models), rounds, clock, options.method, draws)
         console.print(as_table(workload, peers))
         for remark in memory.remarks(measured):

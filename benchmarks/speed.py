@@ -57,6 +57,13 @@ def add_timing(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall (default) or processor time")
 
 
+def timing(options: argparse.Namespace) -> tuple[int, Callable[[], float]]:
+    """Set the threads that :func:`add_timing` asked for; return rounds and clock."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return max(1, options.repeats), CLOCKS[options.clock]
+
+
 def in_turns(
     steps: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
@@ -160,12 +167,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    rounds, clock = timing(options)
     console, figures = console_for(options.json), dict[str, Any]()
     for name in options.workload:
         workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
-        clock, rounds = CLOCKS[options.clock], max(1, options.repeats)
         seconds, skipped = measure(workload, models_folder(options.models), rounds, clock, options.method)
         console.print(as_table(workload, seconds))
         for method, reason in skipped.items():
