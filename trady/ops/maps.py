@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trady.ops.layout import chunks, empty_like_batch, memory_format, take
 from trady.ops.native import depthwise, unwritten
+from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 
 _convolution_backward = torch.ops.aten.convolution_backward
@@ -276,7 +277,7 @@ class Linear:
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""
-        return gradient @ (weight.t() if self.input_major else weight)
+        return multiply_rows(gradient, weight.t() if self.input_major else weight)
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
         """Add the gradient of the selected channels to ``out`` [n, out]."""

@@ -26,6 +26,7 @@ from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.layout import take, unviewed
 from trady.ops.maps import Linear
+from trady.ops.rows import multiply_rows
 
 
 class Quantized(Protocol):
@@ -154,7 +155,7 @@ class _QuantizedLinear(torch.autograd.Function):
             if gates is None:
                 add_weight_gradient(weight_gradient, gradient, inputs, ctx.call)
         if ctx.needs_input_grad[0] or gates is not None:
-            made = gradient @ ctx.weight.dense().to(gradient.dtype)
+            made = multiply_rows(gradient, ctx.weight.dense().to(gradient.dtype))
             if gates is not None and weight_gradient is not None:
                 gates.add_gradient(weight_gradient, made, inputs, slice(None))
             input_gradient = made.to(ctx.input_dtype)
