@@ -216,6 +216,34 @@ def test_a_tied_classifier_is_no_head() -> None:
     assert (found.head, found.table.names) == ((), ("body",))
 
 
+class TokenScores(nn.Module):
+    """Scores each token against ``classes``, or the first one alone; reads token types beside the tokens."""
+
+    def __init__(self, classes: int, *, first: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.types = nn.Embedding(9, 4), nn.Embedding(2, 4)
+        self.body, self.out, self.first = nn.Linear(4, 4), nn.Linear(4, classes), first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.relu(self.body(self.tokens(ids) + self.types(torch.zeros_like(ids))))
+        return self.out(x[:, 0] if self.first else x)
+
+
+@pytest.mark.parametrize(
+    ("classes", "first", "head"),
+    [(9, False, ()), (9, True, ("out",)), (2, False, ("out",)), (5, False, ("out",))],
+    ids=["a language model", "a classifier of sentences", "as many classes as token types", "a classifier of tokens"],
+)
+def test_the_output_layer_of_a_language_model_is_a_layer_like_the_others(
+    classes: int, first: bool, head: tuple[str, ...]
+) -> None:
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    found = examine(TokenScores(classes, first=first), ids)
+    assert found.head == head
+    assert ("out" in found.table.names) == (head == ())
+    assert examine(TokenScores(classes, first=first), ids, head="out").head == ("out",)
+
+
 def test_a_head_that_is_no_module_is_refused_with_those_there_are() -> None:
     with pytest.raises(ModelError, match=r"clasifier.*head"):
         examine(Residual(), torch.zeros(2, 3, 9, 9), head="clasifier")

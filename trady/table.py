@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from trady.batching import name_of
 from trady.channels import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
@@ -26,7 +27,9 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         model: The model.
         trace: Its forward pass.
         head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
-            too; else one or several names of modules or parameters; ``None`` or an empty sequence is no head.
+            too or it is a language model's: one that scores every token read against a vocabulary is trained
+            before, like the layers below it. Else one or several names of modules or parameters; ``None`` or
+            an empty sequence is no head.
 
     Raises:
         ModelError: A name that is no module with parameters.
@@ -51,6 +54,8 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
     last = _parameter_of(weights[-1])
     if last is None or is_quantized(last):
         return ()
+    if _scores_tokens(weights[-1], last, trace):
+        return ()
     users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
     owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
     if len(users) != 1 or len(owners) != 1:
@@ -60,6 +65,21 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         return (owners[0],)
     # The module has other weights too: the head is what the last call reads.
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
+
+
+def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool:
+    """Whether a weight layer turns each token that the model read into scores for all of its vocabulary.
+
+    The vocabulary is the largest table that is read; that of positions or token types may be as large as a
+    classifier's weight.
+    """
+    looked_up = [entry for entry in trace.calls if name_of(entry.function) == "embedding" and entry.parameters]
+    largest = max(looked_up, key=lambda entry: entry.parameters[0].numel(), default=None)
+    return (
+        largest is not None
+        and largest.parameters[0].shape == weight.shape
+        and largest.output_shape[:-1] == call.output_shape[:-1]
+    )
 
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
