@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
-from trady.ops.native import library, on_this_processor
+from trady.ops.native import library, on_this_processor, unwritten
 
 #: Scores of fewer bytes are left to PyTorch: there is little to save, and a call costs more than its arithmetic.
 _LEAST_BYTES = 2 << 20
@@ -119,9 +119,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target = ctx.saved_tensors
         factor = gradient if ctx.count is None else gradient / ctx.count
-        out = logits.detach() if ctx.overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = logits.detach() if ctx.overwrite else _unwritten(logits)
         _write_gradient(logits.detach(), target, ctx.ignore_index, factor, out)
         return out, None, None, None, None, None
+
+
+def _unwritten(logits: Tensor) -> Tensor:
+    return unwritten(torch.empty_like(logits, memory_format=torch.contiguous_format))
 
 
 def _losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

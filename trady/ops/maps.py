@@ -267,13 +267,13 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
-        if not self.input_major:
-            return F.linear(x, weight, bias)
-        return (
-            x @ weight
-            if bias is None
-            else torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-        )
+        rows, matrix = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
+        out = unwritten(x.new_empty((rows.shape[0], matrix.shape[1])))
+        if bias is None:
+            torch.mm(rows, matrix, out=out)
+        else:
+            torch.addmm(bias, rows, matrix, out=out)
+        return out.view(*x.shape[:-1], matrix.shape[1])
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""
