@@ -82,7 +82,9 @@ def is_owned(gradient: Tensor, references: int) -> bool:
 
 
 def _references(tensor: Tensor) -> tuple[int, int]:
-    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    # Not through untyped_storage(): a storage that has once been a Python object is counted once more for good, and
+    # then autograd copies where it would add to this gradient in place.
+    return tensor._use_count(), torch._C._storage_Use_Count(torch._C._storage_address(tensor))  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
