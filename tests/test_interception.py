@@ -16,6 +16,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import trady
@@ -965,3 +966,18 @@ def test_channels_last_takes_no_more_memory(padding: int) -> None:
         peaks.append(trady.measure(lambda model=model, x=x: squares(x)(model).backward(), model).peak_bytes)
         tuner.finish()
     assert peaks[1] <= 1.02 * peaks[0]
+
+
+def test_gradients_of_residual_branches_are_added_in_place() -> None:
+    """As autograd does in plain PyTorch: nothing that trady asks of a gradient makes it look shared."""
+    model, x = seeded(lambda: Residual(blocks=3)), normal(4, 3, 32, 32)
+    tuner = armed(model, x, budget="elements:40000", policy="dynamic-random")
+    loss = squares(x)(model)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        loss.backward()
+    tuner.finish()
+    of_activations = [
+        e.name for e in seen.events() if e.name in ("aten::add", "aten::add_") and e.input_shapes[0][:1] == [4]
+    ]
+    assert of_activations.count("aten::add_") >= 2
+    assert "aten::add" not in of_activations
