@@ -118,15 +118,17 @@ def llama(
     width: int = 256,
     intermediate: int = 688,
     vocabulary: int = 5000,
+    heads: int = 4,
+    key_heads: int = 2,
 ) -> Task:
-    """Llama with 4 heads, 2 of them for keys and values, and random weights."""
+    """Llama with random weights; ``key_heads`` of its heads are for keys and values."""
     hf = needs("transformers", "transformers")
     config = hf.LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=width,
         intermediate_size=intermediate,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         vocab_size=vocabulary,
         max_position_embeddings=max(length, 256),
         attention_dropout=0.0,

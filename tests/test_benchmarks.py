@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import backbones, compiled, memory, options, overhead, peers, sparsity, speed, text, vision
+from benchmarks import backbones, compiled, limits, memory, options, overhead, peers, sparsity, speed, text, vision
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES
@@ -596,14 +597,56 @@ def test_sparsity_faults_name_seed_and_figure() -> None:
     assert "68 bytes, planned 64" in found[1]
 
 
-@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead])
+@pytest.mark.parametrize(("most", "fitting"), [(64, n) for n in range(66)] + [(5, 3), (1, 0), (1, 1)])
+def test_the_largest_that_fits_is_found_by_halving(most: int, fitting: int) -> None:
+    asked: list[int] = []
+
+    def fits(number: int) -> bool:
+        asked.append(number)
+        return number <= fitting
+
+    assert limits.largest(fits, most) == min(fitting, most)
+    assert len(asked) == len(set(asked)) <= 15
+
+
+def test_limits_are_the_largest_batch_and_length_whose_step_stays_below(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    small = partial(text.llama, layers=1, width=32, intermediate=48, vocabulary=60)
+    monkeypatch.setitem(limits.MODELS, "llama-tiny", (small, "1 MiB", 8))
+    target = tmp_path / "limits.json"
+    methods = ["full", "trady"]
+    assert limits.run(["--batch", "3", "--length", "16", "--method", *methods, "--json", str(target)]) == 0
+    found = json.loads(target.read_text(encoding="utf-8"))
+    assert found["limit_bytes"] == 2**20
+
+    def fits(method: str, sequences: int, length: int) -> bool:
+        run = limits.method_of(method)
+        workload, task = WORKLOADS["llama-tiny"], small(sequences, length)
+        peak = limits.peak_of(run, workload, task, torch.device("cpu"))
+        assert peak is not None
+        return peak <= found["limit_bytes"]
+
+    batches = []
+    for entry, method in zip(found["limits"], methods, strict=True):
+        assert entry["method"] == method
+        assert fits(method, entry["batch"], 16)
+        assert not fits(method, entry["batch"] + 1, 16)
+        assert fits(method, 3, entry["length"])
+        assert not fits(method, 3, entry["length"] + 8)
+        batches.append(entry["batch"])
+    assert batches[0] < batches[1]
+
+
+@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits])
 def test_commands_explain_themselves(command, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         command.run(["--help"])
     assert left.value.code == 0
     told = capsys.readouterr().out
     assert command.__name__ in told
-    assert "--models" in told
+    assert ("--models" in told) == (command is not limits), "it needs no files"
 
 
 def test_command_is_a_process_of_its_own() -> None:
