@@ -118,14 +118,11 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target = ctx.saved_tensors
+        scores = logits.detach()
         factor = gradient if ctx.count is None else gradient / ctx.count
-        out = logits.detach() if ctx.overwrite else _unwritten(logits)
-        _write_gradient(logits.detach(), target, ctx.ignore_index, factor, out)
+        out = scores if ctx.overwrite else unwritten(torch.empty_like(scores, memory_format=torch.contiguous_format))
+        _write_gradient(scores, target, ctx.ignore_index, factor, out)
         return out, None, None, None, None, None
-
-
-def _unwritten(logits: Tensor) -> Tensor:
-    return unwritten(torch.empty_like(logits, memory_format=torch.contiguous_format))
 
 
 def _losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

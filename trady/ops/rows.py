@@ -53,9 +53,11 @@ def rows_that_count(gradient: Tensor) -> list[slice] | None:
     """
     if type(gradient) is not Tensor or gradient.device.type != "cpu" or not gradient.is_contiguous():
         return None
-    rows = gradient.view(-1, gradient.shape[-1]) if gradient.numel() else gradient
+    if not gradient.numel():
+        return None
+    rows = gradient.view(-1, gradient.shape[-1])
     count = rows.shape[0]
-    if count < _FEWEST or rows.dim() != 2:
+    if count < _FEWEST:
         return None
     zero = (rows[:, :: -(-rows.shape[1] // _PROBES)] == 0).all(1)
     if int(zero.sum()) < _LEAST_ZERO * count:
