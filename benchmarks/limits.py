@@ -12,10 +12,10 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils._pytree import tree_map
@@ -26,7 +26,8 @@ from benchmarks.options import add_json, add_methods, console_for, main, write_j
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
 from benchmarks.workloads import WORKLOADS, Workload
-from trady.budget import format_bytes, parse_budget
+from trady.budget import Scope, format_bytes, parse_budget
+from trady.errors import BudgetError, DataError, ModelError
 
 #: A configuration, its limit where none is given, and what the searched length is a multiple of.
 MODELS: dict[str, tuple[Callable[[int, int], Task], str, int]] = {
@@ -78,13 +79,13 @@ def method_of(name: str) -> Method:
 
 def peak_of(method: Method, workload: Workload, task: Task, device: torch.device) -> int | None:
     """Run one step; return the most bytes it took with weights and batch, ``None`` where memory ran out."""
-    task.model.to(device)
-    task = replace(task, batch=tree_map(lambda value: value.to(device), task.batch))
     if device.type == "cpu":
         with method(workload, task) as step:
             return step.ledger().peak_bytes
     torch.cuda.reset_peak_memory_stats(device)
     try:
+        task.model.to(device)
+        task = replace(task, batch=tree_map(lambda value: value.to(device), task.batch))
         with method(workload, task) as step:
             step.run()
             torch.cuda.synchronize(device)
@@ -120,9 +121,8 @@ def search(
     """
 
     def fits(batch: int, tokens: int) -> bool:
-        workload = replace(WORKLOADS["llama-tiny"], make=lambda models: make(batch, tokens))
         try:
-            peak = peak_of(method_of(method), workload, workload.make(Path()), device)
+            peak = peak_of(method_of(method), WORKLOADS["llama-tiny"], make(batch, tokens), device)
         finally:
             gc.collect()
             if device.type == "cuda":
@@ -154,23 +154,29 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", metavar="SIZE", help="what a step may take (default: 300 MiB; of llama-1b 24 GiB)")
     parser.add_argument("--batch", type=int, default=8, help="sequences whose length is looked for (default: 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens of the batch that is looked for (default: 256)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where steps run (default: cpu)")
     add_methods(parser, [name for name in METHODS if name not in ("floor", "trady-keep", "static-random")], COMPARED)
     add_json(parser)
     options = parser.parse_args(arguments)
     make, usual, unit = MODELS[options.model]
-    limit = parse_budget(options.limit or usual).amount
+    limit = parse_budget(options.limit or usual)
+    if limit.scope is not Scope.PEAK:
+        raise BudgetError(f"--limit is {limit}; it is what a whole step may take, such as 300 MiB")
+    if min(options.batch, options.length) < 1:
+        raise DataError(f"--batch is {options.batch} and --length {options.length}; both are at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: PyTorch finds no CUDA device here; --device cpu accounts for the same steps")
     device, console = torch.device(options.device), console_for(options.json)
     limits, skipped = list[Limit](), dict[str, str]()
-    for method in track(options.method, console=console, transient=True):
+    for method in track(options.method, console=Console(stderr=True), transient=True):
         try:
-            limits.append(search(make, method, limit, options.batch, options.length, unit, device))
+            limits.append(search(make, method, limit.amount, options.batch, options.length, unit, device))
         except (SkippedError, MissingPackageError) as reason:
             skipped[method] = str(reason)
-    console.print(as_table(f"{options.model} in {format_bytes(limit)}", limits, options.batch, options.length))
+    console.print(as_table(f"{options.model} in {format_bytes(limit.amount)}", limits, options.batch, options.length))
     for method, why in skipped.items():
         console.print(f"{TITLES[method]} is left out: {why}")
-    figures: dict[str, Any] = {"model": options.model, "limit_bytes": limit, "device": str(device)}
+    figures: dict[str, Any] = {"model": options.model, "limit_bytes": limit.amount, "device": str(device)}
     figures |= {"batch": options.batch, "length": options.length, "skipped": skipped}
     write_json(options.json, {**figures, "limits": [asdict(found) for found in limits]})
     return 0

@@ -639,6 +639,21 @@ def test_limits_are_the_largest_batch_and_length_whose_step_stays_below(
     assert batches[0] < batches[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--limit", "elements:300"], "whole step"),
+        (["--limit", "update:1 MiB"], "whole step"),
+        (["--length", "0"], "at least 1"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_limits_refuse_what_they_cannot_search(options: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(trady.errors.TradyError, match=told):
+        limits.run(options)
+
+
 @pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits])
 def test_commands_explain_themselves(command, capsys) -> None:
     with pytest.raises(SystemExit) as left:
