@@ -91,7 +91,7 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
         model: The model; only read.
         example: One batch as training will see it.
         request: What is asked for.
-        shares: Shares of channels to predict the peak of; without a head, none but those above 0 make a step.
+        shares: Shares of channels to predict the peak of.
 
     Raises:
         BudgetError: The budget cannot be read or is below the least possible.
@@ -99,8 +99,7 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
     """
     _, examined, drawing = request.decide(model, example)
     plan = _with_peak(drawing.plan(examined.head, examined.head_parameters), drawing)
-    trained = [share for share in shares if share > 0 or examined.head]
-    return Forecast(plan, drawing.least_peak(), tuple(_point(drawing, share) for share in trained))
+    return Forecast(plan, drawing.least_peak(), tuple(_point(drawing, share) for share in shares))
 
 
 def sweep(

@@ -163,7 +163,7 @@ class Simulator:
         loss = surrogate_loss(output)
         del output
         kept = [storage for storage in live.log if storage.death is None]
-        if loss is not None:
+        if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
             with StandIns(self._device):
                 _backward(loss)
         return kept
