@@ -244,6 +244,16 @@ def test_the_output_layer_of_a_language_model_is_a_layer_like_the_others(
     assert examine(TokenScores(classes, first=first), ids, head="out").head == ("out",)
 
 
+def test_training_the_head_alone_needs_one() -> None:
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    for budget in (None, "elements:1000", "1 MiB"):
+        with pytest.raises(ModelError, match=r"no head.*head="):
+            trady.prepare(TokenScores(9), ids, policy="head", budget=budget)
+        tuner = trady.prepare(TokenScores(9), ids, policy="head", budget=budget, head="out")
+        assert [name for name, p in tuner.named_parameters() if p.numel()] == ["out.weight", "out.bias"]
+        tuner.finish()
+
+
 def test_a_head_that_is_no_module_is_refused_with_those_there_are() -> None:
     with pytest.raises(ModelError, match=r"clasifier.*head"):
         examine(Residual(), torch.zeros(2, 3, 9, 9), head="clasifier")

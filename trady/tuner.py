@@ -24,7 +24,7 @@ from trady.delta import changed_tensors, load_changed_tensors
 from trady.dequantize import dequantize as in_floating_point
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
-from trady.errors import BudgetError, CheckpointError, StateError, TradyWarning
+from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
 from trady.examine import Examined
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
@@ -39,6 +39,11 @@ from trady.ranking import LayerRanking, structure_digest
 from trady.sweeps import Sweeper
 
 FORMAT, VERSION = "trady-tuner", 1
+
+_NO_HEAD = (
+    "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
+    "another or stored quantised, or head= is empty; name modules as head=..., or take another policy"
+)
 
 
 def prepare(
@@ -68,7 +73,8 @@ def prepare(
         ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.priors`), or
             else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
             computes anyway. ``"structural"`` guesses it from the layers' shapes.
-        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer.
+        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
+            language model's, which was trained before (:func:`trady.table.find_head`).
         seed: Seed of the draws.
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
@@ -125,6 +131,8 @@ class Tuner:
     """An armed model. Made by :func:`prepare`; ends with :meth:`finish`."""
 
     def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing, *, example: Any) -> None:
+        if drawing.policy.name == "head" and not examined.head:
+            raise ModelError(_NO_HEAD)
         self._examined, self._drawing = examined, drawing
         selection = drawing.draw(0, 0)
         bounded = drawing.budget is not None and drawing.budget.scope.in_bytes
