@@ -793,6 +793,27 @@ def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
 # -- the online ranking ------------------------------------------------------------------------------------------
 
 
+class OwnLoss(nn.Module):
+    """Takes the labels with the batch, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(x), labels)
+
+
+def test_a_ledger_remembers_the_labels_of_a_model_with_its_own_loss() -> None:
+    model = seeded(OwnLoss, 0)
+    x, labels = torch.randn(4, 3, 9, 9), torch.tensor([0, 1, 2, 0])
+    tuner = trady.prepare(model, (x, labels), budget="update:1 MiB")
+    ledger = tuner.ledger(lambda: model(x, labels).backward())
+    assert ledger.inference_peak_bytes is not None
+    assert ledger.input_bytes == x.nbytes + labels.nbytes
+    tuner.finish()
+
+
 class Deep(nn.Module):
     """Layers whose gradients differ by orders of magnitude."""
 

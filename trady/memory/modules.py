@@ -165,7 +165,7 @@ class ModuleStack:
         kwargs = kwargs_and_output[0]
         self._batch(given_tensors(kwargs))
         if module is self.model and self.call is None:
-            with self._unseen():
+            with self._unseen(), torch._C.DisableTorchFunction():  # an armed model's forward is not over yet
                 self.call = Call.of(args, kwargs)
 
 
