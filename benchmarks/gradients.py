@@ -11,6 +11,8 @@ from benchmarks.workloads import Workload
 from trady.ops.selected import channel_major
 
 
+# By default, convolutions on CUDA round to ten bits of mantissa: both sides of the comparison, each its own way.
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str, float]:
     """Compare one backward pass of TraDy with one of the plain model: same mode, same batch, same weights.
 
@@ -38,7 +40,8 @@ def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str
             whole, got = dense.model.get_parameter(layer.parameter).grad, compact[f"{layer.parameter}.channels"]
             assert whole is not None
             assert got is not None
-            wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)[torch.from_numpy(channels.copy())]
+            wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)
+            wanted = wanted[torch.from_numpy(channels.copy()).to(whole.device)]
             norm = float(wanted.norm())
             errors[name] = float((got - wanted).norm()) / norm if norm else float(got.norm() > 0)
         return errors

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.utils._pytree import tree_map
 
 from benchmarks import text
 from benchmarks.methods import METHODS, TITLES, Method, trady_step
-from benchmarks.options import add_json, add_methods, console_for, main, write_json
+from benchmarks.options import add_device, add_json, add_methods, console_for, device_of, main, write_json
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.budget import Scope, format_bytes, parse_budget
-from trady.errors import BudgetError, DataError, ModelError
+from trady.errors import BudgetError, DataError
 
 #: A configuration, its limit where none is given, and what the searched length is a multiple of.
 MODELS: dict[str, tuple[Callable[[int, int], Task], str, int]] = {
@@ -84,9 +83,7 @@ def peak_of(method: Method, workload: Workload, task: Task, device: torch.device
             return step.ledger().peak_bytes
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        task.model.to(device)
-        task = replace(task, batch=tree_map(lambda value: value.to(device), task.batch))
-        with method(workload, task) as step:
+        with method(workload, task.to(device)) as step:
             step.run()
             torch.cuda.synchronize(device)
     except torch.cuda.OutOfMemoryError:
@@ -154,7 +151,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", metavar="SIZE", help="what a step may take (default: 300 MiB; of llama-1b 24 GiB)")
     parser.add_argument("--batch", type=int, default=8, help="sequences whose length is looked for (default: 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens of the batch that is looked for (default: 256)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where steps run (default: cpu)")
+    add_device(parser)
     add_methods(parser, [name for name in METHODS if name not in ("floor", "trady-keep", "static-random")], COMPARED)
     add_json(parser)
     options = parser.parse_args(arguments)
@@ -164,9 +161,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise BudgetError(f"--limit is {limit}; it is what a whole step may take, such as 300 MiB")
     if min(options.batch, options.length) < 1:
         raise DataError(f"--batch is {options.batch} and --length {options.length}; both are at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda: PyTorch finds no CUDA device here; --device cpu accounts for the same steps")
-    device, console = torch.device(options.device), console_for(options.json)
+    device, console = device_of(options), console_for(options.json)
     limits, skipped = list[Limit](), dict[str, str]()
     for method in track(options.method, console=Console(stderr=True), transient=True):
         try:

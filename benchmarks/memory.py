@@ -7,6 +7,7 @@ time, both from ``trady.measure``; peaks are without weights and batch, for trai
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ import trady
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES, Step
 from benchmarks.options import (
+    add_device,
     add_json,
     add_layout,
     add_methods,
     add_models,
     add_workloads,
     console_for,
+    device_of,
     main,
     models_folder,
     write_json,
@@ -52,6 +55,7 @@ class Row:
         gradient_error: Largest relative error of a layer's selected channels against the dense gradient;
             ``None`` where it is not measured.
         note: What a reader should know.
+        allocator_peak_bytes: On CUDA, the peak of PyTorch's allocator in the step, weights and batch included.
     """
 
     method: str
@@ -63,6 +67,7 @@ class Row:
     trainable_parameters: int = 0
     gradient_error: float | None = None
     note: str = ""
+    allocator_peak_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -83,6 +88,7 @@ class Row:
             step.trainable_parameters,
             error,
             step.note,
+            ledger.allocator_peak_bytes,
         )
 
 
@@ -139,22 +145,29 @@ def measure(workload: Workload, models: Path, draws: int = 1, methods: Collectio
         methods: Keys of ``METHODS``.
 
     """
-    task = workload.make(models)
-    inference = inference_peak(task)
-    labelled = isinstance(task.batch, Mapping) and "labels" in task.batch
+    inference, scores = _inference_peaks(workload.make(models))
     rows, skipped = [], {}
     for method in methods:
         for seed in range(draws if method in ("trady", "static-random") and workload.budget else 1):
             error = None
             if method == "trady" and seed == 0 and workload.bars.gradient_error is not None:
                 error = max(gradient_errors(workload, models, seed).values())
-            task_of_method = workload.make(models)
+            gc.collect()  # models that are gone would be in the allocator's peak
             try:
-                with METHODS[method](workload, task_of_method, seed) as step:
-                    rows.append(Row.of(method, step, inference, seed, error))
+                rows.append(_row(workload, models, method, seed, inference, error))
             except (SkippedError, MissingPackageError) as reason:
                 skipped[method] = str(reason)
-    return Measured(tuple(rows), skipped, inference_peak(task, labels=False) if labelled else None)
+    return Measured(tuple(rows), skipped, scores)
+
+
+def _row(workload: Workload, models: Path, method: str, seed: int, inference: int, error: float | None) -> Row:
+    with METHODS[method](workload, workload.make(models), seed) as step:
+        return Row.of(method, step, inference, seed, error)
+
+
+def _inference_peaks(task: Task) -> tuple[int, int | None]:
+    labelled = isinstance(task.batch, Mapping) and "labels" in task.batch
+    return inference_peak(task), inference_peak(task, labels=False) if labelled else None
 
 
 def judge(workload: Workload, rows: Sequence[Row]) -> list[Verdict]:
@@ -196,14 +209,16 @@ def as_table(workload: Workload, rows: Sequence[Row]) -> Table:
     table.add_column("method")
     columns = ["saved", "peak", "inference peak", "peak ÷ inference", "trainable"]
     with_errors = any(row.gradient_error is not None for row in rows)
-    for column in [*columns, "gradient error"] if with_errors else columns:
+    with_allocator = any(row.allocator_peak_bytes is not None for row in rows)
+    for column in [*columns, *["gradient error"] * with_errors, *["allocator peak"] * with_allocator]:
         table.add_column(column, justify="right", no_wrap=True)
     for row, draws in worst_draws(rows):
         title = TITLES[row.method] + (f" (worst of {draws} draws)" if draws > 1 else "")
         sizes = (f"{size / MIB:.1f} MiB" for size in (row.saved_bytes, row.peak_bytes, row.inference_peak_bytes))
         trainable = f"{row.trainable_parameters:,}".replace(",", " ")
         error = [] if not with_errors else [f"{row.gradient_error:.1e}" if row.gradient_error is not None else ""]
-        table.add_row(title, *sizes, f"{row.ratio:.2f} ×", trainable, *error)
+        allocator = [f"{row.allocator_peak_bytes / MIB:.1f} MiB"] if row.allocator_peak_bytes is not None else []
+        table.add_row(title, *sizes, f"{row.ratio:.2f} ×", trainable, *error, *allocator)
     return table
 
 
@@ -232,14 +247,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     add_workloads(parser, WORKLOADS)
     add_layout(parser)
+    add_device(parser)
     add_methods(parser, MEASURED, MEASURED)
     parser.add_argument("--draws", type=int, default=3, help="draws of TraDy's channels to measure (default: 3)")
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
+    device = device_of(options)
     console, figures, missed = console_for(options.json), dict[str, Any](), False
     for name in options.workload:
-        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last, device=device)
         measured = measure(workload, models_folder(options.models), max(1, options.draws), options.method)
         verdicts = judge(workload, measured.rows)
         console.print(as_table(workload, measured.rows))
@@ -250,7 +267,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{word}  {verdict.bar}: {verdict.measured}")
         missed |= not all(verdict.met for verdict in verdicts)
         figures[name] = as_json(measured, verdicts)
-    write_json(options.json, {"workloads": figures})
+    write_json(options.json, {"device": str(device), "workloads": figures})
     return int(missed)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from trady.errors import TradyError
+from trady.errors import ModelError, TradyError
 
 #: Beside the repository.
 DEFAULT_MODELS = Path(__file__).resolve().parent.parent.parent / "shared" / "models"
@@ -54,6 +54,23 @@ def add_workloads(parser: argparse.ArgumentParser, names: Collection[str]) -> No
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Offer ``--channels-last``."""
     parser.add_argument("--channels-last", action="store_true", help="model and images in PyTorch's other layout")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Offer ``--device``."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where steps run (default: cpu)")
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """Return the device that :func:`add_device` asked for.
+
+    Raises:
+        ModelError: There is none.
+
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: PyTorch finds no CUDA device here; --device cpu accounts for the same steps")
+    return torch.device(options.device)
 
 
 def add_methods(parser: argparse.ArgumentParser, names: Collection[str], default: Collection[str]) -> None:
@@ -105,6 +122,7 @@ def machine() -> dict[str, Any]:
     """What timings depend on."""
     return {
         "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,

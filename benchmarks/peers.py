@@ -18,12 +18,14 @@ from rich.table import Table
 from benchmarks import memory, speed
 from benchmarks.methods import TITLES
 from benchmarks.options import (
+    add_device,
     add_json,
     add_layout,
     add_methods,
     add_models,
     add_workloads,
     console_for,
+    device_of,
     main,
     models_folder,
     write_json,
@@ -121,6 +123,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add_workloads(parser, WORKLOADS)
     add_layout(parser)
+    add_device(parser)
     add_methods(parser, memory.MEASURED, memory.MEASURED)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <workload>.svg, <workload>.png, peers.json")
     speed.add_timing(parser, repeats=9)
@@ -128,12 +131,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    rounds, clock = speed.timing(options)
+    device = device_of(options)
+    rounds, clock = speed.timing(options, device)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     console, figures = console_for(options.json), dict[str, Any]()
+    written = {"device": str(device), "clock": options.clock, "workloads": figures}
     for name in options.workload:
-        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last, device=device)
         draws = max(1, options.draws)
         peers, measured = measure(workload, models_folder(options.models), rounds, clock, options.method, draws)
         console.print(as_table(workload, peers))
@@ -149,8 +154,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             for path in draw(workload.describe, peers, options.out, name):
                 console.print(f"wrote {path}", highlight=False)
             # After each workload: the next one may take minutes.
-            write_json(str(options.out / "peers.json"), {"clock": options.clock, "workloads": figures})
-    write_json(options.json, {"clock": options.clock, "workloads": figures})
+            write_json(str(options.out / "peers.json"), written)
+    write_json(options.json, written)
     return 0
 
 

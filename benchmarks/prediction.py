@@ -25,7 +25,7 @@ import trady
 from benchmarks.memory import Verdict
 from benchmarks.methods import RATE, full_fine_tuning
 from benchmarks.options import add_json, add_models, add_workloads, console_for, main, models_folder, write_json
-from benchmarks.tasks import Task, cross_entropy
+from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.budget import BelowLeastError, Budget, Scope, format_bytes
 from trady.decision import Request
@@ -90,7 +90,7 @@ def reduced(task: Task) -> Task:
     # Copied: a view would keep the memory of the whole batch.
     part = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, part_of(task.batch, 0, samples))
     computes_loss = isinstance(task.batch, Mapping) and "labels" in task.batch
-    return Task(task.model, part, task.loss if computes_loss else cross_entropy(torch.zeros(samples, dtype=torch.long)))
+    return Task(task.model, part, task.loss if computes_loss else CrossEntropy(torch.zeros(samples, dtype=torch.long)))
 
 
 def limits(workload: Workload, task: Task, optimizer: str = "sgd") -> dict[Scope, tuple[int, int]]:

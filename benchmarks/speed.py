@@ -23,12 +23,14 @@ from rich.table import Table
 
 from benchmarks.methods import METHODS, TITLES
 from benchmarks.options import (
+    add_device,
     add_json,
     add_layout,
     add_methods,
     add_models,
     add_workloads,
     console_for,
+    device_of,
     machine,
     main,
     models_folder,
@@ -36,7 +38,8 @@ from benchmarks.options import (
 )
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
-from benchmarks.workloads import WORKLOADS, Workload, laid_out
+from benchmarks.workloads import CPU, WORKLOADS, Workload, laid_out
+from trady.errors import TradyError
 
 #: Timed by default; ``benchmarks.peers`` times them all.
 TIMED = ("full", "head", "trady", "trady-keep", "floor")
@@ -57,11 +60,24 @@ def add_timing(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall (default) or processor time")
 
 
-def timing(options: argparse.Namespace) -> tuple[int, Callable[[], float]]:
-    """Set the threads that :func:`add_timing` asked for; return rounds and clock."""
+def timing(options: argparse.Namespace, device: torch.device = CPU) -> tuple[int, Callable[[], float]]:
+    """Set the threads that :func:`add_timing` asked for; return rounds and clock.
+
+    Raises:
+        TradyError: Processor time was asked for on CUDA.
+
+    """
+    if device.type == "cuda" and options.clock == "cpu":
+        raise TradyError("--clock cpu: processor time says nothing of a step on --device cuda; take --clock wall")
     if options.threads:
         torch.set_num_threads(options.threads)
-    return max(1, options.repeats), CLOCKS[options.clock]
+    return max(1, options.repeats), CLOCKS[options.clock] if device.type == "cpu" else when_done
+
+
+def when_done() -> float:
+    """Return the time on the wall when the CUDA device has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def in_turns(
@@ -162,15 +178,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     add_workloads(parser, WORKLOADS)
     add_layout(parser)
+    add_device(parser)
     add_methods(parser, METHODS, TIMED)
     add_timing(parser, repeats=9)
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    rounds, clock = timing(options)
+    device = device_of(options)
+    rounds, clock = timing(options, device)
     console, figures = console_for(options.json), dict[str, Any]()
     for name in options.workload:
-        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last)
+        workload = laid_out(WORKLOADS[name], channels_last=options.channels_last, device=device)
         seconds, skipped = measure(workload, models_folder(options.models), rounds, clock, options.method)
         console.print(as_table(workload, seconds))
         for method, reason in skipped.items():
@@ -188,11 +206,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         }
     here = machine()
     load = " ".join(f"{x:.1f}" for x in here["load_average"] or ()) or "unknown"
+    gpu = f", {here['gpu']}" if here["gpu"] else ""
     console.print(
         f"{options.clock} time, {options.repeats} rounds, {here['threads']} threads on {here['processors']} "
-        f"processors, torch {here['torch']}, load average {load} after the last round"
+        f"processors{gpu}, torch {here['torch']}, load average {load} after the last round"
     )
-    write_json(options.json, {"clock": options.clock, "workloads": figures})
+    write_json(options.json, {"device": str(device), "clock": options.clock, "workloads": figures})
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from trady.errors import ModelError
 
@@ -38,18 +40,27 @@ class Task:
         # Nothing here holds the output when the loss returns, so logits do not outlive the forward pass.
         return self.loss(self.model(**self.batch) if isinstance(self.batch, Mapping) else self.model(self.batch))
 
+    def to(self, device: torch.device) -> Task:
+        """Return the task with its batch and labels on a device; the model moves there in place."""
+        # A tensor that is in the batch twice, such as ids that are their own labels, stays one.
+        moved = cache(lambda tensor: tensor.to(device))
+        loss = replace(self.loss, labels=moved(self.loss.labels)) if isinstance(self.loss, CrossEntropy) else self.loss
+        return Task(self.model.to(device), tree_map_only(Tensor, moved, self.batch), loss)
 
-def cross_entropy(labels: Tensor) -> Callable[[Any], Tensor]:
-    """Return the mean cross entropy of class scores, given alone or as ``output.logits``.
 
-    Args:
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean cross entropy of class scores, given alone or as ``output.logits``.
+
+    Attributes:
         labels: Class indices, [N].
     """
 
-    def loss(output: Any) -> Tensor:
-        return F.cross_entropy(output if isinstance(output, Tensor) else output.logits, labels)
+    labels: Tensor
 
-    return loss
+    def __call__(self, output: Any) -> Tensor:
+        """Return the loss of a model's output."""
+        return F.cross_entropy(output if isinstance(output, Tensor) else output.logits, self.labels)
 
 
 def own_loss(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.tasks import Task, cross_entropy, needs, own_loss, seeded
+from benchmarks.tasks import CrossEntropy, Task, needs, own_loss, seeded
 from trady.errors import DataError, ModelError
 
 #: Classes of the sentence classifier.
@@ -27,7 +27,7 @@ def minilm(batch: int = 32, length: int = 128) -> Task:
     """MiniLM-L6 with its real weights and a new head, see :func:`pretrained_minilm`."""
     model = pretrained_minilm({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     labels = torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(1))
-    return Task(model, {"input_ids": tokens(batch, length, model.config.vocab_size)}, cross_entropy(labels))
+    return Task(model, {"input_ids": tokens(batch, length, model.config.vocab_size)}, CrossEntropy(labels))
 
 
 def pretrained_minilm(settings: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.backbones import IMAGE_SIZE, load_backbone
-from benchmarks.tasks import Task, cross_entropy, needs, seeded
+from benchmarks.tasks import CrossEntropy, Task, needs, seeded
 
 #: Outputs of the new heads.
 CLASSES = 10
@@ -24,7 +24,7 @@ def noise(batch: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def _classifier(model: nn.Module, batch: int, size: int, classes: int = CLASSES) -> Task:
     images, labels = noise(batch, size, classes)
-    return Task(model, images, cross_entropy(labels))
+    return Task(model, images, CrossEntropy(labels))
 
 
 def resnet50(batch: int = 16, size: int = 224, depths: tuple[int, ...] = (3, 4, 6, 3)) -> Task:

@@ -18,6 +18,8 @@ from benchmarks.tasks import Task
 
 MIB = 2**20
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Bars:
@@ -101,19 +103,26 @@ class Workload:
         )
 
 
-def laid_out(workload: Workload, *, channels_last: bool) -> Workload:
-    """Return the workload; with convolutions and images in ``channels_last``, for every method, where that is asked."""
-    if not channels_last:
-        return workload
+def laid_out(workload: Workload, *, channels_last: bool, device: torch.device = CPU) -> Workload:
+    """Return the workload as it is to be run, by every method.
+
+    Args:
+        workload: The workload.
+        channels_last: Whether convolutions and images are in that layout.
+        device: Where model, batch and labels are.
+
+    """
 
     def make(models: Path) -> Task:
-        task = workload.make(models)
+        task = workload.make(models).to(device)
+        if not channels_last:
+            return task
         task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not isinstance(task.batch, Tensor) or task.batch.dim() != 4:
             return task
         return replace(task, batch=task.batch.contiguous(memory_format=torch.channels_last))
 
-    return replace(workload, make=make, describe=f"{workload.describe}; channels_last")
+    return replace(workload, make=make, describe=workload.describe + "; channels_last" * channels_last)
 
 
 #: B_mem of the paper's smallest budget, in elements for one sample.

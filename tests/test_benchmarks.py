@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import itertools
 import json
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,10 +28,11 @@ from benchmarks.methods import METHODS, PEERS, TITLES
 from benchmarks.picture import apart
 from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.skipped import SkippedError
-from benchmarks.tasks import MissingPackageError, Task, cross_entropy, needs
-from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload
+from benchmarks.tasks import CrossEntropy, MissingPackageError, Task, needs
+from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload, laid_out
 from tests.models import relative_error
 from tests.small_task import pixels, small_net
+from trady.examine import tensors_of
 from trady.policies import get_policy
 
 
@@ -145,7 +149,7 @@ def test_top1_counts_the_images_whose_label_scores_highest(tmp_path: Path) -> No
 def toy_task(models: Path | None = None) -> Task:
     images, labels = pixels(8, seed=0, size=32)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
-    return Task(small_net(), batch, cross_entropy(torch.from_numpy(labels)))
+    return Task(small_net(), batch, CrossEntropy(torch.from_numpy(labels)))
 
 
 TOY = Workload("toy", "two convolutions", toy_task, "trady", "elements:2000", blocks=("Sequential",))
@@ -448,6 +452,12 @@ def test_inference_peak_is_that_of_the_tuners_own_ledger() -> None:
     assert memory.inference_peak(toy_task()) == ledger.inference_working_peak_bytes
 
 
+def shown(table: object) -> str:
+    text = io.StringIO()
+    Console(file=text, width=160).print(table)
+    return text.getvalue()
+
+
 def row(method: str, saved: int, peak: int, seed: int = 0) -> memory.Row:
     return memory.Row(method, saved, peak, inference_peak_bytes=100 * MIB, channel_bytes=0, seed=seed)
 
@@ -652,6 +662,62 @@ def test_limits_refuse_what_they_cannot_search(options: list[str], told: str, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(trady.errors.TradyError, match=told):
         limits.run(options)
+
+
+@pytest.mark.parametrize("command", [memory, speed, peers])
+def test_a_device_that_is_not_there_is_refused(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(trady.ModelError, match=r"no CUDA device.*--device cpu"):
+        command.run(["--device", "cuda"])
+
+
+@pytest.mark.parametrize("command", [speed, peers])
+def test_processor_time_of_a_gpu_is_refused(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(trady.TradyError, match="--clock wall"):
+        command.run(["--device", "cuda", "--clock", "cpu"])
+
+
+def test_clock_of_a_gpu_waits_for_it_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: happened.append("read") or 0.0)
+    asked = argparse.Namespace(repeats=1, threads=None, clock="wall")
+    _, clock = speed.timing(asked, torch.device("cuda"))
+    speed.in_turns({"step": lambda: happened.append("ran")}, 1, clock)
+    assert happened[-5:] == ["waited", "read", "ran", "waited", "read"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "minilm", "gpt2-small-like"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_model_batch_and_labels_are_on_the_device(name: str, channels_last: bool) -> None:
+    meta = torch.device("meta")
+    task = laid_out(small(name), channels_last=channels_last, device=meta).make(Path())
+    assert {tensor.device for tensor in (*task.model.state_dict().values(), *tensors_of(task.batch))} == {meta}
+    if name == "gpt2-small-like":  # it looks at its ids
+        assert task.batch["labels"] is task.batch["input_ids"], "as on the CPU, they are counted once"
+    else:
+        assert task.run().device == meta
+        assert isinstance(task.loss, CrossEntropy)
+        assert task.loss.labels.device == meta
+
+
+def test_peak_of_the_allocator_stands_beside_the_exact_one_where_there_is_one() -> None:
+    on_cpu = row("head", MIB, 2 * MIB)
+    on_cuda = replace(on_cpu, allocator_peak_bytes=3 * MIB)
+    assert "allocator" not in shown(memory.as_table(TOY, [on_cpu]))
+    table = shown(memory.as_table(TOY, [on_cuda]))
+    assert "allocator peak" in table
+    assert "3.0 MiB" in table
+    measured = memory.Measured((on_cuda,), {})
+    assert memory.as_json(measured, [])["rows"][0]["allocator_peak_bytes"] == 3 * MIB
+
+
+def test_figures_name_the_gpu_that_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options.machine()["gpu"] is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    assert options.machine()["gpu"] == "some GPU"
 
 
 @pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits])
