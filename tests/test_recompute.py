@@ -118,6 +118,24 @@ def test_gradients_in_float32(name: str) -> None:
     tuner.finish()
 
 
+def test_a_tensor_that_is_handed_on_under_two_names_is_one_tensor() -> None:
+    """A recurrent state that is asked for in the type that it has comes back as it is."""
+    program = Program(())
+    state = program.write(torch.exp, (normal(2, 3),), {}, shown=[0])
+    assert program.write(Tensor.to, (state, torch.float32), {}, shown=[0]) is state
+    assert len(program.shown) == 1
+
+
+def test_the_scan_of_mamba_has_the_dense_gradients() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50, "state_size": 4, "time_step_rank": 2}
+    config = hf.MambaConfig(**sizes, use_mambapy=False, use_cache=False, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    model, batch = seeded(lambda: hf.MambaForCausalLM(config)), {"input_ids": tokens(3, 16), "labels": tokens(3, 16)}
+    tuner = anew(model, batch)
+    assert tuner.plan.recomputed
+    assert worst(model, tuner, loss_of(batch)) < 1e-5
+    tuner.finish()
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 @pytest.mark.parametrize("name", ["GPT-2, loss", "ConvNeXt", "BERT"])
 def test_gradients_of_a_few_channels(name: str, share: float) -> None:

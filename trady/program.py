@@ -159,7 +159,7 @@ class Program:
                 self.standing.append(tensor)
                 known = self.samples[index].made if self.samples else ()
                 self.made_along[slot] = self.along_now(tensor, known[place] if place < len(known) else None)
-            if place in shown:
+            if place in shown and slot not in self.shown:
                 held = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                 self.shown[slot] = held
                 self._slots[id(held)], self._twins[id(held)] = slot, tensor
