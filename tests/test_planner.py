@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Any] = {
 #: Models and batches large enough that tensors, not what surrounds them, make the peak.
 PLANNED: dict[str, Any] = {
     "BERT": (bert, {"input_ids": tokens(8, 24)}),
+    "BERT, dropout": (lambda: bert(dropout=0.1), {"input_ids": tokens(4, 8)}),
     "GPT-2, loss": (lambda: gpt2(use_cache=False), {"input_ids": tokens(5, 32), "labels": tokens(5, 32, seed=1)}),
     "Llama, loss": (llama, {"input_ids": tokens(6, 24), "labels": tokens(6, 24, seed=1)}),
     "ViT, by hand": (VisionTransformer, normal(5, 3, 32, 32)),

@@ -191,6 +191,18 @@ def is_metadata(function: Any) -> bool:
     return function in _METADATA
 
 
+def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call takes numbers out of a random generator."""
+    if function is F.scaled_dot_product_attention:
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    name = str(getattr(function, "__name__", "")).rstrip("_")
+    if "dropout" in name:
+        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+        return bool(training) and probability > 0
+    return name in _RANDOM
+
+
 def answer_about_device(function: Any, device: torch.device) -> Any:
     """What a tensor on ``device`` answers when it is asked where it is; ``None`` for other questions.
 
@@ -474,6 +486,13 @@ _READERS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
     torch.dropout: _dropout_of_torch,
 }
+
+#: Functions that draw, in place or not, besides dropout.
+_RANDOM_NAMES = """
+    bernoulli multinomial normal uniform random exponential geometric cauchy log_normal poisson rand randn randint
+    randperm rand_like randn_like randint_like rrelu gumbel_softmax
+"""
+_RANDOM = frozenset(_RANDOM_NAMES.split())
 
 #: Properties and methods of a tensor that read its shape or kind only.
 _METADATA_PROPERTIES = """

@@ -15,7 +15,7 @@ from trady.fusion import Action, InPlace, Step, WithLayer
 from trady.ops.maps import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
 from trady.program import Entry, Program, Slot
-from trady.recognize import LossCall, WeightCall, recognize
+from trady.recognize import LossCall, WeightCall, draws_numbers, recognize
 from trady.segments import Segment
 
 #: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
@@ -95,6 +95,7 @@ class Writing:
             samples_at_once=_samples_at_once(program) if in_parts else max(program.batch, 1),
             averages=averages,
             leaves=[leaf for _, leaf in trained.values()],
+            draws=any(draws_numbers(entry.function, entry.args, entry.kwargs) for entry in program.entries),
             check=_check(trained, self._trains),
         )
         given = program.given

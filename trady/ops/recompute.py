@@ -55,6 +55,7 @@ class Recipe:
         samples_at_once: Samples in a part.
         averages: Whether the last two tensors handed on are a sum and what it is to be divided by.
         leaves: Compact parameters, which receive a gradient too.
+        draws: Whether random numbers are drawn.
         check: Called before anything is computed backward.
     """
 
@@ -65,6 +66,7 @@ class Recipe:
     samples_at_once: int
     averages: bool = False
     leaves: list[Tensor] = field(default_factory=list)
+    draws: bool = False
     check: Callable[[], None] = lambda: None
 
     def parts(self) -> Iterator[Part]:
@@ -144,7 +146,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.surroundings = _Surroundings(given)
         made, ctx.divisor = _averaged(recipe, _forward(recipe, given, shown))
         ctx.mark_dirty(*(t for t in shown if t is not None))
-        ctx.surroundings.seal()
+        ctx.surroundings.seal(recipe.draws)
         ctx.recipe = recipe
         # Parameters are held as they are: the interception knows them by identity.
         ctx.parameters = {i: (t, t._version) for i, t in enumerate(given) if isinstance(t, nn.Parameter)}
@@ -257,6 +259,7 @@ class _Surroundings:
     """What a computation depends on besides its inputs: random numbers, autocast, function modes."""
 
     def __init__(self, given: list[Tensor]) -> None:
+        self._simulated = any(t.is_meta for t in given)
         self._cuda = sorted({t.device.index or 0 for t in given if t.device.type == "cuda"})
         kinds = ["cpu", "cuda"] if self._cuda else ["cpu"]
         self._autocast = [
@@ -269,10 +272,11 @@ class _Surroundings:
     def _state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self._cuda)]
 
-    def seal(self) -> None:
-        """Forget the state of the generators if no random number was drawn."""
+    def seal(self, draws: bool) -> None:
+        """Forget the state of the generators if no random number was drawn; without memory ``draws`` says so."""
         assert self._before is not None
-        if all(torch.equal(a, b) for a, b in zip(self._before, self._state(), strict=True)):
+        same = all(torch.equal(a, b) for a, b in zip(self._before, self._state(), strict=True))
+        if same and not (self._simulated and draws):
             self._before = None
 
     @contextmanager
