@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from tests.models import relative_error
 from trady.ops import bits, native, pooling
 from trady.ops.maps import Convolution
 from trady.ops.native import depthwise, library
@@ -194,6 +195,18 @@ def test_repeated_weight_gradients_are_the_same_bit_for_bit(kernels: str) -> Non
         convolution.weight_gradient(y, x, selected, out)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weight_gradients_of_tall_kernels_are_right(kernels: str, layout: torch.memory_format) -> None:
+    """Those of oneDNN are not, from 41 rows on."""
+    x, g = (normal(3, 4, 80, 8, seed=i).contiguous(memory_format=layout) for i in range(2))
+    convolution = Convolution((1, 1), (32, 0), (1, 1), 4)
+    selected, out = select_channels(np.arange(4), 4, 1, torch.device("cpu")), torch.zeros(4, 1, 65, 1)
+    convolution.weight_gradient(g, x, selected, out)
+    weight = torch.zeros(4, 1, 65, 1, dtype=torch.float64, requires_grad=True)
+    F.conv2d(x.double(), weight, padding=(32, 0), groups=4).backward(g.double())
+    assert relative_error(out.double(), weight.grad) < 1e-5
 
 
 # -- products of pointwise convolutions, shapes without memory, the library ----------------------------------------

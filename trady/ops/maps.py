@@ -25,6 +25,9 @@ _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
 _CACHED_BYTES = 8 << 20
 
+#: Rows of a kernel up to which oneDNN's weight gradients are right.
+_TALLEST_OF_ONEDNN = 32
+
 
 class WeightMap(Protocol):
     """A layer that is linear in its input and in its weight."""
@@ -232,7 +235,8 @@ class Convolution:
             kernels = (block.group_count * outputs, block.channels_a_group, *out.shape[2:])
             weight = torch.empty(kernels, dtype=x.dtype, device=x.device, memory_format=memory_format(g))
             geometry = (self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), block.group_count)
-            made = _convolution_backward(g, x, weight, None, *geometry, (False, True, False))[1]
+            operands = [_without_onednn(t, out.shape[2:]) for t in (g, x, weight)]
+            made = _convolution_backward(*operands, None, *geometry, (False, True, False))[1]
             made = made.unflatten(0, (block.group_count, outputs)).transpose(1, 2).flatten(0, 1)
             if block.positions is None:
                 out.add_(made)
@@ -287,6 +291,16 @@ class Linear:
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output feature by its scale."""
         return weight * (scale if self.input_major else scale.unsqueeze(-1))
+
+
+def _without_onednn(tensor: Tensor, kernel: torch.Size) -> Tensor:
+    """The tensor, in float64 where oneDNN, which has no float64, must not compute with it.
+
+    Its weight gradients of depthwise convolutions are off by a tenth for kernels of 41 rows and more, and it reads
+    memory that is not its own (PyTorch 2.13 with AVX-512).
+    """
+    wrong = max(kernel) > _TALLEST_OF_ONEDNN and tensor.device.type in ("cpu", "meta")
+    return tensor.double() if wrong else tensor
 
 
 def _padded_shape(shape: torch.Size, pad: tuple[int, ...]) -> tuple[int, ...]:
