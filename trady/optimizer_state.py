@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from trady.armed import Change
+from trady.channels import Channels
 from trady.errors import StateError
 from trady.memory import LiveBytes
 from trady.memory.optimizer import Amount, Form, OptimizerMemory
+from trady.ops.selected import numbers_on
 from trady.optim import UpdatesInBackward
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
@@ -67,8 +69,7 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
         for dim, (sources, before) in enumerate(moves):
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
             if value.shape[dim] == before and dim != averaged and not stayed:
-                kept = torch.from_numpy(sources).to(value.device)
-                value = _rearranged(value, kept, dim, mean=name in _SECOND_MOMENTS)
+                value = _rearranged(value, sources, dim, mean=name in _SECOND_MOMENTS)
         state[name] = value.squeeze(averaged) if left_out else value
 
 
@@ -111,9 +112,10 @@ def _twin(
         return None
 
 
-def _rearranged(value: Tensor, sources: Tensor, dim: int, *, mean: bool) -> Tensor:
-    places = torch.nonzero(sources >= 0).squeeze(1)
-    kept = value.index_select(dim, sources[places])
+def _rearranged(value: Tensor, sources: Channels, dim: int, *, mean: bool) -> Tensor:
+    stayed = np.flatnonzero(sources >= 0)
+    places = numbers_on(value.device, stayed)
+    kept = value.index_select(dim, numbers_on(value.device, sources[stayed]))
     shape = [*value.shape[:dim], len(sources), *value.shape[dim + 1 :]]
     made = kept.mean(dim, keepdim=True).expand(shape).clone() if mean else value.new_zeros(shape)
     return made.index_copy_(dim, places, kept)

@@ -112,8 +112,8 @@ def _pack(mask: Tensor) -> Tensor:
     rows, length = mask.shape
     if length % 8:
         mask = torch.nn.functional.pad(mask, (0, -length % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (mask.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.view(rows, -1, 8).view(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, length: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,10 +71,7 @@ def select_channels(
     """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
     group, channel = np.divmod(channels, channels_a_group)
     counts = np.bincount(group, minlength=groups)
-
-    def tensor(values: Channels) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
+    tensor = partial(numbers_on, device)
     blocks = []
     for count in np.unique(counts[counts > 0]):
         members = np.flatnonzero(counts == count)
@@ -88,6 +86,11 @@ def select_channels(
         )
     chosen = None if outputs is None else tensor(outputs.copy())
     return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks), chosen)
+
+
+def numbers_on(device: torch.device, values: Channels) -> Tensor:
+    """Copy numbers to a device without waiting for what it is doing."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
 def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:

@@ -325,8 +325,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     if len(codes) % a_byte:
         codes = F.pad(codes, (0, -len(codes) % a_byte))
-    shifts = torch.tensor([1 << (bits * j) for j in range(a_byte)], dtype=torch.uint8, device=codes.device)
-    packed: Tensor = (codes.view(-1, a_byte) * shifts).sum(-1, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    packed: Tensor = (codes.view(-1, a_byte) << shifts).sum(-1, dtype=torch.uint8)
     return packed
 
 
