@@ -12,7 +12,7 @@ import torch
 import trady
 from benchmarks import prediction
 from benchmarks.prediction import Trial
-from benchmarks.tasks import Task, cross_entropy
+from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import Workload
 from tests.small_task import pixels, small_net
 from trady.budget import Budget, Scope, parse_budget
@@ -21,7 +21,7 @@ from trady.budget import Budget, Scope, parse_budget
 def task() -> Task:
     images, labels = pixels(32, 0, size=48)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return Task(small_net(), x, cross_entropy(torch.from_numpy(labels)))
+    return Task(small_net(), x, CrossEntropy(torch.from_numpy(labels)))
 
 
 SMALL = Workload("small", "two convolutions", lambda models: task(), "trady")
