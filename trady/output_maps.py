@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
 from trady.channels import ChannelTable
+from trady.composites import COMPOSITES
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure
 from trady.micro_batches import part_of
@@ -159,8 +160,12 @@ class _Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do the call, and look at its result."""
-        out = func(*args, **(kwargs or {}))
-        call = recognize(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        call = recognize(func, args, kwargs)
         name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None
         if name is not None and isinstance(call, WeightCall):
             number = self._calls[name] = self._calls.get(name, -1) + 1

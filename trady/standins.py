@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from trady.composites import COMPOSITES
 from trady.labels import asking_for_ourselves
 from trady.recognize import answer_about_device, is_metadata
 from trady.trace import tensors_among
@@ -34,6 +35,9 @@ class StandIns(TorchFunctionMode):
         if is_metadata(func):
             answer = None if asking_for_ourselves.get() else answer_about_device(func, self._device)
             return func(*args, **kwargs) if answer is None else answer
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
         args, kwargs = mixed_to_meta(args, kwargs)
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _attention(self._device, *args, **kwargs)

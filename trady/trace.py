@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
+from trady.composites import COMPOSITES
 from trady.errors import ModelError
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
@@ -289,6 +290,9 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             torch.compiler.disable(_refuse_compiled)()
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_metadata(func):

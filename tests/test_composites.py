@@ -1,0 +1,123 @@
+"""PyTorch's own attention layers: their linear layers train like others, in encoders and decoders."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trady
+from tests.models import normal, seeded
+from tests.test_interception import dense_gradients, gradients
+
+WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder`` behind an embedding of features, with padding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        layer = nn.TransformerEncoderLayer(**WIDTH, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=padding))
+
+
+class Translator(nn.Module):
+    """``nn.Transformer``: the decoder's queries and keys come from different tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+        self.transformer = nn.Transformer(**WIDTH, **layers, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=target.dtype)
+        return self.head(self.transformer(source, target, tgt_mask=mask, tgt_is_causal=True))
+
+
+class Weights(nn.Module):
+    """Attention whose weights are handed out, as pooling by attention reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True, add_bias_kv=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, weights = self.attention(x, x, x)
+        return self.head(y * weights.mean((1, 2))[:, None, None])
+
+
+def _padded() -> Tensor:
+    return torch.arange(7).expand(4, 7) >= torch.tensor([7, 5, 4, 6])[:, None]
+
+
+CASES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+    "encoder": (lambda: Encoder(dropout=0.0, batch_first=True), (normal(4, 7, 6, dtype=torch.float64), _padded())),
+    "encoder, sequence first": (lambda: Encoder(dropout=0.0), (normal(7, 4, 6, dtype=torch.float64), _padded())),
+    "norm first, GELU": (
+        lambda: Encoder(dropout=0.0, batch_first=True, norm_first=True, activation="gelu", bias=False),
+        (normal(4, 7, 6, dtype=torch.float64),),
+    ),
+    "translator": (Translator, (normal(4, 7, 16, dtype=torch.float64), normal(4, 5, 16, seed=1, dtype=torch.float64))),
+    "weights handed out": (Weights, (normal(4, 7, 16, dtype=torch.float64),)),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_of_pytorch_trains_by_channel(name: str, train: bool, recompute: str) -> None:
+    build, batch = CASES[name]
+    model = seeded(build).double().train(train)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(*batch).square().sum()
+
+    tuner = trady.prepare(model, batch, policy="full", recompute=recompute)
+    model.train(train)
+    attentions = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    assert attentions
+    assert {f"{name}.out_proj" for name in attentions} <= set(tuner.plan.table.names)
+    assert any(layer.parameter.endswith("in_proj_weight") for layer in tuner.plan.table)
+    expected = dense_gradients(model, tuner, loss)
+    loss(model).backward()
+    found = gradients(tuner)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-11)
+    tuner.finish()
+
+
+def test_dropout_inside_of_attention_draws_what_pytorch_draws() -> None:
+    model, x = seeded(lambda: Encoder(dropout=0.2, batch_first=True)).train(), normal(4, 7, 6)
+    dense = copy.deepcopy(model)
+    tuner = trady.prepare(model, x, policy="full", recompute="all")
+    model.train()
+    outputs = []
+    for network in (dense, model):
+        torch.manual_seed(3)
+        outputs.append(network(x))
+    torch.testing.assert_close(*outputs)
+    outputs[1].square().sum().backward()
+    tuner.finish()
+
+
+def test_a_budget_holds_for_attention_of_pytorch() -> None:
+    model, x = seeded(lambda: Encoder(batch_first=True)), normal(16, 40, 6)
+    whole = trady.measure(lambda: copy.deepcopy(model)(x).square().sum().backward(), inference=False).peak_bytes
+    budget = int(0.6 * whole)
+    tuner = trady.prepare(model, x, budget=f"peak:{budget} B", policy="dynamic-random")
+    assert tuner.plan.recomputed
+    found = tuner.ledger(lambda: model(x).square().sum().backward(), inference=False).peak_bytes
+    assert found <= budget
+    assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.03
+    tuner.finish()
