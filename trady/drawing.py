@@ -17,7 +17,7 @@ from trady.errors import BudgetError, RankingError
 from trady.examine import Examined, meta_batch
 from trady.measures import looks_back
 from trady.memory.optimizer import Form, OptimizerMemory
-from trady.memory.timeline import Timeline, compact_forms
+from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms
 from trady.online_ranking import OnlineRanking
 from trady.plan import Cost, Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation
@@ -276,6 +276,7 @@ class Drawing:
             accumulates=self._accumulates,
             copies=self.looks_back,
             float_bytes=self._room.reserved(selection) if float_bytes is None else float_bytes,
+            norms=self.online is not None,
         )
 
     @property
@@ -496,6 +497,8 @@ class Drawing:
         state, parts = self.optimizer.kept_bytes(forms), dict(timeline.parts)
         if self.looks_back:
             parts["compact parameters"] = parts.get("compact parameters", 0) + sum(form.whole for form in forms)
+        if self.online is not None:
+            parts["temporaries"] = parts.get("temporaries", 0) + NORM_BYTES * sum(map(len, selection.channels.values()))
         if self.state_copies > 1:  # Adam counts the steps of every tensor
             state += _COUNTER_BYTES * len(forms)
         if floats := self._room.reserved(selection):

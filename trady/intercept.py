@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._pytree import tree_iter
 
 from trady.compiled import COMPILED, CompilersOff
+from trady.composites import COMPOSITES
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
 from trady.hooks import Hook
@@ -264,6 +265,9 @@ class Interceptor(TorchFunctionMode):
             torch.compiler.disable(self._refuse_compiled)()
         if is_metadata(func):
             return self._asked(func, args, kwargs)
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
         token = asking_for_ourselves.set(True)
         try:
             return self._called(func, args, kwargs)
@@ -327,6 +331,8 @@ class Interceptor(TorchFunctionMode):
         writing = self._writing
         if writing is not None and args and isinstance(args[0], Tensor) and writing.program.knows(args[0]):
             device = writing.program.device
+            if device is not None and device.type == "meta":
+                device = None  # who simulates the step answers
             answer = None if device is None else answer_about_device(func, device)
             if answer is not None:
                 return answer

@@ -22,6 +22,9 @@ from trady.ops.layout import CHUNK_BYTES
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
 _NUMBER_BYTES = 8
 
+#: The norm of a channel's gradient, which a ranking learns from.
+NORM_BYTES = 4
+
 #: Forms that a weight gradient takes while it is computed.
 _FORMS = 3
 
@@ -70,6 +73,7 @@ class Timeline:
         accumulates: bool = False,
         copies: int = 0,
         float_bytes: int = 0,
+        norms: bool = False,
     ) -> int:
         """Bound the peak of a step with ``selection``, in bytes, weights included.
 
@@ -79,6 +83,7 @@ class Timeline:
             accumulates: Whether the gradients of earlier parts of the batch are there all along.
             copies: Copies of all that trains that are kept beside the optimizer's.
             float_bytes: What the float channels of quantised layers take beside their weights.
+            norms: Whether the norms of the channels' gradients are kept until the step.
 
         """
         optimizer = optimizer or OptimizerMemory()
@@ -98,12 +103,14 @@ class Timeline:
         forms = [*self.head, *compact_forms(self.table, selection)]
         kept = float_bytes + _NUMBER_BYTES * numbers + int(weights.sum()) + (copies + accumulates) * copy
         kept += optimizer.kept_bytes(forms)
+        kept += norms * NORM_BYTES * int(counts.sum())
         tensors = int((counts > 0).sum()) + len(self.head)
         if optimizer.copies:  # steps are counted for every tensor
             kept += _NUMBER_BYTES * tensors
         base, maps, gradients, working = self._matrices()
         narrowed = _integers(
-            _narrowed_bytes(layer, self.table, outputs or 0) for layer, outputs in zip(layers, chosen, strict=True)
+            _narrowed_bytes(layer, self.table, outputs or 0) + _products_bytes(layer, self.table, form)
+            for layer, outputs, form in zip(layers, chosen, compact.tolist(), strict=True)
         )
         live = base + maps @ channels + gradients @ weights + working @ narrowed
         stepped = self.head if self.frees_gradients else forms
@@ -180,6 +187,17 @@ def _narrowed_bytes(layer: Layer, table: ChannelTable, outputs: int) -> int:
     samples = max((shape[0] for shape in layer.output_shapes), default=1)
     whole = elements * outputs * table.element_bytes
     return min(whole, max(CHUNK_BYTES, whole // max(samples, 1)))
+
+
+def _products_bytes(layer: Layer, table: ChannelTable, form: int) -> int:
+    """What the products of a pointwise convolution's samples take beside the first, before they are summed up.
+
+    ``form`` are the bytes of the layer's compact parameter.
+    """
+    kernel = layer.weight_shape[2:]
+    if not kernel or layer.groups > 1 or any(n > 1 for n in kernel):
+        return 0
+    return (min(table.batch, max(1, CHUNK_BYTES // max(form, 1))) - 1) * form
 
 
 def _integers(values: Iterable[int]) -> Integers:

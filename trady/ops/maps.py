@@ -125,7 +125,7 @@ class Convolution:
             if positions.numel() >= (_STRIDED_MATRIX_POSITIONS if strided else _MATRIX_POSITIONS):
                 return self._multiply(x, weight, bias, positions)
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.stride) - 1]
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return _laid_out(convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), x, weight)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, positions: torch.Size) -> Tensor:
         """Compute a pointwise convolution as a matrix product, of every stride-th position."""
@@ -191,7 +191,8 @@ class Convolution:
             size - ((outputs - 1) * s - 2 * p + d * (k - 1) + 1)
             for (size, outputs, k), (s, p, d) in zip(sides, steps, strict=True)
         )
-        return transpose(gradient, weight, None, self.stride, self.padding, unreached, self.groups, self.dilation)
+        made = transpose(gradient, weight, None, self.stride, self.padding, unreached, self.groups, self.dilation)
+        return _laid_out(made, gradient, weight)
 
     def _multiply_back(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         matrix = weight.view(1, *weight.shape[:2]).transpose(1, 2)
@@ -291,6 +292,16 @@ class Linear:
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output feature by its scale."""
         return weight * (scale if self.input_major else scale.unsqueeze(-1))
+
+
+def _laid_out(made: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """What a convolution of ``x`` made; without memory in the layout that it would have with it."""
+    layout = memory_format(x)
+    layout = memory_format(weight) if layout is torch.contiguous_format else layout
+    if not made.is_meta or layout is torch.contiguous_format or memory_format(made) is layout:
+        return made
+    samples, channels, *spatial = made.shape
+    return made.view(samples, *spatial, channels).movedim(-1, 1)
 
 
 def _without_onednn(tensor: Tensor, kernel: torch.Size) -> Tensor:
