@@ -1,4 +1,4 @@
-"""PyTorch's own attention layers: their linear layers train like others, in encoders and decoders."""
+"""PyTorch's own attention layers and mixtures of experts: their linear layers train like others."""
 
 from __future__ import annotations
 
@@ -118,6 +118,47 @@ def test_a_budget_holds_for_attention_of_pytorch() -> None:
     tuner = trady.prepare(model, x, budget=f"peak:{budget} B", policy="dynamic-random")
     assert tuner.plan.recomputed
     found = tuner.ledger(lambda: model(x).square().sum().backward(), inference=False).peak_bytes
+    assert found <= budget
+    assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.03
+    tuner.finish()
+
+
+# -- mixtures of experts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_what_surrounds_experts_trains_by_channel(recompute: str) -> None:
+    """The experts' own weights are no layers of two dimensions: they stay as they are."""
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = hf.MixtralConfig(**sizes, intermediate_size=32, num_local_experts=4, vocab_size=50, pad_token_id=0)
+    model, ids = seeded(lambda: hf.MixtralForCausalLM(config)), torch.arange(3, 45).view(3, 14)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(**batch).loss
+
+    tuner = trady.prepare(model, batch, policy="full", recompute=recompute)
+    names = tuner.plan.table.names
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "lm_head"} <= set(names)
+    assert not any("experts" in name for name in names)
+    expected = dense_gradients(model, tuner, loss)
+    loss(model).backward()
+    for parameter, gradient in gradients(tuner).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-7)
+    tuner.finish()
+
+
+def test_a_budget_holds_for_a_mixture_of_experts() -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = hf.MixtralConfig(**sizes, intermediate_size=64, num_local_experts=4, vocab_size=50, pad_token_id=0)
+    model, ids = seeded(lambda: hf.MixtralForCausalLM(config)), torch.arange(3, 45).repeat(4, 4)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    whole = trady.measure(lambda: copy.deepcopy(model)(**batch).loss.backward(), inference=False).peak_bytes
+    budget = int(0.7 * whole)
+    tuner = trady.prepare(model, batch, budget=f"peak:{budget} B", policy="dynamic-random")
+    found = tuner.ledger(lambda: model(**batch).loss.backward(), inference=False).peak_bytes
     assert found <= budget
     assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.03
     tuner.finish()

@@ -1,8 +1,9 @@
-"""PyTorch functions that are read call by call, though PyTorch hands them over as one.
+"""PyTorch functions that trady runs in other words than PyTorch does.
 
-``torch.nn.functional.multi_head_attention_forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) asks
-whether a function mode wants to handle it as a whole. Its linear layers and its attention are what matters here: the
-same code runs without that question.
+Some are read call by call, though PyTorch hands them over as one:
+``torch.nn.functional.multi_head_attention_forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) asks whether
+a function mode wants to handle it as a whole. Its linear layers and its attention are what matters here: the same code
+runs without that question. Others PyTorch cannot run on tensors without memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def _without_asking(function: Any) -> Callable[..., Any]:
@@ -25,3 +28,19 @@ def _without_asking(function: Any) -> Callable[..., Any]:
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward)
 }
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **options: Any) -> Tensor:
+    """Products with a matrix a group (experts): in memory, kept and made, like the product with one of them.
+
+    PyTorch's own takes nothing but bfloat16 where tensors have no memory.
+    """
+    if mat_a.dim() != 2 or mat_b.dim() != 3 or options.get("bias") is not None:
+        return torch._grouped_mm(mat_a, mat_b, **options)
+    return torch.mm(mat_a, mat_b[0])
+
+
+#: By function, what takes its place where tensors have no memory.
+WITHOUT_MEMORY: dict[Any, Callable[..., Any]] = (
+    {torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}
+)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import Along, CallSamples
+from trady.composites import WITHOUT_MEMORY
 from trady.recognize import NormCall, recognize
 
 _META = torch.device("meta")
@@ -183,7 +184,9 @@ class Program:
             bare, named = self._without_memory(args), self._without_memory(kwargs)
             call = recognize(function, bare, named)
             # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
-            return torch.empty_like(call.x) if isinstance(call, NormCall) else function(*bare, **named)
+            if isinstance(call, NormCall):
+                return torch.empty_like(call.x)
+            return WITHOUT_MEMORY.get(function, function)(*bare, **named)
 
     def _as_held(self, value: Any) -> Any:
         slot = self._slots.get(id(value)) if isinstance(value, Tensor) else None

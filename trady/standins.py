@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from trady.composites import COMPOSITES
+from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.labels import asking_for_ourselves
 from trady.recognize import answer_about_device, is_metadata
 from trady.trace import tensors_among
@@ -41,6 +41,8 @@ class StandIns(TorchFunctionMode):
         args, kwargs = mixed_to_meta(args, kwargs)
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _attention(self._device, *args, **kwargs)
+        if func in WITHOUT_MEMORY and args[0].is_meta:
+            func = WITHOUT_MEMORY[func]
         return func(*args, **kwargs)
 
 

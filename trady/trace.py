@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
-from trady.composites import COMPOSITES
+from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.errors import ModelError
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
@@ -342,7 +342,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(call, NormCall):
             x = self.to_meta(call.x)
             return torch.empty_like(x)
-        return func(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
+        return WITHOUT_MEMORY.get(func, func)(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
 
     def _scope(self) -> str | None:
         section, scope = current_section(), None
