@@ -222,3 +222,20 @@ def test_backward_runs_on_a_thread_of_the_device() -> None:
     y.register_hook(lambda gradient: threads.append(threading.get_ident()))
     y.sum().backward()
     assert threads != [threading.get_ident()]
+
+
+@pytest.mark.parametrize("name", ["convolutional", "vit"])
+def test_the_predicted_peak_is_that_of_the_operations_on_the_device(name: str) -> None:
+    model, batch = on_cuda(name)
+    tuner = trady.prepare(model, batch, budget="peak:100 MiB")
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
+    model.train()
+
+    def step() -> None:
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ledger, plan = tuner.ledger(step), tuner.plan
+    tuner.finish()
+    assert plan.predicted_peak_bytes == pytest.approx(ledger.peak_bytes, rel=0.01)

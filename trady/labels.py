@@ -1,4 +1,4 @@
-"""Names that the operations give to what they do, so that a ledger can say who keeps what."""
+"""What operations and those who run them tell each other: who keeps what, and what stands for what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ asking_for_ourselves: ContextVar[bool] = ContextVar("asking_for_ourselves", defa
 #: The part of a batch that is computed anew: its first sample and how many they are; ``None`` is the whole batch.
 samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_under_way", default=None)
 
+#: Type of the device that tensors without memory stand for, while a step is simulated.
+standing_for: ContextVar[str] = ContextVar("standing_for", default="cpu")
+
 T = TypeVar("T", bound=torch.Tensor)
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """Type of the device that a tensor is on; of one without memory, that it stands for."""
+    return standing_for.get() if tensor.is_meta else tensor.device.type
 
 
 def label_saved(tensor: T, kind: str) -> T:

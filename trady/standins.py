@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Token
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from trady.composites import COMPOSITES, WITHOUT_MEMORY
-from trady.labels import asking_for_ourselves
+from trady.labels import asking_for_ourselves, standing_for
 from trady.recognize import answer_about_device, is_metadata
 from trady.trace import tensors_among
 
@@ -27,6 +28,16 @@ class StandIns(TorchFunctionMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
+        self._before: list[Token[str]] = []
+
+    def __enter__(self) -> StandIns:
+        self._before.append(standing_for.set("cpu" if self._device.type == "meta" else self._device.type))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        standing_for.reset(self._before.pop())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

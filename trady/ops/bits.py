@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trady.labels import device_type
 from trady.ops.layout import count_write, rows_of
 from trady.ops.native import library, on_this_processor
 
@@ -61,7 +62,7 @@ def clamp_(x: Tensor, clamp: Clamp, *, keep_bits: bool) -> Tensor | None:
     rows = rows_of(x)
     count, length = rows.shape
     bits = x.new_empty((count, -(-length // 8)), dtype=torch.uint8) if keep_bits else None
-    if rows.numel() == 0 or rows.is_meta or _clamp_natively(rows, clamp, bits):
+    if rows.numel() == 0 or _takes_no_memory(rows) or _clamp_natively(rows, clamp, bits):
         count_write(x)
         return bits
     for block, packed in _blocks(rows, bits):
@@ -81,7 +82,7 @@ def select(gradient: Tensor, bits: Tensor, clamp: Clamp, out: Tensor) -> Tensor:
     ``gradient`` and ``out`` have the shape and layout of the activation (``out`` may be ``gradient``).
     """
     rows, target = rows_of(gradient), rows_of(out)
-    if rows.numel() == 0 or rows.is_meta or _select_natively(rows, target, bits, clamp):
+    if rows.numel() == 0 or _takes_no_memory(rows) or _select_natively(rows, target, bits, clamp):
         count_write(out)
         return out
     length = rows.shape[1]
@@ -91,6 +92,11 @@ def select(gradient: Tensor, bits: Tensor, clamp: Clamp, out: Tensor) -> Tensor:
         outside = block * clamp.slope if clamp.slope else torch.zeros((), dtype=block.dtype, device=block.device)
         target[start : start + step].copy_(torch.where(inside, block, outside))
     return out
+
+
+def _takes_no_memory(rows: Tensor) -> bool:
+    """Whether it is a simulated step that is computed, for a processor: the C kernels have no temporaries."""
+    return rows.is_meta and device_type(rows) == "cpu"
 
 
 def pack_mask(mask: Tensor) -> Tensor:

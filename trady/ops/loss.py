@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trady.labels import device_type
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
-from trady.ops.native import library, on_this_processor, unwritten
+from trady.ops.native import library, on_a_processor, unwritten
 
 #: Scores of fewer bytes are left to PyTorch: there is little to save, and a call costs more than its arithmetic.
 _LEAST_BYTES = 2 << 20
@@ -81,7 +82,7 @@ def pays(logits: Tensor, target: Tensor) -> bool:
     shaped = logits.dim() == 2 and target.shape == logits.shape[:1] and target.dtype == torch.int64
     large = logits.numel() * logits.element_size() >= _LEAST_BYTES
     # Of narrow types PyTorch's own is faster on a processor, but where autocast makes it copy them to float32.
-    fast = logits.device.type == "cuda" or _result(logits) == _wide(logits.dtype)
+    fast = device_type(logits) == "cuda" or _result(logits) == _wide(logits.dtype)
     return shaped and large and fast and logits.is_floating_point() and type(logits) is Tensor
 
 
@@ -168,8 +169,7 @@ def _kernels(logits: Tensor, target: Tensor) -> Any:
     """The C kernels, if they can be handed these tensors."""
     fits = logits.dtype == torch.float32 and target.dtype == torch.int64 and logits.numel() > 0
     dense = logits.is_contiguous() and target.is_contiguous()
-    placed = (logits.is_meta and target.is_meta) or on_this_processor(logits, target)
-    return library() if fits and dense and placed else None
+    return library() if fits and dense and on_a_processor(logits, target) else None
 
 
 def _all_classes(target: Tensor, ignore_index: int, classes: int) -> bool:
@@ -190,6 +190,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _rows(logits: Tensor) -> list[slice]:
     row_bytes = logits.shape[1] * _wide(logits.dtype).itemsize
-    if logits.device.type not in ("cpu", "meta"):
+    if device_type(logits) != "cpu":
         row_bytes = -(-row_bytes * CHUNK_BYTES // _CHUNK_BYTES_ELSEWHERE)
     return list(chunks(len(logits), row_bytes))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trady.labels import device_type
 from trady.ops.layout import chunks, empty_like_batch, memory_format, take
 from trady.ops.native import depthwise, unwritten
 from trady.ops.rows import multiply_rows
@@ -156,7 +157,7 @@ class Convolution:
         times faster where there are enough positions, slower where not.
         """
         return (
-            x.device.type in ("cpu", "meta")
+            device_type(x) == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and self.groups == 1
             and not self.pad
@@ -310,7 +311,7 @@ def _without_onednn(tensor: Tensor, kernel: torch.Size) -> Tensor:
     Its weight gradients of depthwise convolutions are off by a tenth for kernels of 41 rows and more, and it reads
     memory that is not its own (PyTorch 2.13 with AVX-512).
     """
-    wrong = max(kernel) > _TALLEST_OF_ONEDNN and tensor.device.type in ("cpu", "meta")
+    wrong = max(kernel) > _TALLEST_OF_ONEDNN and device_type(tensor) == "cpu"
     return tensor.double() if wrong else tensor
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trady.labels import label_saved
 from trady.ops.layout import chunks, empty_like_batch, memory_format, unviewed
-from trady.ops.native import library, numbers, on_this_processor, unwritten
+from trady.ops.native import library, numbers, on_a_processor, unwritten
 
 _aten = torch.ops.aten
 
@@ -126,9 +126,8 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 
 def _kernels(x: Tensor) -> Any:
-    """The C kernels if they can pool ``x``; tensors without memory are treated like those that have it."""
-    usable = x.dtype in (torch.float32, torch.float64) and (x.is_meta or on_this_processor(x))
-    return library() if usable else None
+    """The C kernels if they can pool ``x``; tensors without memory are treated like those that they stand for."""
+    return library() if x.dtype in (torch.float32, torch.float64) and on_a_processor(x) else None
 
 
 def _max_pool_natively(x: Tensor, window: Window, *, keep_places: bool) -> tuple[Tensor, Tensor | None] | None:

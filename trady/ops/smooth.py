@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trady.errors import BudgetError
-from trady.labels import label_saved
+from trady.labels import device_type, label_saved
 from trady.ops.layout import CHUNK_BYTES, count_write, is_dense, is_owned, memory_format, rows_of
 from trady.ops.native import library, on_this_processor
 
@@ -205,7 +205,7 @@ def bits_for(kind: Smooth, fidelity: str) -> tuple[int | None, str | None]:
 
 def pays(x: Tensor, kind: Smooth) -> bool:
     """Whether :func:`smooth` is about as fast as PyTorch's own activation on this tensor, by measurement."""
-    return type(x) is Tensor and x.device.type in ("cpu", "meta") and kind.name in _FAST.get(x.dtype, ())
+    return type(x) is Tensor and device_type(x) == "cpu" and kind.name in _FAST.get(x.dtype, ())
 
 
 def _bits(fidelity: str) -> int | None:

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trady.labels import standing_for
+
 SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")
 )
@@ -80,6 +82,12 @@ def library() -> ctypes.CDLL | None:
 def on_this_processor(*tensors: Tensor) -> bool:
     """Whether the tensors have real memory on the CPU that a C function can be handed."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def on_a_processor(*tensors: Tensor) -> bool:
+    """Whether the tensors have such memory, or stand for some that do: what is predicted is what is allocated."""
+    metas = [t.is_meta for t in tensors]
+    return standing_for.get() == "cpu" if all(metas) else on_this_processor(*tensors)
 
 
 @functools.lru_cache(maxsize=4096)

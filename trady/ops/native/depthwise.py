@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trady.ops.native import library, numbers, on_this_processor, unwritten
+from trady.ops.native import library, numbers, on_a_processor, unwritten
 
 #: Taps of a kernel, and elements of a padded plane (its copy should stay in the processor's cache).
 _MOST_TAPS, _MOST_ELEMENTS = 256, 1 << 18
@@ -125,5 +125,4 @@ def add_weight_gradient(
 def _kernels(*tensors: Tensor) -> Any:
     """The C kernels, if they can be handed these tensors."""
     same = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    usable = same and (all(t.is_meta for t in tensors) or on_this_processor(*tensors))
-    return library() if usable else None
+    return library() if same and on_a_processor(*tensors) else None
