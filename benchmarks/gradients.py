@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+from torch import nn
 
+import trady
 from benchmarks.heads import train_with_fixed_statistics
 from benchmarks.workloads import Workload
 from trady.ops.selected import channel_major
@@ -33,17 +36,28 @@ def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str
     try:
         sparse.model.train()
         sparse.run().backward()
-        compact = {name: parameter.grad for name, parameter in tuner.named_parameters()}
-        errors = {}
-        for name, channels in tuner.selection.items():
-            layer = tuner.plan.table[name]
-            whole, got = dense.model.get_parameter(layer.parameter).grad, compact[f"{layer.parameter}.channels"]
-            assert whole is not None
-            assert got is not None
-            wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)
-            wanted = wanted[torch.from_numpy(channels.copy()).to(whole.device)]
-            norm = float(wanted.norm())
-            errors[name] = float((got - wanted).norm()) / norm if norm else float(got.norm() > 0)
-        return errors
+        return layer_errors(dense.model, tuner)
     finally:
         tuner.finish()
+
+
+def layer_errors(dense: nn.Module, tuner: trady.Tuner) -> dict[str, float]:
+    """Compare the gradients that a backward pass has left in the plain model and in an armed one.
+
+    Returns:
+        As :func:`gradient_errors`; without layers that no gradient reaches, infinity where it reaches one of the two.
+
+    """
+    compact, errors = {name: parameter.grad for name, parameter in tuner.named_parameters()}, {}
+    for name, channels in tuner.selection.items():
+        layer = tuner.plan.table[name]
+        whole, got = dense.get_parameter(layer.parameter).grad, compact[f"{layer.parameter}.channels"]
+        if whole is None or got is None:
+            unlike = (whole is not None and bool(whole.any())) or (got is not None and bool(got.any()))
+            errors.update({name: math.inf} if unlike else {})
+            continue
+        wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)
+        wanted = wanted[torch.from_numpy(channels.copy()).to(whole.device)]
+        norm = float(wanted.norm())
+        errors[name] = float((got - wanted).norm()) / norm if norm else float(got.norm() > 0)
+    return errors

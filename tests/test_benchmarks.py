@@ -21,7 +21,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 import trady
-from benchmarks import backbones, compiled, limits, memory, options, overhead, peers, sparsity, speed, text, vision
+from benchmarks import (
+    architectures,
+    backbones,
+    compiled,
+    limits,
+    memory,
+    options,
+    overhead,
+    peers,
+    sparsity,
+    speed,
+    text,
+    vision,
+)
+from benchmarks.architectures import Result
 from benchmarks.backbones import Backbone, load_backbone, load_images, top1
 from benchmarks.gradients import gradient_errors
 from benchmarks.methods import METHODS, PEERS, TITLES
@@ -720,14 +734,45 @@ def test_figures_name_the_gpu_that_they_are_of(monkeypatch: pytest.MonkeyPatch) 
     assert options.machine()["gpu"] == "some GPU"
 
 
-@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits])
+def test_architectures_are_tried_each_in_a_process_of_its_own(tmp_path: Path, capsys, monkeypatch) -> None:
+    target = tmp_path / "architectures.json"
+    names = ["resnet", "longformer"]
+    assert architectures.run(["--architecture", *names, "--json", str(target)]) == 0
+    trains, refused = (Result(**found) for found in json.loads(target.read_text())["architectures"])
+    assert (trains.architecture, trains.kind, refused.kind) == ("resnet", "trains", "refused")
+    assert trains.layers == 16
+    assert 0 < trains.gradient_error < architectures.MOST_GRADIENT_ERROR
+    assert -0.2 < trains.over_budget <= 0
+    assert "cannot be traced" in refused.message
+    monkeypatch.setattr(architectures, "PATIENCE", 0.01)
+    assert architectures.run(["--architecture", "resnet"]) == 1
+    assert "not done after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "met"),
+    [
+        ({}, True),
+        ({"gradient_error": 1e-3}, False),
+        ({"gradient_error": float("inf")}, False),
+        ({"prediction_error": -0.04}, False),
+        ({"over_budget": 1e-6}, False),
+        ({"kind": "refused"}, True),
+        ({"kind": "failed"}, False),
+    ],
+)
+def test_an_architecture_with_a_wrong_gradient_is_a_miss(changed: dict[str, object], met: bool) -> None:
+    assert Result(**{"architecture": "any", "kind": "trains", "layers": 3, **changed}).met == met
+
+
+@pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits, architectures])
 def test_commands_explain_themselves(command, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         command.run(["--help"])
     assert left.value.code == 0
     told = capsys.readouterr().out
     assert command.__name__ in told
-    assert ("--models" in told) == (command is not limits), "it needs no files"
+    assert ("--models" in told) == (command not in (limits, architectures)), "it needs no files"
 
 
 def test_command_is_a_process_of_its_own() -> None:

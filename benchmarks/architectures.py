@@ -1,0 +1,322 @@
+"""Architectures of transformers, in small: are the gradients the dense model's, and does a peak budget hold?
+
+Every model is built from its configuration with random weights, two layers and 32 features where it has such settings.
+The gradients of a fifth of the channels of every layer are compared with those of the plain model, with everything
+computed anew that can be; then a step is measured that was given 1.1 times the least peak. Models that transformers
+cannot build or run like this are left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import trady
+from benchmarks.gradients import layer_errors
+from benchmarks.heads import train_with_fixed_statistics
+from benchmarks.options import add_json, console_for, main, write_json
+from benchmarks.shares import ShareOfEveryLayer, budget_of
+from benchmarks.tasks import Task, needs, own_loss, seeded
+from trady.budget import BelowLeastError
+from trady.errors import TradyError
+
+MOST_GRADIENT_ERROR, MOST_PREDICTION_ERROR = 1e-4, 0.03
+
+#: Seconds for one architecture.
+PATIENCE = 300
+
+TASKS = {
+    "AutoModelForCausalLM": """
+        apertus bitnet biogpt bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 diffllama ernie4_5 exaone4 falcon
+        falcon_mamba gemma gemma2 gemma3_text glm glm4 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj gpt2 granite granitemoe
+        helium lfm2 llama mamba mamba2 mistral mixtral mpt nemotron olmo olmo2 olmoe openai-gpt opt persimmon phi phi3
+        qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2 xglm xlnet
+    """,
+    "AutoModelForSequenceClassification": """
+        albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm
+        eurobert flaubert fnet funnel ibert layoutlm longformer luke megatron-bert mobilebert modernbert mpnet
+        nystromformer rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta xlm-roberta-xl
+    """,
+    "AutoModelForSeq2SeqLM": """
+        bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 pegasus pegasus_x plbart
+        switch_transformers t5 umt5
+    """,
+    "AutoModelForImageClassification": """
+        beit data2vec-vision dinov2 dinov2_with_registers focalnet ijepa mobilenet_v1 mobilenet_v2 poolformer pvt pvt_v2
+        regnet resnet segformer swin swinv2 vit vit_msn
+    """,
+    "AutoModelForAudioClassification": "data2vec-audio hubert sew unispeech wav2vec2 wavlm whisper",
+}
+
+_PROBABILITIES = """
+    hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout activation_dropout resid_pdrop embd_pdrop
+    attn_pdrop hidden_dropout residual_dropout embd_dropout resid_dropout dropout_rate drop_path_rate layerdrop
+    encoder_layerdrop decoder_layerdrop classifier_dropout seq_classif_dropout summary_first_dropout final_dropout
+    feat_proj_dropout mask_time_prob classifier_dropout_prob
+"""
+_WIDTHS = """
+    hidden_size n_embd d_model embed_dim embedding_size word_embed_proj_dim moe_intermediate_size
+    shared_expert_intermediate_size emb_dim
+"""
+_LAYERS = "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers"
+_HEADS = """
+    num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts
+    num_local_experts n_routed_experts rotary_dim
+"""
+_WIDE = "intermediate_size n_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_dim d_inner"
+_LENGTHS = "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len"
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(_WIDTHS.split(), 32),
+    **dict.fromkeys(_LAYERS.split(), 2),
+    **dict.fromkeys(_HEADS.split(), 4),
+    **dict.fromkeys(_WIDE.split(), 64),
+    **dict.fromkeys(_LENGTHS.split(), 64),
+    **dict.fromkeys(_PROBABILITIES.split(), 0.0),
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "vocab_size": 120,
+    "d_kv": 8,
+    "d_head": 8,
+    "head_dim": 8,
+    "image_size": 32,
+    "patch_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "apply_spec_augment": False,
+}
+
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+_DEEPSEEK = {**_MLA, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+_STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
+_SPEECH = {
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 3],
+    "conv_stride": [5, 2],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 16,
+}
+_SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+
+#: What an architecture needs besides, to be small or to be built at all.
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "esm": {"mask_token_id": 3, "position_embedding_type": "rotary"},
+    "flaubert": {"n_heads": 4},
+    "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128], "patch_size": 4},
+    "funnel": {"block_sizes": [1, 1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_oss": {"sliding_window": 8},
+    "hubert": _SPEECH,
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
+    "longformer": {"attention_window": 8},
+    "led": {"attention_window": 8},
+    "mamba": {"state_size": 8, "expand": 2, "conv_kernel": 4, "time_step_rank": 4},
+    "mamba2": {"state_size": 8, "expand": 2, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 8},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 2},
+    "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 16},
+    "poolformer": {**_STAGES, "patch_size": 7},
+    "pvt": {**_STAGES, "num_attention_heads": [1, 2, 3, 4], "patch_sizes": [4, 2, 2, 2]},
+    "pvt_v2": {**_STAGES, "num_attention_heads": [1, 2, 3, 4]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    "regnet": {**_STAGES, "embedding_size": 8, "groups_width": 8},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    "resnet": {**_STAGES, "embedding_size": 8},
+    "segformer": {**_STAGES, "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 16},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
+    "wav2vec2": _SPEECH,
+    "wavlm": _SPEECH,
+    "whisper": {"num_mel_bins": 16, "classifier_proj_size": 16},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one architecture.
+
+    Attributes:
+        architecture: As transformers calls it.
+        kind: ``trains``, ``refused`` by trady, or ``left out``, since the plain model does not run.
+        layers: Layers whose channels train.
+        gradient_error: The largest of a layer, relative.
+        prediction_error: Predicted over measured peak, less one.
+        over_budget: Measured peak over the budget, less one; above 0 the budget is broken.
+        message: Why it is refused or left out.
+    """
+
+    architecture: str
+    kind: str
+    layers: int = 0
+    gradient_error: float = 0.0
+    prediction_error: float = 0.0
+    over_budget: float = 0.0
+    message: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether nothing is wrong with it: a refusal is no error, a wrong gradient is one."""
+        exact = self.gradient_error <= MOST_GRADIENT_ERROR and abs(self.prediction_error) <= MOST_PREDICTION_ERROR
+        return self.kind not in ("trains", "failed") or (self.kind == "trains" and exact and self.over_budget <= 0)
+
+
+def task_of(architecture: str) -> Task:
+    """Build the small model, and a batch with labels."""
+    hf = needs("transformers", "transformers")
+    hf.logging.set_verbosity_error()
+    family = next(auto for auto, names in TASKS.items() if architecture in names.split())
+    made = hf.CONFIG_MAPPING[architecture]
+    usual, other_names = made(), getattr(made, "attribute_map", {})
+    settings = {
+        name: value
+        for name, value in SETTINGS.items()
+        if (name in usual.to_dict() or name in other_names)
+        and other_names.get(name) not in SETTINGS
+        and not isinstance(getattr(usual, name, None), (list, tuple, dict))
+    }
+    labels = {"num_labels": 5, "decoder_start_token_id": 1}
+    config = made(**{**settings, **OWN.get(architecture, {}), **labels})
+    config.use_cache = False
+    model = seeded(lambda: getattr(hf, family).from_config(config).float())
+    ids = torch.randint(3, 110, (2, 16), generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 4])
+    batches: dict[str, Any] = {
+        "AutoModelForCausalLM": {"input_ids": ids, "labels": ids},
+        "AutoModelForSequenceClassification": {"input_ids": ids, "labels": classes},
+        "AutoModelForSeq2SeqLM": {"input_ids": ids, "labels": ids.flip(1)[:, :8].contiguous()},
+    }
+    batch = batches.get(family)
+    if batch is None:
+        size = getattr(config, "image_size", None)
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "AutoModelForImageClassification": ("pixel_values", (3, 32, 32) if size == 32 else (3, 64, 64)),
+            "AutoModelForAudioClassification": ("input_values", (800,)),
+        }
+        name, shape = ("input_features", (16, 128)) if architecture == "whisper" else shapes[family]
+        batch = {name: torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), "labels": classes}
+    return Task(model, batch, own_loss)
+
+
+def _ready(task: Task) -> Task:
+    train_with_fixed_statistics(task.model)
+    for module in task.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return task
+
+
+def attempt(architecture: str) -> Result:
+    """Compare gradients, then measure a step inside of a peak budget."""
+    torch.set_num_threads(1)
+    try:
+        dense = _ready(task_of(architecture))
+        dense.model.requires_grad_(True)
+        dense.run().backward()
+    except Exception as error:
+        return Result(architecture, "left out", message=f"{type(error).__name__}: {error}")
+    try:
+        return _trained(architecture, dense)
+    except TradyError as error:
+        return Result(architecture, "refused", message=str(error))
+
+
+def _trained(architecture: str, dense: Task) -> Result:
+    share = trady.register_policy(ShareOfEveryLayer(Fraction(1, 5)), replace=True).name
+    sparse = _ready(task_of(architecture))
+    budget = budget_of(share, sparse.model, sparse.batch)
+    tuner = trady.prepare(
+        sparse.model, sparse.batch, policy=share, budget=budget, ranking="structural", recompute="all"
+    )
+    _ready(sparse).run().backward()
+    found = Result(architecture, "trains", len(tuner.plan.table), max(layer_errors(dense.model, tuner).values()))
+    tuner.finish()
+
+    sparse = _ready(task_of(architecture))
+    try:
+        tuner = trady.prepare(sparse.model, sparse.batch, budget="peak:1 B", ranking="structural")
+    except BelowLeastError as error:
+        limit = int(1.1 * error.least_amount)
+    tuner = trady.prepare(sparse.model, sparse.batch, budget=f"peak:{limit} B", ranking="structural")
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=1e-6))
+    _ready(sparse)
+
+    def step() -> None:
+        sparse.run().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    peak, predicted = tuner.ledger(step, inference=False).peak_bytes, tuner.plan.predicted_peak_bytes
+    assert predicted is not None
+    return replace(found, prediction_error=predicted / peak - 1, over_budget=peak / limit - 1)
+
+
+def apart(architecture: str) -> Result:
+    """Attempt it in a process of its own: what ends that, or does not end, ends nothing else."""
+    command = [sys.executable, "-m", "benchmarks.architectures", "--only", architecture]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return Result(architecture, "failed", message=f"not done after {PATIENCE} s")
+    if done.returncode:
+        return Result(architecture, "failed", message=done.stderr.strip().rpartition("\n")[2] or f"{done.returncode}")
+    return Result(**json.loads(done.stdout.strip().rpartition("\n")[2]))
+
+
+def as_table(results: Sequence[Result]) -> Table:
+    """Return the table that a person reads."""
+    table = Table(title="architectures of transformers, in small", title_justify="left")
+    for column in ("architecture", "", "layers", "gradient error", "predicted peak", "of the budget"):
+        table.add_column(column, justify="left" if column in ("architecture", "") else "right")
+    for found in results:
+        figures = ("", "", "", "")
+        if found.kind == "trains":
+            off, used = f"{100 * found.prediction_error:+.1f} %", f"{100 * (1 + found.over_budget):.1f} %"
+            figures = (str(found.layers), f"{found.gradient_error:.0e}", off, used)
+        table.add_row(found.architecture, ("" if found.met else "[red]FAIL[/] ") + found.kind, *figures)
+    return table
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Try, print, and return 1 if a gradient, a prediction or a budget is off, or an attempt ended in an error."""
+    known = sorted(name for names in TASKS.values() for name in names.split())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__)
+    help_ = "which ones, as transformers calls them (default: all)"
+    parser.add_argument("--architecture", nargs="+", choices=known, default=known, metavar="NAME", help=help_)
+    parser.add_argument("--only", choices=known, metavar="NAME", help=argparse.SUPPRESS)
+    add_json(parser)
+    options = parser.parse_args(arguments)
+    if options.only:
+        sys.stdout.write(json.dumps(asdict(attempt(options.only))) + "\n")
+        return 0
+    progress = Console(stderr=True)
+    results = [apart(name) for name in track(options.architecture, console=progress, transient=True)]
+    console = console_for(options.json)
+    console.print(as_table(results))
+    for found in results:
+        if found.message:
+            console.print(f"{found.architecture} ({found.kind}): {found.message[:400]}", highlight=False, markup=False)
+    counts = Counter(found.kind for found in results)
+    console.print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    write_json(options.json, {"architectures": [asdict(found) for found in results]})
+    return int(not all(found.met for found in results))
+
+
+if __name__ == "__main__":
+    main(run)
