@@ -293,6 +293,10 @@ def as_table(results: Sequence[Result]) -> Table:
     return table
 
 
+def _figures(results: Sequence[Result]) -> dict[str, Any]:
+    return {"architectures": [asdict(found) for found in results]}
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Try, print, and return 1 if a gradient, a prediction or a budget is off, or an attempt ended in an error."""
     known = sorted(name for names in TASKS.values() for name in names.split())
@@ -306,7 +310,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(asdict(attempt(options.only))) + "\n")
         return 0
     progress = Console(stderr=True)
-    results = [apart(name) for name in track(options.architecture, console=progress, transient=True)]
+    results = list[Result]()
+    for name in track(options.architecture, console=progress, transient=True):
+        results.append(apart(name))
+        if options.json != "-":  # after each: the next one may take minutes
+            write_json(options.json, _figures(results))
     console = console_for(options.json)
     console.print(as_table(results))
     for found in results:
@@ -314,7 +322,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{found.architecture} ({found.kind}): {found.message[:400]}", highlight=False, markup=False)
     counts = Counter(found.kind for found in results)
     console.print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    write_json(options.json, {"architectures": [asdict(found) for found in results]})
+    write_json(options.json, _figures(results))
     return int(not all(found.met for found in results))
 
 

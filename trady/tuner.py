@@ -428,7 +428,8 @@ class Tuner:
             gradient.div_(torch.distributed.get_world_size())
         if self._drawing.online is not None:
             rows = gradient.detach().flatten(1)
-            self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_()
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square_()
         # No node of the graph accumulates into a compact parameter, so nobody else runs these hooks.
         for hook in tuple((getattr(compact, "_post_accumulate_grad_hooks", None) or {}).values()):
             hook(compact)
