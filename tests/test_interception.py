@@ -8,6 +8,7 @@ import io
 import pickle
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -981,3 +982,17 @@ def test_gradients_of_residual_branches_are_added_in_place() -> None:
     ]
     assert of_activations.count("aten::add_") >= 2
     assert "aten::add" not in of_activations
+
+
+def test_what_an_unshared_gradient_shows_does_not_depend_on_who_watches() -> None:
+    """Following storages makes Python objects of them: taken for normal, a shared gradient would be overwritten later."""
+    from trady.memory.live import LiveBytes
+    from trady.ops import layout
+
+    found = []
+    for watched in (True, False):
+        layout._references_when_alone.cache_clear()
+        with LiveBytes() if watched else nullcontext():
+            found.append((layout._references_when_alone(), layout._references(torch.ones(3) + 1)))
+    assert found[0][0] is not None
+    assert found[0] == found[1]

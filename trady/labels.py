@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -18,6 +19,9 @@ samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_unde
 
 #: Type of the device that tensors without memory stand for, while a step is simulated.
 standing_for: ContextVar[str] = ContextVar("standing_for", default="cpu")
+
+#: Storages that are followed at present, by address: each is a Python object, which counts as one owner more.
+followed_storages: list[Container[int]] = []
 
 T = TypeVar("T", bound=torch.Tensor)
 

@@ -14,6 +14,8 @@ from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trady.labels import followed_storages
+
 Shrink = Callable[[torch.UntypedStorage, int], None]
 
 #: PyTorch wraps ``__torch_dispatch__`` in frames of its own; they are not the caller.
@@ -182,10 +184,12 @@ class LiveBytes(TorchDispatchMode):
         self._resize.append(plain)
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         super().__enter__()
+        followed_storages.append(self._references)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        followed_storages[:] = [followed for followed in followed_storages if followed is not self._references]
         torch.UntypedStorage.resize_ = self._resize.pop()  # type: ignore[method-assign, assignment]
         self._settle(None)
 

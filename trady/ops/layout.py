@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from trady.labels import followed_storages
 
 #: Temporaries of one operation stay below this many bytes where they can be made in chunks of samples.
 CHUNK_BYTES = 2 << 20
@@ -84,7 +87,9 @@ def is_owned(gradient: Tensor, references: int) -> bool:
 def _references(tensor: Tensor) -> tuple[int, int]:
     # Not through untyped_storage(): a storage that has once been a Python object is counted once more for good, and
     # then autograd copies where it would add to this gradient in place.
-    return tensor._use_count(), torch._C._storage_Use_Count(torch._C._storage_address(tensor))  # type: ignore[attr-defined]
+    address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
+    followed = any(address in storages for storages in followed_storages)
+    return tensor._use_count(), torch._C._storage_Use_Count(address) - followed  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
@@ -104,7 +109,8 @@ class _Probe(torch.autograd.Function):
 @cache
 def _references_when_alone() -> tuple[int, int, int] | None:
     """Count the references to a gradient that is not shared; ``None`` where sharing does not show."""
-    with torch.enable_grad():
+    # A mode may look at storages: it is not to be taken for what is normal.
+    with torch.enable_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
         try:
             _Probe.seen = []
             x = torch.zeros(2, requires_grad=True)
