@@ -985,7 +985,7 @@ def test_gradients_of_residual_branches_are_added_in_place() -> None:
 
 
 def test_what_an_unshared_gradient_shows_does_not_depend_on_who_watches() -> None:
-    """Following storages makes Python objects of them: taken for normal, a shared gradient would be overwritten later."""
+    """Following storages makes Python objects of them: taken for normal, shared gradients would be overwritten."""
     from trady.memory.live import LiveBytes
     from trady.ops import layout
 
