@@ -43,7 +43,7 @@ TASKS = {
         apertus bitnet biogpt bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 diffllama ernie4_5 exaone4 falcon
         falcon_mamba gemma gemma2 gemma3_text glm glm4 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj gpt2 granite granitemoe
         helium lfm2 llama mamba mamba2 mistral mixtral mpt nemotron olmo olmo2 olmoe openai-gpt opt persimmon phi phi3
-        qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2 xglm xlnet
+        qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 xglm xlnet
     """,
     "AutoModelForSequenceClassification": """
         albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm
@@ -136,6 +136,7 @@ OWN: dict[str, dict[str, Any]] = {
     "pvt_v2": {**_STAGES, "num_attention_heads": [1, 2, 3, 4]},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "regnet": {**_STAGES, "embedding_size": 8, "groups_width": 8},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "resnet": {**_STAGES, "embedding_size": 8},
     "segformer": {**_STAGES, "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 16},

@@ -736,7 +736,7 @@ def test_figures_name_the_gpu_that_they_are_of(monkeypatch: pytest.MonkeyPatch) 
 
 def test_architectures_are_tried_each_in_a_process_of_its_own(tmp_path: Path, capsys, monkeypatch) -> None:
     target = tmp_path / "architectures.json"
-    names = ["resnet", "longformer"]
+    names = ["resnet", "ibert"]
     assert architectures.run(["--architecture", *names, "--json", str(target)]) == 0
     trains, refused = (Result(**found) for found in json.loads(target.read_text())["architectures"])
     assert (trains.architecture, trains.kind, refused.kind) == ("resnet", "trains", "refused")

@@ -1,4 +1,4 @@
-"""PyTorch's own attention layers and mixtures of experts: their linear layers train like others."""
+"""Linear layers in other words train like others: attention of PyTorch, products with a weight, beside experts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import trady
 from tests.models import normal, seeded
 from tests.test_interception import dense_gradients, gradients
+from trady.rewording import reworded
 
 WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
 
@@ -122,6 +124,162 @@ def test_a_budget_holds_for_attention_of_pytorch() -> None:
     assert found <= budget
     assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.03
     tuner.finish()
+
+
+# -- products with a weight --------------------------------------------------------------------------------------------
+
+
+class Products(nn.Module):
+    """Linear layers as ``x @ weight`` and its like; ``turned`` is used in a way that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        for name, shape in {
+            "wide": (8, 12),
+            "narrow": (8, 12),
+            "square": (8, 8),
+            "turned": (8, 8),
+            "rows": (8, 6),
+        }.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) / 3))
+        self.columns = nn.Parameter(torch.randn(8, 6) / 3)
+        self.plain, self.added, self.bias = (nn.Parameter(torch.randn(n) / 3) for n in ((8, 8), (8, 8), (8,)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + torch.relu(x @ self.wide) @ self.narrow.T
+        y = torch.matmul(x, self.square.transpose(-1, -2))
+        y += F.linear(torch.tanh(x), self.plain.t())
+        rows = torch.addmm(self.bias, y.flatten(0, 1), self.added.mT)
+        rows = torch.einsum("...i, oi -> ...o", torch.einsum("ni,io->no", torch.tanh(rows), self.rows), self.columns)
+        x = torch.tanh(rows.mm(self.turned.T.contiguous()).view_as(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_products_with_a_weight_are_linear_layers(recompute: str) -> None:
+    model, ids = seeded(Products).double(), torch.arange(4, 18).view(2, 7)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(ids).square().sum()
+
+    tuner = trady.prepare(model, ids, policy="full", recompute=recompute)
+    assert [layer.name for layer in tuner.plan.table] == [
+        "wide",
+        "narrow",
+        "square",
+        "plain",
+        "added",
+        "rows",
+        "columns",
+    ]
+    assert [layer.channels for layer in tuner.plan.table] == [8, 12, 8, 8, 8, 8, 6]
+    assert {f.parameter: f.reason for f in tuner.plan.table.frozen}["turned"].startswith("used by contiguous")
+    expected = dense_gradients(model, tuner, loss)
+    loss(model).backward()
+    found = gradients(tuner)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-11)
+    tuner.finish()
+
+
+@pytest.mark.parametrize("equation", ["ij,jk->ki", "ij,kj->i", "ij,ij->ij", "ii,ij->ij", "ij,jk"])
+def test_other_sums_are_no_linear_layers(equation: str) -> None:
+    weight = nn.Parameter(torch.randn(5, 5))
+    assert reworded(torch.functional.einsum, (equation, torch.randn(5, 5), weight), {})[0] is torch.functional.einsum
+
+
+def test_a_head_may_be_a_product_with_a_weight() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.scores = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.body(x)) @ self.scores.T
+
+    model, x = seeded(Scores), normal(4, 6)
+    dense = copy.deepcopy(model)
+    tuner = trady.prepare(model, x, policy="full")
+    assert tuner.plan.head == ("scores",)
+    for network in (dense, model):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(model.scores.grad, dense.scores.grad)
+    tuner.finish()
+
+
+class Blocks(nn.Module):
+    """What a linear layer makes is written to, and sizes are computed as tensors, as Falcon and Longformer do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for inner, outer in zip(self.layers[::2], self.layers[1::2], strict=True):
+            pairs = torch.div(x.shape[1], 2, rounding_mode="trunc")
+            y = outer(torch.tanh(inner(x)).view(x.shape[0], pairs, 2, 8)).reshape(shape=x.shape)
+            y += x
+            x = torch.tanh(y)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_results_that_are_written_to_and_sizes_that_are_tensors(recompute: str) -> None:
+    model, ids = seeded(Blocks).double(), torch.arange(4, 20).view(2, 8)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(ids).square().sum()
+
+    tuner = trady.prepare(model, ids, policy="full", recompute=recompute)
+    assert bool(tuner.plan.recomputed) == (recompute == "all")
+    expected = dense_gradients(model, tuner, loss)
+    loss(model).backward()
+    for parameter, gradient in gradients(tuner).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-9, atol=1e-11)
+    tuner.finish()
+
+
+class Interleaved(nn.Module):
+    """Every block writes what it computes into a tensor of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for inner, outer in zip(self.layers[::2], self.layers[1::2], strict=True):
+            made = torch.zeros(x.shape[0], 2 * x.shape[1], x.shape[2], dtype=x.dtype, device=x.device)
+            made[:, ::2] = torch.tanh(inner(x))
+            made[:, 1::2].copy_(F.gelu(x))
+            x = torch.tanh(outer(made)) + made
+        return self.head(x.mean(1))
+
+
+def test_what_is_written_into_a_tensor_that_the_model_makes_is_predicted() -> None:
+    model, x = seeded(Interleaved).double(), normal(4, 6, 4, dtype=torch.float64)
+
+    def step() -> None:
+        torch.log_softmax(model(x), -1).mean().backward()
+        for _, parameter in tuner.named_parameters():
+            parameter.grad = None
+
+    with pytest.raises(trady.BudgetError) as refusal:
+        trady.prepare(model, x, budget="peak:1 B", policy="dynamic-random")
+    for share in (1.05, 1.3):
+        limit = int(share * refusal.value.least_amount)
+        tuner = trady.prepare(model, x, budget=f"peak:{limit} B", policy="dynamic-random")
+        step()
+        measured = tuner.ledger(step, inference=False).peak_bytes
+        assert measured <= limit
+        assert abs(tuner.plan.predicted_peak_bytes / measured - 1) < 0.01
+        tuner.finish()
 
 
 # -- mixtures of experts -----------------------------------------------------------------------------------------------

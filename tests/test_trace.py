@@ -381,6 +381,31 @@ def test_what_is_computed_together_is_what_nobody_else_reads() -> None:
     assert steps[2].action.overwrite is False
 
 
+def test_a_trace_does_not_let_a_model_believe_that_it_has_changed_its_weights() -> None:
+    """RWKV rescales its weights once, when it is first evaluated, and notes that it has."""
+
+    class Rescaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head, self.rescaled = nn.Linear(4, 4), nn.Linear(4, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.rescaled == self.training:
+                with torch.no_grad():
+                    self.layer.weight.mul_(2.0 if self.training else 0.5)
+                self.rescaled = not self.training
+            return self.head(torch.relu(self.layer(x)))
+
+    model, x = seeded(Rescaled), normal(3, 4)
+    before = snapshot(model)
+    tuner = trady.prepare(model, x, budget="update:1 kB")
+    assert tuner.plan.table.names == ("layer",)
+    model.train()(x).sum().backward()
+    assert not model.rescaled
+    tuner.finish()
+    assert same(before, snapshot(model))
+
+
 def test_a_trace_lists_every_call_once() -> None:
     trace = trace_forward(SharedLayer(), torch.zeros(2, 3, 7, 7), training=True)
     names = [call.function.__name__ for call in trace.calls]

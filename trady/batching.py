@@ -85,6 +85,14 @@ def name_of(function: Any) -> str:
     return name.rstrip("_")
 
 
+def in_place(function: Any) -> bool:
+    """Whether a torch function writes into its first argument: ``torch.add_``, ``torch.Tensor.__iadd__``."""
+    name = str(getattr(function, "__name__", ""))
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name.strip("_") != name_of(function))
+    return name.endswith("_")
+
+
 def _shapes(trace: Trace, entry: TracedCall) -> list[tuple[int, ...]]:
     return [trace.values[value].shape for value in entry.makes]
 

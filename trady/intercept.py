@@ -51,6 +51,7 @@ from trady.recognize import (
     is_metadata,
     recognize,
 )
+from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 from trady.segments import Segment
 from trady.stretches import Writing
 from trady.trace import (
@@ -64,7 +65,7 @@ from trady.trace import (
 )
 
 #: Changes the arguments of a call before anything else is done with it.
-PrepareCall = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class ArmedLayer:
@@ -265,9 +266,12 @@ class Interceptor(TorchFunctionMode):
             torch.compiler.disable(self._refuse_compiled)()
         if is_metadata(func):
             return self._asked(func, args, kwargs)
+        if transposes_weight(func, args):
+            return transposed(func, args, kwargs)
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
+        func, args, kwargs = reworded(func, args, kwargs)
         token = asking_for_ourselves.set(True)
         try:
             return self._called(func, args, kwargs)
@@ -276,7 +280,7 @@ class Interceptor(TorchFunctionMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.prepare_call is not None:
-            args, kwargs = self.prepare_call(args, kwargs)
+            args, kwargs = self.prepare_call(func, args, kwargs)
         if is_count(func, args, self._counters):
             return args[0]
         tensors = list(tensors_among((*args, *kwargs.values())))
@@ -356,7 +360,7 @@ class Interceptor(TorchFunctionMode):
         plan = self._plan
         if plan is None:
             return None
-        parameters = tuple(id(t) for t in tensors if isinstance(t, nn.Parameter))
+        parameters = tuple(id(p) for p in map(shown_parameter, tensors) if isinstance(p, nn.Parameter))
         if self._writing is not None:
             return self._place_in_stretch(plan, self._writing, function, tensors, parameters)
         if self._is_next(plan, self._cursor, function, parameters):

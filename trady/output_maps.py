@@ -33,6 +33,7 @@ from trady.measures import Bench, Measured, register_measure
 from trady.micro_batches import part_of
 from trady.policies.evidence import Evidence, Floats
 from trady.recognize import WeightCall, recognize
+from trady.rewording import reworded, transposed, transposes_weight
 from trady.sweeps import split
 from trady.trace import as_arguments, batch_size
 
@@ -164,6 +165,9 @@ class _Watching(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
+        if transposes_weight(func, args):
+            return transposed(func, args, kwargs)
+        func, args, kwargs = reworded(func, args, kwargs)
         out = func(*args, **kwargs)
         call = recognize(func, args, kwargs)
         name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None

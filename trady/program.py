@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.batching import Along, CallSamples
 from trady.composites import WITHOUT_MEMORY
 from trady.recognize import NormCall, recognize
+from trady.rewording import shown_parameter
 
 _META = torch.device("meta")
 
@@ -285,7 +286,7 @@ def _fill(value: Any, made: dict[int, Tensor], given: list[Tensor], samples: int
 
 def _constant(tensor: Tensor, traced: tuple[int, ...] | None) -> bool:
     """Whether a tensor has no dimension that may be one of samples, where the traced one had none."""
-    if isinstance(tensor, nn.Parameter):
+    if isinstance(shown_parameter(tensor), nn.Parameter):
         return True
     known = traced is not None and len(traced) == tensor.dim()
     return known and all(now <= 1 or then > 1 for now, then in zip(tensor.shape, traced or (), strict=True))

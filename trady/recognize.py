@@ -22,6 +22,7 @@ from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.smooth import Smooth
 from trady.quantized import QuantizedLinear, linear
+from trady.rewording import PRODUCTS
 
 _aten = torch.ops.aten
 
@@ -268,6 +269,11 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     return WeightCall(mat1, mat2, input, Linear(input_major=True)) if plain else None
 
 
+def _product(x: Tensor, weight: Tensor) -> WeightCall | None:
+    plain = isinstance(weight, torch.nn.Parameter) and weight.dim() == 2
+    return WeightCall(x, weight, None, Linear(input_major=True)) if plain else None
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -448,6 +454,7 @@ _READERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     linear: _quantized_linear,
     torch.addmm: _addmm,
+    **dict.fromkeys(PRODUCTS, _product),
     F.batch_norm: _batch_norm,
     F.relu: _relu,
     torch.relu: _relu,

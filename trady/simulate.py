@@ -20,7 +20,7 @@ from trady.memory.live import LiveBytes, Storage
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
-from trady.standins import StandIns, mixed_to_meta
+from trady.standins import StandIns
 from trady.trace import as_arguments, kept_mode, real_device
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
@@ -75,7 +75,7 @@ class Simulator:
         with uncompiled(self._twin), kept_mode(self._twin, False):
             live.register(resident)
             before = live.current
-            with StandIns(self._device), torch.no_grad(), live:
+            with StandIns(self._device, live.drop), torch.no_grad(), live:
                 self._twin(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -134,17 +134,18 @@ class Simulator:
             cut("backward", layer)
 
         armed.interceptor.on_layer = ran
-        armed.interceptor.prepare_call = mixed_to_meta
+        stand_ins = StandIns(self._device, live.drop)
+        armed.interceptor.prepare_call = stand_ins.prepare
         armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
             labels: list[Tensor] = []
-            kept = self._forward_and_backward(live, labels)
+            kept = self._forward_and_backward(stand_ins, live, labels)
             cut("end", "")
             cut("step", "")
             if parts:
                 if self._waiting.numel():  # the next part of the batch finds the gradients of this one
-                    kept += self._forward_and_backward(live, labels)
+                    kept += self._forward_and_backward(stand_ins, live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
                 moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
@@ -153,10 +154,10 @@ class Simulator:
         frees = optimizer.in_backward is not None
         return Timeline(tuple(intervals), self._examined.table, tuple(map(_form, head)), made_of, frees)
 
-    def _forward_and_backward(self, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+    def _forward_and_backward(self, stand_ins: StandIns, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
         args, kwargs = as_arguments(self._batch)
-        with StandIns(self._device):
+        with stand_ins:
             output = self._twin(*args, **kwargs)
         if not labels and (count := label_count(output)):
             labels.append(torch.empty(math.ceil(count * self._whole_over_part), dtype=torch.int64, device="meta"))
@@ -164,7 +165,7 @@ class Simulator:
         del output
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
-            with StandIns(self._device):
+            with stand_ins:
                 _backward(loss)
         return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import Token
 from typing import Any
 
@@ -11,24 +12,33 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
+from trady.batching import in_place
 from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.labels import asking_for_ourselves, standing_for
 from trady.recognize import answer_about_device, is_metadata
+from trady.rewording import reworded
 from trady.trace import tensors_among
 
 
 class StandIns(TorchFunctionMode):
     """Lets a model without memory run with ids and masks that have values.
 
-    What meets a tensor without memory loses its own; asked where they are, all say the real device, so that
-    models put the tensors they make there.
+    What meets a tensor without memory loses its own, for good where it is written to; asked where they are, all say the
+    real device, so that models put the tensors they make there.
+
+    Args:
+        device: The real device.
+        on_replaced: Told of a tensor with values that another one stands for from now on.
+
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on_replaced: Callable[[Tensor], object] | None = None) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._on_replaced = device, on_replaced
         self._before: list[Token[str]] = []
+        self._written = WeakIdKeyDictionary()
 
     def __enter__(self) -> StandIns:
         self._before.append(standing_for.set("cpu" if self._device.type == "meta" else self._device.type))
@@ -49,21 +59,43 @@ class StandIns(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        args, kwargs = mixed_to_meta(args, kwargs)
+        func, args, kwargs = reworded(func, args, kwargs)
+        args, kwargs = self.prepare(func, args, kwargs)
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _attention(self._device, *args, **kwargs)
         if func in WITHOUT_MEMORY and args[0].is_meta:
             func = WITHOUT_MEMORY[func]
         return func(*args, **kwargs)
 
-
-def mixed_to_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take the values from all arguments if some of them have none."""
-    values = (*args, *kwargs.values())
-    meta = [t.is_meta for t in tensors_among(values)]
-    if any(meta) and not (all(meta) and not any(isinstance(value, torch.device) for value in values)):
+    def prepare(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the values from all arguments if some of them have none."""
+        if self._written:
+            args, kwargs = tree_map(self._now, (args, kwargs))
+        meta = [t.is_meta for t in tensors_among((*args, *kwargs.values()))]
+        on_device = any(isinstance(value, torch.device) for value in (*args, *kwargs.values()))
+        if not any(meta) or (all(meta) and not on_device):
+            return args, kwargs
+        target = args[0] if in_place(func) and args and isinstance(args[0], Tensor) else None
+        if target is not None and not target.is_meta and target.is_floating_point():  # models look at ids and masks
+            whole = target if target._base is None else target._base
+            if self._on_replaced is not None:
+                self._on_replaced(whole)
+            self._written[whole] = _without_values(whole)
+            args = (self._now(target), *args[1:])
         args, kwargs = tree_map(_without_values, (args, kwargs))
-    return args, kwargs
+        return args, kwargs
+
+    def _now(self, value: Any) -> Any:
+        """What stands for a tensor into which something without values has been written."""
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        whole = value._base
+        if whole is None:
+            return self._written.get(value, value)
+        stands = self._written.get(whole)
+        return value if stands is None else stands.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def _without_values(value: Any) -> Any:

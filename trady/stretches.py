@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trady.batching import BACKWARD_READS_NOTHING, name_of
+from trady.batching import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.errors import StateError
 from trady.fusion import Action, InPlace, Step, WithLayer
 from trady.ops.maps import Linear
@@ -168,6 +168,8 @@ def _without_values(
                 needed.update(entry.reads)
         elif value_needed or name_of(entry.function) not in BACKWARD_READS_NOTHING:
             needed.update(entry.reads)
+        elif in_place(entry.function):  # it writes, if not reads
+            needed.update(set(entry.reads) & set(entry.made))
     return found
 
 

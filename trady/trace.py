@@ -24,6 +24,7 @@ from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.errors import ModelError
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
+from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 
 #: Whether a trace is running: a model that trains already is traced as its author wrote it.
 tracing: ContextVar[bool] = ContextVar("tracing", default=False)
@@ -144,6 +145,7 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
 def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
     args, kwargs = as_arguments(example)
     recorder = _Recorder(model, real_device(model, example))
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         stack.enter_context(kept_mode(model, training))
@@ -168,6 +170,9 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             ) from error
         finally:
             tracing.reset(token)
+    if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
+        for module, before in attributes:
+            vars(module).update(before)
     recorder.trace.batch = batch_size(example)
     outputs = list(tree_iter(output))
     recorder.trace.values = [_settle(value) for value in recorder.trace.values]
@@ -257,6 +262,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, device: torch.device | None) -> None:
         super().__init__()
         self.trace = Trace()
+        self.wrote_weights = False
         self._device = device
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
@@ -293,6 +299,9 @@ class _Recorder(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
+        if transposes_weight(func, args):
+            return transposed(func, args, kwargs)
+        func, args, kwargs = reworded(func, args, kwargs)
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_metadata(func):
@@ -308,6 +317,7 @@ class _Recorder(TorchFunctionMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
+        shown = [shown_parameter(t) for t in tensors]
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
             self.trace.values[value].readers.append(index)
@@ -316,7 +326,7 @@ class _Recorder(TorchFunctionMode):
             call=None if call is None else _without_input(call),
             reads=reads,
             makes=(),
-            parameters=tuple(t for t in tensors if id(t) in self._own),
+            parameters=tuple(t for t in shown if id(t) in self._own),
             container=self.containers[-1],
             module=self.modules[-1],
             scope=self._scope(),
@@ -324,15 +334,16 @@ class _Recorder(TorchFunctionMode):
             numbers=tuple(numbers_among((*args, *kwargs.values()))),
             shapes=tuple(tuple(t.shape) for t in tensors),
             keywords={name: tuple(numbers_among((value,))) for name, value in kwargs.items()},
-            aside=not any(t.is_meta or id(t) in self._own for t in tensors),
+            aside=not any(t.is_meta or id(t) in self._own for t in shown),
         )
         self.trace.calls.append(entry)
         places = [self._value_of(t) for t in tensors]
         touched = tensors if entry.aside else [self.to_meta(t) for t in tensors]
         versions = [_version(t) for t in touched]
         out = func(*args, **kwargs) if entry.aside else self._run_on_meta(func, call, args, kwargs)
-        changed = zip(places, touched, versions, strict=True)
-        entry.written = tuple(place for place, tensor, version in changed if _version(tensor) != version)
+        changed = [_version(tensor) != version for tensor, version in zip(touched, versions, strict=True)]
+        entry.written = tuple(place for place, new in zip(places, changed, strict=True) if new)
+        self.wrote_weights |= any(new and isinstance(t, nn.Parameter) for t, new in zip(tensors, changed, strict=True))
         made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         entry.makes = tuple(self._register(t, index, tensors) for t in made)
         entry.output_shape = tuple(made[0].shape) if made else ()

@@ -167,6 +167,13 @@ class LiveBytes(TorchDispatchMode):
         finally:
             self._blind -= 1
 
+    def drop(self, tensor: torch.Tensor) -> None:
+        """Count a tensor no longer: something else stands for it from now on."""
+        for untyped in _storages(tensor):
+            reference = self._references.pop(untyped._cdata, None)
+            if reference is not None:
+                self._ended(reference.storage)
+
     def forget(self) -> None:
         """Stop following; figures and log stay as they are."""
         self._settle(None)

@@ -1,0 +1,97 @@
+"""The same call in the words that trady reads: a linear layer is one however its author has written it.
+
+``x @ weight.T`` shows the weight in a view that knows nothing of layers; here it becomes ``linear(x, weight)``. Sizes
+that are tensors become numbers, since tensors lose their values where others have no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: ``x @ weight``, in all forms.
+PRODUCTS = frozenset([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__])
+
+#: Where functions take the weight of a linear layer.
+_WEIGHT_AT = {**dict.fromkeys(PRODUCTS, 1), F.linear: 1, torch.addmm: 2}
+
+_TRANSPOSITION_NAMES = "t transpose permute swapaxes swapdims"
+_TRANSPOSITIONS = frozenset(
+    [
+        *(getattr(owner, name) for owner in (torch, Tensor) for name in _TRANSPOSITION_NAMES.split()),
+        Tensor.T.__get__,  # type: ignore[attr-defined]
+        Tensor.mT.__get__,  # type: ignore[attr-defined]
+    ]
+)
+
+_SIZED_NAMES = "view reshape expand repeat chunk narrow as_strided unflatten new_zeros new_ones new_empty new_full"
+#: Functions that take sizes after the tensor.
+_SIZED = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in _SIZED_NAMES.split() if hasattr(owner, name)
+)
+
+
+def transposes_weight(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call shows a weight transposed: what is then done with the view says what it is for."""
+    return function in _TRANSPOSITIONS and bool(args) and type(args[0]) is nn.Parameter and args[0].dim() == 2
+
+
+def transposed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Do such a call; the view remembers its weight."""
+    view: Tensor = function(*args, **kwargs)
+    if view is not args[0] and view.stride() == args[0].stride()[::-1]:
+        view.trady_transposes = args[0]  # type: ignore[attr-defined]
+    return view
+
+
+def shown_parameter(tensor: Tensor) -> Tensor:
+    """Return the weight of which a tensor is the transpose, or else the tensor."""
+    return getattr(tensor, "trady_transposes", tensor)
+
+
+def _as_number(size: Any) -> Any:
+    if isinstance(size, (list, tuple)):
+        return [_as_number(value) for value in size]
+    number = isinstance(size, Tensor) and not (size.dim() or size.is_meta or size.is_floating_point())
+    return int(size) if number else size
+
+
+def _einsum(equation: Any, x: Any = None, weight: Any = None, *others: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Return the linear layer that a sum over a weight's rows or columns is, if it is one."""
+    if not isinstance(equation, str) or others or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return None
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    of_x, _, of_weight = terms.partition(",")
+    rest, summed = of_x[:-1], of_x[-1:]
+    made = of_weight.replace(summed, "", 1)
+    plain = arrow and len(of_weight) == 2 and len(made) == 1 and summed not in rest + made and made not in rest
+    if not plain or out != rest + made or len({*rest.replace("...", "")}) != len(rest.replace("...", "")):
+        return None
+    return (F.linear if of_weight[1] == summed else torch.matmul), (x, weight)
+
+
+def reworded(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the same call with the weight itself where its transpose was given, with numbers where sizes are tensors.
+
+    Tensors lose their values where others have no memory.
+    """
+    if function in _SIZED:
+        return function, (*args[:1], *map(_as_number, args[1:])), {k: _as_number(v) for k, v in kwargs.items()}
+    if function is torch.functional.einsum:
+        linear = _einsum(*args)
+        return (function, args, kwargs) if linear is None else (*linear, kwargs)
+    place = _WEIGHT_AT.get(function)
+    given = args[place] if place is not None and len(args) == place + 1 and not kwargs else None
+    weight = getattr(given, "trady_transposes", None)
+    if weight is None:
+        return function, args, kwargs
+    if function is F.linear:
+        return torch.matmul, (args[0], weight), kwargs
+    if function is not torch.addmm:
+        return F.linear, (args[0], weight), kwargs
+    return (F.linear, (args[1], weight, args[0]), kwargs) if args[0].dim() == 1 else (function, args, kwargs)
