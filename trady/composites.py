@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trady.labels import device_type
+from trady.ops.layout import memory_format
+
 
 def _without_asking(function: Any) -> Callable[..., Any]:
     surroundings = {**function.__globals__, "has_torch_function": lambda tensors: False}
@@ -40,7 +43,17 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **options: Any) -> Tensor:
     return torch.mm(mat_a, mat_b[0])
 
 
+def _group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Group normalisation in the layout of its input, as the CPU does it; without memory PyTorch copies to another."""
+    if device_type(input) != "cpu" or memory_format(input) is torch.contiguous_format:
+        return F.group_norm(input, *args, **kwargs)
+    channels_last = input.movedim(1, -1)
+    made = F.group_norm(channels_last.view(input.shape), *args, **kwargs)
+    return made.view(channels_last.shape).movedim(-1, 1)
+
+
 #: By function, what takes its place where tensors have no memory.
-WITHOUT_MEMORY: dict[Any, Callable[..., Any]] = (
-    {torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}
-)
+WITHOUT_MEMORY: dict[Any, Callable[..., Any]] = {
+    F.group_norm: _group_norm,
+    **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
+}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
 from trady.compiled import author_module
@@ -21,6 +21,7 @@ from trady.planner import MODES, Planner
 from trady.policies import Policy, get_policy
 from trady.ranking import LayerRanking, structure_digest
 from trady.remedies import remedies
+from trady.simulate import ExampleLoss
 from trady.trace import batch_size
 
 #: A peak that everything fits in.
@@ -41,6 +42,7 @@ class Request:
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | str | None = None
+    loss: Callable[[Any], Tensor] | ExampleLoss | None = None
 
     def decide(
         self, model: nn.Module, example: Any, *, optimizer: OptimizerMemory | None = None, explain: bool = True
@@ -60,6 +62,9 @@ class Request:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
         given, model = model, author_module(model)
+        if self.loss is not None and not isinstance(self.loss, ExampleLoss):
+            told = replace(self, loss=ExampleLoss(self.loss, batch_size(example)))
+            return told.decide(given, example, optimizer=optimizer, explain=explain)
         refused: BelowLeastError | None = None
         sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
         for size in sizes:
@@ -112,7 +117,9 @@ class Request:
             policy = policy if getattr(policy, "name", None) == self.plan.policy else self.plan.policy
             pool = self.plan.pool if self.plan.ranking not in ("online", "none") else None
         asked = None if budget is None else parse_budget(budget)
-        return Rules(asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity)
+        loss = self.loss if isinstance(self.loss, ExampleLoss) else None
+        kept = (self.fuse, self.recompute, self.fidelity)
+        return Rules(asked, get_policy(policy), self.ranking, pool, seed, *kept, loss)
 
     def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)

@@ -25,7 +25,7 @@ from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typ
 from trady.priors import ranking_for
 from trady.ranking import LayerRanking
 from trady.room import Room, room_for
-from trady.simulate import Simulator
+from trady.simulate import ExampleLoss, Simulator
 from trady.sweeps import cut
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
@@ -61,6 +61,7 @@ class Rules:
         fuse: Whether calls are computed together.
         recompute: What the backward pass computes anew (:data:`trady.planner.MODES`).
         fidelity: How exactly smooth activations are differentiated (:data:`trady.ops.smooth.FIDELITIES`).
+        loss: What the step makes of the output, if it is told.
     """
 
     budget: Budget | None
@@ -71,6 +72,7 @@ class Rules:
     fuse: bool = True
     recompute: str = "auto"
     fidelity: str = "exact"
+    loss: ExampleLoss | None = None
 
 
 class Drawing:
@@ -128,7 +130,13 @@ class Drawing:
         batch = meta_batch(example)
         self._simulator: Simulator | None = None
         self._new_simulator = lambda: Simulator(
-            model, batch, head=examined.head, fuse=rules.fuse, fidelity=rules.fidelity, waiting_bytes=waiting_bytes
+            model,
+            batch,
+            head=examined.head,
+            fuse=rules.fuse,
+            fidelity=rules.fidelity,
+            waiting_bytes=waiting_bytes,
+            loss=rules.loss,
         )
         self._in_bytes = rules.budget is not None and rules.budget.scope.in_bytes
         self._room = self._room_in(self.table.names)

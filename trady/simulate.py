@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from trady.armed import Armed
 from trady.channels import Selection
 from trady.compiled import uncompiled
+from trady.errors import ModelError
 from trady.examine import examine, meta_batch, meta_twin, tensors_of
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
@@ -21,10 +23,42 @@ from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
 from trady.segments import Segment
 from trady.standins import StandIns
-from trady.trace import as_arguments, kept_mode, real_device
+from trady.trace import as_arguments, batch_size, kept_mode, real_device
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
 Stretches = Mapping[bool, Sequence[Segment]]
+
+
+@dataclass(frozen=True)
+class ExampleLoss:
+    """The loss of a loop on the example batch.
+
+    Attributes:
+        compute: From the model's output to a scalar.
+        samples: Samples of the example: labels are cut with it where the model works on a part.
+    """
+
+    compute: Callable[[Any], Tensor]
+    samples: int
+
+    def of(self, output: Any) -> Tensor:
+        """Compute it on an output without memory.
+
+        Raises:
+            ModelError: It does not fit the model's output, looks at its values, or is no scalar.
+
+        """
+        try:
+            loss: Any = self.compute(output)
+        except Exception as error:
+            raise ModelError(
+                f"loss=... cannot be computed from the model's output on the example: {type(error).__name__}: {error}. "
+                "It takes the output alone (lambda output: F.mse_loss(output, target)), and must not branch on values"
+            ) from error
+        if not isinstance(loss, Tensor) or loss.dim():
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ModelError(f"loss=... gives {shape}; it must give a scalar")
+        return loss
 
 
 class Simulator:
@@ -40,6 +74,7 @@ class Simulator:
         fuse: As for :func:`trady.prepare`.
         fidelity: As for :func:`trady.prepare`.
         waiting_bytes: Bytes of a larger batch that wait while the model works on this part of it.
+        loss: What the step makes of the output; a cross entropy, or the model's own loss, where none is given.
 
     """
 
@@ -52,8 +87,9 @@ class Simulator:
         fuse: bool = True,
         fidelity: str = "exact",
         waiting_bytes: int = 0,
+        loss: ExampleLoss | None = None,
     ) -> None:
-        self._fidelity = fidelity
+        self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
         self._twin, self._batch = meta_twin(model), meta_batch(example)
         own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
@@ -75,7 +111,7 @@ class Simulator:
         with uncompiled(self._twin), kept_mode(self._twin, False):
             live.register(resident)
             before = live.current
-            with StandIns(self._device, live.drop), torch.no_grad(), live:
+            with StandIns(self._device, live), torch.no_grad(), live:
                 self._twin(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -134,7 +170,7 @@ class Simulator:
             cut("backward", layer)
 
         armed.interceptor.on_layer = ran
-        stand_ins = StandIns(self._device, live.drop)
+        stand_ins = StandIns(self._device, live)
         armed.interceptor.prepare_call = stand_ins.prepare
         armed.on_gradient.append(arrived)
         with live:
@@ -159,15 +195,21 @@ class Simulator:
         args, kwargs = as_arguments(self._batch)
         with stand_ins:
             output = self._twin(*args, **kwargs)
-        if not labels and (count := label_count(output)):
-            labels.append(torch.empty(math.ceil(count * self._whole_over_part), dtype=torch.int64, device="meta"))
-        loss = surrogate_loss(output)
+        loss = self._loss_of(output, stand_ins, labels)
         del output
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
             with stand_ins:
                 _backward(loss)
         return kept
+
+    def _loss_of(self, output: Any, stand_ins: StandIns, labels: list[Tensor]) -> Tensor | None:
+        if self._loss is not None:
+            with stand_ins, stand_ins.cut(self._loss.samples, batch_size(self._batch)):
+                return self._loss.of(output)
+        if not labels and (count := label_count(output)):
+            labels.append(torch.empty(math.ceil(count * self._whole_over_part), dtype=torch.int64, device="meta"))
+        return surrogate_loss(output)
 
 
 def _form(parameter: Tensor) -> Form:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import Token
 from typing import Any
 
@@ -17,9 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trady.batching import in_place
 from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.labels import asking_for_ourselves, standing_for
+from trady.memory.live import LiveBytes
 from trady.recognize import answer_about_device, is_metadata
 from trady.rewording import reworded
 from trady.trace import tensors_among
+
+#: Losses whose mean or sum PyTorch's CPU kernels leave in memory as large as their input.
+_AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])
 
 
 class StandIns(TorchFunctionMode):
@@ -30,14 +36,16 @@ class StandIns(TorchFunctionMode):
 
     Args:
         device: The real device.
-        on_replaced: Told of a tensor with values that another one stands for from now on.
+        live: Counts the tensors of the pass, each once: with values or without.
 
     """
 
-    def __init__(self, device: torch.device, on_replaced: Callable[[Tensor], object] | None = None) -> None:
+    def __init__(self, device: torch.device, live: LiveBytes | None = None) -> None:
         super().__init__()
-        self._device, self._on_replaced = device, on_replaced
+        self._device, self._live = device, live
         self._before: list[Token[str]] = []
+        self._twins: dict[int, weakref.ref[Tensor]] = {}
+        self._cut: tuple[int, int] | None = None
         self._written = WeakIdKeyDictionary()
 
     def __enter__(self) -> StandIns:
@@ -65,12 +73,18 @@ class StandIns(TorchFunctionMode):
             return _attention(self._device, *args, **kwargs)
         if func in WITHOUT_MEMORY and args[0].is_meta:
             func = WITHOUT_MEMORY[func]
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in _AS_LARGE_AS_THEIR_INPUT and self._device.type == "cpu" and out.is_meta and not out.dim():
+            out.trady_keeps = torch.empty_like(args[0])
+        return out
 
     def prepare(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Take the values from all arguments if some of them have none."""
+        """Take the values from all arguments if some of them have none.
+
+        What is written to has none from now on; ids and masks keep theirs, since models look at them.
+        """
         if self._written:
             args, kwargs = tree_map(self._now, (args, kwargs))
         meta = [t.is_meta for t in tensors_among((*args, *kwargs.values()))]
@@ -78,14 +92,41 @@ class StandIns(TorchFunctionMode):
         if not any(meta) or (all(meta) and not on_device):
             return args, kwargs
         target = args[0] if in_place(func) and args and isinstance(args[0], Tensor) else None
-        if target is not None and not target.is_meta and target.is_floating_point():  # models look at ids and masks
+        if target is not None and not target.is_meta and (target.is_floating_point() or target.is_complex()):
             whole = target if target._base is None else target._base
-            if self._on_replaced is not None:
-                self._on_replaced(whole)
-            self._written[whole] = _without_values(whole)
+            if self._live is not None:
+                self._live.drop(whole)
+            self._written[whole] = _bare(whole)
             args = (self._now(target), *args[1:])
-        args, kwargs = tree_map(_without_values, (args, kwargs))
+        args, kwargs = tree_map(self._without_values, (args, kwargs))
         return args, kwargs
+
+    @contextmanager
+    def cut(self, samples: int, part: int) -> Iterator[None]:
+        """Context in which tensors of so many samples are cut to a part of them."""
+        self._cut = (samples, part)
+        try:
+            yield
+        finally:
+            self._cut = None
+
+    def _without_values(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        if self._live is None:
+            return _bare(value)
+        known = self._twins.get(id(value))
+        twin = None if known is None else known()
+        if twin is None or twin.trady_stands_for is not value:  # type: ignore[attr-defined]
+            with self._live.unseen():
+                twin = _bare(value if self._cut is None else _part(value, *self._cut))
+            self._live.register(value)
+            self._live.leave_out(twin)
+            twin.trady_stands_for = value  # type: ignore[attr-defined]  # whoever keeps the one keeps the other
+            self._twins[id(value)] = weakref.ref(twin)
+        return twin
 
     def _now(self, value: Any) -> Any:
         """What stands for a tensor into which something without values has been written."""
@@ -98,12 +139,12 @@ class StandIns(TorchFunctionMode):
         return value if stands is None else stands.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def _without_values(value: Any) -> Any:
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    if not isinstance(value, Tensor) or value.is_meta:
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+def _bare(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _part(tensor: Tensor, samples: int, part: int) -> Tensor:
+    return tensor[:part] if tensor.dim() and tensor.shape[0] == samples else tensor
 
 
 def _attention(

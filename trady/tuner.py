@@ -71,6 +71,7 @@ def prepare(
     recompute: str = "auto",
     fidelity: str = "exact",
     micro_batch: int | str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -99,6 +100,9 @@ def prepare(
         micro_batch: Samples of the batch that a forward and backward pass takes at a time (your loop cuts the
             batch and adds the gradients up; :func:`trady.finetune` does it by itself); ``"auto"`` is the largest
             part that the budget is possible with: ``tuner.plan.micro_batch``.
+        loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
+            F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
+            loss where it gives one, or a cross entropy of its scores, is expected.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -111,7 +115,7 @@ def prepare(
         StateError: The model is prepared already.
 
     """
-    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch)
+    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
     return Tuner(*request.decide(model, example), example=example)
 
 
@@ -128,12 +132,13 @@ def plan(
     recompute: str = "auto",
     fidelity: str = "exact",
     micro_batch: int | str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
-    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch)
+    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
     _, examined, drawing = request.decide(model, example)
     return drawing.plan(examined.head, examined.head_parameters)
 

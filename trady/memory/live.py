@@ -90,6 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self._interval_peak = 0
         self._event = 0
         self._references: dict[int, _Reference] = {}
+        self._left_out: dict[int, _Reference] = {}
         self._blind = 0
         # A sum of gradients that plain autograd would have written into this storage: decided
         # by whether that storage is the next to die.
@@ -174,6 +175,13 @@ class LiveBytes(TorchDispatchMode):
             if reference is not None:
                 self._ended(reference.storage)
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Do not count a tensor: it stands for one that is counted."""
+        for untyped in _storages(tensor):
+            reference = _Reference(untyped, self._left)
+            reference.key, reference.storage = untyped._cdata, Storage(untyped.nbytes(), untyped.device.type, 0)
+            self._left_out[reference.key] = reference
+
     def forget(self) -> None:
         """Stop following; figures and log stay as they are."""
         self._settle(None)
@@ -248,6 +256,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _follow(self, untyped: torch.UntypedStorage, *, observe: bool = True) -> Storage:
         key = untyped._cdata
+        if key in self._left_out:
+            return self._left_out[key].storage
         reference = self._references.get(key)
         if reference is None:
             reference = _Reference(untyped, self._died)
@@ -277,6 +287,10 @@ class LiveBytes(TorchDispatchMode):
         if self._references.get(reference.key) is reference:
             del self._references[reference.key]
             self._ended(reference.storage)
+
+    def _left(self, reference: _Reference) -> None:
+        if self._left_out.get(reference.key) is reference:
+            del self._left_out[reference.key]
 
     def _ended(self, storage: Storage) -> None:
         self._settle(storage)

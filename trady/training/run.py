@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +182,7 @@ def finetune(
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, memory),
+            trainer=_trainer(model, loader, accelerator, request, memory, loss),
             batches=batches,
             evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
             observed=measured_on(loader, observed_batches, seed, accelerator.device),
@@ -215,12 +216,19 @@ def _name(policy: str | Policy) -> str:
 
 
 def _trainer(
-    model: nn.Module, loader: Batches, accelerator: Accelerator, request: Request, memory: OptimizerMemory
+    model: nn.Module,
+    loader: Batches,
+    accelerator: Accelerator,
+    request: Request,
+    memory: OptimizerMemory,
+    loss: Loss | None,
 ) -> Trainer:
     if _name(request.policy) == FULL:
         asked = request.micro_batch  # without a budget, nothing asks for parts
         return FullTrainer(model, asked if isinstance(asked, int) else None)
-    example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
+    example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
+    if loss is not None:
+        request = replace(request, loss=lambda output: loss(output, labels))
     return TunerTrainer(Tuner(*request.decide(model, example, optimizer=memory), example=example))
 
 

@@ -1,0 +1,151 @@
+"""Peak budgets where the loss is not a cross entropy of scores: maps, images, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import trady
+from tests.models import normal, seeded
+
+
+class Maps(nn.Module):
+    """Images to images of many channels: what the loss takes is most of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 1)
+        self.norm, self.middle = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.out(x + self.middle(F.silu(self.norm(x))))
+
+
+TARGET = normal(8, 24, 16, 16, seed=1).sigmoid()
+
+
+def _dice(output: Tensor) -> Tensor:
+    shares = output.softmax(1)
+    return 1 - (2 * (shares * TARGET).sum((2, 3)) / (shares.square() + TARGET.square()).sum((2, 3))).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean squared error": lambda output: F.mse_loss(output, TARGET),
+    "absolute": lambda output: F.l1_loss(output, TARGET),
+    "smooth": lambda output: F.smooth_l1_loss(output, TARGET),
+    "binary cross entropy": lambda output: F.binary_cross_entropy(output.sigmoid(), TARGET),
+    "dice": _dice,
+}
+
+
+def _measured(
+    model: nn.Module, batch: Any, loss: Callable[[Tensor], Tensor], told: Callable[[Tensor], Tensor] | None
+) -> tuple[int, int, int]:
+    """Budget, measured and predicted peak of a step in 1.05 times the least budget."""
+    with pytest.raises(trady.BudgetError) as refusal:
+        trady.prepare(model, batch, budget="peak:1 B", policy="dynamic-random", loss=told)
+    limit = int(1.05 * refusal.value.least_amount)
+    tuner = trady.prepare(model, batch, budget=f"peak:{limit} B", policy="dynamic-random", loss=told)
+
+    def step() -> None:
+        loss(model(**batch) if isinstance(batch, dict) else model(batch)).backward()
+        for _, parameter in tuner.named_parameters():
+            parameter.grad = None
+
+    step()
+    measured = tuner.ledger(step, inference=False).peak_bytes
+    assert tuner.plan.predicted_peak_bytes is not None
+    found = (limit, measured, tuner.plan.predicted_peak_bytes)
+    tuner.finish()
+    return found
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["default", "channels_last"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_prepare_is_told_of_is_in_the_budget(name: str, layout: torch.memory_format) -> None:
+    model, x = seeded(Maps).to(memory_format=layout), normal(8, 3, 16, 16).to(memory_format=layout)
+    limit, measured, predicted = _measured(model, x, LOSSES[name], LOSSES[name])
+    assert measured <= limit
+    assert abs(predicted / measured - 1) < 0.01
+
+
+def test_a_loss_that_nobody_told_of_may_leave_the_budget() -> None:
+    """What ``loss=`` is for: this loss takes more than the cross entropy that is expected."""
+    limit, measured, _ = _measured(seeded(Maps), normal(8, 3, 16, 16), _dice, None)
+    assert measured > limit
+
+
+def test_labels_are_cut_with_the_batch() -> None:
+    model, x = seeded(Maps), normal(8, 3, 16, 16)
+    options: dict[str, Any] = {"policy": "dynamic-random", "micro_batch": 2, "loss": LOSSES["absolute"]}
+    with pytest.raises(trady.BudgetError) as refusal:
+        trady.prepare(model, x, budget="peak:1 B", **options)
+    tuner = trady.prepare(model, x, budget=f"peak:{int(1.05 * refusal.value.least_amount)} B", **options)
+
+    def step() -> None:
+        for part, target in zip(x.split(2), TARGET.split(2), strict=True):
+            (F.l1_loss(model(part), target) / 4).backward()
+        for _, parameter in tuner.named_parameters():
+            parameter.grad = None
+
+    step()
+    measured = tuner.ledger(step, inference=False).peak_bytes
+    assert tuner.plan.predicted_peak_bytes is not None
+    assert -0.01 < tuner.plan.predicted_peak_bytes / measured - 1 < 0.03
+    tuner.finish()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda output: F.mse_loss(output, TARGET, reduction="none"), r"tensor of shape \(8, 24, 16, 16\).*a scalar"),
+        (lambda output, target: output.mean(), "takes the output alone"),
+        (lambda output: F.mse_loss(output, TARGET[:, :3]), "cannot be computed from the model's output"),
+        (lambda output: output.mean() if float(output.mean()) > 0 else output.sum(), "must not branch on values"),
+        (lambda output: 1.0, "gives float"),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_refused(loss: Any, says: str) -> None:
+    with pytest.raises(trady.ModelError, match=says):
+        trady.prepare(seeded(Maps), normal(8, 3, 16, 16), budget="100 MiB", loss=loss)
+
+
+def test_finetune_plans_with_its_loss() -> None:
+    data = list(zip(normal(16, 3, 16, 16), normal(16, 24, 16, 16, seed=1).sigmoid(), strict=True))
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 8, "out": None, "progress": False}
+
+    def least(**loss: Any) -> int:
+        with pytest.raises(trady.BudgetError) as refusal:
+            trady.finetune(seeded(Maps), data, data, budget="peak:1 B", **options, **loss)
+        return refusal.value.least_amount
+
+    assert least(loss=lambda output, labels: (output.softmax(1) * labels).exp().mean()) > least()
+
+
+class Graph(nn.Module):
+    """Messages along edges: indices are kept many times over, in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        for layer in self.layers:
+            messages = layer(x).index_select(0, edges[0])
+            x = torch.tanh(torch.zeros_like(x).scatter_add(0, edges[1][:, None].expand_as(messages), messages)) + x
+        return self.head(x)
+
+
+def test_an_index_that_is_read_often_counts_once() -> None:
+    edges = torch.randint(0, 10, (2, 200), generator=torch.Generator().manual_seed(0))
+    limit, measured, predicted = _measured(
+        seeded(Graph), {"x": normal(10, 6), "edges": edges}, lambda output: F.log_softmax(output, -1).mean(), None
+    )
+    assert measured <= limit
+    assert abs(predicted / measured - 1) < 0.01
