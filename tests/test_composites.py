@@ -126,6 +126,39 @@ def test_a_budget_holds_for_attention_of_pytorch() -> None:
     tuner.finish()
 
 
+class ByKeyword(nn.Module):
+    """Attention that is called with keywords alone, as diffusers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.into(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(query=query, key=key, value=value)
+        return self.head(torch.tanh(self.out(input=y.transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto"])
+def test_attention_may_be_called_by_keyword(recompute: str) -> None:
+    model, x = seeded(ByKeyword).double(), normal(4, 32, 8, dtype=torch.float64)
+
+    def loss(model: nn.Module) -> Tensor:
+        return torch.log_softmax(model(x), -1).mean()
+
+    tuner = trady.prepare(model, x, budget="peak:1 MB", policy="full", recompute=recompute)
+    expected = dense_gradients(model, tuner, loss)
+    loss(model).backward()
+    for parameter, gradient in gradients(tuner).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-9, atol=1e-11)
+    model.zero_grad()
+    for _, compact in tuner.named_parameters():
+        compact.grad = None
+    measured = tuner.ledger(lambda: loss(model).backward(), inference=False).peak_bytes
+    assert abs(tuner.plan.predicted_peak_bytes / measured - 1) < 0.01
+    tuner.finish()
+
+
 # -- products with a weight --------------------------------------------------------------------------------------------
 
 

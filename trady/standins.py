@@ -69,13 +69,14 @@ class StandIns(TorchFunctionMode):
                 return COMPOSITES[func](*args, **kwargs)
         func, args, kwargs = reworded(func, args, kwargs)
         args, kwargs = self.prepare(func, args, kwargs)
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
+        bare = any(t.is_meta for t in tensors_among((*args, *kwargs.values())))
+        if func is F.scaled_dot_product_attention and bare:
             return _attention(self._device, *args, **kwargs)
-        if func in WITHOUT_MEMORY and args[0].is_meta:
+        if func in WITHOUT_MEMORY and bare:
             func = WITHOUT_MEMORY[func]
         out = func(*args, **kwargs)
-        if func in _AS_LARGE_AS_THEIR_INPUT and self._device.type == "cpu" and out.is_meta and not out.dim():
-            out.trady_keeps = torch.empty_like(args[0])
+        if func in _AS_LARGE_AS_THEIR_INPUT and self._device.type == "cpu" and bare and not out.dim():
+            out.trady_keeps = torch.empty_like(args[0] if args else kwargs["input"])
         return out
 
     def prepare(
