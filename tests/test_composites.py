@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -354,29 +353,3 @@ def test_a_budget_holds_for_a_mixture_of_experts() -> None:
     assert found <= budget
     assert abs(tuner.plan.predicted_peak_bytes / found - 1) < 0.03
     tuner.finish()
-
-
-# -- recurrent layers --------------------------------------------------------------------------------------------------
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer between an embedding and a linear layer."""
-
-    def __init__(self, cell: type[nn.Module]) -> None:
-        super().__init__()
-        self.embed, self.cell = nn.Embedding(20, 8), cell(8, 16, batch_first=True)
-        self.middle, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(torch.relu(self.middle(self.cell(self.embed(ids))[0].mean(1))))
-
-
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_peak_budget_with_recurrent_layers_on_the_cpu_warns(cell: type[nn.Module]) -> None:
-    ids = torch.arange(18).view(2, 9)
-    with pytest.warns(trady.TradyWarning, match="no plan counts"):
-        trady.prepare(Recurrent(cell), ids, budget="1 MiB").finish()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trady.prepare(Recurrent(cell), ids, budget="update:1 MiB").finish()
-        trady.prepare(Encoder(), normal(7, 4, 6), budget="1 MiB").finish()

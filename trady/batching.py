@@ -21,6 +21,7 @@ from trady.recognize import (
     MaxPoolCall,
     NormCall,
     PadCall,
+    RecurrentCall,
     WeightCall,
 )
 from trady.trace import Trace, TracedCall
@@ -227,6 +228,19 @@ def _by_weight(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]
     return x.dim == 0 if call.weight_map.kind.startswith("conv") else x.dim < len(entry.shapes[position]) - 1
 
 
+def _by_steps(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
+    """Sequences one by one: packed ones are mixed, and steps depend on each other."""
+    call = entry.call
+    assert isinstance(call, RecurrentCall)
+    gates, *others = found.tensors
+    states, weights = others[: len(found.made) - 1], others[len(found.made) - 1 :]
+    if gates is None or call.steps.sizes or any(weights):
+        return False
+    of_batch = Along(1 if call.steps.time == 0 else 0, gates.per_sample)
+    of_state = Along(0, gates.per_sample)
+    return gates == found.made[0] == of_batch and all(s == of_state for s in (*states, *found.made[1:]))
+
+
 def _first(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
     return found.tensors[0] is not None and found.tensors[0].dim == 0 and _kept(entry, found, made)
 
@@ -309,6 +323,7 @@ def _rule(name: str) -> Rule | None:
 
 _RECOGNISED: dict[type, Rule] = {
     WeightCall: _by_weight,
+    RecurrentCall: _by_steps,
     NormCall: _first,
     ActivationCall: _aligned,
     PadCall: _first,

@@ -3,7 +3,8 @@
 Some are read call by call, though PyTorch hands them over as one:
 ``torch.nn.functional.multi_head_attention_forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) asks whether
 a function mode wants to handle it as a whole. Its linear layers and its attention are what matters here: the same code
-runs without that question. Others PyTorch cannot run on tensors without memory.
+runs without that question. Recurrent layers are kernels that show no linear layer: they are written anew
+(:mod:`trady.recurrent`). Others PyTorch cannot run on tensors without memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from trady.labels import device_type
 from trady.ops.layout import memory_format
+from trady.recurrent import RECURRENT
 
 
 def _without_asking(function: Any) -> Callable[..., Any]:
@@ -29,7 +31,8 @@ def _without_asking(function: Any) -> Callable[..., Any]:
 
 #: By function, the same function whose calls are seen one by one; a mode runs it inside of itself.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward)
+    F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward),
+    **RECURRENT,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trady.ops.bits import Clamp
 from trady.ops.quantized import is_quantized
-from trady.recognize import ActivationCall, MaxPoolCall, NormCall, PadCall, WeightCall
+from trady.recognize import ActivationCall, MaxPoolCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.trace import Trace, TracedCall
 
 #: Functions whose backward does not read their output and whose output is memory of its own.
@@ -60,7 +60,7 @@ class WithLayer:
 
 @dataclass(frozen=True)
 class InPlace:
-    """An activation or normalisation that may overwrite its input; ``clamp`` comes with a normalisation."""
+    """A call that may overwrite its first input; ``clamp`` comes with a normalisation."""
 
     overwrite: bool
     clamp: Clamp | None = None
@@ -129,7 +129,9 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
         elif fuse and (entry.scope == "" or entry.scope in spans):
             if index in actions or any(id(p) in plain for p in entry.parameters):
                 continue
-            if isinstance(entry.call, WeightCall):
+            if isinstance(entry.call, RecurrentCall):
+                actions[index] = InPlace(_owns_gates(trace, index))
+            elif isinstance(entry.call, WeightCall):
                 _fuse_layer(trace, index, plain, actions, saved_shapes)
             elif isinstance(entry.call, NormCall):
                 _fuse_norm(trace, index, actions)
@@ -271,14 +273,25 @@ def _fuse_norm(trace: Trace, index: int, actions: dict[int, Action]) -> None:
     actions[index] = InPlace(_may_overwrite(trace, trace.calls[index]), clamp)
 
 
+def _owns_gates(trace: Trace, index: int) -> bool:
+    """Whether a recurrent layer alone reads its gates, which a linear layer has just made in memory of their own."""
+    value = trace.values[trace.calls[index].reads[0]]
+    producer = trace.calls[value.producer]
+    linear = isinstance(producer.call, WeightCall) and not is_quantized(producer.call.weight)
+    together = value.producer == index - 1 and producer.scope == trace.calls[index].scope
+    return linear and together and value.readers == [index] and not value.kept
+
+
 def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:
     if not entry.reads:
         return False
     value = trace.values[entry.reads[0]]
     producer = trace.calls[value.producer]
     recognised = isinstance(producer.call, (WeightCall, NormCall, PadCall, MaxPoolCall))
+    if isinstance(producer.call, RecurrentCall):
+        recognised = False  # its own backward reads what it returned
     if isinstance(producer.call, WeightCall) and is_quantized(producer.call.weight):
-        recognised = False  # its own backward may read what it returned
+        recognised = False  # and so may this one's
     safe = recognised or producer.function in _OUTPUT_NOT_SAVED
     reader = _only_reader(trace, entry.reads[0])
     near = producer.container == entry.container and producer.scope == entry.scope

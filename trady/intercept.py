@@ -34,6 +34,7 @@ from trady.ops.layout import is_dense
 from trady.ops.maps import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
+from trady.ops.recurrent import RecurrentOptions, recurrent
 from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program
@@ -45,6 +46,7 @@ from trady.recognize import (
     LossCall,
     MaxPoolCall,
     NormCall,
+    RecurrentCall,
     SmoothCall,
     WeightCall,
     answer_about_device,
@@ -465,6 +467,20 @@ class Interceptor(TorchFunctionMode):
             self.on_layer(armed.name)
         return out if x.dim() == call.x.dim() else out.squeeze(0)
 
+    def _steps(self, call: RecurrentCall, action: Action | None) -> tuple[Tensor, ...] | None:
+        if not isinstance(call.weight, nn.Parameter) or id(call.weight) in self._plain:
+            return None
+        if _trains(call.weight, call.bias, call.projection):
+            raise ModelError(_MADE_TRAINABLE)
+        armed = self._layers.get(id(call.weight))
+        selected, leaf = (None, None) if armed is None else (armed.selected, armed.leaf)
+        options = RecurrentOptions(call.steps, selected, isinstance(action, InPlace) and action.overwrite)
+        with _label(call.steps.cell):
+            out = recurrent(call.x, call.states, leaf, options, call.weight, call.bias, call.projection)
+        if self.on_layer is not None and armed is not None:
+            self.on_layer(armed.name)
+        return out
+
     def _activation(self, call: ActivationCall, action: Action | None) -> Tensor | None:
         planned = isinstance(action, InPlace) and action.overwrite
         if not call.x.is_floating_point():
@@ -515,8 +531,9 @@ class Interceptor(TorchFunctionMode):
             return call.lean("mean" if call.mean else "sum")
 
 
-_HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | None]] = {
+_HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | tuple[Tensor, ...] | None]] = {
     WeightCall: Interceptor._layer,
+    RecurrentCall: Interceptor._steps,
     NormCall: Interceptor._norm,
     ActivationCall: Interceptor._activation,
     MaxPoolCall: Interceptor._max_pool,

@@ -7,8 +7,8 @@ the model runs) read calls through :func:`recognize`, so they cannot disagree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,9 @@ from trady.ops.bits import Clamp
 from trady.ops.loss import pays, row_losses
 from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
+from trady.ops.recurrent import recurrence
 from trady.ops.smooth import Smooth
+from trady.ops.steps import Steps
 from trady.quantized import QuantizedLinear, linear
 from trady.rewording import PRODUCTS
 
@@ -46,6 +48,24 @@ class WeightCall:
     def output_channels(self) -> int:
         """Number of output channels."""
         return self.weight_shape[1 if self.weight_map.kind == "addmm" else 0]
+
+
+@dataclass(frozen=True)
+class RecurrentCall(WeightCall):
+    """The steps of a recurrent layer: ``weight`` is applied to the hidden state in front of each of them.
+
+    ``x`` are the gates, with the products of the inputs in them; see :func:`trady.ops.recurrent.recurrence`.
+    """
+
+    states: Sequence[Tensor] = ()
+    projection: Tensor | None = None
+    steps: Steps = field(default_factory=lambda: Steps(""))
+
+    @property
+    def product_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what the weight is applied to, and of what comes of it, all steps together."""
+        shape = tuple(self.x.shape)
+        return (*shape[:-1], self.weight.shape[1]), shape
 
 
 @dataclass(frozen=True)
@@ -164,6 +184,7 @@ class LossCall:
 
 Call = (
     WeightCall
+    | RecurrentCall
     | NormCall
     | ActivationCall
     | PadCall
@@ -258,6 +279,17 @@ def _convolution(
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> WeightCall | None:
     return WeightCall(input, weight, bias, Linear()) if weight.dim() == 2 else None
+
+
+def _recurrence(
+    gates: Tensor,
+    states: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    steps: Steps,
+) -> RecurrentCall:
+    return RecurrentCall(gates, weight, bias, Linear(), None, states, projection, steps)
 
 
 def _quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> WeightCall:
@@ -453,6 +485,7 @@ _READERS: dict[Any, Callable[..., Any]] = {
     torch.conv3d: partial(_convolution, 3),
     F.linear: _linear,
     linear: _quantized_linear,
+    recurrence: _recurrence,
     torch.addmm: _addmm,
     **dict.fromkeys(PRODUCTS, _product),
     F.batch_norm: _batch_norm,

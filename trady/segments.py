@@ -24,6 +24,7 @@ from trady.recognize import (
     MaxPoolCall,
     NormCall,
     PadCall,
+    RecurrentCall,
     WeightCall,
 )
 from trady.trace import Trace, TracedCall, Value
@@ -45,7 +46,7 @@ _LEAN = (WeightCall, ActivationCall, NormCall, PadCall, MaxPoolCall, AveragePool
 
 #: What a function's backward reads, where it is not the inputs.
 _KEEP_RESULT = {"tanh", "sigmoid", "exp", "softmax", "log_softmax", "sqrt", "rsqrt", "reciprocal"}
-_KEEP_BOTH = {"scaled_dot_product_attention"}
+_KEEP_BOTH = {"scaled_dot_product_attention", "recurrence"}
 _PRODUCTS = {"mul", "div", "truediv", "matmul", "bmm"}
 
 
@@ -289,7 +290,8 @@ def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element
     kept: set[int] = set()
     for entry in trace.calls[start:end]:
         name = name_of(entry.function)
-        if isinstance(entry.call, _LEAN) or name in BACKWARD_READS_NOTHING:
+        lean = isinstance(entry.call, _LEAN) and not isinstance(entry.call, RecurrentCall)
+        if lean or name in BACKWARD_READS_NOTHING:
             continue
         if name in _PRODUCTS:  # each factor for the gradient of the other
             carried = [v for v in entry.reads if crossing.carries[v]]

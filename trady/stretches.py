@@ -15,7 +15,7 @@ from trady.fusion import Action, InPlace, Step, WithLayer
 from trady.ops.maps import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
 from trady.program import Entry, Program, Slot
-from trady.recognize import LossCall, WeightCall, draws_numbers, recognize
+from trady.recognize import LossCall, RecurrentCall, WeightCall, draws_numbers, recognize
 from trady.segments import Segment
 
 #: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
@@ -161,6 +161,7 @@ def _without_values(
         call = weights.get(index)
         value_needed = any(slot in needed for slot in entry.made)
         linear = call is not None and isinstance(call.weight_map, Linear) and not _computes_more(actions[index])
+        linear = linear and not isinstance(call, RecurrentCall)
         if linear and call is not None and not call.weight.requires_grad:
             if not value_needed:
                 found.add(index)

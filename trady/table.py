@@ -16,7 +16,7 @@ from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
 from trady.quantized import QuantizedLinear
-from trady.recognize import WeightCall
+from trady.recognize import RecurrentCall, WeightCall
 from trady.trace import Trace, TracedCall
 
 
@@ -52,7 +52,7 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
     if not weights:
         return ()
     last = _parameter_of(weights[-1])
-    if last is None or is_quantized(last):
+    if last is None or is_quantized(last) or isinstance(weights[-1].call, RecurrentCall):
         return ()
     if _scores_tokens(weights[-1], last, trace):
         return ()

@@ -23,7 +23,7 @@ from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
 from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.errors import ModelError
 from trady.quantized import routed
-from trady.recognize import Call, NormCall, answer_about_device, is_metadata, recognize
+from trady.recognize import Call, NormCall, RecurrentCall, answer_about_device, is_metadata, recognize
 from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 
 #: Whether a trace is running: a model that trains already is traced as its author wrote it.
@@ -347,6 +347,8 @@ class _Recorder(TorchFunctionMode):
         made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         entry.makes = tuple(self._register(t, index, tensors) for t in made)
         entry.output_shape = tuple(made[0].shape) if made else ()
+        if isinstance(call, RecurrentCall):
+            entry.input_shape, entry.output_shape = call.product_shapes
         return out
 
     def _run_on_meta(self, func: Any, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -388,7 +390,7 @@ def _version(tensor: Tensor) -> int:
 def _without_input(call: Call) -> Call:
     """Drop the activations: the trace must not keep alive what the model lets go."""
     assert is_dataclass(call)
-    return replace(call, **{f.name: None for f in fields(call) if f.name in ("x", "target")})  # type: ignore[arg-type]
+    return replace(call, **{f.name: None for f in fields(call) if f.name in ("x", "target", "states")})  # type: ignore[arg-type]
 
 
 def batch_counters(model: nn.Module) -> dict[int, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trady.armed import Armed, refuse_prepared
 from trady.batch_check import BatchCheck
-from trady.budget import Budget, Scope
+from trady.budget import Budget
 from trady.channels import Selection
 from trady.clipping import clip_channels_
 from trady.compiled import UNCOMPILED, author_module, author_name, is_compiled
@@ -44,17 +44,6 @@ _NO_HEAD = (
     "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
     "another or stored quantised, or head= is empty; name modules as head=..., or take another policy"
 )
-
-
-_RECURRENT = (
-    "recurrent layers (nn.LSTM, nn.GRU, nn.RNN) take memory on the CPU that no plan counts, such as oneDNN's "
-    "workspace: a step may exceed the budget by it. tuner.ledger(step) shows what a step takes: ask for so much less"
-)
-
-
-def _has_recurrent_layers(model: nn.Module) -> bool:
-    found = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    return any(parameter.device.type == "cpu" for module in found for parameter in module.parameters())
 
 
 def prepare(
@@ -155,8 +144,6 @@ class Tuner:
         refuse_prepared(model)
         if is_compiled(model):
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
-        if drawing.budget is not None and drawing.budget.scope is Scope.PEAK and _has_recurrent_layers(model):
-            warnings.warn(_RECURRENT, TradyWarning, stacklevel=3)
         # In front of the hooks of the interception.
         self._batch_check = BatchCheck(author_module(model), example) if bounded else None
         self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
