@@ -187,15 +187,17 @@ def test_dropout_between_layers_is_that_of_the_mode() -> None:
     tuner.finish()
 
 
+@pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
-def test_autocast_computes_the_steps_in_bfloat16(cell: Any) -> None:
+def test_autocast_computes_the_steps_in_bfloat16(cell: Any, recompute: str) -> None:
     model, x = seeded(lambda: Reader(cell, batch_first=True, hidden=16)), normal(4, 9, 4)
-    tuner = trady.prepare(model, x, policy="full")
+    tuner = trady.prepare(model, x, policy="full", recompute=recompute)
     expected = dense_gradients(model, tuner, loss_on((x,)))
     with torch.autocast("cpu", torch.bfloat16):
         outs = model(x)
         loss = sum(out.float().square().sum() for out in outs)
-    assert all(out.dtype == torch.bfloat16 for out in outs)
+    if recompute == "none":  # what a stretch hands to somebody who holds it has its own type
+        assert all(out.dtype == torch.bfloat16 for out in outs)
     loss.backward()
     for name, gradient in gradients(tuner).items():
         assert gradient.dtype == torch.float32
