@@ -119,13 +119,19 @@ def test_recurrent_layers_train_by_channel(name: str, train: bool, recompute: st
     tuner.finish()
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU, both directions, two layers, no bias", "LSTM cell"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("LSTM", "none"),
+        ("LSTM", "all"),
+        ("GRU, both directions, two layers, no bias", "none"),
+        ("GRU, both directions, two layers, no bias", "all"),
+        ("LSTM cell", "none"),
+    ],
+)
 def test_sequences_of_other_lengths_than_the_example(name: str, recompute: str) -> None:
     build, inputs = CASES[name]
     model = seeded(build).double()
-    if recompute == "all" and name == "LSTM cell":
-        pytest.skip("the model's own loop takes another path: recompute='none'")
     tuner = trady.prepare(model, inputs, policy="full", recompute=recompute)
     for samples, length in ((3, 7), (2, 11), (5, 1), (3, 7), (1, 3)):
         assert_gradients_are_the_dense_ones(model, tuner, batch(samples, length, 4))
@@ -282,3 +288,16 @@ def test_a_projection_is_frozen_with_a_reason() -> None:
     plan = trady.plan(Reader(nn.LSTM, batch_first=True, proj_size=3), normal(3, 7, 4), policy="full")
     reasons = {frozen.parameter: frozen.reason for frozen in plan.table.frozen}
     assert "recurrence" in reasons["cell.weight_hr_l0"]
+
+
+def test_neurons_of_a_recurrent_layer_are_watched() -> None:
+    """The policy that looks at what neurons compute finds those of the hidden products too."""
+    model, x = seeded(lambda: Reader(nn.GRU, batch_first=True)), normal(3, 7, 4)
+    tuner = trady.prepare(model, x, budget="elements:200", policy="velocity")
+    for epoch in range(2):
+        tuner.observe([(x, torch.zeros(3))], lambda outs, target: sum(out.square().mean() for out in outs))
+        tuner.resample(epoch)
+        loss_on((x,))(model).backward()
+    assert "cell.weight_hh_l0" in {layer.parameter for layer in tuner.plan.table}
+    assert len(tuner.selection)
+    tuner.finish()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
@@ -31,8 +32,9 @@ from trady.composites import COMPOSITES
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure
 from trady.micro_batches import part_of
+from trady.ops.recurrent import states_before
 from trady.policies.evidence import Evidence, Floats
-from trady.recognize import WeightCall, recognize
+from trady.recognize import RecurrentCall, WeightCall, recognize
 from trady.rewording import reworded, transposed, transposes_weight
 from trady.sweeps import split
 from trady.trace import as_arguments, batch_size
@@ -174,7 +176,11 @@ class _Watching(TorchFunctionMode):
         if name is not None and isinstance(call, WeightCall):
             number = self._calls[name] = self._calls.get(name, -1) + 1
             spatial = 0 if call.weight_map.channel_dim == -1 else call.weight.dim() - 2
-            maps = out.detach().movedim(-1 - spatial, 0).flatten(1) if out.dim() > 1 else out.detach().unsqueeze(1)
+            seen = out
+            if isinstance(call, RecurrentCall):  # its neurons are what the hidden states are multiplied to
+                before = states_before(out[0].detach(), call.states[0].detach().to(out[0].dtype), call.steps)
+                seen = F.linear(before, call.weight.detach().to(before.dtype))
+            maps = seen.detach().movedim(-1 - spatial, 0).flatten(1) if seen.dim() > 1 else seen.detach().unsqueeze(1)
             self._see((name, number), maps)
         return out
 

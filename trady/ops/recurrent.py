@@ -121,7 +121,7 @@ def _computed(steps: range, x: Tensor) -> range:
     return steps[:1] if x.is_meta else steps
 
 
-def _befores(out: Tensor, start: Tensor, steps: Steps, index: Tensor | None) -> Tensor:
+def states_before(out: Tensor, start: Tensor, steps: Steps, index: Tensor | None = None) -> Tensor:
     """The hidden states in front of all steps, or some of their channels: what the weight was multiplied by."""
     made = steps.views(out)
     taken = torch.empty_like(out) if index is None else out.new_empty((*out.shape[:-1], len(index)))
@@ -152,9 +152,9 @@ class _Recurrent(torch.autograd.Function):
         made, kept = _forward(gates, starts, options, weights)
         inputs, selected = None, options.selected
         if compact is not None and selected is not None:
-            inputs = label_saved(_befores(made[0], starts[0], options.steps, selected.index), "channels")
+            inputs = label_saved(states_before(made[0], starts[0], options.steps, selected.index), "channels")
         elif weight.requires_grad:
-            inputs = _befores(made[0], starts[0], options.steps, None)
+            inputs = states_before(made[0], starts[0], options.steps)
         ctx.options, ctx.states, ctx.dtype = options, len(starts), gates.dtype
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.save_for_backward(weight, bias, projection, inputs, *starts, *kept)
