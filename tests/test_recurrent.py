@@ -301,3 +301,18 @@ def test_neurons_of_a_recurrent_layer_are_watched() -> None:
     assert "cell.weight_hh_l0" in {layer.parameter for layer in tuner.plan.table}
     assert len(tuner.selection)
     tuner.finish()
+
+
+def test_gates_of_hidden_states_get_the_gradient_of_every_sample() -> None:
+    """What Fisher information is made of: the factor of a channel has the gradient ``Σ W dL/dW`` of its sample."""
+    model, (x,) = seeded(lambda: Reader(nn.LSTM, batch_first=True)).double(), batch(3, 7, 4)
+    tuner = trady.prepare(model, x, policy="full", recompute="none")
+    with tuner._armed.gated(3) as gates:
+        loss_on((x,))(model).backward()
+        found = gates["cell.weight_hh_l0"].grad
+    plain = tuner.finish().requires_grad_(True)
+    for number, sample in enumerate(x.split(1)):
+        plain.zero_grad()
+        loss_on((sample,))(plain).backward()
+        weight = plain.cell.weight_hh_l0
+        torch.testing.assert_close(found[:, number], (weight.detach() * weight.grad).sum(0), rtol=1e-9, atol=1e-11)
