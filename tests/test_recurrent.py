@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import trady
 from tests.models import normal, seeded
@@ -281,6 +281,66 @@ def test_a_model_that_ends_in_a_recurrent_layer_has_no_head() -> None:
     loss(model).backward()
     for name, gradient in gradients(tuner).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
+    tuner.finish()
+
+
+class Packed(nn.Module):
+    """Sentences of different lengths, packed by the model as PyTorch's tutorials do."""
+
+    def __init__(self, cell: type[nn.RNNBase], *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first, self.embed = batch_first, nn.Embedding(20, 6)
+        self.cell = cell(6, 8, num_layers=2, batch_first=batch_first, bidirectional=True)
+        self.middle, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x = self.embed(ids if self.batch_first else ids.t())
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=self.batch_first, enforce_sorted=False)
+        options = {"batch_first": self.batch_first, "padding_value": 0.5, "total_length": ids.shape[1]}
+        x, found = pad_packed_sequence(self.cell(packed)[0], **options)
+        x = torch.tanh(self.middle(x if self.batch_first else x.transpose(0, 1)))
+        return self.head(x.sum(1) / found[:, None])
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_sentences_that_the_model_packs(cell: type[nn.RNNBase], batch_first: bool, recompute: str) -> None:
+    """Also other lengths and fewer sentences than in the example."""
+    model = seeded(lambda: Packed(cell, batch_first=batch_first)).double()
+    ids, lengths = torch.arange(36).view(4, 9) % 20, torch.tensor([5, 9, 3, 7])
+    tuner = trady.prepare(model, (ids, lengths), policy="full", recompute=recompute)
+    assert len(tuner.plan.table) == 9
+    for inputs in ((ids, lengths), (ids[:3, :6], torch.tensor([6, 2, 4]))):
+        loss = lambda model: model(*inputs).square().sum()  # noqa: E731, B023
+        expected = dense_gradients(model, tuner, loss)
+        for parameter in tuner.parameters():
+            parameter.grad = None
+        loss(model).backward()
+        for name, gradient in gradients(tuner).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
+    with pytest.raises(RuntimeError, match=r"those of 4 sequences, longest first, of 1 to 9 steps"):
+        model(ids, torch.tensor([5, 10, 3, 7]))
+    tuner.finish()
+
+
+def test_the_peak_of_packed_sentences_is_known() -> None:
+    model = seeded(lambda: Packed(nn.LSTM, batch_first=True))
+    sentences = {"ids": torch.arange(32 * 27).view(32, 27) % 20, "lengths": torch.tensor([15, 27, 9, 21]).repeat(8)}
+    with pytest.raises(BelowLeastError) as refused:
+        trady.prepare(model, sentences, budget="peak:1 B", policy="dynamic-random")
+    limit = int(1.05 * refused.value.least_amount)
+    tuner = trady.prepare(model, sentences, budget=f"peak:{limit} B", policy="dynamic-random")
+
+    def step() -> None:
+        torch.log_softmax(model(**sentences), -1).mean().backward()
+        for _, parameter in tuner.named_parameters():
+            parameter.grad = None
+
+    step()
+    peak = tuner.ledger(step, inference=False).peak_bytes
+    assert peak <= limit
+    assert abs(tuner.plan.predicted_peak_bytes / peak - 1) < 0.01
     tuner.finish()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trady.labels import device_type
 from trady.ops.layout import memory_format
+from trady.packing import PACKING
 from trady.recurrent import RECURRENT
 
 
@@ -33,6 +34,7 @@ def _without_asking(function: Any) -> Callable[..., Any]:
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward),
     **RECURRENT,
+    **PACKING,
 }
 
 
