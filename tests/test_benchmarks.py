@@ -30,6 +30,7 @@ from benchmarks import (
     options,
     overhead,
     peers,
+    recurrent,
     sparsity,
     speed,
     text,
@@ -785,3 +786,12 @@ def test_command_is_a_process_of_its_own() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout
+
+
+def test_recurrent_layers_are_timed_beside_full_fine_tuning(tmp_path: Path, capsys) -> None:
+    target = tmp_path / "recurrent.json"
+    assert recurrent.run(["--steps", "6", "--features", "8", "--repeats", "1", "--json", str(target)]) == 0
+    layers = json.loads(target.read_text())["layers"]
+    assert list(layers) == ["lstm, 6 x 8", "gru, 6 x 8"]
+    assert all(0 < row["peak_bytes"] < row["full_peak_bytes"] and row["over_full"] > 0 for row in layers.values())
+    assert "step ÷ full" in capsys.readouterr().out
