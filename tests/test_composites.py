@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import trady
 from tests.models import normal, seeded
-from tests.test_interception import dense_gradients, gradients
+from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from trady.rewording import reworded
 
 WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
@@ -90,12 +90,7 @@ def test_attention_of_pytorch_trains_by_channel(name: str, train: bool, recomput
     assert attentions
     assert {f"{name}.out_proj" for name in attentions} <= set(tuner.plan.table.names)
     assert any(layer.parameter.endswith("in_proj_weight") for layer in tuner.plan.table)
-    expected = dense_gradients(model, tuner, loss)
-    loss(model).backward()
-    found = gradients(tuner)
-    assert found.keys() == expected.keys()
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-11)
+    assert_dense_gradients(model, tuner, loss)
     tuner.finish()
 
 
@@ -146,13 +141,9 @@ def test_attention_may_be_called_by_keyword(recompute: str) -> None:
         return torch.log_softmax(model(x), -1).mean()
 
     tuner = trady.prepare(model, x, budget="peak:1 MB", policy="full", recompute=recompute)
-    expected = dense_gradients(model, tuner, loss)
-    loss(model).backward()
-    for parameter, gradient in gradients(tuner).items():
-        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-9, atol=1e-11)
-    model.zero_grad()
-    for _, compact in tuner.named_parameters():
-        compact.grad = None
+    assert_dense_gradients(model, tuner, loss)
+    for parameter in tuner.parameters():
+        parameter.grad = None
     measured = tuner.ledger(lambda: loss(model).backward(), inference=False).peak_bytes
     assert abs(tuner.plan.predicted_peak_bytes / measured - 1) < 0.01
     tuner.finish()
@@ -208,12 +199,7 @@ def test_products_with_a_weight_are_linear_layers(recompute: str) -> None:
     ]
     assert [layer.channels for layer in tuner.plan.table] == [8, 12, 8, 8, 8, 8, 6]
     assert {f.parameter: f.reason for f in tuner.plan.table.frozen}["turned"].startswith("used by contiguous")
-    expected = dense_gradients(model, tuner, loss)
-    loss(model).backward()
-    found = gradients(tuner)
-    assert found.keys() == expected.keys()
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-11)
+    assert_dense_gradients(model, tuner, loss)
     tuner.finish()
 
 
@@ -269,10 +255,7 @@ def test_results_that_are_written_to_and_sizes_that_are_tensors(recompute: str) 
 
     tuner = trady.prepare(model, ids, policy="full", recompute=recompute)
     assert bool(tuner.plan.recomputed) == (recompute == "all")
-    expected = dense_gradients(model, tuner, loss)
-    loss(model).backward()
-    for parameter, gradient in gradients(tuner).items():
-        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-9, atol=1e-11)
+    assert_dense_gradients(model, tuner, loss)
     tuner.finish()
 
 

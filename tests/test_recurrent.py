@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import trady
 from tests.models import normal, seeded
-from tests.test_interception import dense_gradients, gradients
+from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from trady.budget import BelowLeastError
 from trady.ops.recurrent import recurrence
 from trady.ops.steps import Steps
@@ -86,18 +86,6 @@ def loss_on(inputs: Batch) -> Any:
     return lambda model: sum(out.square().sum() for out in model(*inputs))
 
 
-def assert_gradients_are_the_dense_ones(model: nn.Module, tuner: trady.Tuner, inputs: Batch) -> None:
-    loss = loss_on(inputs)
-    expected = dense_gradients(model, tuner, loss)
-    for parameter in tuner.parameters():
-        parameter.grad = None
-    loss(model).backward()
-    found = gradients(tuner)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", CASES)
@@ -115,7 +103,7 @@ def test_recurrent_layers_train_by_channel(name: str, train: bool, recompute: st
     for epoch in range(2):
         tuner.resample(epoch)
         assert any("cell.weight" in layer for layer in tuner.selection)
-        assert_gradients_are_the_dense_ones(model, tuner, inputs)
+        assert_dense_gradients(model, tuner, loss_on(inputs))
     tuner.finish()
 
 
@@ -134,7 +122,7 @@ def test_sequences_of_other_lengths_than_the_example(name: str, recompute: str) 
     model = seeded(build).double()
     tuner = trady.prepare(model, inputs, policy="full", recompute=recompute)
     for samples, length in ((3, 7), (2, 11), (5, 1), (3, 7), (1, 3)):
-        assert_gradients_are_the_dense_ones(model, tuner, batch(samples, length, 4))
+        assert_dense_gradients(model, tuner, loss_on(batch(samples, length, 4)))
     tuner.finish()
 
 
@@ -267,7 +255,7 @@ def test_a_recurrent_layer_in_the_head_trains_as_a_whole() -> None:
     model, x = seeded(lambda: Reader(nn.LSTM, batch_first=True, proj_size=3)).double(), batch(3, 7, 4)
     tuner = trady.prepare(model, x, policy="full", head=["cell", "head"])
     assert "cell.weight_hr_l0" in dict(tuner.named_parameters())
-    assert_gradients_are_the_dense_ones(model, tuner, x)
+    assert_dense_gradients(model, tuner, loss_on(x))
     tuner.finish()
 
 
@@ -277,10 +265,7 @@ def test_a_model_that_ends_in_a_recurrent_layer_has_no_head() -> None:
     assert not tuner.plan.head
     assert tuner.plan.table.names == ("weight_ih_l0", "weight_hh_l0")
     loss = lambda model: model(*x)[0].square().sum()  # noqa: E731
-    expected = dense_gradients(model, tuner, loss)
-    loss(model).backward()
-    for name, gradient in gradients(tuner).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
+    assert_dense_gradients(model, tuner, loss)
     tuner.finish()
 
 
@@ -313,12 +298,7 @@ def test_sentences_that_the_model_packs(cell: type[nn.RNNBase], batch_first: boo
     assert len(tuner.plan.table) == 9
     for inputs in ((ids, lengths), (ids[:3, :6], torch.tensor([6, 2, 4]))):
         loss = lambda model: model(*inputs).square().sum()  # noqa: E731, B023
-        expected = dense_gradients(model, tuner, loss)
-        for parameter in tuner.parameters():
-            parameter.grad = None
-        loss(model).backward()
-        for name, gradient in gradients(tuner).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
+        assert_dense_gradients(model, tuner, loss)
     with pytest.raises(RuntimeError, match=r"those of 4 sequences, longest first, of 1 to 9 steps"):
         model(ids, torch.tensor([5, 10, 3, 7]))
     tuner.finish()
