@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import trady
 from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
+from tests.tight_budget import peaks_in_a_tight_budget
 from trady.rewording import reworded
 
 WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
@@ -280,21 +281,12 @@ class Interleaved(nn.Module):
 def test_what_is_written_into_a_tensor_that_the_model_makes_is_predicted() -> None:
     model, x = seeded(Interleaved).double(), normal(4, 6, 4, dtype=torch.float64)
 
-    def step() -> None:
-        torch.log_softmax(model(x), -1).mean().backward()
-        for _, parameter in tuner.named_parameters():
-            parameter.grad = None
-
-    with pytest.raises(trady.BudgetError) as refusal:
-        trady.prepare(model, x, budget="peak:1 B", policy="dynamic-random")
     for share in (1.05, 1.3):
-        limit = int(share * refusal.value.least_amount)
-        tuner = trady.prepare(model, x, budget=f"peak:{limit} B", policy="dynamic-random")
-        step()
-        measured = tuner.ledger(step, inference=False).peak_bytes
+        limit, measured, predicted = peaks_in_a_tight_budget(
+            model, x, lambda scores: torch.log_softmax(scores, -1).mean(), share=share
+        )
         assert measured <= limit
-        assert abs(tuner.plan.predicted_peak_bytes / measured - 1) < 0.01
-        tuner.finish()
+        assert abs(predicted / measured - 1) < 0.01
 
 
 # -- mixtures of experts -----------------------------------------------------------------------------------------------

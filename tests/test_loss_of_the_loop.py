@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import normal, seeded
+from tests.tight_budget import peaks_in_a_tight_budget
 
 
 class Maps(nn.Module):
@@ -44,40 +45,18 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _measured(
-    model: nn.Module, batch: Any, loss: Callable[[Tensor], Tensor], told: Callable[[Tensor], Tensor] | None
-) -> tuple[int, int, int]:
-    """Budget, measured and predicted peak of a step in 1.05 times the least budget."""
-    with pytest.raises(trady.BudgetError) as refusal:
-        trady.prepare(model, batch, budget="peak:1 B", policy="dynamic-random", loss=told)
-    limit = int(1.05 * refusal.value.least_amount)
-    tuner = trady.prepare(model, batch, budget=f"peak:{limit} B", policy="dynamic-random", loss=told)
-
-    def step() -> None:
-        loss(model(**batch) if isinstance(batch, dict) else model(batch)).backward()
-        for _, parameter in tuner.named_parameters():
-            parameter.grad = None
-
-    step()
-    measured = tuner.ledger(step, inference=False).peak_bytes
-    assert tuner.plan.predicted_peak_bytes is not None
-    found = (limit, measured, tuner.plan.predicted_peak_bytes)
-    tuner.finish()
-    return found
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["default", "channels_last"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_that_prepare_is_told_of_is_in_the_budget(name: str, layout: torch.memory_format) -> None:
     model, x = seeded(Maps).to(memory_format=layout), normal(8, 3, 16, 16).to(memory_format=layout)
-    limit, measured, predicted = _measured(model, x, LOSSES[name], LOSSES[name])
+    limit, measured, predicted = peaks_in_a_tight_budget(model, x, LOSSES[name], LOSSES[name])
     assert measured <= limit
     assert abs(predicted / measured - 1) < 0.01
 
 
 def test_a_loss_that_nobody_told_of_may_leave_the_budget() -> None:
     """What ``loss=`` is for: this loss takes more than the cross entropy that is expected."""
-    limit, measured, _ = _measured(seeded(Maps), normal(8, 3, 16, 16), _dice, None)
+    limit, measured, _ = peaks_in_a_tight_budget(seeded(Maps), normal(8, 3, 16, 16), _dice, None)
     assert measured > limit
 
 
@@ -144,8 +123,17 @@ class Graph(nn.Module):
 
 def test_an_index_that_is_read_often_counts_once() -> None:
     edges = torch.randint(0, 10, (2, 200), generator=torch.Generator().manual_seed(0))
-    limit, measured, predicted = _measured(
+    limit, measured, predicted = peaks_in_a_tight_budget(
         seeded(Graph), {"x": normal(10, 6), "edges": edges}, lambda output: F.log_softmax(output, -1).mean(), None
     )
     assert measured <= limit
     assert abs(predicted / measured - 1) < 0.01
+
+
+def test_a_model_without_weights_is_planned_with_the_loss_like_one_with_them() -> None:
+    x, loss = normal(8, 3, 16, 16), LOSSES["mean squared error"]
+    plans = [
+        trady.plan(model, x, budget="peak:2 MiB", policy="dynamic-random", loss=loss)
+        for model in (seeded(Maps), seeded(Maps).to("meta"))
+    ]
+    assert plans[0].predicted_peak_bytes == plans[1].predicted_peak_bytes

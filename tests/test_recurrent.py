@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import trady
 from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
+from tests.tight_budget import peaks_in_a_tight_budget
 from trady.budget import BelowLeastError
 from trady.ops.recurrent import recurrence
 from trady.ops.steps import Steps
@@ -307,21 +308,11 @@ def test_sentences_that_the_model_packs(cell: type[nn.RNNBase], batch_first: boo
 def test_the_peak_of_packed_sentences_is_known() -> None:
     model = seeded(lambda: Packed(nn.LSTM, batch_first=True))
     sentences = {"ids": torch.arange(32 * 27).view(32, 27) % 20, "lengths": torch.tensor([15, 27, 9, 21]).repeat(8)}
-    with pytest.raises(BelowLeastError) as refused:
-        trady.prepare(model, sentences, budget="peak:1 B", policy="dynamic-random")
-    limit = int(1.05 * refused.value.least_amount)
-    tuner = trady.prepare(model, sentences, budget=f"peak:{limit} B", policy="dynamic-random")
-
-    def step() -> None:
-        torch.log_softmax(model(**sentences), -1).mean().backward()
-        for _, parameter in tuner.named_parameters():
-            parameter.grad = None
-
-    step()
-    peak = tuner.ledger(step, inference=False).peak_bytes
+    limit, peak, predicted = peaks_in_a_tight_budget(
+        model, sentences, lambda scores: torch.log_softmax(scores, -1).mean()
+    )
     assert peak <= limit
-    assert abs(tuner.plan.predicted_peak_bytes / peak - 1) < 0.01
-    tuner.finish()
+    assert abs(predicted / peak - 1) < 0.01
 
 
 def test_a_projection_is_frozen_with_a_reason() -> None:

@@ -118,8 +118,9 @@ class Request:
             pool = self.plan.pool if self.plan.ranking not in ("online", "none") else None
         asked = None if budget is None else parse_budget(budget)
         loss = self.loss if isinstance(self.loss, ExampleLoss) else None
-        kept = (self.fuse, self.recompute, self.fidelity)
-        return Rules(asked, get_policy(policy), self.ranking, pool, seed, *kept, loss)
+        return Rules(
+            asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity, loss
+        )
 
     def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)

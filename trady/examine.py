@@ -19,7 +19,7 @@ from trady.quantized import outlines, route
 from trady.segments import Segment, find_segments, work_of
 from trady.stored import keep_unpacked
 from trady.table import build_table, find_head, head_parameters
-from trady.trace import trace_forward, twice
+from trady.trace import trace_forward, twice, without_memory
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def meta_twin(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = outlines(model)
     for parameter in model.parameters():
         if id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = nn.Parameter(without_memory(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = _without_memory(buffer)
+        memo[id(buffer)] = without_memory(buffer)
     twin = uncompiled_copy(model, memo)
     route(twin)
     return twin
@@ -122,8 +122,4 @@ def meta_twin(model: nn.Module) -> nn.Module:
 def meta_batch(example: Any) -> Any:
     """Copy a batch without its memory; ids and masks keep their values."""
     tree = dict(example) if hasattr(example, "keys") else example
-    return tree_map(lambda t: _without_memory(t) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return tree_map(lambda t: without_memory(t) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)

@@ -19,6 +19,7 @@ from trady.batching import Along, CallSamples
 from trady.composites import WITHOUT_MEMORY
 from trady.recognize import NormCall, recognize
 from trady.rewording import shown_parameter
+from trady.trace import without_memory
 
 _META = torch.device("meta")
 
@@ -200,7 +201,7 @@ class Program:
             if twin is None and id(value) in self._slots:
                 return value
             if twin is None:
-                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+                twin = without_memory(value)
                 self._twins[id(value)] = twin
             return twin
         if isinstance(value, torch.device):

@@ -22,7 +22,7 @@ from trady.labels import asking_for_ourselves, standing_for
 from trady.memory.live import LiveBytes
 from trady.recognize import answer_about_device, is_metadata
 from trady.rewording import reworded
-from trady.trace import tensors_among
+from trady.trace import tensors_among, without_memory
 
 #: Losses whose mean or sum PyTorch's CPU kernels leave in memory as large as their input.
 _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])
@@ -75,7 +75,7 @@ class StandIns(TorchFunctionMode):
         if func in WITHOUT_MEMORY and bare:
             func = WITHOUT_MEMORY[func]
         out = func(*args, **kwargs)
-        if func in _AS_LARGE_AS_THEIR_INPUT and self._device.type == "cpu" and bare and not out.dim():
+        if func in _AS_LARGE_AS_THEIR_INPUT and standing_for.get() == "cpu" and bare and not out.dim():
             out.trady_keeps = torch.empty_like(args[0] if args else kwargs["input"])
         return out
 
@@ -97,7 +97,7 @@ class StandIns(TorchFunctionMode):
             whole = target if target._base is None else target._base
             if self._live is not None:
                 self._live.drop(whole)
-            self._written[whole] = _bare(whole)
+            self._written[whole] = without_memory(whole)
             args = (self._now(target), *args[1:])
         args, kwargs = tree_map(self._without_values, (args, kwargs))
         return args, kwargs
@@ -117,12 +117,12 @@ class StandIns(TorchFunctionMode):
         if not isinstance(value, Tensor) or value.is_meta:
             return value
         if self._live is None:
-            return _bare(value)
+            return without_memory(value)
         known = self._twins.get(id(value))
         twin = None if known is None else known()
         if twin is None or twin.trady_stands_for is not value:  # type: ignore[attr-defined]
             with self._live.unseen():
-                twin = _bare(value if self._cut is None else _part(value, *self._cut))
+                twin = without_memory(value if self._cut is None else _part(value, *self._cut))
             self._live.register(value)
             self._live.leave_out(twin)
             twin.trady_stands_for = value  # type: ignore[attr-defined]  # whoever keeps the one keeps the other
@@ -138,10 +138,6 @@ class StandIns(TorchFunctionMode):
             return self._written.get(value, value)
         stands = self._written.get(whole)
         return value if stands is None else stands.as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def _bare(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _part(tensor: Tensor, samples: int, part: int) -> Tensor:

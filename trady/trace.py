@@ -241,6 +241,11 @@ def _bare(tensor: Tensor) -> Tensor:
     """A tensor without memory; ids and masks stay what they are, since models look at them."""
     if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
+    return without_memory(tensor)
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    """Make a tensor of the same shape, strides and type that takes no memory."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
@@ -281,7 +286,7 @@ class _Recorder(TorchFunctionMode):
         known = self._meta.get(id(value))
         if known is None or known[0]() is not value:
             with torch._C.DisableTorchFunction():
-                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                twin = without_memory(value)
             known = self._meta[id(value)] = (weakref.ref(value), twin)
         return known[1]
 
