@@ -30,8 +30,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 from trady.budget import BelowLeastError, Budget, Scope, format_bytes
 from trady.decision import Request
 from trady.memory.optimizer import OptimizerMemory
-from trady.micro_batches import part_of
-from trady.trace import batch_size
+from trady.model.batch import batch_size, part_of
 from trady.training.optimizers import OptimizerFactory, memory_of
 from trady.tuner import Tuner
 

@@ -47,7 +47,7 @@ from benchmarks.tasks import CrossEntropy, MissingPackageError, Task, needs
 from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload, laid_out
 from tests.models import relative_error
 from tests.small_task import pixels, small_net
-from trady.examine import tensors_of
+from trady.model.batch import tensors_of
 from trady.policies import get_policy
 
 

@@ -35,10 +35,11 @@ from tests.test_interception import armed, dense_gradients, gradients
 from trady.batching import Along, samples_of
 from trady.errors import ModelError
 from trady.examine import find_stretches
+from trady.model.batch import twice
 from trady.ops import recompute
 from trady.program import Program
 from trady.segments import merged
-from trady.trace import trace_forward, twice
+from trady.trace import trace_forward
 
 hf = pytest.importorskip("transformers")
 

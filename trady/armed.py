@@ -7,7 +7,6 @@ only: it receives their gradient, the optimizer updates it, and it is written ba
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,16 +17,15 @@ from torch import Tensor, nn
 
 from trady.channels import Channels, Layer, Selection
 from trady.clipping import clip_by_output
-from trady.compiled import Uncompiled, author_module
 from trady.errors import StateError
 from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
+from trady.model.eager import Uncompiled, author_module
+from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.selected import DenseWeight, select_channels
 from trady.quantized import QuantizedLinear, leave, route
 from trady.segments import Segment
 from trady.stretches import drawn_anew
-
-_armed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Armed:
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
-        _armed.update(model.modules())
+        prepared_modules.update(model.modules())
 
     def select(self, selection: Selection) -> list[Change]:
         """Make ``selection`` the channels that train; return how the compact parameters changed."""
@@ -197,15 +195,7 @@ class Armed:
             self.on_gradient.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
-            _armed.difference_update(self.model.modules())
-
-
-def refuse_prepared(model: nn.Module) -> None:
-    """Raise :class:`StateError` if a tuner has the model, or a part of it, in its hands."""
-    if any(module in _armed for module in model.modules()):
-        raise StateError(
-            f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
-        )
+            prepared_modules.difference_update(self.model.modules())
 
 
 def _rows_and_columns(selection: Selection, layer: Layer) -> tuple[Channels, Channels]:

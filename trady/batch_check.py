@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from trady.errors import TradyWarning
-from trady.examine import tensors_of
-from trady.hooks import Hook
+from trady.model.batch import tensors_of
+from trady.model.hooks import Hook
 
 
 class BatchCheck:

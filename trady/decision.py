@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
-from trady.compiled import author_module
 from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
 from trady.examine import Examined, examine, find_stretches
 from trady.memory.optimizer import OptimizerMemory
-from trady.micro_batches import part_of, samples_at_once, waiting_bytes
+from trady.micro_batches import samples_at_once
+from trady.model.batch import batch_size, part_of, waiting_bytes
+from trady.model.eager import author_module
 from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan
 from trady.planner import MODES, Planner
@@ -22,7 +23,6 @@ from trady.policies import Policy, get_policy
 from trady.ranking import LayerRanking, structure_digest
 from trady.remedies import remedies
 from trady.simulate import ExampleLoss
-from trady.trace import batch_size
 
 #: A peak that everything fits in.
 _BOUNDLESS = Budget(Scope.PEAK, 2**62)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from trady.channels import Channels, ChannelTable, Layer, Selection
-from trady.compiled import author_name
 from trady.errors import CheckpointError
+from trady.model.eager import author_name
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
 from trady.quantized import QuantizedLinear, layer_at

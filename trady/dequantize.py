@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from trady.armed import refuse_prepared
+from trady.model.prepared import refuse_prepared
 from trady.quantized import QuantizedLinear, route
 
 

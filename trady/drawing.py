@@ -14,10 +14,11 @@ import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.budget import Budget, Scope, below_least
 from trady.channels import ChannelTable, Selection
 from trady.errors import BudgetError, RankingError
-from trady.examine import Examined, meta_batch
+from trady.examine import Examined
 from trady.measures import looks_back
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms
+from trady.model.batch import meta_batch
 from trady.online_ranking import OnlineRanking
 from trady.plan import Cost, Plan, Sparsity, cost_of
 from trady.planner import Planner, Recomputation

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map
+from torch import nn
 
 from trady.batching import samples_of
 from trady.channels import ChannelTable
-from trady.compiled import uncompiled_copy
 from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
+from trady.model.batch import activation_dtype, twice, without_memory
+from trady.model.eager import uncompiled_copy
 from trady.quantized import outlines, route
 from trady.segments import Segment, find_segments, work_of
 from trady.stored import keep_unpacked
 from trady.table import build_table, find_head, head_parameters
-from trady.trace import trace_forward, twice, without_memory
+from trady.trace import trace_forward
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,6 @@ def find_stretches(model: nn.Module, example: Any, examined: Examined) -> tuple[
     return found, work
 
 
-def activation_dtype(model: nn.Module, example: Any) -> torch.dtype:
-    """The floating type that activations will have: the example's, or that of the weights for token ids."""
-    tensors = [*tensors_of(example), *model.parameters()]
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-def tensors_of(example: Any) -> list[Tensor]:
-    """List the tensors in a batch."""
-    tree = dict(example) if hasattr(example, "keys") else example
-    return [t for t in tree_iter(tree) if isinstance(t, Tensor)]
-
-
 def meta_twin(model: nn.Module) -> nn.Module:
     """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
     memo: dict[int, Any] = outlines(model)
@@ -117,9 +104,3 @@ def meta_twin(model: nn.Module) -> nn.Module:
     twin = uncompiled_copy(model, memo)
     route(twin)
     return twin
-
-
-def meta_batch(example: Any) -> Any:
-    """Copy a batch without its memory; ids and masks keep their values."""
-    tree = dict(example) if hasattr(example, "keys") else example
-    return tree_map(lambda t: without_memory(t) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)

@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trady.channels import Selection
-from trady.micro_batches import part_of, parts_of
+from trady.model.batch import as_arguments, batch_size, loss_of, part_of, parts_of, split
 from trady.ops.gates import NotBySampleError
 from trady.policies.evidence import Floats
-from trady.sweeps import Means, Sweeper, loss_of, put_aside, split
-from trady.trace import as_arguments, batch_size
+from trady.sweeps import Means, Sweeper, put_aside
 
 #: Layer name to the gradient of its gates, [channels, samples]; without layers that no gradient reaches.
 Found = Mapping[str, Tensor]

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
-from trady.compiled import COMPILED, CompilersOff
 from trady.composites import COMPOSITES
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
-from trady.hooks import Hook
 from trady.labels import asking_for_ourselves, current_operation
+from trady.model.batch import tensors_among
+from trady.model.eager import COMPILED, CompilersOff
+from trady.model.hooks import Hook
+from trady.model.mode import current_section, tracing
 from trady.ops.activation import affine_clamp, clamp
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
@@ -56,15 +58,7 @@ from trady.recognize import (
 from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 from trady.segments import Segment
 from trady.stretches import Writing
-from trady.trace import (
-    READS_ONE,
-    batch_counters,
-    batches_counted,
-    current_section,
-    is_count,
-    tensors_among,
-    tracing,
-)
+from trady.trace import READS_ONE, batch_counters, batches_counted, is_count
 
 #: Changes the arguments of a call before anything else is done with it.
 PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]

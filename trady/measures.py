@@ -18,9 +18,10 @@ import torch
 from trady.armed import Armed
 from trady.errors import PolicyError, StateError
 from trady.fisher_information import fisher_information
+from trady.model.batch import Loss
 from trady.ops.selected import channel_major
 from trady.policies.evidence import Evidence, Floats, Needs, Values
-from trady.sweeps import Loss, Sweeper, squared_norm
+from trady.sweeps import Sweeper, squared_norm
 
 
 @dataclass(frozen=True)

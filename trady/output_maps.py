@@ -31,13 +31,11 @@ from trady.channels import ChannelTable
 from trady.composites import COMPOSITES
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure
-from trady.micro_batches import part_of
+from trady.model.batch import as_arguments, batch_size, part_of, split
 from trady.ops.recurrent import states_before
 from trady.policies.evidence import Evidence, Floats
 from trady.recognize import RecurrentCall, WeightCall, recognize
 from trady.rewording import reworded, transposed, transposes_weight
-from trady.sweeps import split
-from trady.trace import as_arguments, batch_size
 
 KIND = "velocity"
 

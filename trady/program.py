@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import Along, CallSamples
 from trady.composites import WITHOUT_MEMORY
+from trady.model.batch import without_memory
 from trady.recognize import NormCall, recognize
 from trady.rewording import shown_parameter
-from trady.trace import without_memory
 
 _META = torch.device("meta")
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trady.errors import TradyError
-from trady.examine import meta_batch, meta_twin
-from trady.micro_batches import part_of
-from trady.trace import batch_size
+from trady.examine import meta_twin
+from trady.model.batch import batch_size, meta_batch, part_of
 
 #: From a model, a batch and a way to recompute to the least bytes of a training step.
 LeastBytes = Callable[[nn.Module, Any, str], int]

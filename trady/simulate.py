@@ -14,16 +14,17 @@ from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
 from trady.channels import Selection
-from trady.compiled import uncompiled
 from trady.errors import ModelError
-from trady.examine import examine, meta_batch, meta_twin, tensors_of
+from trady.examine import examine, meta_twin
 from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
+from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
+from trady.model.eager import uncompiled
+from trady.model.mode import kept_mode
 from trady.segments import Segment
 from trady.standins import StandIns
-from trady.trace import as_arguments, batch_size, kept_mode, real_device
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
 Stretches = Mapping[bool, Sequence[Segment]]

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from trady.armed import Armed
 from trady.channels import Channels, ChannelTable, Layer, Selection
-from trady.errors import ModelError
-from trady.micro_batches import parts_of
+from trady.model.batch import Loss, loss_of, parts_of
 from trady.policies.evidence import Floats
-from trady.trace import as_arguments
 
 #: From the gradient of the selected slices ``W[:, c]`` [n, weight elements of a channel] to [n].
 Reduce = Callable[[Tensor], Tensor]
 
 #: Shown a layer's name, some of its channels ``[n]`` and their gradient ``[n, weight elements of a channel]``.
 See = Callable[[str, Channels, Tensor], None]
-
-#: ``loss(outputs, targets)``; the model's own loss is taken where there is none.
-Loss = Callable[[Any, Any], Tensor]
 
 #: Called with (passes done, passes of this batch and those before).
 Progress = Callable[[int, int], None]
@@ -167,36 +162,6 @@ def put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    """Run a batch forward.
-
-    Raises:
-        ModelError: There is no loss to be had.
-
-    """
-    inputs, targets = split(batch)
-    args, kwargs = as_arguments(inputs)
-    output = model(*args, **kwargs)
-    if loss is not None:
-        return loss(output, targets)
-    own = getattr(output, "loss", None)
-    if not isinstance(own, Tensor):
-        raise ModelError("the model returns no loss of its own; pass loss=, such as torch.nn.functional.cross_entropy")
-    return own
-
-
-def split(batch: Any) -> tuple[Any, Any]:
-    """Inputs and targets of a batch; a mapping is all input."""
-    if hasattr(batch, "keys"):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise ModelError(
-        f"a batch to measure on is a pair (inputs, targets) or a mapping with labels; this one is a "
-        f"{type(batch).__name__}"
-    )
 
 
 def cut(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[Selection]:

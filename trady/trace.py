@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -19,15 +18,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.compiled import COMPILED, compiler_is_loaded, uncompiled
 from trady.composites import COMPOSITES, WITHOUT_MEMORY
 from trady.errors import ModelError
+from trady.model.batch import (
+    as_arguments,
+    batch_size,
+    describe,
+    numbers_among,
+    real_device,
+    tensors_among,
+    without_memory,
+)
+from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
+from trady.model.mode import Section, current_section, kept_mode, tracing
 from trady.quantized import routed
 from trady.recognize import Call, NormCall, RecurrentCall, answer_about_device, is_metadata, recognize
 from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
-
-#: Whether a trace is running: a model that trains already is traced as its author wrote it.
-tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
 @dataclass
@@ -182,71 +188,6 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
 
 def _refuse_compiled() -> None:
     raise ModelError(COMPILED)
-
-
-def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn a batch into positional and keyword arguments of the model."""
-    if isinstance(example, Mapping) or hasattr(example, "keys"):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
-
-
-def batch_size(example: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor.
-
-    Raises:
-        ModelError: The batch holds no tensor, or an empty one.
-
-    """
-    sizes = [
-        t.shape[0]
-        for t in tree_iter(dict(example) if hasattr(example, "keys") else example)
-        if isinstance(t, Tensor) and t.dim()
-    ]
-    if not sizes or sizes[0] == 0:
-        raise ModelError(f"the example batch holds no samples ({describe(example)}); pass one batch of training data")
-    return int(sizes[0])
-
-
-def describe(example: Any) -> str:
-    """Name the shapes in a batch, for messages."""
-    shapes = tree_map(
-        lambda t: (
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if isinstance(t, Tensor) else type(t).__name__
-        ),
-        dict(example) if hasattr(example, "keys") else example,
-    )
-    return str(shapes).replace("'", "")
-
-
-def real_device(model: nn.Module, example: Any) -> torch.device | None:
-    """Where the model runs, or else its batch; ``None`` if neither has memory."""
-    tensors = [*model.parameters(), *(t for t in tree_iter(as_arguments(example)) if isinstance(t, Tensor))]
-    return next((t.device for t in tensors if not t.is_meta), None)
-
-
-def twice(example: Any) -> Any:
-    """Return the batch with every sample in it twice; floating-point values without memory."""
-    batch = batch_size(example)
-
-    def double(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
-            return leaf
-        return torch.cat([_bare(leaf)] * 2)
-
-    return tree_map(double, dict(example) if hasattr(example, "keys") else example)
-
-
-def _bare(tensor: Tensor) -> Tensor:
-    """A tensor without memory; ids and masks stay what they are, since models look at them."""
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    return without_memory(tensor)
-
-
-def without_memory(tensor: Tensor) -> Tensor:
-    """Make a tensor of the same shape, strides and type that takes no memory."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class _Settled:
@@ -409,26 +350,6 @@ def is_count(function: Any, args: tuple[Any, ...], counters: Mapping[int, Tensor
     return function is torch.Tensor.add_ and bool(args) and id(args[0]) in counters
 
 
-def tensors_among(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a torch function, also in lists of them."""
-    for value in arguments:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_among(value)
-
-
-def numbers_among(arguments: Iterable[Any]) -> Iterator[int]:
-    """The whole numbers among the arguments of a torch function, also in lists and slices."""
-    for value in arguments:
-        if isinstance(value, int) and not isinstance(value, bool):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from numbers_among(value)
-        elif isinstance(value, slice):
-            yield from numbers_among((value.start, value.stop, value.step))
-
-
 _META = torch.device("meta")
 
 #: How a batch normalisation reads its counter: ``momentum=None`` divides by it.
@@ -439,30 +360,6 @@ def batches_counted(function: Any, counter: Tensor) -> float | int:
     """The number of batches, at least 1: what it weighs does not matter where statistics are fixed."""
     count = 1 if counter.is_meta else max(1, int(counter))
     return float(count) if function is torch.Tensor.__float__ else count
-
-
-#: What tells a section that is recomputed, or runs without gradients, from its surroundings.
-Section = tuple[int, bool]
-
-
-def current_section() -> Section:
-    """Identify the checkpointed section, or the stretch without gradients, that is running."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return (0 if hooks is None else id(hooks[0])), torch.is_grad_enabled()
-
-
-@contextmanager
-def kept_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    """Context that leaves the flags and buffers of a model as they were, with the model in this mode meanwhile."""
-    flags = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    if training is not None:
-        model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag, buffers in flags:
-            module.training = flag
-            module._buffers.update(buffers)  # `self.steps += 1` has put one without memory there
 
 
 @contextmanager

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady.armed import Armed, refuse_prepared
+from trady.armed import Armed
 from trady.batch_check import BatchCheck
 from trady.budget import Budget
 from trady.channels import Selection
 from trady.clipping import clip_channels_
-from trady.compiled import UNCOMPILED, author_module, author_name, is_compiled
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.dequantize import dequantize as in_floating_point
@@ -28,6 +27,8 @@ from trady.errors import BudgetError, CheckpointError, ModelError, StateError, T
 from trady.examine import Examined
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
+from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
+from trady.model.prepared import refuse_prepared
 from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trady.compiled import author_name
 from trady.errors import CheckpointError
 from trady.files import flush, separate
+from trady.model.eager import author_name
 from trady.stored import inner_tensors
 from trady.training.state import State
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trady.compiled import author_name
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
+from trady.model.eager import author_name
 from trady.ops.quantized import is_quantized
 from trady.training.batch import Loss
 from trady.training.checkpoint import (

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.errors import TrainingError
-from trady.micro_batches import parts_of
+from trady.model.batch import parts_of
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer

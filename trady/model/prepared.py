@@ -1,0 +1,19 @@
+"""Which models are prepared at present."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from trady.errors import StateError
+
+prepared_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_prepared(model: nn.Module) -> None:
+    """Raise :class:`StateError` if a tuner has the model, or a part of it, in its hands."""
+    if any(module in prepared_modules for module in model.modules()):
+        raise StateError(
+            f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
+        )
