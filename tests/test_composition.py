@@ -17,7 +17,7 @@ import trady
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
 from trady.armed import Armed
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.examine import examine, find_stretches
 

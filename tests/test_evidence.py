@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import IMAGE_NETWORKS, Grouped, Residual, freeze_norms, normal, same, seeded, snapshot
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import CheckpointError, ModelError, PolicyError, StateError
 from trady.policies import Draw, Evidence, Needs
 from trady.policies.evidence import needs_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import trady
 import trady.stretches
 from tests.models import IMAGE_NETWORKS, Residual, freeze_norms, normal, seeded, tensor_of
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.ops.gates import Gates
 from trady.ops.selected import select_channels
 

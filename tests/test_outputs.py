@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
 from tests.stretched import VisionTransformer, bert, loss_of, tokens
-from trady.channels import ChannelTable, Layer, Selection, by_output
+from trady.channels.cost import cost_of
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable, Layer, by_output
 from trady.clipping import clip_by_output, clip_channels_
 from trady.errors import CheckpointError, ModelError, PolicyError
-from trady.plan import cost_of
 from trady.policies import Draw, draw_selection
 from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
 from trady.simulate import Simulator

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trady.channels import ChannelTable, Layer, Selection
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable, Layer
 from trady.commands import options
 from trady.errors import BudgetError, PolicyError
 from trady.policies import (

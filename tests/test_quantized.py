@@ -20,7 +20,8 @@ from benchmarks.quantized import weight_bytes
 from tests.models import normal, relative_error, same, seeded, snapshot
 from tests.small_task import StopAfter
 from tests.test_interception import armed, dense_gradients, gradients
-from trady.channels import Selection, by_output
+from trady.channels.selection import Selection
+from trady.channels.table import by_output
 from trady.errors import CheckpointError, ModelError, RankingError, TradyWarning
 from trady.policies import Draw
 from trady.ranking import structure_digest

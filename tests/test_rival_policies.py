@@ -18,7 +18,7 @@ from torch import nn
 import trady
 from tests.models import Residual, normal, seeded
 from tests.small_task import CLASSES, StopAfter, small_data, small_net
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError, CheckpointError, PolicyError, StateError, TrainingError
 from trady.policies import Draw, Evidence, Scheme, SparseUpdate, draw_selection, get_policy, policy_names
 from trady.policies.orders import weighted_order

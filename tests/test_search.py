@@ -20,7 +20,7 @@ import trady
 from tests.models import same, snapshot
 from tests.small_task import small_data, small_net, write_npz
 from trady import cli
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
 from trady.policies import Scheme
 from trady.search import contributions

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError
 from trady.ranking import top_layers
 from trady.study.folder import Unit

@@ -16,7 +16,7 @@ import trady
 from tests.models import IMAGE_NETWORKS, Tokens, normal, seeded, snapshot
 from tests.small_task import small_data, small_net
 from trady.budget import BelowLeastError
-from trady.channels import ChannelTable, Layer, by_output
+from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import StateError
 from trady.output_maps import MOMENTUM
 from trady.policies import Draw, Evidence, draw_selection, get_policy

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from trady import optim
 from trady.budget import Budget, parse_budget
-from trady.channels import ChannelTable, Layer, Selection, by_output
+from trady.channels.cost import Cost
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable, Layer, by_output
 from trady.delta import apply_delta
 from trady.dequantize import dequantize
 from trady.errors import (
@@ -27,7 +29,7 @@ from trady.errors import (
 from trady.measured_ranking import rank
 from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
-from trady.plan import Cost, Plan
+from trady.plan import Plan
 from trady.policies import register_policy
 from trady.ranking import LayerRanking
 from trady.tuner import Tuner, plan, prepare

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.channels import Channels, Layer, Selection
+from trady.channels.selection import Channels, Selection
+from trady.channels.table import Layer
 from trady.clipping import clip_by_output
 from trady.errors import StateError
 from trady.examine import Examined

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.channels import Channels, ChannelTable, Layer, Selection
+from trady.channels.selection import Channels, Selection
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import CheckpointError
 from trady.model.eager import author_name
 from trady.ops.quantized import is_quantized

@@ -12,7 +12,10 @@ from torch import nn
 
 import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.budget import Budget, Scope, below_least
-from trady.channels import ChannelTable, Selection
+from trady.channels.cost import Cost, Sparsity, cost_of
+from trady.channels.partition import cut
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
 from trady.examine import Examined
 from trady.measures import looks_back
@@ -20,14 +23,13 @@ from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms
 from trady.model.batch import meta_batch
 from trady.online_ranking import OnlineRanking
-from trady.plan import Cost, Plan, Sparsity, cost_of
+from trady.plan import Plan
 from trady.planner import Planner, Recomputation
 from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
 from trady.priors import ranking_for
 from trady.ranking import LayerRanking
 from trady.room import Room, room_for
 from trady.simulate import ExampleLoss, Simulator
-from trady.sweeps import cut
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97

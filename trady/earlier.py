@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from trady.armed import Armed
-from trady.channels import Channels
+from trady.channels.selection import Channels
 from trady.errors import CheckpointError
 from trady.ops.selected import SelectedChannels, select_channels
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trady.batching import samples_of
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.model.batch import activation_dtype, twice, without_memory

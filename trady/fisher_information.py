@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.model.batch import as_arguments, batch_size, loss_of, part_of, parts_of, split
 from trady.ops.gates import NotBySampleError
 from trady.policies.evidence import Floats

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from trady.budget import BelowLeastError, Budget, Scope, parse_budget
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.decision import Request
 from trady.drawing import Drawing
 from trady.plan import Plan

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from trady.armed import Armed
 from trady.budget import Budget, Scope, below_least, parse_budget
-from trady.channels import ChannelTable, Layer, Selection
+from trady.channels.cost import cost_of
+from trady.channels.partition import cut
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError
 from trady.examine import examine
 from trady.model.batch import split
 from trady.model.eager import author_module
-from trady.plan import cost_of
 from trady.ranking import LayerRanking, Metric, channel_scores, layer_score, structure_digest
 from trady.simulate import Simulator
-from trady.sweeps import Sweeper, cut, squared_norm
+from trady.sweeps import Sweeper, squared_norm
 
 
 def rank(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.errors import CheckpointError, StateError
 from trady.policies.evidence import Evidence, Needs
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.errors import RankingError
 from trady.ranking import (
     VERSION,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from trady.armed import Change
-from trady.channels import Channels
+from trady.channels.selection import Channels
 from trady.errors import StateError
 from trady.memory import LiveBytes
 from trady.memory.optimizer import Amount, Form, OptimizerMemory

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.composites import COMPOSITES
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure

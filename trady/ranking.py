@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import RankingError
 from trady.files import write_json
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from trady.channels import ChannelTable, Selection
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable
 from trady.policies import Draw, Policy, needs_of
 
 #: A budget in bytes leaves room for the float channels of so many draws; then they are drawn no more.

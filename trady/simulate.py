@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.examine import examine, meta_twin
 from trady.labels import asking_for_ourselves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.ranking import LayerRanking, structure_digest
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trady.armed import Armed
-from trady.channels import Channels, ChannelTable, Layer, Selection
+from trady.channels.selection import Channels, Selection
 from trady.model.batch import Loss, loss_of, parts_of
 from trady.policies.evidence import Floats
 
@@ -162,40 +162,3 @@ def put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def cut(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[Selection]:
-    """Cut all channels, in order of execution, into selections that fit, each as long as it can be.
-
-    A layer of which not one channel fits is left out.
-    """
-    current: dict[str, Channels] = {}
-    for layer in table:
-        start = 0
-        while start < layer.channels:
-            count = _most(layer.channels - start, lambda n: fits(_with(current, layer, start, n)))  # noqa: B023
-            if count:
-                current = dict(_with(current, layer, start, count).channels)
-                start += count
-            elif not current:
-                break
-            if start < layer.channels and current:
-                yield Selection(current)
-                current = {}
-    if current:
-        yield Selection(current)
-
-
-def _with(current: Mapping[str, Channels], layer: Layer, start: int, count: int) -> Selection:
-    return Selection({**current, layer.name: np.arange(start, start + count)})
-
-
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``limit`` that fits, or 0; what fits stays fitting with less."""
-    if fits(limit):
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

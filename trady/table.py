@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trady.batching import name_of
-from trady.channels import ChannelTable, FrozenLayer, Layer
+from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized

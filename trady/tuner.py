@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trady.armed import Armed
 from trady.batch_check import BatchCheck
 from trady.budget import Budget
-from trady.channels import Selection
+from trady.channels.cost import Cost
+from trady.channels.selection import Selection
 from trady.clipping import clip_channels_
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
@@ -33,7 +34,7 @@ from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
-from trady.plan import Cost, Plan
+from trady.plan import Plan
 from trady.policies import Evidence, Policy
 from trady.priors import Known
 from trady.ranking import LayerRanking, structure_digest

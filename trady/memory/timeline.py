@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from trady.channels import ChannelTable, Layer, Selection
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable, Layer
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.ops.layout import CHUNK_BYTES
 

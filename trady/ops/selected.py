@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trady.channels import Channels
+from trady.channels.selection import Channels
 
 
 @dataclass(frozen=True)

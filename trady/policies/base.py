@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from trady.channels import ChannelTable, Selection
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable
 from trady.policies.evidence import Evidence, Values
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import PolicyError
 from trady.policies.base import Draw, Policy
 from trady.policies.uniform import draw_uniformly
@@ -33,7 +33,7 @@ def typical_selection(policy: Policy, draw: Draw) -> Selection:
 def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
     if not isinstance(selection, Selection):
         raise PolicyError(
-            f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.Selection"
+            f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.selection.Selection"
         )
     mistake = draw.table.mistake(selection)
     if mistake is not None:

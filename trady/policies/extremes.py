@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import BudgetError
 from trady.policies.base import Draw
 from trady.policies.fill import fill_selection

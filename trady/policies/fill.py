@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trady.channels import Layer, Selection
+from trady.channels.selection import Selection
+from trady.channels.table import Layer
 from trady.errors import PolicyError
 from trady.policies.base import Draw
 from trady.policies.evidence import Values

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.fill import Integers, fill_selection

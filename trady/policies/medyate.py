@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.fill import fill_selection, layers_in_order

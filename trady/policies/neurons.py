@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trady.channels import Layer, Selection, by_output
+from trady.channels.selection import Selection
+from trady.channels.table import Layer, by_output
 from trady.policies.base import Draw
 from trady.policies.fill import Integers
 

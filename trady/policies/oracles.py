@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.fill import fill_by_score

@@ -16,7 +16,7 @@ import json
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.errors import BudgetError, PolicyError
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs

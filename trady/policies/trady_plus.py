@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.policies.base import Draw
 from trady.policies.fill import fill_selection, layers_in_order
 from trady.policies.orders import weighted_order

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trady.channels import Selection
+from trady.channels.selection import Selection
 from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.neurons import by_unit, fill_neurons, one_of_each, unit_count, unit_weights

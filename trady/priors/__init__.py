@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.errors import RankingError
 from trady.ranking import LayerRanking, structure_digest
 from trady.structural import structural_ranking

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
 from trady.files import write_json
 from trady.policies.schemes import Scheme, scheme_layers

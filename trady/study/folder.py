@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trady.channels import ChannelTable, Layer
+from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
 from trady.files import write_json
 from trady.study.settings import StudySettings

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.channels import Channels, ChannelTable
+from trady.channels.selection import Channels
+from trady.channels.table import ChannelTable
 from trady.errors import BudgetError
 from trady.ops.selected import channel_major
 from trady.sweeps import See, Sweeper

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.policies.fill import fill
 from trady.ranking import Floats, Metric, channel_scores
 from trady.study.records import Records

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trady.channels import Channels, ChannelTable, Layer
+from trady.channels.selection import Channels
+from trady.channels.table import ChannelTable, Layer
 from trady.study.estimate import Estimate, Floats
 from trady.study.power_laws import PowerLaw, fit_power_law
 from trady.study.tails import hill, stable_index

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from trady.channels import Channels, ChannelTable
+from trady.channels.selection import Channels
+from trady.channels.table import ChannelTable
 from trady.study.gradients import GradientSource
 from trady.study.noise import LayerNoise, NoiseSample
 from trady.training.datasets import epoch_seed

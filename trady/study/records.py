@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.ranking import Floats, layer_score
 from trady.study.folder import StudyFolder, Unit
 from trady.study.noise import LayerNoise

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from trady.budget import parse_budget
-from trady.channels import ChannelTable
+from trady.channels.table import ChannelTable
 from trady.decision import Request
 from trady.errors import DataError, ModelError, TrainingError
 from trady.examine import examine

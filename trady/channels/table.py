@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from trady.channels.selection import Channels, Selection, channel_indices
 from trady.errors import ModelError
-from trady.selection import Channels, Selection, channel_indices
 
 #: The number of a channel.
 _NUMBER_BYTES = 8

@@ -1,0 +1,1 @@
+"""Input channels: the table of layers, selections, their cost, and how channels are cut to fit."""
