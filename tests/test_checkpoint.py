@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.small_task import small_data, small_net
 from trady.errors import CheckpointError
-from trady.files import write_json, write_tensors
+from trady.records.files import write_json, write_tensors
 from trady.training import checkpoint as module
 from trady.training.checkpoint import (
     DESCRIPTION,

@@ -16,7 +16,7 @@ from trady.channels.cost import Cost, Sparsity
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import CheckpointError
-from trady.files import write_json
+from trady.records.files import write_json
 
 FORMAT, VERSION = "trady-plan", 1
 

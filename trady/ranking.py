@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import RankingError
-from trady.files import write_json
+from trady.records.files import write_json
 
 Metric = Literal["rgn", "norm"]
 Source = Literal["measured", "online", "prior", "structural", "given"]

@@ -57,7 +57,7 @@ def demo(
 
     from trady.budget import Budget, Scope, format_bytes, parse_budget
     from trady.commands.comparison import as_table, draw
-    from trady.files import write_json
+    from trady.records.files import write_json
     from trady.training.data import load_data
     from trady.training.models import image_format
 

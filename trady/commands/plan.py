@@ -117,7 +117,7 @@ def _sweep(
 
 def _write(out: str | None, value: Any) -> None:
     if out is not None:
-        from trady.files import write_json
+        from trady.records.files import write_json
 
         write_json(Path(out), value)
 

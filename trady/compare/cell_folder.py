@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trady.compare.cells import Cell
-from trady.files import write_json
+from trady.records.files import write_json
 from trady.training.run_folder import RunFolder
 
 

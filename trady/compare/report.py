@@ -7,7 +7,7 @@ from pathlib import Path
 from trady.compare import figures, tables
 from trady.compare.results import LINES, TABLE
 from trady.compare.summary import Summary
-from trady.files import write_json, write_lines, write_whole
+from trady.records.files import write_json, write_lines, write_whole
 from trady.report.figures import STYLE, as_png, as_svg
 from trady.report.page import Figure as Picture
 from trady.report.page import Section, Text, page

@@ -10,7 +10,7 @@ from typing import Any
 from trady.compare.cells import Job
 from trady.compare.execute import Workplace
 from trady.compare.rows import Row, make_row
-from trady.files import write_lines, write_whole
+from trady.records.files import write_lines, write_whole
 
 LINES = "results.jsonl"
 TABLE = "results.parquet"

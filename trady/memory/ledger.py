@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from trady.budget import format_bytes
 from trady.errors import TradyError
-from trady.files import write_json
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
+from trady.records.files import write_json
 
 _FORMAT = "trady ledger 1"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import PolicyError
-from trady.files import write_json
+from trady.records.files import write_json
 
 FORMAT, VERSION = "trady-scheme", 1
 

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
-from trady.files import write_json
 from trady.policies.schemes import Scheme, scheme_layers
 from trady.policies.sparse_update import SparseUpdate
+from trady.records.files import write_json
 from trady.search.evolution import Evolution
 from trady.training.checkpoint import fingerprint
 from trady.training.run import finetune

@@ -10,7 +10,7 @@ from typing import Any
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
-from trady.files import write_json
+from trady.records.files import write_json
 from trady.study.settings import StudySettings
 
 

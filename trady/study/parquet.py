@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trady.errors import StateError
-from trady.files import write_whole
+from trady.records.files import write_whole
 from trady.study.estimate import Estimate
 from trady.study.folder import Unit
 from trady.study.noise import LayerNoise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trady.files import write_json, write_lines
+from trady.records.files import write_json, write_lines
 from trady.report.page import Figure, Part, Section, Table, Text, page
 from trady.study.estimate import Estimate
 from trady.study.figures import draw_all

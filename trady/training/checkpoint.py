@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trady.errors import CheckpointError
-from trady.files import flush, separate
 from trady.model.eager import author_name
+from trady.records.files import flush, separate
 from trady.stored import inner_tensors
 from trady.training.state import State
 

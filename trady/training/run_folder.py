@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trady.errors import CheckpointError, StateError
-from trady.files import flush, write_json, write_lines, write_tensors
+from trady.records.files import flush, write_json, write_lines, write_tensors
 from trady.training.checkpoint import find_checkpoint, remove_leftovers
 from trady.training.metrics import EpochMetrics
 
