@@ -14,7 +14,7 @@ import trady
 from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
-from trady.rewording import reworded
+from trady.calls.canonical import reworded
 
 WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
 

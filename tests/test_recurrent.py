@@ -15,9 +15,9 @@ from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
 from trady.budget import BelowLeastError
+from trady.calls.recurrent import RECURRENT
 from trady.ops.recurrent import recurrence
 from trady.ops.steps import Steps
-from trady.recurrent import RECURRENT
 
 Batch = tuple[Tensor, ...]
 

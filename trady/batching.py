@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from trady.recognize import (
+from trady.calls.kinds import (
     ActivationCall,
     AveragePoolCall,
     DropoutCall,
@@ -24,6 +23,7 @@ from trady.recognize import (
     RecurrentCall,
     WeightCall,
 )
+from trady.calls.names import ELEMENTWISE, name_of
 from trady.trace import Trace, TracedCall
 
 
@@ -74,24 +74,6 @@ def samples_of(once: Trace, twice: Trace) -> list[CallSamples | None]:
         _samples(entry, doubled, _shapes(once, entry), _shapes(twice, doubled), once.batch)
         for entry, doubled in zip(once.calls, twice.calls, strict=True)
     ]
-
-
-def name_of(function: Any) -> str:
-    """The plain name of a torch function: ``add`` for ``torch.Tensor.__iadd__`` and ``torch.add_`` alike."""
-    name = str(getattr(function, "__name__", ""))
-    if name.startswith("__"):
-        name = name.strip("_")
-        bare = name[1:]
-        return bare if name[:1] in ("i", "r") and bare in _ELEMENTWISE else name
-    return name.rstrip("_")
-
-
-def in_place(function: Any) -> bool:
-    """Whether a torch function writes into its first argument: ``torch.add_``, ``torch.Tensor.__iadd__``."""
-    name = str(getattr(function, "__name__", ""))
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name.strip("_") != name_of(function))
-    return name.endswith("_")
 
 
 def _shapes(trace: Trace, entry: TracedCall) -> list[tuple[int, ...]]:
@@ -275,31 +257,16 @@ def _always(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) 
     return True
 
 
-_ELEMENTWISE_NAMES = """
-    add sub rsub mul div truediv floordiv true_divide neg pow exp log log1p expm1 sqrt rsqrt square reciprocal
-    abs sign sin cos tanh sigmoid relu relu6 silu gelu elu selu celu mish softplus softsign hardtanh hardswish
-    hardsigmoid leaky_relu logsigmoid erf erfc where masked_fill clamp clip minimum maximum fmod remainder
-    float half bfloat16 double to type type_as contiguous clone detach dropout dropout1d dropout2d
-    feature_dropout alpha_dropout eq ne lt gt le ge logical_and logical_or logical_not and or xor invert
-    zeros_like ones_like empty_like full_like addcmul addcdiv lerp nan_to_num bool int long fill zero
-    bernoulli rand_like randn_like expand_as floor ceil round trunc frac
-"""
-_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
-#: Functions whose backward reads neither their inputs nor their result.
-_READS_NOTHING_NAMES = """
-    add sub rsub neg view reshape flatten unflatten transpose permute movedim contiguous clone unsqueeze
-    squeeze expand split chunk unbind narrow select getitem cat stack roll pad dropout to float half bfloat16
-    double sum mean type type_as
-"""
-BACKWARD_READS_NOTHING = frozenset(_READS_NOTHING_NAMES.split())
 #: Shape arguments: numbers that grow with the batch are sizes there.
 _SIZED = {"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to", "view_as", "reshape_as",
           "new_empty", "new_zeros", "new_ones", "new_full"}  # fmt: skip
+
 _KEEPS = {
     "transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "unsqueeze", "split", "chunk", "unbind", "select",
     "narrow", "tensor_split", "sum", "mean", "var", "std", "amax", "amin", "norm", "var_mean", "all", "any",
     "logsumexp", "one_hot",
 }  # fmt: skip
+
 _RULES: dict[str, Rule] = {
     "view": _reshaped, "reshape": _reshaped, "flatten": _reshaped, "unflatten": _reshaped, "_unsafe_view": _reshaped,
     "expand": _aligned, "broadcast_to": _aligned, "getitem": _taken, "index_select": _taken, "cat": _joined,
@@ -316,7 +283,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _rule(name: str) -> Rule | None:
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return _aligned
     return _RULES.get(name) or (_kept if name in _KEEPS else None)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trady.calls.kinds import ActivationCall, MaxPoolCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.ops.bits import Clamp
 from trady.ops.quantized import is_quantized
-from trady.recognize import ActivationCall, MaxPoolCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.trace import Trace, TracedCall
 
 #: Functions whose backward does not read their output and whose output is memory of its own.

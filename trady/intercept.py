@@ -21,7 +21,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
-from trady.composites import COMPOSITES
+from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
+from trady.calls.decompositions import COMPOSITES
+from trady.calls.kinds import (
+    ActivationCall,
+    AveragePoolCall,
+    DropoutCall,
+    LossCall,
+    MaxPoolCall,
+    NormCall,
+    RecurrentCall,
+    SmoothCall,
+    WeightCall,
+)
+from trady.calls.questions import answer_about_device, is_metadata
+from trady.calls.recognize import recognize
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
 from trady.labels import asking_for_ourselves, current_operation
@@ -41,21 +55,6 @@ from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program
 from trady.quantized import QuantizedLinear
-from trady.recognize import (
-    ActivationCall,
-    AveragePoolCall,
-    DropoutCall,
-    LossCall,
-    MaxPoolCall,
-    NormCall,
-    RecurrentCall,
-    SmoothCall,
-    WeightCall,
-    answer_about_device,
-    is_metadata,
-    recognize,
-)
-from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 from trady.segments import Segment
 from trady.stretches import Writing
 from trady.trace import READS_ONE, batch_counters, batches_counted, is_count

@@ -27,15 +27,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from trady.armed import Armed
+from trady.calls.canonical import reworded, transposed, transposes_weight
+from trady.calls.decompositions import COMPOSITES
+from trady.calls.kinds import RecurrentCall, WeightCall
+from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
-from trady.composites import COMPOSITES
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure
 from trady.model.batch import as_arguments, batch_size, part_of, split
 from trady.ops.recurrent import states_before
 from trady.policies.evidence import Evidence, Floats
-from trady.recognize import RecurrentCall, WeightCall, recognize
-from trady.rewording import reworded, transposed, transposes_weight
 
 KIND = "velocity"
 

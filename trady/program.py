@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.batching import Along, CallSamples
-from trady.composites import WITHOUT_MEMORY
+from trady.calls.canonical import shown_parameter
+from trady.calls.decompositions import WITHOUT_MEMORY
+from trady.calls.kinds import NormCall
+from trady.calls.recognize import recognize
 from trady.model.batch import without_memory
-from trady.recognize import NormCall, recognize
-from trady.rewording import shown_parameter
 
 _META = torch.device("meta")
 

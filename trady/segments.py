@@ -14,9 +14,8 @@ from itertools import pairwise
 
 import torch
 
-from trady.batching import BACKWARD_READS_NOTHING, CallSamples, name_of
-from trady.fusion import FusionPlan
-from trady.recognize import (
+from trady.batching import CallSamples
+from trady.calls.kinds import (
     ActivationCall,
     AveragePoolCall,
     DropoutCall,
@@ -27,6 +26,8 @@ from trady.recognize import (
     RecurrentCall,
     WeightCall,
 )
+from trady.calls.names import BACKWARD_READS_NOTHING, name_of
+from trady.fusion import FusionPlan
 from trady.trace import Trace, TracedCall, Value
 
 #: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.

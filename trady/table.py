@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from trady.batching import name_of
+from trady.calls.kinds import RecurrentCall, WeightCall
+from trady.calls.names import name_of
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
 from trady.quantized import QuantizedLinear
-from trady.recognize import RecurrentCall, WeightCall
 from trady.trace import Trace, TracedCall
 
 

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.composites import COMPOSITES, WITHOUT_MEMORY
+from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
+from trady.calls.decompositions import COMPOSITES, WITHOUT_MEMORY
+from trady.calls.kinds import Call, NormCall, RecurrentCall
+from trady.calls.questions import answer_about_device, is_metadata
+from trady.calls.recognize import recognize
 from trady.errors import ModelError
 from trady.model.batch import (
     as_arguments,
@@ -32,8 +36,6 @@ from trady.model.batch import (
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
 from trady.model.mode import Section, current_section, kept_mode, tracing
 from trady.quantized import routed
-from trady.recognize import Call, NormCall, RecurrentCall, answer_about_device, is_metadata, recognize
-from trady.rewording import reworded, shown_parameter, transposed, transposes_weight
 
 
 @dataclass

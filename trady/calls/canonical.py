@@ -19,6 +19,7 @@ PRODUCTS = frozenset([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor._
 _WEIGHT_AT = {**dict.fromkeys(PRODUCTS, 1), F.linear: 1, torch.addmm: 2}
 
 _TRANSPOSITION_NAMES = "t transpose permute swapaxes swapdims"
+
 _TRANSPOSITIONS = frozenset(
     [
         *(getattr(owner, name) for owner in (torch, Tensor) for name in _TRANSPOSITION_NAMES.split()),
@@ -28,6 +29,7 @@ _TRANSPOSITIONS = frozenset(
 )
 
 _SIZED_NAMES = "view reshape expand repeat chunk narrow as_strided unflatten new_zeros new_ones new_empty new_full"
+
 #: Functions that take sizes after the tensor.
 _SIZED = frozenset(
     getattr(owner, name) for owner in (torch, Tensor) for name in _SIZED_NAMES.split() if hasattr(owner, name)

@@ -4,7 +4,7 @@ Some are read call by call, though PyTorch hands them over as one:
 ``torch.nn.functional.multi_head_attention_forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) asks whether
 a function mode wants to handle it as a whole. Its linear layers and its attention are what matters here: the same code
 runs without that question. Recurrent layers are kernels that show no linear layer: they are written anew
-(:mod:`trady.recurrent`). Others PyTorch cannot run on tensors without memory.
+(:mod:`trady.calls.recurrent`). Others PyTorch cannot run on tensors without memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trady.calls.packed_sequences import PACKING
+from trady.calls.recurrent import RECURRENT
 from trady.labels import device_type
 from trady.ops.layout import memory_format
-from trady.packing import PACKING
-from trady.recurrent import RECURRENT
 
 
 def _without_asking(function: Any) -> Callable[..., Any]:

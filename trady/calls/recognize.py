@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,184 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trady.calls.canonical import PRODUCTS
+from trady.calls.kinds import (
+    ActivationCall,
+    AveragePoolCall,
+    Call,
+    DropoutCall,
+    LossCall,
+    MaxPoolCall,
+    NormCall,
+    PadCall,
+    RecurrentCall,
+    SmoothCall,
+    WeightCall,
+)
 from trady.ops.bits import Clamp
-from trady.ops.loss import pays, row_losses
 from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.recurrent import recurrence
 from trady.ops.smooth import Smooth
 from trady.ops.steps import Steps
 from trady.quantized import QuantizedLinear, linear
-from trady.rewording import PRODUCTS
 
 _aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class WeightCall:
-    """``weight_map`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    weight_map: Convolution | Linear
-    layer: QuantizedLinear | None = None
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """Shape of the weight, or of what a quantised one stands for."""
-        return self.weight.shape if self.layer is None else self.layer.shape
-
-    @property
-    def output_channels(self) -> int:
-        """Number of output channels."""
-        return self.weight_shape[1 if self.weight_map.kind == "addmm" else 0]
-
-
-@dataclass(frozen=True)
-class RecurrentCall(WeightCall):
-    """The steps of a recurrent layer: ``weight`` is applied to the hidden state in front of each of them.
-
-    ``x`` are the gates, with the products of the inputs in them; see :func:`trady.ops.recurrent.recurrence`.
-    """
-
-    states: Sequence[Tensor] = ()
-    projection: Tensor | None = None
-    steps: Steps = field(default_factory=lambda: Steps(""))
-
-    @property
-    def product_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of what the weight is applied to, and of what comes of it, all steps together."""
-        shape = tuple(self.x.shape)
-        return (*shape[:-1], self.weight.shape[1]), shape
-
-
-@dataclass(frozen=True)
-class NormCall:
-    """A batch normalisation with running statistics, which trady keeps fixed."""
-
-    x: Tensor
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class ActivationCall:
-    """A piecewise linear activation; ``in_place`` when the model itself asks for it."""
-
-    x: Tensor
-    clamp: Clamp
-    in_place: bool
-
-
-@dataclass(frozen=True)
-class PadCall:
-    """Zero padding of the trailing (spatial) dimensions, in the order of ``F.pad``."""
-
-    x: Tensor
-    pad: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class MaxPoolCall:
-    """Max pooling that returns values only."""
-
-    x: Tensor
-    window: Window
-
-
-@dataclass(frozen=True)
-class AveragePoolCall:
-    """Average pooling: linear in its input.
-
-    Attributes:
-        pool: The pooling itself.
-        gradient: From the gradient of the output and a tensor of the input's shape to that of the input.
-    """
-
-    x: Tensor
-    pool: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class DropoutCall:
-    """Dropout in training mode with 0 < probability < 1."""
-
-    x: Tensor
-    probability: float
-
-
-@dataclass(frozen=True)
-class SmoothCall:
-    """A smooth activation; ``in_place`` when the model itself asks for it."""
-
-    x: Tensor
-    kind: Smooth
-    in_place: bool = False
-
-
-@dataclass(frozen=True)
-class LossCall:
-    """A cross-entropy with class indices, summed up over samples or averaged.
-
-    ``x`` are the scores, [N, classes] or [N, classes, ...].
-    """
-
-    x: Tensor
-    target: Tensor
-    weight: Tensor | None
-    ignore_index: int
-    mean: bool
-    label_smoothing: float
-
-    def lean(self, reduction: str, *, overwrite: bool = False, graph_only: bool = False) -> Tensor | None:
-        """The loss by trady's own operation; ``None`` where PyTorch's is as good, or the only one that fits.
-
-        ``overwrite`` where nobody else reads the scores, ``graph_only`` where nobody reads the loss.
-        """
-        if self.weight is not None or self.label_smoothing or not pays(self.x, self.target):
-            return None
-        index = self.ignore_index
-        return row_losses(self.x, self.target, index, reduction, overwrite=overwrite, graph_only=graph_only)
-
-    def total(self, *, overwrite: bool = False, graph_only: bool = False) -> Tensor:
-        """The loss summed up, not averaged; for the options see :meth:`lean`."""
-        total = self.lean("sum", overwrite=overwrite, graph_only=graph_only)
-        if total is not None:
-            return total
-        return F.cross_entropy(
-            self.x,
-            self.target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
-
-    def count(self) -> Tensor:
-        """What an average divides by: the number of targets that count, or the sum of their weights."""
-        counted = self.target != self.ignore_index
-        if self.weight is None:
-            return counted.sum()
-        return self.weight[self.target.where(counted, 0)].mul(counted).sum()
-
-
-Call = (
-    WeightCall
-    | RecurrentCall
-    | NormCall
-    | ActivationCall
-    | PadCall
-    | MaxPoolCall
-    | AveragePoolCall
-    | DropoutCall
-    | SmoothCall
-    | LossCall
-)
 
 
 def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -206,32 +50,6 @@ def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     except TypeError:  # a signature this table does not know: PyTorch's own business
         return None
     return call
-
-
-def is_metadata(function: Any) -> bool:
-    """Whether a torch function reads a tensor's shape or kind but none of its elements."""
-    return function in _METADATA
-
-
-def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call takes numbers out of a random generator."""
-    if function is F.scaled_dot_product_attention:
-        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-    name = str(getattr(function, "__name__", "")).rstrip("_")
-    if "dropout" in name:
-        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-        return bool(training) and probability > 0
-    return name in _RANDOM
-
-
-def answer_about_device(function: Any, device: torch.device) -> Any:
-    """What a tensor on ``device`` answers when it is asked where it is; ``None`` for other questions.
-
-    Tensors without memory stand in for real ones, and models make further tensors where those are.
-    """
-    answer = _DEVICE_QUESTIONS.get(function)
-    return None if answer is None else answer(device)
 
 
 def _each(value: Any, dimensions: int) -> tuple[int, ...]:
@@ -525,33 +343,4 @@ _READERS: dict[Any, Callable[..., Any]] = {
     F.softplus: _softplus,
     F.cross_entropy: _cross_entropy,
     torch.dropout: _dropout_of_torch,
-}
-
-#: Functions that draw, in place or not, besides dropout.
-_RANDOM_NAMES = """
-    bernoulli multinomial normal uniform random exponential geometric cauchy log_normal poisson rand randn randint
-    randperm rand_like randn_like randint_like rrelu gumbel_softmax
-"""
-_RANDOM = frozenset(_RANDOM_NAMES.split())
-
-#: Properties and methods of a tensor that read its shape or kind only.
-_METADATA_PROPERTIES = """
-    shape dtype device ndim requires_grad is_cuda is_cpu is_meta is_leaf is_sparse is_quantized is_mkldnn is_nested
-    is_mps is_xpu layout names itemsize nbytes grad_fn _version retains_grad output_nr
-"""
-_METADATA_METHODS = """
-    size dim numel stride nelement ndimension is_contiguous is_floating_point is_complex element_size storage_offset
-    get_device __len__ is_signed is_inference
-"""
-_METADATA = frozenset(
-    [getattr(torch.Tensor, n).__get__ for n in _METADATA_PROPERTIES.split() if hasattr(torch.Tensor, n)]
-    + [getattr(torch.Tensor, n) for n in _METADATA_METHODS.split()]
-)
-_DEVICE_QUESTIONS: dict[Any, Callable[[torch.device], Any]] = {
-    torch.Tensor.device.__get__: lambda device: device,
-    torch.Tensor.is_meta.__get__: lambda device: device.type == "meta",  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
-    torch.Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
-    torch.Tensor.is_mps.__get__: lambda device: device.type == "mps",  # type: ignore[attr-defined]
-    torch.Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index or 0,
 }

@@ -1,0 +1,1 @@
+"""What one torch call means: decomposed, canonicalised, recognised, once for every mode."""
