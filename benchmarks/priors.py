@@ -1,7 +1,7 @@
 """Layer rankings measured once for the pretrained networks that can be had here: the priors that trady ships.
 
 ``python -m benchmarks.priors`` measures them, and prints how far each agrees with the same network at other input
-sizes, on other tasks, and with the guess from shapes (:mod:`trady.structural`). ``--write`` replaces the files in
+sizes, on other tasks, and with the guess from shapes (:mod:`trady.ranking.structural`). ``--write`` replaces the files in
 ``trady/priors``.
 
 A ranking is measured on weights that have learnt the task: the networks for images have their own heads, MiniLM is
@@ -29,8 +29,8 @@ from benchmarks.backbones import load_backbone, load_images
 from benchmarks.tasks import needs, seeded
 from benchmarks.text import pretrained_minilm, read_sentences
 from trady.examine import examine
-from trady.ranking import LayerRanking
-from trady.structural import structural_ranking
+from trady.ranking.ranking import LayerRanking
+from trady.ranking.structural import structural_ranking
 from trady.training.data import load_data
 from trady.training.datasets import CENTERED, Normalization
 from trady.training.run import finetune

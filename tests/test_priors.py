@@ -15,10 +15,10 @@ from torch import nn
 import trady
 from trady.errors import RankingError
 from trady.examine import examine
-from trady.online_ranking import OnlineRanking
 from trady.priors import find_prior, prior_folder, ranking_for, save_prior, shipped_priors
-from trady.ranking import LayerRanking
-from trady.structural import structural_ranking
+from trady.ranking.online import OnlineRanking
+from trady.ranking.ranking import LayerRanking
+from trady.ranking.structural import structural_ranking
 
 SRC = """
 from torch import nn

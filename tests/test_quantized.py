@@ -24,7 +24,7 @@ from trady.channels.selection import Selection
 from trady.channels.table import by_output
 from trady.errors import CheckpointError, ModelError, RankingError, TradyWarning
 from trady.policies import Draw
-from trady.ranking import structure_digest
+from trady.ranking.ranking import structure_digest
 from trady.stored import stored_in
 from trady.training.run import finetune
 

@@ -8,18 +8,10 @@ from scipy import stats
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import RankingError
-from trady.online_ranking import OnlineRanking
-from trady.ranking import (
-    LayerRanking,
-    channel_rgn,
-    channel_scores,
-    layer_rgn,
-    layer_score,
-    spearman,
-    structure_digest,
-    top_layers,
-)
-from trady.structural import structural_ranking
+from trady.ranking.online import OnlineRanking
+from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.ranking.scores import channel_rgn, channel_scores, layer_rgn, layer_score, spearman, top_layers
+from trady.ranking.structural import structural_ranking
 
 scores_of_layers = st.dictionaries(st.text(max_size=5), st.floats(0, allow_infinity=False), min_size=1, max_size=12)
 

@@ -22,7 +22,7 @@ from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError, CheckpointError, PolicyError, StateError, TrainingError
 from trady.policies import Draw, Evidence, Scheme, SparseUpdate, draw_selection, get_policy, policy_names
 from trady.policies.orders import weighted_order
-from trady.ranking import channel_rgn, layer_rgn, top_layers
+from trady.ranking.scores import channel_rgn, layer_rgn, top_layers
 from trady.training.progress import Silent
 from trady.training.run import finetune
 

@@ -14,7 +14,7 @@ import pytest
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError
-from trady.ranking import top_layers
+from trady.ranking.scores import top_layers
 from trady.study.folder import Unit
 from trady.study.heavy_tails import heavy_tails
 from trady.study.importance import discoveries, importance, welch

@@ -34,7 +34,7 @@ from tests.models import (
     snapshot,
 )
 from trady.errors import BudgetError, CheckpointError, ModelError, PolicyError, RankingError, StateError
-from trady.ranking import layer_score
+from trady.ranking.scores import layer_score
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.02),

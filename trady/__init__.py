@@ -31,7 +31,7 @@ from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
 from trady.plan import Plan
 from trady.policies import register_policy
-from trady.ranking import LayerRanking
+from trady.ranking.ranking import LayerRanking
 from trady.tuner import Tuner, plan, prepare
 
 if TYPE_CHECKING:

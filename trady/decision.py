@@ -20,7 +20,7 @@ from trady.ops.smooth import FIDELITIES
 from trady.plan import Plan
 from trady.planner import MODES, Planner
 from trady.policies import Policy, get_policy
-from trady.ranking import LayerRanking, structure_digest
+from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.remedies import remedies
 from trady.simulate import ExampleLoss
 

@@ -22,12 +22,12 @@ from trady.measures import looks_back
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms
 from trady.model.batch import meta_batch
-from trady.online_ranking import OnlineRanking
 from trady.plan import Plan
 from trady.planner import Planner, Recomputation
 from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
 from trady.priors import ranking_for
-from trady.ranking import LayerRanking
+from trady.ranking.online import OnlineRanking
+from trady.ranking.ranking import LayerRanking
 from trady.room import Room, room_for
 from trady.simulate import ExampleLoss, Simulator
 

@@ -18,7 +18,8 @@ from trady.errors import ModelError
 from trady.examine import examine
 from trady.model.batch import split
 from trady.model.eager import author_module
-from trady.ranking import LayerRanking, Metric, channel_scores, layer_score, structure_digest
+from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.ranking.scores import Metric, channel_scores, layer_score
 from trady.simulate import Simulator
 from trady.sweeps import Sweeper, squared_norm
 

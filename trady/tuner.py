@@ -31,13 +31,13 @@ from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
 from trady.model.prepared import refuse_prepared
 from trady.observing import EARLIER, PREFIX, Observed, check_layers
-from trady.online_ranking import OnlineRanking
 from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
 from trady.plan import Plan
 from trady.policies import Evidence, Policy
 from trady.priors import Known
-from trady.ranking import LayerRanking, structure_digest
+from trady.ranking.online import OnlineRanking
+from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.sweeps import Sweeper
 
 FORMAT, VERSION = "trady-tuner", 1

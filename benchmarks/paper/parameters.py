@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import options
 from benchmarks.paper.__main__ import FOLDER
-from trady.ranking import spearman
+from trady.ranking.scores import spearman
 
 #: Neither the oracles nor velocity: the common rate is too high for what they choose.
 POLICIES = ("trady", "trady+", "dynamic-random", "static-random", "static-topk-random", "sparse-update")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trady.budget import Budget
     from trady.commands.comparison import Row
     from trady.commands.example import Example
-    from trady.ranking import LayerRanking
+    from trady.ranking.ranking import LayerRanking
     from trady.training.datasets import DataSplit
     from trady.training.result import Result
 

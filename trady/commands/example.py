@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trady.priors import Known
-    from trady.ranking import LayerRanking
+    from trady.ranking.ranking import LayerRanking
     from trady.training.datasets import DataSplit
 
 

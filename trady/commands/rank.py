@@ -34,7 +34,7 @@ def rank(
     """Measure how much each layer matters on a data set."""
     import trady
     from trady.priors import save_prior
-    from trady.ranking import Metric
+    from trady.ranking.scores import Metric
     from trady.training.batch import cross_entropy
 
     task = load_task(model, dataset, image_size, batches * batch_size, on_unreadable, seed, split="train")

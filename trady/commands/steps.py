@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trady.commands.example import Example
     from trady.memory import Ledger
     from trady.priors import Known
-    from trady.ranking import LayerRanking
+    from trady.ranking.ranking import LayerRanking
 
 #: Small enough that repeated steps on one batch leave the weights where they are.
 RATE = 1e-6

@@ -23,7 +23,7 @@ from trady.errors import CheckpointError, ModelError, StateError, TrainingError
 from trady.plan import Plan
 from trady.policies import Policy
 from trady.priors import Known
-from trady.ranking import LayerRanking
+from trady.ranking.ranking import LayerRanking
 from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trady.training.optimizers import memory_of
 from trady.training.randomness import own_randomness

@@ -24,7 +24,7 @@ from trady.policies.evidence import Needs
 from trady.policies.fill import fill_selection, layers_in_order
 from trady.policies.orders import weighted_order
 from trady.policies.registry import register_policy
-from trady.ranking import channel_scores, layer_score, top_layers
+from trady.ranking.scores import channel_scores, layer_score, top_layers
 
 
 @register_policy

@@ -21,7 +21,7 @@ from trady.policies.base import Draw
 from trady.policies.evidence import Needs
 from trady.policies.fill import fill_by_score
 from trady.policies.registry import register_policy
-from trady.ranking import Metric, channel_scores
+from trady.ranking.scores import Metric, channel_scores
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 
 from trady.channels.table import ChannelTable
 from trady.errors import RankingError
-from trady.ranking import LayerRanking, structure_digest
-from trady.structural import structural_ranking
+from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.ranking.structural import structural_ranking
 
 #: What may be asked for instead of a ranking: learn it in the first epoch, or guess it from shapes.
 Known = Literal["online", "structural"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trady.errors import TrainingError
-from trady.ranking import Floats
+from trady.ranking.scores import Floats
 from trady.study.records import Records
 
 #: Share of false ones among the rejections that is allowed for.

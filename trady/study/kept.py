@@ -9,7 +9,7 @@ import numpy as np
 
 from trady.channels.table import ChannelTable
 from trady.policies.fill import fill
-from trady.ranking import Floats, Metric, channel_scores
+from trady.ranking.scores import Floats, Metric, channel_scores
 from trady.study.records import Records
 
 #: Budgets of the curve, as shares of the elements of all channels.

@@ -9,9 +9,9 @@ import numpy as np
 
 from trady.budget import Budget, Scope, parse_budget
 from trady.errors import BudgetError
-from trady.online_ranking import OnlineRanking
 from trady.policies import Draw, get_policy
-from trady.ranking import layer_score, spearman, top_layers
+from trady.ranking.online import OnlineRanking
+from trady.ranking.scores import layer_score, spearman, top_layers
 from trady.study.records import Records
 from trady.study.stability import POOL_SHARE
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from trady.channels.table import ChannelTable
-from trady.ranking import Floats, layer_score
+from trady.ranking.scores import Floats, layer_score
 from trady.study.folder import StudyFolder, Unit
 from trady.study.noise import LayerNoise
 from trady.study.parquet import Norms, read_noise, read_norms

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from trady.channels.table import ChannelTable
-from trady.ranking import Floats, spearman, top_layers
+from trady.ranking.scores import Floats, spearman, top_layers
 from trady.study.folder import Unit
 from trady.study.records import Records
 

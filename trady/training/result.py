@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trady.ranking import LayerRanking
+from trady.ranking.ranking import LayerRanking
 from trady.training.metrics import EpochMetrics
 
 

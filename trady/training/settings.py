@@ -11,7 +11,7 @@ from trady.errors import TrainingError
 from trady.micro_batches import AUTO
 from trady.ops.smooth import FIDELITIES
 from trady.planner import MODES
-from trady.ranking import LayerRanking
+from trady.ranking.ranking import LayerRanking
 
 #: Batches that a policy is measured on which measures before it draws.
 OBSERVED_BATCHES = 4

@@ -13,7 +13,7 @@ from torch import nn
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
-from trady.ranking import LayerRanking
+from trady.ranking.ranking import LayerRanking
 from trady.training.batch import Loss
 from trady.training.state import State
 from trady.tuner import Tuner

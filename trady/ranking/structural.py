@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from trady.channels.table import ChannelTable, Layer
-from trady.ranking import LayerRanking, structure_digest
+from trady.ranking.ranking import LayerRanking, structure_digest
 
 
 def structural_ranking(table: ChannelTable) -> LayerRanking:

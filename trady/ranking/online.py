@@ -11,19 +11,9 @@ import numpy.typing as npt
 
 from trady.channels.table import ChannelTable
 from trady.errors import RankingError
-from trady.ranking import (
-    VERSION,
-    Floats,
-    LayerRanking,
-    Metric,
-    listed,
-    same_layers,
-    spearman,
-    structure_digest,
-    top_layers,
-    versioned,
-)
-from trady.structural import structural_ranking
+from trady.ranking.ranking import VERSION, LayerRanking, listed, same_layers, structure_digest, versioned
+from trady.ranking.scores import Floats, Metric, spearman, top_layers
+from trady.ranking.structural import structural_ranking
 
 
 class OnlineRanking:

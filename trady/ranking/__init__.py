@@ -1,0 +1,1 @@
+"""Which layers matter: scores, given, shipped, learnt online, or guessed from shapes."""
