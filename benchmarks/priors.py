@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.priors`` measures them, and prints how far each agrees with the same network at other input
 sizes, on other tasks, and with the guess from shapes (:mod:`trady.ranking.structural`). ``--write`` replaces the files in
-``trady/priors``.
+``trady/ranking/priors``.
 
 A ranking is measured on weights that have learnt the task: the networks for images have their own heads, MiniLM is
 trained for an epoch first. On a new head nearly all gradient is in the layer before it, and says nothing of the others.

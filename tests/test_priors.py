@@ -15,8 +15,8 @@ from torch import nn
 import trady
 from trady.errors import RankingError
 from trady.examine import examine
-from trady.priors import find_prior, prior_folder, ranking_for, save_prior, shipped_priors
 from trady.ranking.online import OnlineRanking
+from trady.ranking.priors import find_prior, prior_folder, ranking_for, save_prior, shipped_priors
 from trady.ranking.ranking import LayerRanking
 from trady.ranking.structural import structural_ranking
 
@@ -116,7 +116,7 @@ def test_an_unknown_word_is_refused_with_those_that_are_known() -> None:
 def test_a_prior_of_ones_own_goes_before_a_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking = measured(Net())
     backwards = replace(ranking, scores=dict(zip(ranking.scores, reversed(ranking.scores.values()), strict=True)))
-    monkeypatch.setattr("trady.priors.shipped_priors", lambda: {"net": ranking})
+    monkeypatch.setattr("trady.ranking.priors.shipped_priors", lambda: {"net": ranking})
     table = examine(Net(), batches()[0][0]).table
     found = find_prior(table)
     assert found is not None

@@ -25,8 +25,8 @@ from trady.model.batch import meta_batch
 from trady.plan import Plan
 from trady.planner import Planner, Recomputation
 from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
-from trady.priors import ranking_for
 from trady.ranking.online import OnlineRanking
+from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking
 from trady.room import Room, room_for
 from trady.simulate import ExampleLoss, Simulator
@@ -58,7 +58,7 @@ class Rules:
     Attributes:
         budget: What may be spent; ``None`` is anything.
         policy: Draws the channels.
-        ranking: Which layers are worth updating: a ranking or a word (:func:`trady.priors.ranking_for`).
+        ranking: Which layers are worth updating: a ranking or a word (:func:`trady.ranking.priors.ranking_for`).
         pool: The layers of an earlier plan, instead of those that the ranking names.
         seed: Seed of the draws.
         fuse: Whether calls are computed together.

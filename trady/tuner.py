@@ -35,8 +35,8 @@ from trady.optim import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
 from trady.plan import Plan
 from trady.policies import Evidence, Policy
-from trady.priors import Known
 from trady.ranking.online import OnlineRanking
+from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.sweeps import Sweeper
 
@@ -73,7 +73,7 @@ def prepare(
         budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
             adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
         policy: A registered policy or one of your own.
-        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.priors`), or
+        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.ranking.priors`), or
             else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
             computes anyway. ``"structural"`` guesses it from the layers' shapes.
         head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from trady.priors import Known
+    from trady.ranking.priors import Known
     from trady.ranking.ranking import LayerRanking
     from trady.training.datasets import DataSplit
 
@@ -136,6 +136,6 @@ def load_task(
 
 def load_ranking(given: str | None) -> LayerRanking | Known | None:
     """Load a ranking, if a file is named; a word that stands for one is passed on."""
-    from trady.priors import read_ranking
+    from trady.ranking.priors import read_ranking
 
     return None if given is None else read_ranking(given)

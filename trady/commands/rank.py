@@ -33,7 +33,7 @@ def rank(
 ) -> None:
     """Measure how much each layer matters on a data set."""
     import trady
-    from trady.priors import save_prior
+    from trady.ranking.priors import save_prior
     from trady.ranking.scores import Metric
     from trady.training.batch import cross_entropy
 

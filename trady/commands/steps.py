@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trady.budget import Budget
     from trady.commands.example import Example
     from trady.memory import Ledger
-    from trady.priors import Known
+    from trady.ranking.priors import Known
     from trady.ranking.ranking import LayerRanking
 
 #: Small enough that repeated steps on one batch leave the weights where they are.

@@ -14,7 +14,7 @@ from trady.compare.matrix import WITHOUT_BUDGET, Matrix
 from trady.compare.read import ReadMatrix
 from trady.errors import MatrixError
 from trady.policies import Scheme, SparseUpdate, get_policy
-from trady.priors import read_ranking
+from trady.ranking.priors import read_ranking
 from trady.training.settings import ranking_digest
 
 

@@ -16,7 +16,7 @@ from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
 from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
-from trady.priors import read_ranking
+from trady.ranking.priors import read_ranking
 from trady.training.datasets import DataSplit, Normalization
 from trady.training.result import Result
 

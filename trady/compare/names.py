@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ValidationInfo
 from trady.budget import parse_budget
 from trady.errors import TradyError
 from trady.policies import Scheme, get_policy
-from trady.priors import KNOWN, read_ranking
+from trady.ranking.priors import KNOWN, read_ranking
 
 T = TypeVar("T")
 

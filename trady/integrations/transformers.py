@@ -22,7 +22,7 @@ from trady.decision import Request
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
 from trady.plan import Plan
 from trady.policies import Policy
-from trady.priors import Known
+from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trady.training.optimizers import memory_of

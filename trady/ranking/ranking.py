@@ -44,7 +44,7 @@ class LayerRanking:
         scores: Layer name to score, in order of execution; finite, not negative.
         metric: ``rgn`` (see :func:`layer_rgn`) or ``norm`` (the same without the cost).
         source: ``measured`` on the user's task, ``online`` while training, ``prior`` found by the model's
-            structure (:mod:`trady.priors`), ``structural`` guessed from it, ``given`` by the user.
+            structure (:mod:`trady.ranking.priors`), ``structural`` guessed from it, ``given`` by the user.
         structure: :func:`structure_digest` of the model it was taken from; may be empty.
         channels: Layer name to the score of each input channel (see :func:`channel_rgn`); may be
             empty or lack layers.

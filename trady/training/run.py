@@ -17,7 +17,7 @@ from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.memory.optimizer import OptimizerMemory
 from trady.policies import Policy, get_policy, needs_of
-from trady.priors import Known
+from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches

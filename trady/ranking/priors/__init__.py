@@ -25,6 +25,7 @@ from trady.ranking.structural import structural_ranking
 
 #: What may be asked for instead of a ranking: learn it in the first epoch, or guess it from shapes.
 Known = Literal["online", "structural"]
+
 KNOWN: tuple[Known, ...] = ("online", "structural")
 
 _SHIPPED = Path(__file__).parent
