@@ -210,7 +210,7 @@ def _agreement(name: str, source: Source, *, write: bool) -> dict[str, Any]:
     batch = source.batches(other_size)[0]
     there = examine(source.model(), batch if isinstance(batch, dict) else batch[0]).table
     if write:
-        target = Path(trady.__file__).parent / "priors" / f"{name}.json"
+        target = Path(trady.__file__).parent / "ranking" / "priors" / f"{name}.json"
         replace(ranking, source="prior").save(target)
     return {
         "network": name,

@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 import trady
 from tests.models import normal, seeded
 from trady.budget import BelowLeastError, parse_budget
-from trady.clipping import clip_by_output, clip_channels_
 from trady.memory import LiveBytes
 from trady.memory.optimizer import Form, OptimizerMemory
+from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.optimizer_state import optimizer_memory
 from trady.training.optimizers import NAMES, memory_of, optimizer_factory
 

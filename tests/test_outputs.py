@@ -19,8 +19,8 @@ from tests.stretched import VisionTransformer, bert, loss_of, tokens
 from trady.channels.cost import cost_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
-from trady.clipping import clip_by_output, clip_channels_
 from trady.errors import CheckpointError, ModelError, PolicyError
+from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.policies import Draw, draw_selection
 from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
 from trady.simulate import Simulator

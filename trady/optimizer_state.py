@@ -19,7 +19,7 @@ from trady.errors import StateError
 from trady.memory import LiveBytes
 from trady.memory.optimizer import Amount, Form, OptimizerMemory
 from trady.ops.selected import numbers_on
-from trady.optim import UpdatesInBackward
+from trady.optim.in_backward import UpdatesInBackward
 
 #: State that scales a step down. A channel that joins late would take far too large steps from zero (the
 #: bias correction of Adam counts the layer's steps, not the channel's), so it starts at the layer's mean.

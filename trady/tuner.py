@@ -18,7 +18,6 @@ from trady.batch_check import BatchCheck
 from trady.budget import Budget
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.clipping import clip_channels_
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
 from trady.dequantize import dequantize as in_floating_point
@@ -31,7 +30,8 @@ from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
 from trady.model.prepared import refuse_prepared
 from trady.observing import EARLIER, PREFIX, Observed, check_layers
-from trady.optim import UpdatesInBackward, update_forms
+from trady.optim.clipping import clip_channels_
+from trady.optim.in_backward import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
 from trady.plan import Plan
 from trady.policies import Evidence, Policy
@@ -460,7 +460,7 @@ class Tuner:
         self.redraw()
 
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
-        """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.clipping`).
+        """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.optim.clipping`).
 
         Call it between ``backward()`` and ``optimizer.step()``. An optimizer of :mod:`trady.optim` has used the
         gradients of the channels up by then: it clips them itself, with ``channel_clip=ratio``.

@@ -29,7 +29,7 @@ NORM_BYTES = 4
 #: Forms that a weight gradient takes while it is computed.
 _FORMS = 3
 
-#: Norms and factors of clipping (:mod:`trady.clipping`): of a channel, and of a tensor.
+#: Norms and factors of clipping (:mod:`trady.optim.clipping`): of a channel, and of a tensor.
 _CLIPPING_CHANNEL_BYTES, _CLIPPING_TENSOR_BYTES = 20, 16
 
 Integers = npt.NDArray[np.int64]

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trady.clipping import clip_channels_
 from trady.errors import StateError, TrainingError
+from trady.optim.clipping import clip_channels_
 
 #: Share of the past in the running norm: about ten steps.
 _NORM_DECAY = 0.9
