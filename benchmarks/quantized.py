@@ -27,7 +27,7 @@ from benchmarks import options
 from benchmarks.tasks import needs
 from benchmarks.text import Sentences, minilm, pretrained_minilm, read_sentences
 from trady.ops.selected import channel_major
-from trady.stored import inner_tensors, stored_in
+from trady.quantized.formats import inner_tensors, stored_in
 from trady.training.run import finetune
 
 MIB = 2**20
@@ -163,7 +163,7 @@ def measure(name: str, data: tuple[Sentences, Sentences], epochs: int, seed: int
 
     model = store(copy.deepcopy(task.model)).train()
     weights, pytorch = weight_bytes(model), saved_by_pytorch(copy.deepcopy(model), run)
-    dense = trady.dequantize(copy.deepcopy(model))
+    dense = trady.quantized.dequantize(copy.deepcopy(model))
     tuner = trady.prepare(model, task.batch, budget=BUDGET, seed=seed)
     ledger = tuner.ledger(lambda: run(model).backward(), inference=False)
     for parameter in tuner.parameters():

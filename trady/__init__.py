@@ -13,7 +13,6 @@ from trady.channels.cost import Cost
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.delta import apply_delta
-from trady.dequantize import dequantize
 from trady.errors import (
     BudgetError,
     CheckpointError,
@@ -31,6 +30,7 @@ from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
 from trady.plan import Plan
 from trady.policies import register_policy
+from trady.quantized.dequantize import dequantize
 from trady.ranking.ranking import LayerRanking
 from trady.tuner import Tuner, plan, prepare
 

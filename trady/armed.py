@@ -1,6 +1,6 @@
 """A model with its interception in place and a set of channels that train.
 
-``weight`` holds the truth (of a quantised layer with the float channels beside it: :mod:`trady.quantized`). Every
+``weight`` holds the truth (of a quantised layer with the float channels beside it: :mod:`trady.quantized.linear`). Every
 layer has a compact parameter too, a leaf that holds the selected channels ``W[:, c]`` (or ``W[outputs][:, c]``)
 only: it receives their gradient, the optimizer updates it, and it is written back.
 """
@@ -24,7 +24,7 @@ from trady.model.eager import Uncompiled, author_module
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.selected import DenseWeight, select_channels
 from trady.optim.clipping import clip_by_output
-from trady.quantized import QuantizedLinear, leave, route
+from trady.quantized.linear import QuantizedLinear, leave, route
 from trady.segments import Segment
 from trady.stretches import drawn_anew
 

@@ -16,7 +16,7 @@ from trady.errors import CheckpointError
 from trady.model.eager import author_name
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
-from trady.quantized import QuantizedLinear, layer_at
+from trady.quantized.linear import QuantizedLinear, layer_at
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
 _OUTPUTS = "::outputs"
@@ -96,7 +96,7 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
             if is_quantized(parameter):
                 raise CheckpointError(
                     f"the delta changes all of {name!r}, which this model stores quantised: apply it to a base in "
-                    "floating point (trady.dequantize)"
+                    "floating point (trady.quantized.dequantize)"
                 )
             _check_shape(name, tensor.shape, parameter.shape)
             writes.append(partial(parameter.copy_, tensor))

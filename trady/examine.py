@@ -14,9 +14,9 @@ from trady.errors import ModelError
 from trady.fusion import FusionPlan, plan_fusion
 from trady.model.batch import activation_dtype, twice, without_memory
 from trady.model.eager import uncompiled_copy
-from trady.quantized import outlines, route
+from trady.quantized.formats import keep_unpacked
+from trady.quantized.linear import outlines, route
 from trady.segments import Segment, find_segments, work_of
-from trady.stored import keep_unpacked
 from trady.table import build_table, find_head, head_parameters
 from trady.trace import trace_forward
 

@@ -54,7 +54,7 @@ from trady.ops.recurrent import RecurrentOptions, recurrent
 from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program
-from trady.quantized import QuantizedLinear
+from trady.quantized.linear import QuantizedLinear
 from trady.segments import Segment
 from trady.stretches import Writing
 from trady.trace import READS_ONE, batch_counters, batches_counted, is_count

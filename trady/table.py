@@ -16,7 +16,7 @@ from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
-from trady.quantized import QuantizedLinear
+from trady.quantized.linear import QuantizedLinear
 from trady.trace import Trace, TracedCall
 
 

@@ -35,7 +35,7 @@ from trady.model.batch import (
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
 from trady.model.mode import Section, current_section, kept_mode, tracing
-from trady.quantized import routed
+from trady.quantized.linear import routed
 
 
 @dataclass

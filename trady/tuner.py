@@ -20,7 +20,6 @@ from trady.channels.cost import Cost
 from trady.channels.selection import Selection
 from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
-from trady.dequantize import dequantize as in_floating_point
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
@@ -35,6 +34,7 @@ from trady.optim.in_backward import UpdatesInBackward, update_forms
 from trady.optimizer_state import optimizer_memory, remap_state
 from trady.plan import Plan
 from trady.policies import Evidence, Policy
+from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking, structure_digest
@@ -623,7 +623,7 @@ class Tuner:
         of its module, which computes with them (docs/composition.md).
 
         Args:
-            dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
+            dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.quantized.dequantize`).
 
         """
         self._check_alive("finish again")

@@ -15,7 +15,7 @@ from trady.ops.maps import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.smooth import Smooth
 from trady.ops.steps import Steps
-from trady.quantized import QuantizedLinear
+from trady.quantized.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

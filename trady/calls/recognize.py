@@ -35,7 +35,7 @@ from trady.ops.pooling import Window
 from trady.ops.recurrent import recurrence
 from trady.ops.smooth import Smooth
 from trady.ops.steps import Steps
-from trady.quantized import QuantizedLinear, linear
+from trady.quantized.linear import QuantizedLinear, linear
 
 _aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from trady.errors import CheckpointError
 from trady.model.eager import author_name
+from trady.quantized.formats import inner_tensors
 from trady.records.files import flush, separate
-from trady.stored import inner_tensors
 from trady.training.state import State
 
 FORMAT = "trady-checkpoint"

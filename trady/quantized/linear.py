@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from trady.ops.selected import SelectedChannels
-from trady.stored import Outline, Stored, stored_in
+from trady.quantized.formats import Outline, Stored, stored_in
 
 #: Buffers of a quantised module: numbers of its float channels [k], sorted, and their weights [k, out].
 INDEX, VALUES = "float_channels", "float_values"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from trady.model.prepared import refuse_prepared
-from trady.quantized import QuantizedLinear, route
+from trady.quantized.linear import QuantizedLinear, route
 
 
 def dequantize(model: nn.Module) -> nn.Module:

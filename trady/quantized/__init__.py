@@ -1,0 +1,1 @@
+"""Linear layers stored quantised, with their trained channels beside them."""
