@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from trady.errors import TradyError
-from trady.labels import current_operation, label_saved
 from trady.memory import Ledger, Saved, measure
+from trady.ops.context import current_operation, label_saved
 
 FLOAT = 4
 

@@ -19,8 +19,8 @@ from torch.autograd import gradcheck
 
 from tests.models import relative_error
 from trady.ops import bits, native, pooling
-from trady.ops.maps import Convolution
 from trady.ops.native import depthwise, library
+from trady.ops.operators import Convolution
 from trady.ops.pooling import Window, max_pool
 from trady.ops.selected import select_channels
 
@@ -220,7 +220,8 @@ def test_weight_gradients_of_tall_kernels_are_right(kernels: str, layout: torch.
 def test_pointwise_products_are_pytorchs_convolution(
     stride: tuple[int, ...], size: tuple[int, ...], biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trady.ops import layout, maps
+    from trady.ops import layout
+    from trady.ops import operators as maps
 
     monkeypatch.setattr(maps, "_CACHED_BYTES", 1000)
     monkeypatch.setattr(layout, "CHUNK_BYTES", 60000)

@@ -22,8 +22,8 @@ from trady.ops.activation import affine_clamp, clamp
 from trady.ops.bits import Clamp, clamp_, pack_mask, select
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
-from trady.ops.maps import Convolution, Linear
 from trady.ops.native import library
+from trady.ops.operators import Convolution, Linear
 from trady.ops.pooling import Window, average_pool, max_pool
 from trady.ops.selected import channel_major, gather_channels, scatter_channels_, select_channels
 

@@ -32,11 +32,12 @@ from tests.stretched import (
     tokens,
 )
 from tests.test_interception import armed, dense_gradients, gradients
-from trady.batching import Along, samples_of
+from trady.batching import samples_of
 from trady.errors import ModelError
 from trady.examine import find_stretches
 from trady.model.batch import twice
 from trady.ops import recompute
+from trady.ops.sample_axis import Along
 from trady.program import Program
 from trady.segments import merged
 from trady.trace import trace_forward

@@ -24,20 +24,8 @@ from trady.calls.kinds import (
     WeightCall,
 )
 from trady.calls.names import ELEMENTWISE, name_of
+from trady.ops.sample_axis import Along
 from trady.trace import Trace, TracedCall
-
-
-@dataclass(frozen=True)
-class Along:
-    """The dimension in which samples lie, one behind another.
-
-    Attributes:
-        dim: The dimension.
-        per_sample: Its size for one sample: windows, for instance, or tokens of a flattened sequence.
-    """
-
-    dim: int
-    per_sample: int
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,16 @@ from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
 from trady.errors import ModelError
 from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
-from trady.labels import asking_for_ourselves, current_operation
 from trady.model.batch import tensors_among
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook
 from trady.model.mode import current_section, tracing
 from trady.ops.activation import affine_clamp, clamp
+from trady.ops.context import asking_for_ourselves, current_operation
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
 from trady.ops.layout import is_dense
-from trady.ops.maps import Convolution
+from trady.ops.operators import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
 from trady.ops.recurrent import RecurrentOptions, recurrent

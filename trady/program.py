@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.batching import Along, CallSamples
+from trady.batching import CallSamples
 from trady.calls.canonical import shown_parameter
 from trady.calls.decompositions import WITHOUT_MEMORY
 from trady.calls.kinds import NormCall
 from trady.calls.recognize import recognize
 from trady.model.batch import without_memory
+from trady.ops.sample_axis import Along
 
 _META = torch.device("meta")
 

@@ -16,13 +16,13 @@ from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.examine import examine, meta_twin
-from trady.labels import asking_for_ourselves
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
 from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
 from trady.model.eager import uncompiled
 from trady.model.mode import kept_mode
+from trady.ops.context import asking_for_ourselves
 from trady.segments import Segment
 from trady.standins import StandIns
 

@@ -20,9 +20,9 @@ from trady.calls.canonical import reworded
 from trady.calls.decompositions import COMPOSITES, WITHOUT_MEMORY
 from trady.calls.names import in_place
 from trady.calls.questions import answer_about_device, is_metadata
-from trady.labels import asking_for_ourselves, standing_for
 from trady.memory.live import LiveBytes
 from trady.model.batch import tensors_among, without_memory
+from trady.ops.context import asking_for_ourselves, standing_for
 
 #: Losses whose mean or sum PyTorch's CPU kernels leave in memory as large as their input.
 _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])

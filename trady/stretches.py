@@ -15,7 +15,7 @@ from trady.calls.questions import draws_numbers
 from trady.calls.recognize import recognize
 from trady.errors import StateError
 from trady.fusion import Action, InPlace, Step, WithLayer
-from trady.ops.maps import Linear
+from trady.ops.operators import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
 from trady.program import Entry, Program, Slot
 from trady.segments import Segment

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trady.calls.packed_sequences import PACKING
 from trady.calls.recurrent import RECURRENT
-from trady.labels import device_type
+from trady.ops.context import device_type
 from trady.ops.layout import memory_format
 
 

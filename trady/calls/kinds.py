@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trady.ops.bits import Clamp
 from trady.ops.loss import pays, row_losses
-from trady.ops.maps import Convolution, Linear
+from trady.ops.operators import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.smooth import Smooth
 from trady.ops.steps import Steps

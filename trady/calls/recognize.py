@@ -30,7 +30,7 @@ from trady.calls.kinds import (
     WeightCall,
 )
 from trady.ops.bits import Clamp
-from trady.ops.maps import Convolution, Linear
+from trady.ops.operators import Convolution, Linear
 from trady.ops.pooling import Window
 from trady.ops.recurrent import recurrence
 from trady.ops.smooth import Smooth

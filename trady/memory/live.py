@@ -14,7 +14,7 @@ from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trady.labels import followed_storages
+from trady.ops.context import followed_storages
 
 Shrink = Callable[[torch.UntypedStorage, int], None]
 

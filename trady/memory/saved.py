@@ -12,7 +12,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from trady.labels import current_operation, saved_kind
+from trady.ops.context import current_operation, saved_kind
 
 HOOKS_DISABLED = "saved tensors hooks were disabled in the step: what was saved then is not listed"
 

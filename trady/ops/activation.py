@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
+from trady.ops.context import label_saved
 from trady.ops.layout import is_dense, is_owned, memory_format
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trady.labels import device_type
+from trady.ops.context import device_type
 from trady.ops.layout import count_write, rows_of
 from trady.ops.native import library, on_this_processor
 

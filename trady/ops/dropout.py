@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trady.labels import label_saved
 from trady.ops.bits import Clamp, pack_mask, select
+from trady.ops.context import label_saved
 from trady.ops.layout import memory_format
 
 #: A mask is the derivative of an activation whose bits are given.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trady.errors import ModelError
-from trady.labels import samples_under_way
+from trady.ops.context import samples_under_way
 from trady.ops.layout import take
 from trady.ops.selected import SelectedChannels
 

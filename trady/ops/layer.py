@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trady.labels import label_saved
 from trady.ops.bits import Clamp, clamp_, select
+from trady.ops.context import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
-from trady.ops.maps import WeightMap
+from trady.ops.operators import WeightMap
 from trady.ops.selected import SelectedChannels
 
 

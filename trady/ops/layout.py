@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from trady.labels import followed_storages
+from trady.ops.context import followed_storages
 
 #: Temporaries of one operation stay below this many bytes where they can be made in chunks of samples.
 CHUNK_BYTES = 2 << 20

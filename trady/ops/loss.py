@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.labels import device_type
+from trady.ops.context import device_type
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
 from trady.ops.native import library, on_a_processor, unwritten
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trady.labels import label_saved
+from trady.ops.context import label_saved
 from trady.ops.layout import chunks, empty_like_batch, memory_format, unviewed
 from trady.ops.native import library, numbers, on_a_processor, unwritten
 

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady.errors import ModelError
-from trady.labels import label_saved
+from trady.ops.context import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.layout import take, unviewed
-from trady.ops.maps import Linear
+from trady.ops.operators import Linear
 from trady.ops.rows import multiply_rows
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from trady.batching import Along
-from trady.labels import asking_for_ourselves, label_saved, samples_under_way
+from trady.ops.context import asking_for_ourselves, label_saved, samples_under_way
 from trady.ops.layout import unviewed
+from trady.ops.sample_axis import Along
 
 
 @dataclass

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from trady.labels import label_saved
 from trady.ops.cells import CELLS, Weights
+from trady.ops.context import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
-from trady.ops.maps import Linear
+from trady.ops.operators import Linear
 from trady.ops.selected import SelectedChannels
 from trady.ops.steps import Steps
 

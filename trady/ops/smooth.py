@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trady.errors import BudgetError
-from trady.labels import device_type, label_saved
+from trady.ops.context import device_type, label_saved
 from trady.ops.layout import CHUNK_BYTES, count_write, is_dense, is_owned, memory_format, rows_of
 from trady.ops.native import library, on_this_processor
 

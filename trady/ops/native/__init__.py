@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trady.labels import standing_for
+from trady.ops.context import standing_for
 
 SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")

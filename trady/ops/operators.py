@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.labels import device_type
+from trady.ops.context import device_type
 from trady.ops.layout import chunks, empty_like_batch, memory_format, take
 from trady.ops.native import depthwise, unwritten
 from trady.ops.rows import multiply_rows
@@ -20,7 +20,9 @@ _convolution_backward = torch.ops.aten.convolution_backward
 #: Positions of the output (height times width) from which on a pointwise convolution is computed as a matrix
 #: product. PyTorch's own copies its whole input into another order, which strides make dear.
 _MATRIX_POSITIONS = 64
+
 _STRIDED_MATRIX_POSITIONS = 512
+
 _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
 
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
