@@ -16,8 +16,8 @@ from tests.test_interception import assert_dense_gradients, dense_gradients, gra
 from tests.tight_budget import peaks_in_a_tight_budget
 from trady.budget import BelowLeastError
 from trady.calls.recurrent import RECURRENT
-from trady.ops.recurrent import recurrence
-from trady.ops.steps import Steps
+from trady.ops.recurrent.recurrence import recurrence
+from trady.ops.recurrent.steps import Steps
 
 Batch = tuple[Tensor, ...]
 
@@ -153,7 +153,7 @@ def test_packed_sequences_in_other_words(cell: str, bidirectional: bool) -> None
 
 
 def test_many_steps_are_differentiated_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trady.ops.steps.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("trady.ops.layout.CHUNK_BYTES", 1024)
     gates = normal(3, 9, 20, dtype=torch.float64)
     assert len(Steps("lstm", 1).blocks(gates)) > 3
     for reverse in (False, True):

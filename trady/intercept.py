@@ -50,7 +50,7 @@ from trady.ops.layout import is_dense
 from trady.ops.operators import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
-from trady.ops.recurrent import RecurrentOptions, recurrent
+from trady.ops.recurrent.recurrence import RecurrentOptions, recurrent
 from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program

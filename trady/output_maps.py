@@ -35,7 +35,7 @@ from trady.channels.table import ChannelTable
 from trady.errors import StateError
 from trady.measures import Bench, Measured, register_measure
 from trady.model.batch import as_arguments, batch_size, part_of, split
-from trady.ops.recurrent import states_before
+from trady.ops.recurrent.recurrence import states_before
 from trady.policies.evidence import Evidence, Floats
 
 KIND = "velocity"

@@ -13,8 +13,8 @@ from trady.ops.bits import Clamp
 from trady.ops.loss import pays, row_losses
 from trady.ops.operators import Convolution, Linear
 from trady.ops.pooling import Window
+from trady.ops.recurrent.steps import Steps
 from trady.ops.smooth import Smooth
-from trady.ops.steps import Steps
 from trady.quantized.linear import QuantizedLinear
 
 
@@ -43,7 +43,7 @@ class WeightCall:
 class RecurrentCall(WeightCall):
     """The steps of a recurrent layer: ``weight`` is applied to the hidden state in front of each of them.
 
-    ``x`` are the gates, with the products of the inputs in them; see :func:`trady.ops.recurrent.recurrence`.
+    ``x`` are the gates, with the products of the inputs in them; see :func:`trady.ops.recurrent.recurrence.recurrence`.
     """
 
     states: Sequence[Tensor] = ()

@@ -32,9 +32,9 @@ from trady.calls.kinds import (
 from trady.ops.bits import Clamp
 from trady.ops.operators import Convolution, Linear
 from trady.ops.pooling import Window
-from trady.ops.recurrent import recurrence
+from trady.ops.recurrent.recurrence import recurrence
+from trady.ops.recurrent.steps import Steps
 from trady.ops.smooth import Smooth
-from trady.ops.steps import Steps
 from trady.quantized.linear import QuantizedLinear, linear
 
 _aten = torch.ops.aten

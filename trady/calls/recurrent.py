@@ -1,7 +1,7 @@
 """Recurrent layers in other words: ``torch.lstm`` and its like as linear layers and steps that depend on each other.
 
 PyTorch hands a whole ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` over as one call. Here the products with the inputs are
-linear layers over all steps at once, those with the hidden states belong to :func:`trady.ops.recurrent.recurrence`.
+linear layers over all steps at once, those with the hidden states belong to :func:`trady.ops.recurrent.recurrence.recurrence`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.ops.recurrent import recurrence
-from trady.ops.steps import Steps
+from trady.ops.recurrent.recurrence import recurrence
+from trady.ops.recurrent.steps import Steps
 
 
 def _layer(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trady.ops.steps import Block, Steps
+from trady.ops.recurrent.steps import Block, Steps
 
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.grad_input
+
 _tanh_gradient = torch.ops.aten.tanh_backward.grad_input
 
 

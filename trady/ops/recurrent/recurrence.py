@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from trady.ops.cells import CELLS, Weights
 from trady.ops.context import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.operators import Linear
+from trady.ops.recurrent.cells import CELLS, Weights
+from trady.ops.recurrent.steps import Steps
 from trady.ops.selected import SelectedChannels
-from trady.ops.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def recurrence(
     """Compute the steps of a recurrent layer, as a torch function that modes see as one call.
 
     Args:
-        gates: The products with the inputs, [..., gates]; see :class:`trady.ops.steps.Steps` for the rest.
+        gates: The products with the inputs, [..., gates]; see :class:`trady.ops.recurrent.steps.Steps` for the rest.
         states: Hidden state, and of an LSTM cell state, in front of the first step: [sequences, features].
         weight: What hidden states are multiplied by, [gates, features].
         bias: What is added to that.

@@ -1,0 +1,1 @@
+"""Recurrent layers: cells, steps, and their backward pass by channel."""
