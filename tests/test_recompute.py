@@ -40,7 +40,7 @@ from trady.ops import recompute
 from trady.ops.sample_axis import Along
 from trady.program import Program
 from trady.segments import merged
-from trady.trace import trace_forward
+from trady.trace.recorder import trace_forward
 
 hf = pytest.importorskip("transformers")
 

@@ -25,7 +25,7 @@ from tests.models import (
 )
 from trady.errors import BudgetError, ModelError
 from trady.examine import examine
-from trady.trace import trace_forward
+from trady.trace.recorder import trace_forward
 
 
 def table(model: nn.Module, example: Any, **options: Any) -> trady.ChannelTable:

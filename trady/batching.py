@@ -25,7 +25,7 @@ from trady.calls.kinds import (
 )
 from trady.calls.names import ELEMENTWISE, name_of
 from trady.ops.sample_axis import Along
-from trady.trace import Trace, TracedCall
+from trady.trace.trace import Trace, TracedCall
 
 
 @dataclass(frozen=True)

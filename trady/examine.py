@@ -18,7 +18,7 @@ from trady.quantized.formats import keep_unpacked
 from trady.quantized.linear import outlines, route
 from trady.segments import Segment, find_segments, work_of
 from trady.table import build_table, find_head, head_parameters
-from trady.trace import trace_forward
+from trady.trace.recorder import trace_forward
 
 
 @dataclass(frozen=True)

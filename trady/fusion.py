@@ -16,7 +16,7 @@ from torch import Tensor
 from trady.calls.kinds import ActivationCall, MaxPoolCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.ops.bits import Clamp
 from trady.ops.quantized import is_quantized
-from trady.trace import Trace, TracedCall
+from trady.trace.trace import Trace, TracedCall
 
 #: Functions whose backward does not read their output and whose output is memory of its own.
 _OUTPUT_NOT_SAVED = {

@@ -57,7 +57,7 @@ from trady.program import Program
 from trady.quantized.linear import QuantizedLinear
 from trady.segments import Segment
 from trady.stretches import Writing
-from trady.trace import READS_ONE, batch_counters, batches_counted, is_count
+from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
 #: Changes the arguments of a call before anything else is done with it.
 PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]

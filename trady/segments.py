@@ -28,7 +28,7 @@ from trady.calls.kinds import (
 )
 from trady.calls.names import BACKWARD_READS_NOTHING, name_of
 from trady.fusion import FusionPlan
-from trady.trace import Trace, TracedCall, Value
+from trady.trace.trace import Trace, TracedCall, Value
 
 #: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.
 _CONTEXT_READERS = 5

@@ -17,7 +17,7 @@ from trady.errors import ModelError
 from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
 from trady.quantized.linear import QuantizedLinear
-from trady.trace import Trace, TracedCall
+from trady.trace.trace import Trace, TracedCall
 
 
 def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,16 +1,12 @@
-"""One forward pass on the meta device: which layers a model calls, with what shapes, in what order.
-
-Nothing is computed and nothing is allocated: every tensor a call receives is replaced by one of the
-same shape on the meta device. The model itself is only read.
-"""
+"""Records one forward pass on the meta device."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -36,93 +32,8 @@ from trady.model.batch import (
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
 from trady.model.mode import Section, current_section, kept_mode, tracing
 from trady.quantized.linear import routed
-
-
-@dataclass
-class Value:
-    """A tensor at one point of the trace; writing into it makes a new value.
-
-    Attributes:
-        producer: Index of the call that made it.
-        readers: Calls that read its elements, in order.
-        shape_readers: Calls that read its shape or kind.
-        reference: The tensor, as long as somebody holds it.
-        replaced: Whether a later call wrote into the same tensor.
-        view: Whether it shares memory with another tensor.
-        same_as: The value whose very tensor a call handed back, maybe with other content; ``None`` for a new one.
-    """
-
-    producer: int
-    reference: weakref.ref[Tensor]
-    shape: tuple[int, ...]
-    readers: list[int] = field(default_factory=list)
-    shape_readers: list[int] = field(default_factory=list)
-    replaced: bool = False
-    view: bool = False
-    same_as: int | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Whether somebody still held the tensor, with this content, when the forward had ended."""
-        return not self.replaced and self.reference() is not None
-
-
-@dataclass
-class TracedCall:
-    """One call of a torch function.
-
-    Attributes:
-        function: The torch function.
-        call: What it means, without its input tensor; ``None`` if it is not recognised.
-        reads: Values whose elements it reads, in order of its arguments.
-        makes: Values it returns.
-        parameters: Parameters and buffers among its arguments.
-        container: The innermost module with children that was running.
-        module: The innermost module that was running.
-        scope: The module whose call is computed anew as a whole if this call is: the model itself, or inside
-            a checkpointed section the outermost module called there. ``None`` for calls that no module
-            of ours surrounds when they are recomputed, or that run inside a custom autograd function or
-            under ``torch.no_grad()``.
-        numbers: Whole numbers among its arguments, in order: sizes, dimensions, indices.
-        shapes: Shapes of the tensors among its arguments, in order.
-        written: The values that it overwrites; ``None`` for a tensor that no call made (an input, a buffer).
-        keywords: The whole numbers among each of its keyword arguments.
-        aside: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
-    """
-
-    function: Any
-    call: Call | None
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-    parameters: tuple[Tensor, ...]
-    container: str
-    module: str
-    scope: str | None = ""
-    input_shape: tuple[int, ...] = ()
-    output_shape: tuple[int, ...] = ()
-    numbers: tuple[int, ...] = ()
-    shapes: tuple[tuple[int, ...], ...] = ()
-    written: tuple[int | None, ...] = ()
-    keywords: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    aside: bool = False
-
-
-@dataclass
-class Trace:
-    """A forward pass as a list of calls and the values between them.
-
-    Attributes:
-        calls: Calls that touch elements of tensors, in order.
-        values: The tensors between them.
-        spans: For every module call: module name, first call, one past the last call.
-        batch: Samples in the example.
-        element_bytes: Bytes of an element of the first layer's input.
-    """
-
-    calls: list[TracedCall] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    spans: list[tuple[str, int, int]] = field(default_factory=list)
-    batch: int = 1
+from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
+from trady.trace.trace import Trace, TracedCall, Value
 
 
 def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
@@ -341,27 +252,7 @@ def _without_input(call: Call) -> Call:
     return replace(call, **{f.name: None for f in fields(call) if f.name in ("x", "target", "states")})  # type: ignore[arg-type]
 
 
-def batch_counters(model: nn.Module) -> dict[int, Tensor]:
-    """Find the buffers in which batch normalisations count batches; trady's norms are frozen and do not count."""
-    counters = [m._buffers.get("num_batches_tracked") for m in model.modules()]
-    return {id(t): t for t in counters if t is not None}
-
-
-def is_count(function: Any, args: tuple[Any, ...], counters: Mapping[int, Tensor]) -> bool:
-    """Whether a call is a batch normalisation counting a batch."""
-    return function is torch.Tensor.add_ and bool(args) and id(args[0]) in counters
-
-
 _META = torch.device("meta")
-
-#: How a batch normalisation reads its counter: ``momentum=None`` divides by it.
-READS_ONE = {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.item}
-
-
-def batches_counted(function: Any, counter: Tensor) -> float | int:
-    """The number of batches, at least 1: what it weighs does not matter where statistics are fixed."""
-    count = 1 if counter.is_meta else max(1, int(counter))
-    return float(count) if function is torch.Tensor.__float__ else count
 
 
 @contextmanager

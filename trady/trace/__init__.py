@@ -1,0 +1,1 @@
+"""One forward pass on shapes alone: its calls, its values, who reads them."""
