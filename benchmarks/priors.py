@@ -28,7 +28,7 @@ from benchmarks import options
 from benchmarks.backbones import load_backbone, load_images
 from benchmarks.tasks import needs, seeded
 from benchmarks.text import pretrained_minilm, read_sentences
-from trady.examine import examine
+from trady.analysis.model_analysis import examine
 from trady.ranking.ranking import LayerRanking
 from trady.ranking.structural import structural_ranking
 from trady.training.data import load_data

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import trady
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
+from trady.analysis.model_analysis import examine, find_stretches
 from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
-from trady.examine import examine, find_stretches
 
 hf = pytest.importorskip("transformers")
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import trady
+from trady.analysis.model_analysis import examine
 from trady.errors import RankingError
-from trady.examine import examine
 from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import find_prior, prior_folder, ranking_for, save_prior, shipped_priors
 from trady.ranking.ranking import LayerRanking

@@ -32,14 +32,14 @@ from tests.stretched import (
     tokens,
 )
 from tests.test_interception import armed, dense_gradients, gradients
-from trady.batching import samples_of
+from trady.analysis.model_analysis import find_stretches
+from trady.analysis.sample_axes import samples_of
+from trady.analysis.segments import merged
 from trady.errors import ModelError
-from trady.examine import find_stretches
 from trady.model.batch import twice
 from trady.ops import recompute
 from trady.ops.sample_axis import Along
 from trady.program import Program
-from trady.segments import merged
 from trady.trace.recorder import trace_forward
 
 hf = pytest.importorskip("transformers")

@@ -23,8 +23,8 @@ from tests.models import (
     seeded,
     snapshot,
 )
+from trady.analysis.model_analysis import examine
 from trady.errors import BudgetError, ModelError
-from trady.examine import examine
 from trady.trace.recorder import trace_forward
 
 

@@ -776,7 +776,7 @@ def test_a_plan_is_what_prepare_does() -> None:
 
 def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
     import trady.simulate as simulate
-    from trady.examine import examine
+    from trady.analysis.model_analysis import examine
 
     for build in (Residual, Grouped):
         model, x = seeded(build), normal(8, 3, 17, 17)

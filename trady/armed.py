@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trady.analysis.model_analysis import Examined
+from trady.analysis.segments import Segment
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.errors import StateError
-from trady.examine import Examined
 from trady.intercept import ArmedLayer, Interceptor
 from trady.model.eager import Uncompiled, author_module
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.selected import DenseWeight, select_channels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear, leave, route
-from trady.segments import Segment
 from trady.stretches import drawn_anew
 
 

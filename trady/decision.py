@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trady.analysis.model_analysis import Examined, examine, find_stretches
 from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
 from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
-from trady.examine import Examined, examine, find_stretches
 from trady.memory.optimizer import OptimizerMemory
 from trady.micro_batches import samples_at_once
 from trady.model.batch import batch_size, part_of, waiting_bytes

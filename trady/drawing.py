@@ -11,13 +11,13 @@ import numpy as np
 from torch import nn
 
 import trady.output_maps  # noqa: F401 - makes its measure known
+from trady.analysis.model_analysis import Examined
 from trady.budget import Budget, Scope, below_least
 from trady.channels.cost import Cost, Sparsity, cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
-from trady.examine import Examined
 from trady.measures import looks_back
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms

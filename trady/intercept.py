@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
+from trady.analysis.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
+from trady.analysis.segments import Segment
 from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
 from trady.calls.decompositions import COMPOSITES
 from trady.calls.kinds import (
@@ -37,7 +39,6 @@ from trady.calls.kinds import (
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
 from trady.errors import ModelError
-from trady.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
 from trady.model.batch import tensors_among
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook
@@ -55,7 +56,6 @@ from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.ops.smooth import bits_for, pays, smooth
 from trady.program import Program
 from trady.quantized.linear import QuantizedLinear
-from trady.segments import Segment
 from trady.stretches import Writing
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 

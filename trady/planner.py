@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from trady.analysis.segments import Segment, merged
 from trady.memory.timeline import Timeline
-from trady.segments import Segment, merged
 from trady.simulate import Stretches
 
 #: How ``recompute`` may be given to :func:`trady.prepare`.
@@ -45,7 +45,7 @@ class Planner:
     """Chooses among the stretches of one model.
 
     Args:
-        found: All stretches, in training and evaluation mode (:func:`trady.examine.find_stretches`).
+        found: All stretches, in training and evaluation mode (:func:`trady.analysis.model_analysis.find_stretches`).
         work: Multiply-adds of the forward pass.
 
     """

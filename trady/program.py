@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.batching import CallSamples
+from trady.analysis.sample_axes import CallSamples
 from trady.calls.canonical import shown_parameter
 from trady.calls.decompositions import WITHOUT_MEMORY
 from trady.calls.kinds import NormCall

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trady.analysis.model_analysis import meta_twin
 from trady.errors import TradyError
-from trady.examine import meta_twin
 from trady.model.batch import batch_size, meta_batch, part_of
 
 #: From a model, a batch and a way to recompute to the least bytes of a training step.

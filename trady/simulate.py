@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from trady.analysis.model_analysis import examine, meta_twin
+from trady.analysis.segments import Segment
 from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
-from trady.examine import examine, meta_twin
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.optimizer import Form, OptimizerMemory
 from trady.memory.timeline import Interval, Timeline
@@ -23,7 +24,6 @@ from trady.model.batch import as_arguments, batch_size, meta_batch, real_device,
 from trady.model.eager import uncompiled
 from trady.model.mode import kept_mode
 from trady.ops.context import asking_for_ourselves
-from trady.segments import Segment
 from trady.standins import StandIns
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
@@ -129,7 +129,7 @@ class Simulator:
 
         Args:
             layers: Layers that will be drawn from.
-            stretches: What is computed anew in the backward pass (:func:`trady.examine.find_stretches`).
+            stretches: What is computed anew in the backward pass (:func:`trady.analysis.model_analysis.find_stretches`).
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
             optimizer: What the optimizer takes; what it keeps is not among the parts.

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from trady.analysis.fusion import Action, InPlace, Step, WithLayer
+from trady.analysis.segments import Segment
 from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import recognize
 from trady.errors import StateError
-from trady.fusion import Action, InPlace, Step, WithLayer
 from trady.ops.operators import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
 from trady.program import Entry, Program, Slot
-from trady.segments import Segment
 
 #: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
 Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], Action | None, bool], Any]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trady.analysis.model_analysis import Examined
 from trady.armed import Armed
 from trady.batch_check import BatchCheck
 from trady.budget import Budget
@@ -23,7 +24,6 @@ from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
-from trady.examine import Examined
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
@@ -77,7 +77,7 @@ def prepare(
             else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
             computes anyway. ``"structural"`` guesses it from the layers' shapes.
         head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
-            language model's, which was trained before (:func:`trady.table.find_head`).
+            language model's, which was trained before (:func:`trady.analysis.head.find_head`).
         seed: Seed of the draws.
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a

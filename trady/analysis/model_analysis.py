@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from trady.batching import samples_of
+from trady.analysis.fusion import FusionPlan, plan_fusion
+from trady.analysis.head import find_head, head_parameters
+from trady.analysis.layers import build_table
+from trady.analysis.sample_axes import samples_of
+from trady.analysis.segments import Segment, find_segments, work_of
 from trady.channels.table import ChannelTable
 from trady.errors import ModelError
-from trady.fusion import FusionPlan, plan_fusion
 from trady.model.batch import activation_dtype, twice, without_memory
 from trady.model.eager import uncompiled_copy
 from trady.quantized.formats import keep_unpacked
 from trady.quantized.linear import outlines, route
-from trady.segments import Segment, find_segments, work_of
-from trady.table import build_table, find_head, head_parameters
 from trady.trace.recorder import trace_forward
 
 
@@ -51,7 +52,7 @@ def examine(
     Args:
         model: The model, on any device.
         example: One batch as training will see it.
-        head: See :func:`trady.table.find_head`.
+        head: See :func:`trady.analysis.head.find_head`.
         fuse: Whether calls may be computed together and overwrite their inputs.
         modes: Training (True), and evaluation mode (False) if it is to run in that too.
 

@@ -14,7 +14,9 @@ from itertools import pairwise
 
 import torch
 
-from trady.batching import CallSamples
+from trady.analysis.fusion import FusionPlan
+from trady.analysis.liveness import Crossing
+from trady.analysis.sample_axes import CallSamples
 from trady.calls.kinds import (
     ActivationCall,
     AveragePoolCall,
@@ -27,11 +29,7 @@ from trady.calls.kinds import (
     WeightCall,
 )
 from trady.calls.names import BACKWARD_READS_NOTHING, name_of
-from trady.fusion import FusionPlan
-from trady.trace.trace import Trace, TracedCall, Value
-
-#: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.
-_CONTEXT_READERS = 5
+from trady.trace.trace import Trace, TracedCall
 
 #: A stretch is worth it if it keeps this many times what has to be kept instead.
 _LEAST_GAIN = 1.5
@@ -47,7 +45,9 @@ _LEAN = (WeightCall, ActivationCall, NormCall, PadCall, MaxPoolCall, AveragePool
 
 #: What a function's backward reads, where it is not the inputs.
 _KEEP_RESULT = {"tanh", "sigmoid", "exp", "softmax", "log_softmax", "sqrt", "rsqrt", "reciprocal"}
+
 _KEEP_BOTH = {"scaled_dot_product_attention", "recurrence"}
+
 _PRODUCTS = {"mul", "div", "truediv", "matmul", "bmm"}
 
 
@@ -98,11 +98,11 @@ def find_segments(
     Args:
         trace: The forward pass.
         plan: How its calls are computed: what is computed together is not cut apart.
-        samples: Where the samples lie in its calls (:func:`trady.batching.samples_of`).
+        samples: Where the samples lie in its calls (:func:`trady.analysis.sample_axes.samples_of`).
         element_bytes: Bytes of an activation's element.
 
     """
-    crossing = _Crossing(trace)
+    crossing = Crossing(trace)
     cuts = [p for p in range(len(trace.calls) + 1) if crossing.single(p) and not _inside_fused(plan, p)]
     found = []
     for start, end in _stretches(trace, cuts, crossing):
@@ -160,67 +160,11 @@ def _join(first: Segment, second: Segment) -> Segment:
     )
 
 
-class _Crossing:
-    """Which activations are alive between two calls."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        count = len(trace.calls)
-        carries = self.carries = _carries_weights(trace)
-        self._alive: list[list[int]] = [[] for _ in range(count + 1)]
-        for index, value in enumerate(trace.values):
-            last = max(value.readers, default=-1)
-            if carries[index] and not self._is_context(value):
-                for p in range(value.producer + 1, last + 1):
-                    self._alive[p].append(index)
-        # Names of one tensor (a view, the same object again) count once.
-        self.sources = _sources(trace)
-
-    def at(self, position: int) -> set[int]:
-        """The memory that activations read at or behind ``position``, and made in front of it, lie in."""
-        return {self.sources[v] for v in self._alive[position]}
-
-    def single(self, position: int) -> bool:
-        """Whether at most one tensor crosses, under one name (none at the end)."""
-        return len(self._alive[position]) == 1 or position == len(self.trace.calls)
-
-    def size(self, position: int) -> int:
-        """Elements of what crosses."""
-        return sum(math.prod(self.trace.values[v].shape) for v in self.at(position))
-
-    def _is_context(self, value: Value) -> bool:
-        weights = [r for r in value.readers if isinstance(self.trace.calls[r].call, WeightCall)]
-        return len(weights) >= _CONTEXT_READERS
-
-
-def _carries_weights(trace: Trace) -> list[bool]:
-    """Which values a weight has gone into: masks, positions and angles have none and can always be handed in."""
-    carries = [False] * len(trace.values)
-    for entry in trace.calls:
-        if entry.scope is None:
-            continue
-        tainted = any(isinstance(p, torch.nn.Parameter) for p in entry.parameters)
-        tainted |= any(carries[v] for v in entry.reads)
-        for value in entry.makes:
-            carries[value] = tainted
-    return carries
-
-
-def _sources(trace: Trace) -> list[int]:
-    """For every value the one whose memory it shows."""
-    sources = list(range(len(trace.values)))
-    for entry in trace.calls:
-        for value in entry.makes:
-            if trace.values[value].view and entry.reads and not isinstance(entry.call, WeightCall):
-                sources[value] = sources[entry.reads[0]]
-    return sources
-
-
 def _inside_fused(plan: FusionPlan, position: int) -> bool:
     return any(step.first < position <= step.last for step in plan.steps if step.action is not None)
 
 
-def _stretches(trace: Trace, cuts: list[int], crossing: _Crossing) -> list[tuple[int, int]]:
+def _stretches(trace: Trace, cuts: list[int], crossing: Crossing) -> list[tuple[int, int]]:
     """Join what lies between cuts until every stretch is worth computing anew.
 
     A point counts if more is alive inside of the stretch than crosses its ends: chains of calls between
@@ -252,7 +196,7 @@ def _segment(
     end: int,
     samples: list[CallSamples | None],
     element_bytes: int,
-    crossing: _Crossing,
+    crossing: Crossing,
 ) -> Segment | None:
     calls = trace.calls[start:end]
     has_weights = any(isinstance(c.call, WeightCall) and isinstance(c.call.weight, torch.nn.Parameter) for c in calls)
@@ -286,7 +230,7 @@ def _segment(
     )
 
 
-def _kept_bytes(trace: Trace, start: int, end: int, crossing: _Crossing, element_bytes: int) -> int:
+def _kept_bytes(trace: Trace, start: int, end: int, crossing: Crossing, element_bytes: int) -> int:
     """About what PyTorch's own operations in a stretch keep, each memory once."""
     kept: set[int] = set()
     for entry in trace.calls[start:end]:

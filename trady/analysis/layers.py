@@ -10,89 +10,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from trady.calls.kinds import RecurrentCall, WeightCall
-from trady.calls.names import name_of
+from trady.analysis.fusion import FusionPlan
+from trady.analysis.head import head_parameters, stored_as, weight_parameter
+from trady.calls.kinds import WeightCall
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
-from trady.fusion import FusionPlan
 from trady.ops.quantized import is_quantized
 from trady.quantized.linear import QuantizedLinear
 from trady.trace.trace import Trace, TracedCall
-
-
-def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Name the modules of the classifier, which always trains and stands outside the budget.
-
-    Args:
-        model: The model.
-        trace: Its forward pass.
-        head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
-            too or it is a language model's: one that scores every token read against a vocabulary is trained
-            before, like the layers below it. Else one or several names of modules or parameters; ``None`` or
-            an empty sequence is no head.
-
-    Raises:
-        ModelError: A name that is no module with parameters.
-
-    """
-    if head is None:
-        return ()
-    if head != "auto":
-        names = (head,) if isinstance(head, str) else tuple(head)
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        for name in names:
-            if name not in parameters and (name not in modules or next(modules[name].parameters(), None) is None):
-                possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
-                raise ModelError(f"head {name!r} is no module with parameters; the last ones are {possible[-5:]}")
-        for name, parameter in head_parameters(model, names).items():
-            if is_quantized(parameter):
-                raise ModelError(f"head {name!r} cannot train: it is {_stored(parameter)}")
-        return names
-    weights = [entry for entry in trace.calls if _parameter_of(entry) is not None]
-    if not weights:
-        return ()
-    last = _parameter_of(weights[-1])
-    if last is None or is_quantized(last) or isinstance(weights[-1].call, RecurrentCall):
-        return ()
-    if _scores_tokens(weights[-1], last, trace):
-        return ()
-    users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
-    owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
-    if len(users) != 1 or len(owners) != 1:
-        return ()
-    own = {id(p) for p in users[0].parameters}
-    if all(id(p) in own for p in model.get_submodule(owners[0]).parameters()):
-        return (owners[0],)
-    # The module has other weights too: the head is what the last call reads.
-    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
-
-
-def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool:
-    """Whether a weight layer turns each token that the model read into scores for all of its vocabulary.
-
-    The vocabulary is the largest table that is read; that of positions or token types may be as large as a
-    classifier's weight.
-    """
-    looked_up = [entry for entry in trace.calls if name_of(entry.function) == "embedding" and entry.parameters]
-    largest = max(looked_up, key=lambda entry: entry.parameters[0].numel(), default=None)
-    return (
-        largest is not None
-        and largest.parameters[0].shape == weight.shape
-        and largest.output_shape[:-1] == call.output_shape[:-1]
-    )
-
-
-def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Collect the parameters of the head modules under their full names."""
-    found: dict[str, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for name in head:
-        if name in parameters:
-            found[name] = parameters[name]
-            continue
-        for inner, parameter in model.get_submodule(name).named_parameters():
-            found[f"{name}.{inner}" if name else inner] = parameter
-    return found
 
 
 def build_table(
@@ -116,7 +41,7 @@ def build_table(
     calls: dict[int, list[tuple[int, TracedCall]]] = {}
     others: dict[int, set[str]] = {}
     for index, entry in enumerate(trace.calls):
-        weight = _parameter_of(entry)
+        weight = weight_parameter(entry)
         if weight is not None:
             calls.setdefault(id(weight), []).append((index, entry))
         for parameter in entry.parameters:
@@ -151,24 +76,12 @@ def build_table(
     )
 
 
-def _parameter_of(entry: TracedCall) -> nn.Parameter | None:
-    call = entry.call
-    if entry.scope is None:
-        return None
-    return call.weight if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter) else None
-
-
 _UNSEEN = " in a custom function, or in a checkpointed one outside of any module"
 
 
 def _use(entry: TracedCall) -> str:
     name = str(getattr(entry.function, "__name__", entry.function))
     return name + _UNSEEN if entry.scope is None else name
-
-
-def _stored(parameter: nn.Parameter) -> str:
-    numbers = str(parameter.dtype).removeprefix("torch.")
-    return f"stored quantised, as {type(parameter).__name__} of {numbers}"
 
 
 def _quantized(entries: Sequence[tuple[int, TracedCall]]) -> QuantizedLinear | None:
@@ -203,7 +116,7 @@ def _reason(
     if id(parameter) in plain:
         return "head: always trained, outside the budget"
     if is_quantized(parameter) and _quantized(calls.get(id(parameter), ())) is None:
-        return f"{_stored(parameter)}, outside of a linear layer that can be read: gradients pass through it"
+        return f"{stored_as(parameter)}, outside of a linear layer that can be read: gradients pass through it"
     used = ", ".join(sorted(others.get(id(parameter), ())))
     if id(parameter) not in calls and _UNSEEN in used:
         return f"used by {used}, where it cannot be intercepted"

@@ -1,0 +1,1 @@
+"""What a trace proves: fusion, sample axes, checkpoint segments, the head, updatable layers."""
