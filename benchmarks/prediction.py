@@ -29,8 +29,8 @@ from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.budget import BelowLeastError, Budget, Scope, format_bytes
 from trady.decision import Request
-from trady.memory.optimizer import OptimizerMemory
 from trady.model.batch import batch_size, part_of
+from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.optimizers import OptimizerFactory, memory_of
 from trady.tuner import Tuner
 

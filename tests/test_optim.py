@@ -20,7 +20,7 @@ import trady
 from tests.models import Residual, SharedLayer, Tokens, normal, same, seeded, snapshot
 from tests.small_task import small_data, small_net
 from trady.errors import StateError, TrainingError
-from trady.optimizer_state import state_copies
+from trady.simulation.optimizer_probe import state_copies
 
 #: One of trady.optim against the one of torch.optim: name and options.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -19,9 +19,9 @@ import trady
 from tests.models import normal, seeded
 from trady.budget import BelowLeastError, parse_budget
 from trady.memory import LiveBytes
-from trady.memory.optimizer import Form, OptimizerMemory
 from trady.optim.clipping import clip_by_output, clip_channels_
-from trady.optimizer_state import optimizer_memory
+from trady.simulation.optimizer_memory import Form, OptimizerMemory
+from trady.simulation.optimizer_probe import optimizer_memory
 from trady.training.optimizers import NAMES, memory_of, optimizer_factory
 
 WIDTH, SAMPLES, CLASSES = 128, 32, 10

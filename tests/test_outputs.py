@@ -23,7 +23,7 @@ from trady.errors import CheckpointError, ModelError, PolicyError
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.policies import Draw, draw_selection
 from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
-from trady.simulate import Simulator
+from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
 

@@ -775,7 +775,7 @@ def test_a_plan_is_what_prepare_does() -> None:
 
 
 def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
-    import trady.simulate as simulate
+    import trady.simulation.simulator as simulate
     from trady.analysis.model_analysis import examine
 
     for build in (Residual, Grouped):

@@ -12,7 +12,6 @@ from trady.analysis.model_analysis import Examined, examine, find_stretches
 from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
 from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
-from trady.memory.optimizer import OptimizerMemory
 from trady.micro_batches import samples_at_once
 from trady.model.batch import batch_size, part_of, waiting_bytes
 from trady.model.eager import author_module
@@ -22,7 +21,8 @@ from trady.planner import MODES, Planner
 from trady.policies import Policy, get_policy
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.remedies import remedies
-from trady.simulate import ExampleLoss
+from trady.simulation.optimizer_memory import OptimizerMemory
+from trady.simulation.simulator import ExampleLoss
 
 #: A peak that everything fits in.
 _BOUNDLESS = Budget(Scope.PEAK, 2**62)

@@ -19,8 +19,6 @@ from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
 from trady.measures import looks_back
-from trady.memory.optimizer import Form, OptimizerMemory
-from trady.memory.timeline import NORM_BYTES, Timeline, compact_forms
 from trady.model.batch import meta_batch
 from trady.plan import Plan
 from trady.planner import Planner, Recomputation
@@ -29,7 +27,9 @@ from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking
 from trady.room import Room, room_for
-from trady.simulate import ExampleLoss, Simulator
+from trady.simulation.optimizer_memory import Form, OptimizerMemory
+from trady.simulation.simulator import ExampleLoss, Simulator
+from trady.simulation.timeline import NORM_BYTES, Timeline, compact_forms
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97

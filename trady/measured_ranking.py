@@ -20,7 +20,7 @@ from trady.model.batch import split
 from trady.model.eager import author_module
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.ranking.scores import Metric, channel_scores, layer_score
-from trady.simulate import Simulator
+from trady.simulation.simulator import Simulator
 from trady.sweeps import Sweeper, squared_norm
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from trady.analysis.segments import Segment, merged
-from trady.memory.timeline import Timeline
-from trady.simulate import Stretches
+from trady.simulation.simulator import Stretches
+from trady.simulation.timeline import Timeline
 
 #: How ``recompute`` may be given to :func:`trady.prepare`.
 MODES = ("auto", "all", "none")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trady.analysis.model_analysis import meta_twin
 from trady.errors import TradyError
 from trady.model.batch import batch_size, meta_batch, part_of
+from trady.simulation.meta_copy import meta_twin
 
 #: From a model, a batch and a way to recompute to the least bytes of a training step.
 LeastBytes = Callable[[nn.Module, Any, str], int]

@@ -31,13 +31,14 @@ from trady.model.prepared import refuse_prepared
 from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward, update_forms
-from trady.optimizer_state import optimizer_memory, remap_state
+from trady.optimizer_state import remap_state
 from trady.plan import Plan
 from trady.policies import Evidence, Policy
 from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.simulation.optimizer_probe import optimizer_memory
 from trady.sweeps import Sweeper
 
 FORMAT, VERSION = "trady-tuner", 1

@@ -15,10 +15,8 @@ from trady.analysis.sample_axes import samples_of
 from trady.analysis.segments import Segment, find_segments, work_of
 from trady.channels.table import ChannelTable
 from trady.errors import ModelError
-from trady.model.batch import activation_dtype, twice, without_memory
-from trady.model.eager import uncompiled_copy
+from trady.model.batch import activation_dtype, twice
 from trady.quantized.formats import keep_unpacked
-from trady.quantized.linear import outlines, route
 from trady.trace.recorder import trace_forward
 
 
@@ -92,16 +90,3 @@ def find_stretches(model: nn.Module, example: Any, examined: Examined) -> tuple[
         found[training] = find_segments(trace, plan, samples, element_bytes)
         work = max(work, sum(work_of(trace, entry) for entry in trace.calls))
     return found, work
-
-
-def meta_twin(model: nn.Module) -> nn.Module:
-    """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
-    memo: dict[int, Any] = outlines(model)
-    for parameter in model.parameters():
-        if id(parameter) not in memo:
-            memo[id(parameter)] = nn.Parameter(without_memory(parameter), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = without_memory(buffer)
-    twin = uncompiled_copy(model, memo)
-    route(twin)
-    return twin

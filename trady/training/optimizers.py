@@ -10,8 +10,8 @@ from torch import nn
 
 from trady import optim
 from trady.errors import TrainingError
-from trady.memory.optimizer import OptimizerMemory
-from trady.optimizer_state import optimizer_memory
+from trady.simulation.optimizer_memory import OptimizerMemory
+from trady.simulation.optimizer_probe import optimizer_memory
 
 #: Makes an optimizer over parameters.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

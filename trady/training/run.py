@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from trady.budget import Budget, Scope, parse_budget
 from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.memory.optimizer import OptimizerMemory
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.loaders import Batches, evaluation_batches, training_batches
 from trady.training.loop import Loop

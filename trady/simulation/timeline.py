@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer
-from trady.memory.optimizer import Form, OptimizerMemory
 from trady.ops.layout import CHUNK_BYTES
+from trady.simulation.optimizer_memory import Form, OptimizerMemory
 
 #: The number of a channel; grouped layers keep its group and place too (trady.ops.selected).
 _NUMBER_BYTES = 8

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from trady.analysis.model_analysis import examine, meta_twin
+from trady.analysis.model_analysis import examine
 from trady.analysis.segments import Segment
 from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.memory.live import LiveBytes, Storage
-from trady.memory.optimizer import Form, OptimizerMemory
-from trady.memory.timeline import Interval, Timeline
 from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
 from trady.model.eager import uncompiled
 from trady.model.mode import kept_mode
 from trady.ops.context import asking_for_ourselves
-from trady.standins import StandIns
+from trady.simulation.fake_run import StandIns
+from trady.simulation.meta_copy import meta_twin
+from trady.simulation.optimizer_memory import Form, OptimizerMemory
+from trady.simulation.timeline import Interval, Timeline
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
 Stretches = Mapping[bool, Sequence[Segment]]

@@ -1,0 +1,1 @@
+"""A training step without memory: its timeline of bytes, and the optimizer's share."""

@@ -1,0 +1,24 @@
+"""A copy of a model without memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trady.model.batch import without_memory
+from trady.model.eager import uncompiled_copy
+from trady.quantized.linear import outlines, route
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
+    memo: dict[int, Any] = outlines(model)
+    for parameter in model.parameters():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(without_memory(parameter), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = without_memory(buffer)
+    twin = uncompiled_copy(model, memo)
+    route(twin)
+    return twin
