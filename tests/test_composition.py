@@ -17,9 +17,9 @@ import trady
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
 from trady.analysis.model_analysis import examine, find_stretches
-from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
+from trady.interception.armed import Armed
 
 hf = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
-import trady.stretches
+import trady.interception.deferred_segment
 from tests.models import IMAGE_NETWORKS, Residual, freeze_norms, normal, seeded, tensor_of
 from trady.channels.table import ChannelTable
 from trady.ops.gates import Gates
@@ -202,7 +202,7 @@ def test_stretches_that_are_computed_anew_in_parts(name: str, monkeypatch: pytes
 
     model, inputs = stretched(name)
     assert STRETCHED[name][2]
-    monkeypatch.setattr(trady.stretches, "_samples_at_once", lambda program: 2)
+    monkeypatch.setattr(trady.interception.deferred_segment, "_samples_at_once", lambda program: 2)
     batches = [(inputs, torch.tensor([0, 1, 1, 0]))]
     found, plan, passes = measured(model.eval(), batches, "elements:20000", recompute="all")
     assert plan.recomputed

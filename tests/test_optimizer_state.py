@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trady.armed import Change
+from trady.interception.armed import Change
 from trady.optimizer_state import remap_state
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import trady
-import trady.stretches
+import trady.interception.deferred_segment
 from tests.models import freeze_norms, normal, relative_error, seeded
 from tests.stretched import (
     STRETCHED,
@@ -36,10 +36,10 @@ from trady.analysis.model_analysis import find_stretches
 from trady.analysis.sample_axes import samples_of
 from trady.analysis.segments import merged
 from trady.errors import ModelError
+from trady.interception.program import Program
 from trady.model.batch import twice
 from trady.ops import recompute
 from trady.ops.sample_axis import Along
-from trady.program import Program
 from trady.trace.recorder import trace_forward
 
 hf = pytest.importorskip("transformers")
@@ -48,7 +48,7 @@ hf = pytest.importorskip("transformers")
 @pytest.fixture(autouse=True)
 def _one_sample_a_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small models would fit into one part."""
-    monkeypatch.setattr(trady.stretches, "_PART_BYTES", {"cpu": 1, "meta": 1})
+    monkeypatch.setattr(trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 1, "meta": 1})
     yield
     assert _get_current_function_mode_stack() == []
 
@@ -1296,7 +1296,9 @@ def test_a_forward_pass_that_is_let_go_leaves_nothing_alive() -> None:
 
 
 def test_a_part_is_as_large_as_caches_are(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
-    monkeypatch.setattr(trady.stretches, "_PART_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8})
+    monkeypatch.setattr(
+        trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
+    )
     model, _ = stretched("BERT")
     tuner = anew(model, {"input_ids": tokens(5, 7)})
     assert worst(model, tuner, loss_of({"input_ids": tokens(5, 7, seed=2)})) < 1e-10

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from trady.armed import Armed
 from trady.channels.selection import Channels
 from trady.errors import CheckpointError
+from trady.interception.armed import Armed
 from trady.ops.selected import SelectedChannels, select_channels
 
 _HEAD = "head"

@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import examine
-from trady.armed import Armed
 from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.channels.cost import cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError
+from trady.interception.armed import Armed
 from trady.model.batch import split
 from trady.model.eager import author_module
 from trady.ranking.ranking import LayerRanking, structure_digest

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trady.armed import Armed
 from trady.errors import PolicyError, StateError
 from trady.fisher_information import fisher_information
+from trady.interception.armed import Armed
 from trady.model.batch import Loss
 from trady.ops.selected import channel_major
 from trady.policies.evidence import Evidence, Floats, Needs, Values

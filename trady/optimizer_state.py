@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.armed import Change
 from trady.channels.selection import Channels
+from trady.interception.armed import Change
 from trady.ops.selected import numbers_on
 from trady.simulation.optimizer_probe import twin_of
 

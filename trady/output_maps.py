@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from trady.armed import Armed
 from trady.calls.canonical import reworded, transposed, transposes_weight
 from trady.calls.decompositions import COMPOSITES
 from trady.calls.kinds import RecurrentCall, WeightCall
 from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
 from trady.errors import StateError
+from trady.interception.armed import Armed
 from trady.measures import Bench, Measured, register_measure
 from trady.model.batch import as_arguments, batch_size, part_of, split
 from trady.ops.recurrent.recurrence import states_before

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.armed import Armed
 from trady.channels.selection import Channels, Selection
+from trady.interception.armed import Armed
 from trady.model.batch import Loss, loss_of, parts_of
 from trady.policies.evidence import Floats
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import Examined
-from trady.armed import Armed
 from trady.batch_check import BatchCheck
 from trady.budget import Budget
 from trady.channels.cost import Cost
@@ -24,6 +23,7 @@ from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
+from trady.interception.armed import Armed
 from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_iter
 
 from trady.analysis.model_analysis import examine
 from trady.analysis.segments import Segment
-from trady.armed import Armed
 from trady.channels.selection import Selection
 from trady.errors import ModelError
+from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
 from trady.model.eager import uncompiled

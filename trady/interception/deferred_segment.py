@@ -16,15 +16,16 @@ from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import recognize
 from trady.errors import StateError
+from trady.interception.program import Entry, Program, Slot
 from trady.ops.operators import Linear
 from trady.ops.recompute import Part, Recipe, recomputed
-from trady.program import Entry, Program, Slot
 
 #: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
 Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], Action | None, bool], Any]
 
 #: The largest tensor of a part takes about as many bytes: small enough for caches, large enough for matrix products.
 _PART_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
+
 _PART_BYTES_ELSEWHERE = 64 << 20
 
 
@@ -205,6 +206,7 @@ def _scores_are_read_by_the_loss_alone(
 _SHOWS_THE_SAME_NAMES = """
     view reshape flatten unflatten squeeze unsqueeze contiguous getitem float to type half bfloat16 double
 """
+
 _SHOWS_THE_SAME = frozenset(_SHOWS_THE_SAME_NAMES.split())
 
 

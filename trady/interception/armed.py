@@ -20,13 +20,14 @@ from trady.analysis.segments import Segment
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.errors import StateError
-from trady.intercept import ArmedLayer, Interceptor
+from trady.interception.deferred_segment import drawn_anew
+from trady.interception.interceptor import Interceptor
+from trady.interception.layer import ArmedLayer
 from trady.model.eager import Uncompiled, author_module
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.selected import DenseWeight, select_channels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear, leave, route
-from trady.stretches import drawn_anew
 
 
 @dataclass(frozen=True)

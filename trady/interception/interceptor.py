@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_iter
 
-from trady.analysis.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer, frozen_norm
+from trady.analysis.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer
 from trady.analysis.segments import Segment
 from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
 from trady.calls.decompositions import COMPOSITES
@@ -39,6 +39,10 @@ from trady.calls.kinds import (
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
 from trady.errors import ModelError
+from trady.interception.deferred_segment import Writing
+from trady.interception.frozen_norms import FrozenNorms
+from trady.interception.layer import ArmedLayer
+from trady.interception.program import Program
 from trady.model.batch import tensors_among
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook
@@ -52,43 +56,12 @@ from trady.ops.operators import Convolution
 from trady.ops.pooling import average_pool, max_pool
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
 from trady.ops.recurrent.recurrence import RecurrentOptions, recurrent
-from trady.ops.selected import DenseWeight, SelectedChannels
+from trady.ops.selected import DenseWeight
 from trady.ops.smooth import bits_for, pays, smooth
-from trady.program import Program
-from trady.quantized.linear import QuantizedLinear
-from trady.stretches import Writing
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
 #: Changes the arguments of a call before anything else is done with it.
 PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-class ArmedLayer:
-    """The channels of one layer that train now, and where their gradient goes.
-
-    Attributes:
-        weight: The frozen weight.
-        truth: What the trained channels are read from and written to: this weight, or of a quantised one the layer
-            with its float channels.
-        compact: What an optimizer updates: the same object over all draws, while its shape changes.
-        leaf: The same values as the graph's own leaf: one a draw, since autograd remembers a leaf's shape
-            as long as any graph refers to it.
-        selected: The channels; ``None`` when none trains.
-    """
-
-    __slots__ = ("compact", "leaf", "name", "selected", "truth", "weight")
-
-    def __init__(
-        self, name: str, weight: nn.Parameter, truth: DenseWeight | QuantizedLinear, compact: nn.Parameter
-    ) -> None:
-        self.name, self.weight, self.truth, self.compact = name, weight, truth, compact
-        self.leaf: Tensor | None = None
-        self.selected: SelectedChannels | None = None
-
-    @property
-    def versions(self) -> tuple[int, int]:
-        """How often compact parameter and weight have been written to."""
-        return self.compact._version, self.truth.version
 
 
 class Interceptor(TorchFunctionMode):
@@ -119,7 +92,7 @@ class Interceptor(TorchFunctionMode):
         self._model, self._plans, self._plain = model, plans, plain
         self._layers = {id(armed.weight): armed for armed in layers}
         self._counters = batch_counters(model)
-        self._norms = _FrozenNorms(model)
+        self._norms = FrozenNorms(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._handles: list[Any] = []
         self._newest_hook = 0
@@ -429,7 +402,7 @@ class Interceptor(TorchFunctionMode):
         if not isinstance(call.weight, nn.Parameter) or id(call.weight) in self._plain:
             return None
         armed = self._layers.get(id(call.weight))
-        if _trains(call.weight, call.bias):
+        if any_trains(call.weight, call.bias):
             if isinstance(action, WithLayer):
                 raise ModelError(_MADE_TRAINABLE)
             return None
@@ -437,20 +410,20 @@ class Interceptor(TorchFunctionMode):
         if quantized is None and is_quantized(call.weight):
             return frozen_linear(call.x, call.weight, call.bias) if call.weight_map.kind == "linear" else None
         fused = action if isinstance(action, WithLayer) else WithLayer()
-        if fused.norm is not None and _trains(fused.norm.weight, fused.norm.bias):
+        if fused.norm is not None and any_trains(fused.norm.weight, fused.norm.bias):
             raise ModelError(_MADE_TRAINABLE)
         weight_map, x = call.weight_map, call.x
         if isinstance(weight_map, Convolution):
             x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
             if fused.pad:
-                weight_map = _padded(weight_map, fused.pad)
+                weight_map = with_padding(weight_map, fused.pad)
         elif x.dim() == 1:
             x = x.unsqueeze(0)
         scale, shift = (None, None) if fused.norm is None else self._norms.of(fused.norm)
         self._at_risk |= fused.norm is not None or fused.clamp is not None or bool(fused.pad)
         selected = None if armed is None else armed.selected
         options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x), self._graph_only)
-        with _label(fused.operation or weight_map.kind):
+        with labelled(fused.operation or weight_map.kind):
             leaf = armed.leaf if armed is not None else None
             if quantized is not None:
                 out = quantized_linear(x, leaf, options, quantized)
@@ -463,12 +436,12 @@ class Interceptor(TorchFunctionMode):
     def _steps(self, call: RecurrentCall, action: Action | None) -> tuple[Tensor, ...] | None:
         if not isinstance(call.weight, nn.Parameter) or id(call.weight) in self._plain:
             return None
-        if _trains(call.weight, call.bias, call.projection):
+        if any_trains(call.weight, call.bias, call.projection):
             raise ModelError(_MADE_TRAINABLE)
         armed = self._layers.get(id(call.weight))
         selected, leaf = (None, None) if armed is None else (armed.selected, armed.leaf)
         options = RecurrentOptions(call.steps, selected, isinstance(action, InPlace) and action.overwrite)
-        with _label(call.steps.cell):
+        with labelled(call.steps.cell):
             out = recurrent(call.x, call.states, leaf, options, call.weight, call.bias, call.projection)
         if self.on_layer is not None and armed is not None:
             self.on_layer(armed.name)
@@ -481,30 +454,30 @@ class Interceptor(TorchFunctionMode):
         if call.in_place and not planned and not (_is_plain(call.x) and is_dense(call.x)):
             return None
         self._at_risk |= planned
-        with _label(call.clamp.name):
+        with labelled(call.clamp.name):
             return clamp(call.x, call.clamp, in_place=planned or call.in_place)
 
     def _norm(self, call: NormCall, action: Action | None) -> Tensor | None:
         if any(p is not None and id(p) in self._plain for p in (call.weight, call.bias)):
             return None
-        if _trains(call.weight, call.bias):
+        if any_trains(call.weight, call.bias):
             raise ModelError(_MADE_TRAINABLE)
         scale, shift = self._norms.of(call)
         kind = action if isinstance(action, InPlace) else InPlace(False)
         self._at_risk |= kind.overwrite or kind.clamp is not None
-        with _label("batch_norm" if kind.clamp is None else f"batch_norm+{kind.clamp.name}"):
+        with labelled("batch_norm" if kind.clamp is None else f"batch_norm+{kind.clamp.name}"):
             return affine_clamp(call.x, scale, shift, kind.clamp, in_place=kind.overwrite)
 
     def _max_pool(self, call: MaxPoolCall, action: Action | None) -> Tensor:
-        with _label("max_pool"):
+        with labelled("max_pool"):
             return max_pool(call.x, call.window)
 
     def _average_pool(self, call: AveragePoolCall, action: Action | None) -> Tensor:
-        with _label("average_pool"):
+        with labelled("average_pool"):
             return average_pool(call.x, call.pool, call.gradient)
 
     def _dropout(self, call: DropoutCall, action: Action | None) -> Tensor:
-        with _label("dropout"):
+        with labelled("dropout"):
             return dropout(call.x, call.probability)
 
     def _smooth(self, call: SmoothCall, action: Action | None) -> Tensor | None:
@@ -516,11 +489,11 @@ class Interceptor(TorchFunctionMode):
         bits = bits_for(call.kind, self.fidelity)[0] if torch._C._current_graph_task_id() == -1 else None
         if bits is None or not pays(call.x, call.kind):
             return None
-        with _label(call.kind.name):
+        with labelled(call.kind.name):
             return smooth(call.x, call.kind, bits, in_place=call.in_place)
 
     def _loss(self, call: LossCall, action: Action | None) -> Tensor | None:
-        with _label("cross_entropy"):
+        with labelled("cross_entropy"):
             return call.lean("mean" if call.mean else "sum")
 
 
@@ -535,38 +508,6 @@ _HANDLERS: dict[type, Callable[[Interceptor, Any, Action | None], Tensor | tuple
     SmoothCall: Interceptor._smooth,
     LossCall: Interceptor._loss,
 }
-
-
-class _FrozenNorms:
-    """Scale and shift of every frozen normalisation, made anew only when its statistics have changed.
-
-    A plan names a normalisation's buffers as they were when it was traced; ``model.to(...)`` replaces
-    buffers, so they are looked up by their place in the model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._places = {
-            id(tensor): (module, name) for module in model.modules() for name, tensor in module._buffers.items()
-        }
-        self._made: dict[int, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
-
-    def of(self, norm: NormCall) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, one of each a channel."""
-        mean, variance = self._now(norm.mean), self._now(norm.variance)
-        sources = (mean, variance, norm.weight, norm.bias)
-        state = tuple((id(t), t._version, t.device) if t is not None else None for t in sources)
-        known = self._made.get(id(norm.mean))
-        if known is None or known[0] != state:
-            known = (state, frozen_norm(replace(norm, mean=mean, variance=variance)))
-            self._made[id(norm.mean)] = known
-        return known[1]
-
-    def _now(self, buffer: Tensor) -> Tensor:
-        place = self._places.get(id(buffer))
-        if place is None:
-            return buffer
-        now = place[0]._buffers.get(place[1])
-        return buffer if now is None else now
 
 
 _MADE_TRAINABLE = (
@@ -590,12 +531,12 @@ def _is_stand_in(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_meta
 
 
-def _trains(*parameters: Tensor | None) -> bool:
+def any_trains(*parameters: Tensor | None) -> bool:
     return any(p is not None and p.requires_grad for p in parameters)
 
 
 @contextmanager
-def _label(operation: str) -> Iterator[None]:
+def labelled(operation: str) -> Iterator[None]:
     token = current_operation.set(operation)
     try:
         yield
@@ -608,7 +549,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _padded(weight_map: Convolution, pad: tuple[int, ...]) -> Convolution:
+def with_padding(weight_map: Convolution, pad: tuple[int, ...]) -> Convolution:
     """Move padding that was put off into the convolution: for free where both sides are equal."""
     dimensions = len(weight_map.stride)
     full = [*pad, *(0,) * (2 * dimensions - len(pad))]
