@@ -18,7 +18,7 @@ from tests.small_task import small_data, small_net
 from trady.budget import BelowLeastError
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import StateError
-from trady.output_maps import MOMENTUM
+from trady.evidence.velocity import MOMENTUM
 from trady.policies import Draw, Evidence, draw_selection, get_policy
 from trady.policies.neurons import by_unit, costs, unit_weights
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-import trady.output_maps  # noqa: F401 - makes its measure known
 from trady.analysis.model_analysis import Examined
 from trady.budget import Budget, Scope, below_least
 from trady.channels.cost import Cost, Sparsity, cost_of
@@ -18,7 +17,7 @@ from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
-from trady.measures import looks_back
+from trady.evidence.measures import looks_back
 from trady.model.batch import meta_batch
 from trady.plan import Plan
 from trady.planner import Planner, Recomputation

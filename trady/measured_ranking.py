@@ -15,13 +15,13 @@ from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError
+from trady.evidence.sweeps import Sweeper, squared_norm
 from trady.interception.armed import Armed
 from trady.model.batch import split
 from trady.model.eager import author_module
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.ranking.scores import Metric, channel_scores, layer_score
 from trady.simulation.simulator import Simulator
-from trady.sweeps import Sweeper, squared_norm
 
 
 def rank(

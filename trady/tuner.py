@@ -23,8 +23,9 @@ from trady.delta import changed_tensors, load_changed_tensors
 from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
+from trady.evidence.measures import Bench, gather_evidence, needs_batches
+from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
-from trady.measures import Bench, gather_evidence, needs_batches
 from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
 from trady.model.prepared import refuse_prepared
@@ -39,7 +40,6 @@ from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_probe import optimizer_memory
-from trady.sweeps import Sweeper
 
 FORMAT, VERSION = "trady-tuner", 1
 

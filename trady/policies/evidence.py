@@ -22,7 +22,7 @@ class Needs:
     """What a policy wants measured: give it as the class attribute ``needs``.
 
     Attributes:
-        kinds: Names of measures (:mod:`trady.measures`): ``"gradients"``, ``"fisher"``, ``"weights"``.
+        kinds: Names of measures (:mod:`trady.evidence.measures`): ``"gradients"``, ``"fisher"``, ``"weights"``.
         each_epoch: Measured anew before every epoch; once, before the first, when false.
     """
 

@@ -12,7 +12,7 @@ budget alone decides, so a layer trains whole before the next one begins; and th
 of the training data, not the support set of an episode.
 
 What it spends that TraDy does not: one forward and backward pass of each observed batch for each selection that all
-channels have to be cut into, once, before training (:mod:`trady.fisher_information`).
+channels have to be cut into, once, before training (:mod:`trady.evidence.fisher_information`).
 """
 
 from __future__ import annotations

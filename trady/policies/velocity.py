@@ -4,7 +4,7 @@ Bragagnolo, Tartaglione and Grangetto, "To update or not to update? Neurons at e
 2022, arXiv 2207.09455); under a budget: Quélennec, Tartaglione, Mozharovskyi and Nguyen, "Towards on-device learning
 on the edge: ways to select neurons to update under a budget constraint" (WACV workshops 2024, arXiv 2312.05282). With
 φ_i^t the mean cosine similarity of neuron i's output map on a few fixed samples to its map an epoch ago
-(:mod:`trady.output_maps` measures it),
+(:mod:`trady.evidence.velocity` measures it),
 
     v_i^t = (φ_i^t - φ_i^{t-1}) - μ v_i^{t-1},    score_i = |v_i^t| / (weight elements of the neuron)
 

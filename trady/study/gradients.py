@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trady.channels.selection import Channels
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError
+from trady.evidence.sweeps import See, Sweeper
 from trady.ops.selected import channel_major
-from trady.sweeps import See, Sweeper
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.randomness import own_randomness
 

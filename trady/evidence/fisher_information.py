@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trady.channels.selection import Selection
+from trady.evidence.sweeps import Means, Sweeper, put_aside
 from trady.model.batch import as_arguments, batch_size, loss_of, part_of, parts_of, split
 from trady.ops.gates import NotBySampleError
 from trady.policies.evidence import Floats
-from trady.sweeps import Means, Sweeper, put_aside
 
 #: Layer name to the gradient of its gates, [channels, samples]; without layers that no gradient reaches.
 Found = Mapping[str, Tensor]
@@ -34,7 +34,7 @@ Found = Mapping[str, Tensor]
 def fisher_information(sweeper: Sweeper, batches: Iterable[Any]) -> Means:
     """Measure Δ_c of the input of every layer, averaged over all samples of the batches.
 
-    What is not finite counts as 0, and what :func:`trady.sweeps.put_aside` names is left as it was.
+    What is not finite counts as 0, and what :func:`trady.evidence.sweeps.put_aside` names is left as it was.
 
     Args:
         sweeper: The model, its loss, and what to measure at a time; its progress is told of every pass.

@@ -32,8 +32,8 @@ from trady.calls.kinds import RecurrentCall, WeightCall
 from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
 from trady.errors import StateError
+from trady.evidence.measures import Bench, Measured
 from trady.interception.armed import Armed
-from trady.measures import Bench, Measured, register_measure
 from trady.model.batch import as_arguments, batch_size, part_of, split
 from trady.ops.recurrent.recurrence import states_before
 from trady.policies.evidence import Evidence, Floats
@@ -197,6 +197,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-register_measure(KIND, Velocity())

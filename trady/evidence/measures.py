@@ -1,4 +1,4 @@
-"""What can be measured for a policy, by name. A new measure is one class and one registration.
+"""What can be measured for a policy, by name. A new measure is one class, registered in ``trady/evidence/__init__.py``.
 
 A policy names the kinds it looks at (:class:`trady.policies.Needs`); ``Tuner.observe`` measures them inside the
 budget, and the next draw has them as :class:`trady.policies.Evidence`.
@@ -16,12 +16,10 @@ import numpy.typing as npt
 import torch
 
 from trady.errors import PolicyError, StateError
-from trady.fisher_information import fisher_information
+from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
 from trady.model.batch import Loss
-from trady.ops.selected import channel_major
 from trady.policies.evidence import Evidence, Floats, Needs, Values
-from trady.sweeps import Sweeper, squared_norm
 
 
 @dataclass(frozen=True)
@@ -138,48 +136,6 @@ def gather_evidence(needs: Needs, bench: Bench) -> Evidence:
     return Evidence(values, carried, batches)
 
 
-class SquaredGradients:
-    """``gradients``: mean over the batches of ‖∂L/∂W[:, c]‖₂², the squared norm of a stochastic gradient."""
-
-    needs_batches = True
-
-    def __call__(self, bench: Bench) -> Measured:
-        """Measure in sweeps."""
-        found = bench.sweeper(0).mean(bench.batches, squared_norm)
-        return Measured(found.values, batches=found.batches)
-
-
-class FisherInformation:
-    """``fisher``: ½ · mean over samples of (Σ_positions a_c · ∂L/∂a_c)², a_c the channel's input activations.
-
-    The activation Fisher information of TinyTrain (arXiv 2307.09988), for the input of a layer instead of its
-    output: :mod:`trady.fisher_information`.
-    """
-
-    needs_batches = True
-
-    def __call__(self, bench: Bench) -> Measured:
-        """Measure in sweeps; of every channel one number a sample is kept beside its activations."""
-        found = fisher_information(bench.sweeper(bench.armed.table.batch), bench.batches)
-        return Measured(found.values, batches=found.batches)
-
-
-class WeightNorms:
-    """``weights``: ‖W[:, c]‖₂ of the weights as they are when the model is prepared."""
-
-    needs_batches = False
-
-    def __call__(self, bench: Bench) -> Measured:
-        """Read the weights."""
-        bench.armed.write_back()
-        norms: dict[str, Floats] = {}
-        for layer in bench.armed.table:
-            rows = channel_major(bench.armed.layers[layer.name].truth.dense(), layer.kind, layer.groups)
-            norm = torch.linalg.vector_norm(rows, dim=tuple(range(2, rows.dim())), dtype=torch.float64)
-            norms[layer.name] = norm.flatten().cpu().numpy()
-        return Measured(norms)
-
-
 def _averaged(array: Floats) -> Floats:
     """Average over ranks, as gradients are."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -189,8 +145,3 @@ def _averaged(array: Floats) -> Floats:
         tensor = tensor.cuda()
     torch.distributed.all_reduce(tensor)
     return tensor.div_(torch.distributed.get_world_size()).cpu().numpy()
-
-
-register_measure("gradients", SquaredGradients())
-register_measure("fisher", FisherInformation())
-register_measure("weights", WeightNorms())
