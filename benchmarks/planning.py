@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from benchmarks.options import add_json, console_for, main, write_json
-from trady.budget import format_bytes
 from trady.decision import Request
 from trady.plan_view import view
+from trady.report.units import format_bytes
 
 #: Llama-2-7B.
 CONFIG = {

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trady.budget import Budget, Scope, below_least, format_bytes, parse_budget
+from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.errors import BudgetError, TradyError
+from trady.report.units import format_bytes
 
 UNIT_BYTES = {
     "B": 1,

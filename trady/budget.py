@@ -15,21 +15,29 @@ from fractions import Fraction
 from numbers import Integral
 
 from trady.errors import BudgetError
+from trady.report.units import BINARY_UNITS, format_bytes
 
-_BINARY = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
-_UNITS = {**_BINARY, **_DECIMAL, "B": 1}
+
+_UNITS = {**BINARY_UNITS, **_DECIMAL, "B": 1}
+
 _UNIT_BYTES = {unit.lower(): size for unit, size in _UNITS.items()}
 
 _AMOUNT = re.compile(
     r"(?P<sign>[+-]?)(?P<number>[0-9][0-9_,]*(?:\.[0-9]+)?|\.[0-9]+)(?P<exponent>[eE][+-]?[0-9]{1,2})?"
     r"\s*(?P<unit>[A-Za-z]*)"
 )
+
 _NOT_FINITE = re.compile(r"[+-]?(?:inf|infinity|nan)\b", re.IGNORECASE)
+
 _BITS = re.compile(r"[KMGT]i?b")
+
 _UNDERSCORED = re.compile(r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
+
 _THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+
 _LONGEST = 64
+
 _LARGEST = 2**63 - 1
 
 _POSSIBLE = (
@@ -105,17 +113,6 @@ def parse_budget(text: str | int | Budget) -> Budget:
     before, colon, after = text.partition(":")
     scope = _read_scope(before, text) if colon else Scope.PEAK
     return Budget(scope, _read_amount(after if colon else before, scope, text))
-
-
-def format_bytes(n: float) -> str:
-    """Bytes for people, in the binary unit that leaves one to four digits, e.g. ``117.5 MiB``."""
-    if n < 0:
-        return f"-{format_bytes(-n)}"
-    if n < 1023.5:
-        return f"{n:.0f} B"
-    ascending = reversed(_BINARY.items())
-    unit, size = next(((u, s) for u, s in ascending if n < 1023.95 * s), ("TiB", 2**40))
-    return f"{n / size:.1f} {unit}"
 
 
 class BelowLeastError(BudgetError):
@@ -231,6 +228,6 @@ def _exact_bytes(amount: int) -> str:
 
 def _rounded_up(amount: int) -> str:
     """Bytes with one decimal, never less than given."""
-    unit, size = next(((u, s) for u, s in _BINARY.items() if amount >= s), ("B", 1))
+    unit, size = next(((u, s) for u, s in BINARY_UNITS.items() if amount >= s), ("B", 1))
     tenths = -(-amount * 10 // size)
     return f"{tenths // 10}{f'.{tenths % 10}' if tenths % 10 else ''} {unit}"

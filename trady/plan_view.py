@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from trady.budget import format_bytes, parse_budget
+from trady.budget import parse_budget
 from trady.memory.recorder import PARTS
+from trady.report.units import BAR_WIDTH, format_bytes, format_count, format_fine_percent, format_percent, range_bar
 
 if TYPE_CHECKING:
     from trady.forecast import Cell, Point
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 #: So many layers are shown one by one.
 ROWS = 24
-
-_BAR = 30
 
 
 def view(plan: Plan, *, least_budget_bytes: int | None = None, rows: int | None = ROWS) -> RenderableType:
@@ -53,10 +52,10 @@ def curve_view(points: Sequence[Point], budget_bytes: int | None) -> RenderableT
         low, high = sorted((point.recomputed_peak_bytes, point.kept_peak_bytes))
         peaks = (point.recomputed_peak_bytes, point.kept_peak_bytes) if choice else (high,)
         table.add_row(
-            _percent(point.share),
-            _count(point.channels),
+            format_percent(point.share),
+            format_count(point.channels),
             *map(format_bytes, peaks),
-            _bar(low, high, top, budget_bytes),
+            range_bar(low, high, top, budget_bytes),
         )
     return table
 
@@ -85,9 +84,9 @@ def _cell(cell: Cell) -> str:
         in_bytes = parse_budget(cell.budget).scope.in_bytes
         least = format_bytes(cell.predicted_peak_bytes) if in_bytes else f"{cell.predicted_peak_bytes} elements"
         return f"impossible\nleast {least}"
-    lines = [f"{_percent(cell.channel_share)} of the channels", format_bytes(cell.predicted_peak_bytes)]
+    lines = [f"{format_percent(cell.channel_share)} of the channels", format_bytes(cell.predicted_peak_bytes)]
     if cell.recomputed_share:
-        lines.append(f"{_percent(cell.recomputed_share)} computed anew")
+        lines.append(f"{format_percent(cell.recomputed_share)} computed anew")
     if cell.micro_batch is not None:
         lines.append(f"{cell.micro_batch} at a time")
     return "\n".join(lines)
@@ -112,11 +111,11 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     drawn = sum(1 for channels in plan.selection.channels.values() if len(channels))
     yield (
         "trains",
-        f"{_count(cost.channels)} of {_count(total)} input channels ({_percent(cost.channels / max(total, 1))}), "
+        f"{format_count(cost.channels)} of {format_count(total)} input channels ({format_percent(cost.channels / max(total, 1))}), "
         f"in {drawn} of {len(plan.table)} layers" + _neurons(plan),
     )
     if plan.head:
-        yield "trains always", f"{', '.join(plan.head)}: {_count(plan.head_parameters)} parameters"
+        yield "trains always", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
     yield "draws from", _pool(plan)
     if plan.needs:
         when = "before every epoch" if plan.needs_each_epoch else "once, before the first epoch"
@@ -127,15 +126,15 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     without = plan.mean_sparsity
     yield "keeps", f"{format_bytes(cost.saved_channel_bytes)} of the channels that train"
     yield from _recomputation(plan)
-    yield "updating adds", f"{format_bytes(cost.update_bytes)} ({_count(cost.elements)} elements a sample)"
+    yield "updating adds", f"{format_bytes(cost.update_bytes)} ({format_count(cost.elements)} elements a sample)"
     if cost.float_bytes:
         kept = "in floating point beside quantised weights, once they have trained"
         yield "float channels", f"{format_bytes(cost.float_bytes)} reserved, {kept}"
     yield (
         "does without",
-        f"{_finely(without.weight)} of the weight gradients, "
-        f"{_finely(without.activation)} of the activations, "
-        f"{_finely(without.flops)} of the weight-gradient FLOPs"
+        f"{format_fine_percent(without.weight)} of the weight gradients, "
+        f"{format_fine_percent(without.activation)} of the activations, "
+        f"{format_fine_percent(without.flops)} of the weight-gradient FLOPs"
         + (f" (mean of {without.draws} epochs' draws)" if without.draws > 1 else ""),
     )
     if least_budget_bytes is not None:
@@ -148,7 +147,7 @@ def _neurons(plan: Plan) -> str:
         return ""
     there = sum(plan.table[name].outputs for name in chosen)
     trained = sum(len(outputs) for outputs in chosen.values())
-    return f"; in {len(chosen)} of these only {_count(trained)} of {_count(there)} output channels"
+    return f"; in {len(chosen)} of these only {format_count(trained)} of {format_count(there)} output channels"
 
 
 def _pool(plan: Plan) -> str:
@@ -167,8 +166,8 @@ def _recomputation(plan: Plan) -> Iterable[tuple[str, str]]:
     chosen = len(plan.recomputed)
     first = ", ".join(dict.fromkeys(name or "the model" for name in plan.recomputed[:4]))
     names = f" ({first}{', …' if chosen > 4 else ''})" if chosen else ""
-    yield "computes anew", f"{_count(chosen)} of {plan.recomputable} stretches of the forward pass{names}"
-    yield "extra time", f"at most {_percent(plan.recomputed_share)} of a forward pass"
+    yield "computes anew", f"{format_count(chosen)} of {plan.recomputable} stretches of the forward pass{names}"
+    yield "extra time", f"at most {format_percent(plan.recomputed_share)} of a forward pass"
 
 
 def _peak(plan: Plan) -> Table:
@@ -178,7 +177,7 @@ def _peak(plan: Plan) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     for part, amount in _in_order(plan.predicted_parts):
-        table.add_row(part, format_bytes(amount), "█" * round(_BAR * amount / peak))
+        table.add_row(part, format_bytes(amount), "█" * round(BAR_WIDTH * amount / peak))
     table.add_section()
     table.add_row("peak", format_bytes(peak), "")
     return table
@@ -214,23 +213,3 @@ def _layers(plan: Plan, rows: int | None) -> Table:
     for name in plan.head:
         table.add_row(name, "head", "", "", "all", "", "", "")
     return table
-
-
-def _bar(low: int, high: int, top: int, budget_bytes: int | None) -> str:
-    cells = ["█"] * round(_BAR * low / top) + ["░"] * (round(_BAR * high / top) - round(_BAR * low / top))
-    cells += [" "] * (_BAR + 1 - len(cells))
-    if budget_bytes is not None and budget_bytes <= top:
-        cells[round(_BAR * budget_bytes / top)] = "◆"
-    return "".join(cells).rstrip()
-
-
-def _count(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.2g} %"
-
-
-def _finely(share: float) -> str:
-    return f"{100 * share:.2f} %"

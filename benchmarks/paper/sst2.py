@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 import trady
 from benchmarks import options
 from benchmarks.text import Sentences, pretrained_minilm, read_sentences
-from trady.budget import format_bytes
+from trady.report.units import format_bytes
 from trady.training.run import finetune
 from trady.training.run_folder import RunFolder
 

@@ -55,9 +55,10 @@ def demo(
     """Fine-tune EfficientNet-Lite0 on Fashion-MNIST: head only, TraDy and everything, side by side."""
     from rich.console import Console
 
-    from trady.budget import Budget, Scope, format_bytes, parse_budget
+    from trady.budget import Budget, Scope, parse_budget
     from trady.commands.comparison import as_table, draw
     from trady.records.files import write_json
+    from trady.report.units import format_bytes
     from trady.training.data import load_data
     from trady.training.models import image_format
 

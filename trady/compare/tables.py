@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from trady.budget import format_bytes
 from trady.compare.rows import Row
 from trady.compare.statistics import Mean
 from trady.compare.summary import Summary
 from trady.report.page import Table
+from trady.report.units import format_bytes
 
 _NONE = "–"
 

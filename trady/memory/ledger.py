@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trady.budget import format_bytes
 from trady.errors import TradyError
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
 from trady.records.files import write_json
+from trady.report.units import format_bytes
 
 _FORMAT = "trady ledger 1"
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from trady.budget import format_bytes
+from trady.report.units import format_bytes
 from trady.training.metrics import EpochMetrics
 
 
