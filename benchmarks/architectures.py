@@ -30,8 +30,8 @@ from benchmarks.heads import train_with_fixed_statistics
 from benchmarks.options import add_json, console_for, main, write_json
 from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.tasks import Task, needs, own_loss, seeded
-from trady.budget import BelowLeastError
 from trady.errors import TradyError
+from trady.planning.budget import BelowLeastError
 
 MOST_GRADIENT_ERROR, MOST_PREDICTION_ERROR = 1e-4, 0.03
 

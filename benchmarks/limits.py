@@ -25,8 +25,8 @@ from benchmarks.options import add_device, add_json, add_methods, console_for, d
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
 from benchmarks.workloads import WORKLOADS, Workload
-from trady.budget import Scope, parse_budget
 from trady.errors import BudgetError, DataError
+from trady.planning.budget import Scope, parse_budget
 from trady.report.units import format_bytes
 
 #: A configuration, its limit where none is given, and what the searched length is a multiple of.

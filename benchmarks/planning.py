@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from benchmarks.options import add_json, console_for, main, write_json
-from trady.decision import Request
-from trady.plan_view import view
+from trady.planning.plan import view
+from trady.planning.request import Request
 from trady.report.units import format_bytes
 
 #: Llama-2-7B.

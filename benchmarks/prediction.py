@@ -27,9 +27,9 @@ from benchmarks.methods import RATE, full_fine_tuning
 from benchmarks.options import add_json, add_models, add_workloads, console_for, main, models_folder, write_json
 from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS, Workload
-from trady.budget import BelowLeastError, Budget, Scope
-from trady.decision import Request
 from trady.model.batch import batch_size, part_of
+from trady.planning.budget import BelowLeastError, Budget, Scope
+from trady.planning.request import Request
 from trady.report.units import format_bytes
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.optimizers import OptimizerFactory, memory_of

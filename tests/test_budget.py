@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.errors import BudgetError, TradyError
+from trady.planning.budget import Budget, Scope, below_least, parse_budget
 from trady.report.units import format_bytes
 
 UNIT_BYTES = {

@@ -16,8 +16,8 @@ from torch import nn
 import trady
 from tests.small_task import SmallNet, StopAfter, small_data, small_net
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.micro_batches import samples_at_once
 from trady.model.batch import part_of, parts_of, waiting_bytes
+from trady.planning.micro_batch import samples_at_once
 from trady.training.run import finetune
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 
 import trady
 from tests.models import normal, seeded
-from trady.budget import BelowLeastError, parse_budget
 from trady.memory import LiveBytes
 from trady.optim.clipping import clip_by_output, clip_channels_
+from trady.planning.budget import BelowLeastError, parse_budget
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.training.optimizers import NAMES, memory_of, optimizer_factory

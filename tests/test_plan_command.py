@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import trady
 from tests.small_task import small_net
-from trady.budget import parse_budget
 from trady.cli import app
-from trady.decision import Request
-from trady.forecast import SHARES, forecast, sweep
+from trady.planning.budget import parse_budget
+from trady.planning.forecast import SHARES, forecast, sweep
+from trady.planning.request import Request
 from trady.training.from_config import read_tokens, skeleton, token_batch
 
 hf = pytest.importorskip("transformers")

@@ -18,8 +18,8 @@ import trady
 from tests.models import normal, seeded
 from tests.stretched import STRETCHED, SmoothConvolutions, VisionTransformer, bert, call, gpt2, llama, loss_of, tokens
 from trady.analysis.model_analysis import examine, find_stretches
-from trady.budget import BelowLeastError
 from trady.errors import BudgetError
+from trady.planning.budget import BelowLeastError
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),

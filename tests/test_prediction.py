@@ -15,7 +15,7 @@ from benchmarks.prediction import Trial
 from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import Workload
 from tests.small_task import pixels, small_net
-from trady.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget, Scope, parse_budget
 
 
 def task() -> Task:

@@ -14,10 +14,10 @@ import trady
 from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
-from trady.budget import BelowLeastError
 from trady.calls.recurrent import RECURRENT
 from trady.ops.recurrent.recurrence import recurrence
 from trady.ops.recurrent.steps import Steps
+from trady.planning.budget import BelowLeastError
 
 Batch = tuple[Tensor, ...]
 

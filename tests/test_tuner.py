@@ -730,7 +730,7 @@ def named_bytes(message: str) -> int:
     """The amount of bytes that a refusal asks for, typed as a budget."""
     import re
 
-    from trady.budget import parse_budget
+    from trady.planning.budget import parse_budget
 
     found = re.findall(r"(?:peak|update|elements):[\d.]+(?: ?[kKMG]?i?B)?", message)
     return parse_budget(found[-1]).amount

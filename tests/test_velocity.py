@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, normal, seeded, snapshot
 from tests.small_task import small_data, small_net
-from trady.budget import BelowLeastError
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import StateError
 from trady.evidence.velocity import MOMENTUM
+from trady.planning.budget import BelowLeastError
 from trady.policies import Draw, Evidence, draw_selection, get_policy
 from trady.policies.neurons import by_unit, costs, unit_weights
 

@@ -8,7 +8,6 @@ and a ledger measures both.
 from typing import TYPE_CHECKING, Any
 
 from trady import optim
-from trady.budget import Budget, parse_budget
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
@@ -28,7 +27,8 @@ from trady.errors import (
 from trady.measured_ranking import rank
 from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
-from trady.plan import Plan
+from trady.planning.budget import Budget, parse_budget
+from trady.planning.plan import Plan
 from trady.policies import register_policy
 from trady.quantized.dequantize import dequantize
 from trady.ranking.ranking import LayerRanking

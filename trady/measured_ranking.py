@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import examine
-from trady.budget import Budget, Scope, below_least, parse_budget
 from trady.channels.cost import cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
@@ -19,6 +18,7 @@ from trady.evidence.sweeps import Sweeper, squared_norm
 from trady.interception.armed import Armed
 from trady.model.batch import split
 from trady.model.eager import author_module
+from trady.planning.budget import Budget, Scope, below_least, parse_budget
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.ranking.scores import Metric, channel_scores, layer_score
 from trady.simulation.simulator import Simulator

@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from trady.analysis.model_analysis import Examined
 from trady.batch_check import BatchCheck
-from trady.budget import Budget
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.decision import Request
 from trady.delta import changed_tensors, load_changed_tensors
-from trady.drawing import STEPS_A_DRAW, Drawing
 from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
 from trady.evidence.measures import Bench, gather_evidence, needs_batches
@@ -33,7 +30,10 @@ from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward, update_forms
 from trady.optimizer_state import remap_state
-from trady.plan import Plan
+from trady.planning.budget import Budget
+from trady.planning.decision import STEPS_A_DRAW, Drawing
+from trady.planning.plan import Plan
+from trady.planning.request import Request
 from trady.policies import Evidence, Policy
 from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.online import OnlineRanking

@@ -13,9 +13,9 @@ from trady.commands import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trady.budget import Budget
     from trady.commands.comparison import Row
     from trady.commands.example import Example
+    from trady.planning.budget import Budget
     from trady.ranking.ranking import LayerRanking
     from trady.training.datasets import DataSplit
     from trady.training.result import Result
@@ -55,8 +55,8 @@ def demo(
     """Fine-tune EfficientNet-Lite0 on Fashion-MNIST: head only, TraDy and everything, side by side."""
     from rich.console import Console
 
-    from trady.budget import Budget, Scope, parse_budget
     from trady.commands.comparison import as_table, draw
+    from trady.planning.budget import Budget, Scope, parse_budget
     from trady.records.files import write_json
     from trady.report.units import format_bytes
     from trady.training.data import load_data

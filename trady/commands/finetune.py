@@ -64,7 +64,7 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
-    from trady.budget import parse_budget
+    from trady.planning.budget import parse_budget
     from trady.training.run import finetune as run
     from trady.training.run_folder import RunFolder
 

@@ -93,7 +93,7 @@ def check_kept(recompute: str, fidelity: str) -> None:
     """Refuse what ``--recompute`` and ``--fidelity`` do not know."""
     from trady.errors import BudgetError
     from trady.ops.smooth import FIDELITIES
-    from trady.planner import MODES
+    from trady.planning.recomputation import MODES
 
     for option, text, known in (("--recompute", recompute, MODES), ("--fidelity", fidelity, FIDELITIES)):
         if text not in known:

@@ -15,7 +15,7 @@ from trady.commands.example import load_ranking, make_planned
 
 if TYPE_CHECKING:
     from trady.commands.example import Planned
-    from trady.decision import Request
+    from trady.planning.request import Request
 
 
 def plan(
@@ -50,9 +50,9 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what would train, what is kept, what is computed anew, and what a step takes. Nothing is allocated."""
-    from trady.budget import parse_budget
-    from trady.decision import Request
     from trady.errors import BudgetError
+    from trady.planning.budget import parse_budget
+    from trady.planning.request import Request
 
     if (budget is None) == (sweep is None):
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
@@ -81,9 +81,10 @@ def plan(
 
 
 def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str | None, as_json: bool) -> None:
-    from trady.budget import Scope
-    from trady.forecast import SHARES, forecast
-    from trady.plan_view import ROWS, curve_view, view
+    from trady.planning.budget import Scope
+    from trady.planning.forecast import SHARES, forecast
+    from trady.planning.forecast_tables import curve_view
+    from trady.planning.plan import ROWS, view
 
     with _progress("planning", None):
         found = forecast(planned.model, planned.example, request, shares=SHARES if curve else ())
@@ -101,8 +102,8 @@ def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str
 def _sweep(
     planned: Planned, request: Request, budgets: list[str], sizes: list[int], out: str | None, as_json: bool
 ) -> None:
-    from trady.forecast import sweep
-    from trady.plan_view import sweep_view
+    from trady.planning.forecast import sweep
+    from trady.planning.forecast_tables import sweep_view
 
     batches = ((size, planned.of_size(size)) for size in sizes)
     with _progress("planning", len(budgets) * len(sizes)) as done:

@@ -39,8 +39,8 @@ def search(
     from torch.utils.data import Subset
 
     import trady
-    from trady.budget import Scope, parse_budget
     from trady.errors import BudgetError
+    from trady.planning.budget import Scope, parse_budget
     from trady.search.contributions import Analysis, analyse, find_scheme
     from trady.search.evolution import Evolution
     from trady.training.datasets import epoch_order

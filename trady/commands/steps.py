@@ -14,9 +14,9 @@ from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner import prepare
 
 if TYPE_CHECKING:
-    from trady.budget import Budget
     from trady.commands.example import Example
     from trady.memory import Ledger
+    from trady.planning.budget import Budget
     from trady.ranking.priors import Known
     from trady.ranking.ranking import LayerRanking
 

@@ -126,8 +126,8 @@ def short_names(datasets: Sequence[str]) -> list[str]:
 
 
 def _check_budget(budget: str, policy: str) -> None:
-    from trady.budget import parse_budget
     from trady.errors import PolicyError
+    from trady.planning.budget import parse_budget
     from trady.policies import get_policy
 
     parse_budget(budget)

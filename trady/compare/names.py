@@ -12,8 +12,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, ValidationInfo
 
-from trady.budget import parse_budget
 from trady.errors import TradyError
+from trady.planning.budget import parse_budget
 from trady.policies import Scheme, get_policy
 from trady.ranking.priors import KNOWN, read_ranking
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from trady.batch_check import elements_of
-from trady.budget import Budget
-from trady.decision import Request
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
-from trady.plan import Plan
+from trady.planning.budget import Budget
+from trady.planning.plan import Plan
+from trady.planning.request import Request
 from trady.policies import Policy
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking

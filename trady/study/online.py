@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trady.budget import Budget, Scope, parse_budget
 from trady.errors import BudgetError
+from trady.planning.budget import Budget, Scope, parse_budget
 from trady.policies import Draw, get_policy
 from trady.ranking.online import OnlineRanking
 from trady.ranking.scores import layer_score, spearman, top_layers

@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from trady.analysis.model_analysis import examine
-from trady.budget import parse_budget
 from trady.channels.table import ChannelTable
-from trady.decision import Request
 from trady.errors import DataError, ModelError, TrainingError
+from trady.planning.budget import parse_budget
+from trady.planning.request import Request
 from trady.policies import get_policy, needs_of
 from trady.study.folder import StudyFolder, Unit
 from trady.study.gradients import GradientSource, PlainGradients, SweptGradients

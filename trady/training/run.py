@@ -12,9 +12,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from trady.budget import Budget, Scope, parse_budget
-from trady.decision import Request
 from trady.errors import BudgetError, ModelError, TrainingError
+from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking

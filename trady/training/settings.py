@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import TrainingError
-from trady.micro_batches import AUTO
 from trady.ops.smooth import FIDELITIES
-from trady.planner import MODES
+from trady.planning.micro_batch import AUTO
+from trady.planning.recomputation import MODES
 from trady.ranking.ranking import LayerRanking
 
 #: Batches that a policy is measured on which measures before it draws.

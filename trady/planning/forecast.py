@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trady.budget import BelowLeastError, Budget, Scope, parse_budget
 from trady.channels.selection import Selection
-from trady.decision import Request
-from trady.drawing import Drawing
-from trady.plan import Plan
+from trady.planning.budget import BelowLeastError, Budget, Scope, parse_budget
+from trady.planning.decision import Drawing
+from trady.planning.plan import Plan
+from trady.planning.request import Request
 
 #: Shares of the channels of every layer.
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 1.0)

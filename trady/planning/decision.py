@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from trady.analysis.model_analysis import Examined
-from trady.budget import Budget, Scope, below_least
 from trady.channels.cost import Cost, Sparsity, cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
@@ -19,15 +18,17 @@ from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
 from trady.evidence.measures import looks_back
 from trady.model.batch import meta_batch
-from trady.plan import Plan
-from trady.planner import Planner, Recomputation
-from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
+from trady.planning.budget import Budget, Scope, below_least
+from trady.planning.plan import Plan
+from trady.planning.recomputation import Planner, Recomputation
+from trady.planning.reserve import Room, room_for
+from trady.planning.rules import Rules
+from trady.policies import Draw, Evidence, draw_selection, needs_of, typical_selection
 from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking
-from trady.room import Room, room_for
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
-from trady.simulation.simulator import ExampleLoss, Simulator
+from trady.simulation.simulator import Simulator
 from trady.simulation.timeline import NORM_BYTES, Timeline, compact_forms
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
@@ -38,6 +39,7 @@ USEFUL_SHARE = 0.02
 
 #: Epochs whose draws a plan averages over.
 EPOCHS_LOOKED_AT = 20
+
 MANY_CHANNELS = 200_000
 
 #: What a step may take, without weights and batch, over an inference pass, where the budget leaves it open.
@@ -48,33 +50,6 @@ _COUNTER_BYTES = 4
 
 #: Optimizer steps between two draws while the ranking is being learnt.
 STEPS_A_DRAW = 2
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a user asked for, read and checked (:class:`trady.decision.Request`).
-
-    Attributes:
-        budget: What may be spent; ``None`` is anything.
-        policy: Draws the channels.
-        ranking: Which layers are worth updating: a ranking or a word (:func:`trady.ranking.priors.ranking_for`).
-        pool: The layers of an earlier plan, instead of those that the ranking names.
-        seed: Seed of the draws.
-        fuse: Whether calls are computed together.
-        recompute: What the backward pass computes anew (:data:`trady.planner.MODES`).
-        fidelity: How exactly smooth activations are differentiated (:data:`trady.ops.smooth.FIDELITIES`).
-        loss: What the step makes of the output, if it is told.
-    """
-
-    budget: Budget | None
-    policy: Policy
-    ranking: LayerRanking | str | None = None
-    pool: tuple[str, ...] | None = None
-    seed: int = 0
-    fuse: bool = True
-    recompute: str = "auto"
-    fidelity: str = "exact"
-    loss: ExampleLoss | None = None
 
 
 class Drawing:

@@ -9,18 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import Examined, examine, find_stretches
-from trady.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
-from trady.drawing import Drawing, Rules
 from trady.errors import BudgetError, ModelError
-from trady.micro_batches import samples_at_once
 from trady.model.batch import batch_size, part_of, waiting_bytes
 from trady.model.eager import author_module
 from trady.ops.smooth import FIDELITIES
-from trady.plan import Plan
-from trady.planner import MODES, Planner
+from trady.planning.alternatives import remedies
+from trady.planning.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
+from trady.planning.decision import Drawing
+from trady.planning.micro_batch import samples_at_once
+from trady.planning.plan import Plan
+from trady.planning.recomputation import MODES, Planner
+from trady.planning.rules import Rules
 from trady.policies import Policy, get_policy
 from trady.ranking.ranking import LayerRanking, structure_digest
-from trady.remedies import remedies
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.simulator import ExampleLoss
 
