@@ -33,7 +33,7 @@ from trady.planning.request import Request
 from trady.report.units import format_bytes
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.optimizers import OptimizerFactory, memory_of
-from trady.tuner import Tuner
+from trady.tuner.tuner import Tuner
 
 #: How far a prediction may lie from the measured peak.
 MOST_ERROR = 0.03

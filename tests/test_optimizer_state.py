@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trady.interception.armed import Change
-from trady.optimizer_state import remap_state
+from trady.tuner.optimizer_state import remap_state
 
 
 def moved(compact: nn.Parameter, sources: list[int], shape: tuple[int, ...]) -> Change:

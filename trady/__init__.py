@@ -11,7 +11,6 @@ from trady import optim
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
-from trady.delta import apply_delta
 from trady.errors import (
     BudgetError,
     CheckpointError,
@@ -24,7 +23,6 @@ from trady.errors import (
     TradyWarning,
     TrainingError,
 )
-from trady.measured_ranking import rank
 from trady.memory import Ledger, measure
 from trady.ops.loss import cross_entropy
 from trady.planning.budget import Budget, parse_budget
@@ -32,7 +30,10 @@ from trady.planning.plan import Plan
 from trady.policies import register_policy
 from trady.quantized.dequantize import dequantize
 from trady.ranking.ranking import LayerRanking
-from trady.tuner import Tuner, plan, prepare
+from trady.tuner.delta import apply_delta
+from trady.tuner.prepare import plan, prepare
+from trady.tuner.rank import rank
+from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
     from trady.training import DataSplit, Result, finetune, load_data

@@ -11,7 +11,7 @@ import torch
 
 from trady.training.batch import cross_entropy, forward
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner import prepare
+from trady.tuner.prepare import prepare
 
 if TYPE_CHECKING:
     from trady.commands.example import Example

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trady.batch_check import elements_of
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
 from trady.planning.budget import Budget
 from trady.planning.plan import Plan
@@ -30,7 +29,8 @@ from trady.training.randomness import own_randomness
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
-from trady.tuner import Tuner
+from trady.tuner.batch_check import elements_of
+from trady.tuner.tuner import Tuner
 
 try:
     import transformers

@@ -36,7 +36,7 @@ from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule
 from trady.training.settings import OBSERVED_BATCHES, Settings
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner import Tuner
+from trady.tuner.tuner import Tuner
 
 
 @dataclass(frozen=True)

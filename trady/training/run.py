@@ -32,7 +32,7 @@ from trady.training.run_folder import RunFolder
 from trady.training.schedule import make_schedule, redraw_steps
 from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner import Tuner
+from trady.tuner.tuner import Tuner
 
 #: The policy that is plain PyTorch here: every parameter, no tuner, no budget.
 FULL = "full"

@@ -16,7 +16,7 @@ from trady.ops.quantized import is_quantized
 from trady.ranking.ranking import LayerRanking
 from trady.training.batch import Loss
 from trady.training.state import State
-from trady.tuner import Tuner
+from trady.tuner.tuner import Tuner
 
 
 @dataclass(frozen=True)

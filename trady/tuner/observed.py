@@ -18,7 +18,7 @@ PREFIX = "@evidence/"
 
 _KINDS, _CARRIED = "kinds", "carried"
 
-#: And those of them that hold the weights as they were when it was measured (:mod:`trady.earlier`).
+#: And those of them that hold the weights as they were when it was measured (:mod:`trady.tuner.snapshot`).
 EARLIER = PREFIX + "earlier/"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import Examined
-from trady.batch_check import BatchCheck
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.delta import changed_tensors, load_changed_tensors
-from trady.earlier import EarlierWeights
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
 from trady.evidence.measures import Bench, gather_evidence, needs_batches
 from trady.evidence.sweeps import Sweeper
@@ -26,113 +23,27 @@ from trady.interception.armed import Armed
 from trady.memory import Ledger, measure
 from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
 from trady.model.prepared import refuse_prepared
-from trady.observing import EARLIER, PREFIX, Observed, check_layers
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward, update_forms
-from trady.optimizer_state import remap_state
-from trady.planning.budget import Budget
 from trady.planning.decision import STEPS_A_DRAW, Drawing
 from trady.planning.plan import Plan
-from trady.planning.request import Request
-from trady.policies import Evidence, Policy
+from trady.policies import Evidence
 from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.online import OnlineRanking
-from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_probe import optimizer_memory
-
-FORMAT, VERSION = "trady-tuner", 1
+from trady.tuner.batch_check import BatchCheck
+from trady.tuner.checkpoint import FORMAT, VERSION, checked_meta
+from trady.tuner.delta import changed_tensors, load_changed_tensors
+from trady.tuner.gradients import on_host
+from trady.tuner.observed import EARLIER, PREFIX, Observed, check_layers
+from trady.tuner.optimizer_state import remap_state
+from trady.tuner.snapshot import EarlierWeights
 
 _NO_HEAD = (
     "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
     "another or stored quantised, or head= is empty; name modules as head=..., or take another policy"
 )
-
-
-def prepare(
-    model: nn.Module,
-    example: Any,
-    *,
-    budget: str | Budget | None = None,
-    policy: str | Policy = "trady",
-    ranking: LayerRanking | Known | None = None,
-    head: str | Sequence[str] | None = "auto",
-    seed: int = 0,
-    plan: Plan | None = None,
-    fuse: bool = True,
-    recompute: str = "auto",
-    fidelity: str = "exact",
-    micro_batch: int | str | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-) -> Tuner:
-    """Decide what trains inside a budget and arm the model for it.
-
-    Args:
-        model: Any module. Its classes, keys and printed form stay; its parameters outside the head are frozen.
-        example: One batch as training will see it: a tensor, a tuple (positional arguments) or a mapping
-            (keyword arguments). Only its shapes are read.
-        budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
-            adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
-        policy: A registered policy or one of your own.
-        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.ranking.priors`), or
-            else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
-            computes anyway. ``"structural"`` guesses it from the layers' shapes.
-        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
-            language model's, which was trained before (:func:`trady.analysis.head.find_head`).
-        seed: Seed of the draws.
-        plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
-        fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
-            model whose forward takes another path from call to call.
-        recompute: What the backward pass computes anew instead of keeping it, where a stretch of the model
-            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
-            budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
-            fastest step.
-        fidelity: How exactly smooth activations (GELU, SiLU, Mish) are differentiated where they are kept:
-            ``"exact"``, or from a derivative in ``"8bit"`` or ``"4bit"`` (docs/fidelity.md).
-        micro_batch: Samples of the batch that a forward and backward pass takes at a time (your loop cuts the
-            batch and adds the gradients up; :func:`trady.finetune` does it by itself); ``"auto"`` is the largest
-            part that the budget is possible with: ``tuner.plan.micro_batch``.
-        loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
-            F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
-            loss where it gives one, or a cross entropy of its scores, is expected.
-
-    Returns:
-        The tuner, with the channels of epoch 0 drawn.
-
-    Raises:
-        BudgetError: The budget cannot be read, or is below the least possible.
-        ModelError: The model cannot be traced or has nothing to update.
-        PolicyError: There is no such policy.
-        RankingError: The ranking is of another model.
-        StateError: The model is prepared already.
-
-    """
-    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
-    return Tuner(*request.decide(model, example), example=example)
-
-
-def plan(
-    model: nn.Module,
-    example: Any,
-    *,
-    budget: str | Budget | None = None,
-    policy: str | Policy = "trady",
-    ranking: LayerRanking | Known | None = None,
-    head: str | Sequence[str] | None = "auto",
-    seed: int = 0,
-    fuse: bool = True,
-    recompute: str = "auto",
-    fidelity: str = "exact",
-    micro_batch: int | str | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-) -> Plan:
-    """Say what :func:`prepare` would do, without touching the model or allocating a step.
-
-    The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
-    """
-    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
-    _, examined, drawing = request.decide(model, example)
-    return drawing.plan(examined.head, examined.head_parameters)
 
 
 class Tuner:
@@ -451,7 +362,7 @@ class Tuner:
         online = self._drawing.online
         if online is None or not self._norms:
             return
-        online.observe(_on_host(self._norms))
+        online.observe(on_host(self._norms))
         self._norms.clear()
         self._steps += 1
         if online.settled:
@@ -562,7 +473,7 @@ class Tuner:
 
         """
         self._check_alive("load a state")
-        meta = _checked_meta(state)
+        meta = checked_meta(state)
         drawing = self._drawing
         for what, given, wanted in (
             ("model structure", meta["structure"], structure_digest(self._examined.table)),
@@ -637,26 +548,3 @@ class Tuner:
     def _check_alive(self, wish: str) -> None:
         if self._finished:
             raise StateError(f"cannot {wish}: this tuner is finished; prepare the model again to train on")
-
-
-def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = state.get("meta")
-    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
-        raise CheckpointError("this is no state of a trady tuner")
-    if meta.get("version") != VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of version {meta.get('version')}, this trady reads version {VERSION}: "
-            "go on with the trady that wrote it, or start anew"
-        )
-    missing = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"} - set(meta)
-    if missing:
-        raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
-    return meta
-
-
-def _on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Copy the norms of every layer to the host at once: an accelerator is waited for once, not layer by layer."""
-    first = next(iter(norms.values()))
-    together = torch.cat([values.to(first.device) for values in norms.values()]).cpu()
-    parts = together.split([len(values) for values in norms.values()])
-    return {name: part.numpy() for name, part in zip(norms, parts, strict=True)}

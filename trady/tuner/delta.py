@@ -19,6 +19,7 @@ from trady.ops.selected import channel_major, select_channels
 from trady.quantized.linear import QuantizedLinear, layer_at
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
+
 _OUTPUTS = "::outputs"
 
 #: ``groups`` of a weight that is stored input-major, [in, out].

@@ -1,0 +1,1 @@
+"""The session: prepare, draw, follow the optimizer, checkpoint, delta, finish; rank."""

@@ -1,0 +1,102 @@
+"""The two ways in: prepare a model, or plan what preparing would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from trady.planning.budget import Budget
+from trady.planning.plan import Plan
+from trady.planning.request import Request
+from trady.policies import Policy
+from trady.ranking.priors import Known
+from trady.ranking.ranking import LayerRanking
+from trady.tuner.tuner import Tuner
+
+
+def prepare(
+    model: nn.Module,
+    example: Any,
+    *,
+    budget: str | Budget | None = None,
+    policy: str | Policy = "trady",
+    ranking: LayerRanking | Known | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    plan: Plan | None = None,
+    fuse: bool = True,
+    recompute: str = "auto",
+    fidelity: str = "exact",
+    micro_batch: int | str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> Tuner:
+    """Decide what trains inside a budget and arm the model for it.
+
+    Args:
+        model: Any module. Its classes, keys and printed form stay; its parameters outside the head are frozen.
+        example: One batch as training will see it: a tensor, a tuple (positional arguments) or a mapping
+            (keyword arguments). Only its shapes are read.
+        budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
+            adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
+        policy: A registered policy or one of your own.
+        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.ranking.priors`), or
+            else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
+            computes anyway. ``"structural"`` guesses it from the layers' shapes.
+        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
+            language model's, which was trained before (:func:`trady.analysis.head.find_head`).
+        seed: Seed of the draws.
+        plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
+        fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
+            model whose forward takes another path from call to call.
+        recompute: What the backward pass computes anew instead of keeping it, where a stretch of the model
+            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
+            budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
+            fastest step.
+        fidelity: How exactly smooth activations (GELU, SiLU, Mish) are differentiated where they are kept:
+            ``"exact"``, or from a derivative in ``"8bit"`` or ``"4bit"`` (docs/fidelity.md).
+        micro_batch: Samples of the batch that a forward and backward pass takes at a time (your loop cuts the
+            batch and adds the gradients up; :func:`trady.finetune` does it by itself); ``"auto"`` is the largest
+            part that the budget is possible with: ``tuner.plan.micro_batch``.
+        loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
+            F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
+            loss where it gives one, or a cross entropy of its scores, is expected.
+
+    Returns:
+        The tuner, with the channels of epoch 0 drawn.
+
+    Raises:
+        BudgetError: The budget cannot be read, or is below the least possible.
+        ModelError: The model cannot be traced or has nothing to update.
+        PolicyError: There is no such policy.
+        RankingError: The ranking is of another model.
+        StateError: The model is prepared already.
+
+    """
+    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
+    return Tuner(*request.decide(model, example), example=example)
+
+
+def plan(
+    model: nn.Module,
+    example: Any,
+    *,
+    budget: str | Budget | None = None,
+    policy: str | Policy = "trady",
+    ranking: LayerRanking | Known | None = None,
+    head: str | Sequence[str] | None = "auto",
+    seed: int = 0,
+    fuse: bool = True,
+    recompute: str = "auto",
+    fidelity: str = "exact",
+    micro_batch: int | str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> Plan:
+    """Say what :func:`prepare` would do, without touching the model or allocating a step.
+
+    The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
+    """
+    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
+    _, examined, drawing = request.decide(model, example)
+    return drawing.plan(examined.head, examined.head_parameters)
