@@ -31,8 +31,8 @@ from benchmarks.text import pretrained_minilm, read_sentences
 from trady.analysis.model_analysis import examine
 from trady.ranking.ranking import LayerRanking
 from trady.ranking.structural import structural_ranking
-from trady.training.data import load_data
-from trady.training.datasets import CENTERED, Normalization
+from trady.training.data.datasets import CENTERED, Normalization
+from trady.training.data.load import load_data
 from trady.training.run import finetune
 
 #: How EfficientNet-Lite takes its pixels.

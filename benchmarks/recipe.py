@@ -18,8 +18,8 @@ from rich.table import Table
 import trady
 from benchmarks import options
 from benchmarks.backbones import load_backbone
-from trady.training.data import load_data
-from trady.training.datasets import CENTERED
+from trady.training.data.datasets import CENTERED
+from trady.training.data.load import load_data
 from trady.training.models import image_format, load_model
 from trady.training.run import finetune
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trady.training.datasets import CENTERED, ImageDataset
+from trady.training.data.datasets import CENTERED, ImageDataset
 from trady.training.metrics import EpochMetrics
 from trady.training.progress import Silent
 

@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 
 from tests.small_task import pixels, write_npz
 from trady.errors import DataError
-from trady.training import fashion_mnist, folder
-from trady.training.data import load_data
-from trady.training.datasets import (
-    CENTERED,
-    EpochSampler,
-    ImageDataset,
-    Normalization,
-    epoch_order,
-)
+from trady.training.data import fashion_mnist
+from trady.training.data import image_folder as folder
+from trady.training.data.datasets import CENTERED, EpochSampler, ImageDataset, Normalization, epoch_order
+from trady.training.data.load import load_data
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -22,7 +22,7 @@ from trady.study.parquet import read_noise, read_norms
 from trady.study.records import read_records
 from trady.study.run import StudyTask, record
 from trady.study.settings import StudySettings
-from trady.training.datasets import ImageDataset, epoch_order
+from trady.training.data.datasets import ImageDataset, epoch_order
 
 SETTINGS = StudySettings("small", epochs=2, batch_size=8, noise_batches=3)
 NAMES = ["first", "second"]

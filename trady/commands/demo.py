@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trady.commands.example import Example
     from trady.planning.budget import Budget
     from trady.ranking.ranking import LayerRanking
-    from trady.training.datasets import DataSplit
+    from trady.training.data.datasets import DataSplit
     from trady.training.result import Result
 
 MODEL = "efficientnet-lite0"
@@ -59,7 +59,7 @@ def demo(
     from trady.planning.budget import Budget, Scope, parse_budget
     from trady.records.files import write_json
     from trady.report.units import format_bytes
-    from trady.training.data import load_data
+    from trady.training.data.load import load_data
     from trady.training.models import image_format
 
     console = Console(stderr=as_json, highlight=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from trady.ranking.priors import Known
     from trady.ranking.ranking import LayerRanking
-    from trady.training.datasets import DataSplit
+    from trady.training.data.datasets import DataSplit
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def load_task(
     split: Literal["both", "train"] = "both",
 ) -> Task:
     """Read a data set as the model wants it, then load the model with a head for its classes."""
-    from trady.training.data import load_data
+    from trady.training.data.load import load_data
+    from trady.training.data.source import OnUnreadable
     from trady.training.models import image_format, load_model
-    from trady.training.source import OnUnreadable
 
     normalization, usual_size = image_format(model)
     data = load_data(

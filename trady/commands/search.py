@@ -43,7 +43,7 @@ def search(
     from trady.planning.budget import Scope, parse_budget
     from trady.search.contributions import Analysis, analyse, find_scheme
     from trady.search.evolution import Evolution
-    from trady.training.datasets import epoch_order
+    from trady.training.data.datasets import epoch_order
 
     asked = parse_budget(budget)
     if asked.scope is not Scope.ELEMENTS:

@@ -17,7 +17,7 @@ from trady.compare.cells import Job
 from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
-from trady.training.datasets import DataSplit, Normalization
+from trady.training.data.datasets import DataSplit, Normalization
 from trady.training.result import Result
 
 Keep = Literal["results", "weights"]
@@ -152,6 +152,6 @@ def _data(
     source: str, image_size: int, limits: tuple[int | None, int | None], normalization: Normalization, seed: int
 ) -> DataSplit:
     """Read a data set once a worker; neighbouring cells mostly share it."""
-    from trady.training.data import load_data
+    from trady.training.data.load import load_data
 
     return load_data(source, image_size=image_size, limit=limits, normalization=normalization, seed=seed)

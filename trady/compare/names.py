@@ -56,7 +56,7 @@ class Surroundings:
 
     def dataset(self, text: str) -> str:
         """Return a data set's source as ``trady.finetune`` reads it: a known name, or a whole path."""
-        from trady.training.fashion_mnist import matches
+        from trady.training.data.fashion_mnist import matches
 
         expanded = self.expand(text)
         return expanded if matches(expanded) else self.path(text)
@@ -102,7 +102,7 @@ def _dataset(text: str, info: ValidationInfo) -> str:
     around = _surroundings(info)
     source = around.dataset(text)
     if around.check_sources:
-        from trady.training.data import check_source
+        from trady.training.data.load import check_source
 
         _with_message(lambda: check_source(source))
     return text

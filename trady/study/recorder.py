@@ -16,8 +16,8 @@ from trady.channels.selection import Channels
 from trady.channels.table import ChannelTable
 from trady.study.gradients import GradientSource
 from trady.study.noise import LayerNoise, NoiseSample
-from trady.training.datasets import epoch_seed
-from trady.training.loaders import Batches, start_epoch
+from trady.training.data.datasets import epoch_seed
+from trady.training.data.loaders import Batches, start_epoch
 from trady.training.metrics import EpochMetrics
 from trady.training.progress import Display
 from trady.training.randomness import own_randomness

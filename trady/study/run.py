@@ -25,10 +25,10 @@ from trady.study.recorder import EpochRecord, Recorder
 from trady.study.settings import StudySettings
 from trady.training.batch import cross_entropy, split_batch
 from trady.training.checkpoint import find_checkpoint
-from trady.training.datasets import epoch_seed
-from trady.training.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.datasets import epoch_seed
+from trady.training.data.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
-from trady.training.observed import measured_on
 from trady.training.optimizers import optimizer_factory
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.training.batch import Loss, forward, logits, split_batch
-from trady.training.loaders import Batches
+from trady.training.data.loaders import Batches
 from trady.training.precision import autocast
 
 

@@ -23,9 +23,9 @@ from trady.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from trady.training.data.loaders import Batches, start_epoch
 from trady.training.evaluate import evaluate
 from trady.training.interrupt import Interrupts
-from trady.training.loaders import Batches, start_epoch
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trady.errors import ModelError
-from trady.training.datasets import CENTERED, Normalization
+from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.randomness import own_randomness
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from trady.training.datasets import epoch_seed
+from trady.training.data.datasets import epoch_seed
 
 
 @contextmanager

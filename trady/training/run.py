@@ -20,9 +20,9 @@ from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, split_batch
-from trady.training.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
-from trady.training.observed import measured_on
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision
 from trady.training.progress import Display, Lines, Silent

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import DataError
-from trady.training.datasets import EpochSampler
+from trady.training.data.datasets import EpochSampler
 
 Batches = DataLoader[Any]
 

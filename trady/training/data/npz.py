@@ -12,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.errors import DataError
-from trady.training.datasets import Pixels
-from trady.training.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.datasets import Pixels
+from trady.training.data.source import OnUnreadable, RawData, RawSplit
 
 Array = npt.NDArray[Any]
 
 IMAGES = ("images", "image", "x", "data", "X")
+
 LABELS = ("labels", "label", "y", "targets", "Y")
+
 TRAIN = ("train", "training")
+
 EVALUATION = ("test", "val", "valid", "validation", "evaluation", "eval")
 
 

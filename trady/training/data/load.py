@@ -11,16 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.errors import DataError
-from trady.training import fashion_mnist, folder, npz
-from trady.training.datasets import (
-    CENTERED,
-    DataSplit,
-    ImageDataset,
-    Labels,
-    Normalization,
-    epoch_order,
-)
-from trady.training.source import OnUnreadable, RawData, RawSplit
+from trady.training.data import fashion_mnist, npz
+from trady.training.data import image_folder as folder
+from trady.training.data.datasets import CENTERED, DataSplit, ImageDataset, Labels, Normalization, epoch_order
+from trady.training.data.source import OnUnreadable, RawData, RawSplit
 
 __all__ = ["DataSplit", "load_data", "train_and_evaluation"]
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
 Pixels = npt.NDArray[np.uint8]
+
 Labels = npt.NDArray[np.int64]
+
 Example = tuple[torch.Tensor, int]
 
 
@@ -39,6 +41,7 @@ class Normalization:
 
 #: Pixels in [-1, 1].
 CENTERED = Normalization((127.5,), (127.5,))
+
 #: The mean and standard deviation of ImageNet's channels.
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 

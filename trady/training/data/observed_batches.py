@@ -11,8 +11,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from trady.training.batch import split_batch
-from trady.training.datasets import epoch_seed
-from trady.training.loaders import Batches
+from trady.training.data.datasets import epoch_seed
+from trady.training.data.loaders import Batches
 
 
 def measured_on(loader: Batches, count: int, seed: int, device: torch.device) -> Iterable[tuple[Any, Any]]:

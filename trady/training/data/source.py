@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trady.training.datasets import Pixels
+from trady.training.data.datasets import Pixels
 
 OnUnreadable = Literal["refuse", "skip"]
 

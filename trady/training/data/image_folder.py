@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from trady.errors import DataError
-from trady.training.datasets import Pixels
-from trady.training.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.datasets import Pixels
+from trady.training.data.source import OnUnreadable, RawData, RawSplit
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
 TRAIN = ("train", "training")
+
 EVALUATION = ("val", "valid", "validation", "test")
 
 #: Decoded images that take more are kept in a temporary file instead of memory.

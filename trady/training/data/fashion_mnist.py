@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from trady.errors import DataError
-from trady.training.datasets import Pixels
-from trady.training.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.datasets import Pixels
+from trady.training.data.source import OnUnreadable, RawData, RawSplit
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
 HUB_NAME = "zalando-datasets/fashion_mnist"
+
 CLASSES = (
     "T-shirt/top",
     "Trouser",

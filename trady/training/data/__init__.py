@@ -1,0 +1,1 @@
+"""Data sets: Hub, folder, CSV, Parquet, TSV, ``.npz``."""
