@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.options import add_images, add_models, images_file, main, models_folder
 from trady.errors import DataError, ModelError
 from trady.training.data.datasets import CENTERED
-from trady.training.models import LoadedModel
+from trady.training.models.load import LoadedModel
 
 BACKBONES = ("mbv2-w0.35", "mcunet-5fps")
 

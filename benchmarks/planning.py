@@ -39,7 +39,7 @@ def run() -> int:
     options = parser.parse_args()
     console = console_for(options.json)
 
-    from trady.training.from_config import read_dtype, read_tokens, skeleton, token_batch
+    from trady.training.models.from_config import read_dtype, read_tokens, skeleton, token_batch
 
     sequences, length = read_tokens(options.tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from benchmarks import options
 from benchmarks.backbones import load_backbone
 from trady.training.data.datasets import CENTERED
 from trady.training.data.load import load_data
-from trady.training.models import image_format, load_model
+from trady.training.models.load import image_format, load_model
 from trady.training.run import finetune
 
 #: The paper's smallest budget for its two backbones; for EfficientNet-Lite0 the same share of its elements.

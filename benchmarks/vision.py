@@ -36,7 +36,7 @@ def resnet50(batch: int = 16, size: int = 224, depths: tuple[int, ...] = (3, 4, 
 
 def efficientnet_lite0(batch: int = 32, size: int = 128) -> Task:
     """EfficientNet-Lite0 with its ImageNet weights and a new head."""
-    from trady.training.models import EFFICIENTNET_LITE0, load_model
+    from trady.training.models.load import EFFICIENTNET_LITE0, load_model
 
     return _classifier(load_model(EFFICIENTNET_LITE0, CLASSES).model, batch, size)
 

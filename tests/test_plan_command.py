@@ -19,7 +19,7 @@ from trady.cli import app
 from trady.planning.budget import parse_budget
 from trady.planning.forecast import SHARES, forecast, sweep
 from trady.planning.request import Request
-from trady.training.from_config import read_tokens, skeleton, token_batch
+from trady.training.models.from_config import read_tokens, skeleton, token_batch
 
 hf = pytest.importorskip("transformers")
 

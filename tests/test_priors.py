@@ -152,7 +152,7 @@ def test_every_shipped_prior_says_what_it_was_measured_on() -> None:
 
 def test_efficientnet_lite0_trains_by_its_prior() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
 
     model = load_model("efficientnet-lite0", 10).model
     plan = trady.plan(model, torch.zeros(2, 3, 64, 64), budget="elements:280000")

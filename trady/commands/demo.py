@@ -60,7 +60,7 @@ def demo(
     from trady.records.files import write_json
     from trady.report.units import format_bytes
     from trady.training.data.load import load_data
-    from trady.training.models import image_format
+    from trady.training.models.load import image_format
 
     console = Console(stderr=as_json, highlight=False)
     if not console.is_terminal:
@@ -123,7 +123,7 @@ def demo(
 def _example(data: DataSplit, recipe: Recipe, seed: int) -> Example:
     """Return the untouched model with a first batch."""
     from trady.commands.example import Example
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
 
     images, labels = data.train.batch(range(recipe.batch_size))
     return Example(load_model(MODEL, len(data.classes), seed=seed).model, images, labels)
@@ -145,7 +145,7 @@ def _show_plan(console: Console, data: DataSplit, recipe: Recipe, limit: Budget,
 
 
 def _train(method: str, data: DataSplit, recipe: Recipe, limit: Budget, folder: Path, seed: int) -> Result:
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
     from trady.training.run import finetune
 
     return finetune(

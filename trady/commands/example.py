@@ -30,7 +30,7 @@ def make_example(name: str, classes: int, image_size: int | None, batch_size: in
     """Load a model, and draw a batch."""
     import torch
 
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
 
     loaded = load_model(name, classes, seed=seed)
     size = image_size or loaded.image_size
@@ -74,8 +74,8 @@ def make_planned(
     import torch
 
     from trady.errors import ModelError
-    from trady.training.from_config import read_dtype, read_tokens, skeleton, token_batch
-    from trady.training.models import EFFICIENTNET_LITE0, load_model
+    from trady.training.models.from_config import read_dtype, read_tokens, skeleton, token_batch
+    from trady.training.models.load import EFFICIENTNET_LITE0, load_model
 
     wanted = read_dtype(dtype)
     if name.lower() == EFFICIENTNET_LITE0 or ":" in name:
@@ -116,7 +116,7 @@ def load_task(
     """Read a data set as the model wants it, then load the model with a head for its classes."""
     from trady.training.data.load import load_data
     from trady.training.data.source import OnUnreadable
-    from trady.training.models import image_format, load_model
+    from trady.training.models.load import image_format, load_model
 
     normalization, usual_size = image_format(model)
     data = load_data(

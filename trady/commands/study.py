@@ -139,7 +139,7 @@ def _task(
     model: str, dataset: str, name: str, image_size: int | None, limit: int | None, on_unreadable: str, seed: int
 ) -> StudyTask:
     from trady.study.run import StudyTask
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
 
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
     classes = len(task.data.classes)

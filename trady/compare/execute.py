@@ -107,7 +107,7 @@ def _train(job: Job, folder: CellFolder) -> Result:
 
 
 def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
-    from trady.training.models import load_model
+    from trady.training.models.load import load_model
     from trady.training.run import finetune
 
     cell = job.cell
@@ -142,7 +142,7 @@ def _limits(settings: dict[str, object]) -> tuple[int | None, int | None]:
 
 @lru_cache(maxsize=8)
 def _format(model: str) -> tuple[Normalization, int]:
-    from trady.training.models import image_format
+    from trady.training.models.load import image_format
 
     return image_format(model)
 

@@ -92,7 +92,7 @@ def _model(text: str, info: ValidationInfo) -> str:
     around = _surroundings(info)
     expanded = around.expand(text)
     if around.check_sources:
-        from trady.training.models import check_model
+        from trady.training.models.load import check_model
 
         _with_message(lambda: check_model(expanded))
     return text

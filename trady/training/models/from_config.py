@@ -85,7 +85,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     Raises:
         ModelError: There is no such configuration, or the model takes something else.
     """
-    from trady.training.models import _hub_errors, _preprocessing, _transformers
+    from trady.training.models.load import _hub_errors, _preprocessing, _transformers
 
     transformers = _transformers(name)
     with _quiet(transformers), _hub_errors(name):
