@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from trady.commands.compare import compare
-from trady.commands.demo import demo
-from trady.commands.finetune import finetune
-from trady.commands.measure import measure
-from trady.commands.plan import plan
-from trady.commands.rank import rank
-from trady.commands.search import search
-from trady.commands.study import study
+from trady.cli.commands.compare import compare
+from trady.cli.commands.demo import demo
+from trady.cli.commands.finetune import finetune
+from trady.cli.commands.measure import measure
+from trady.cli.commands.plan import plan
+from trady.cli.commands.rank import rank
+from trady.cli.commands.search import search
+from trady.cli.commands.study import study
 from trady.errors import TradyError
 
 DEBUG = "--debug"

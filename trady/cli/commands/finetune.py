@@ -11,8 +11,11 @@ from trady.commands import options
 from trady.commands.example import load_ranking, load_task
 
 Mode = Literal["train", "eval"]
+
 Precision = Literal["no", "bf16"]
+
 Recompute = Literal["auto", "all", "none"]
+
 MicroBatch = int | Literal["auto"] | None
 
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from trady.training.result import Result
 
 MODEL = "efficientnet-lite0"
+
 DATASET = "fashion-mnist"
+
 METHODS = ("head", "trady", "full")
 
 
@@ -39,6 +41,7 @@ class Recipe:
 
 
 LONG = Recipe(images=(2400, 1500), epochs=4, timing_rounds=9)
+
 SHORT = Recipe(images=(640, 400), epochs=1, timing_rounds=5)
 
 
