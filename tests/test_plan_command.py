@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import trady
 from tests.small_task import small_net
-from trady.cli import app
+from trady.cli.app import app
 from trady.planning.budget import parse_budget
 from trady.planning.forecast import SHARES, forecast, sweep
 from trady.planning.request import Request

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer
-from trady.commands import options
+from trady.cli import options
 from trady.errors import BudgetError, PolicyError
 from trady.policies import (
     Draw,

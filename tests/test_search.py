@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import trady
 from tests.models import same, snapshot
 from tests.small_task import small_data, small_net, write_npz
-from trady import cli
 from trady.channels.table import ChannelTable, Layer
+from trady.cli import app as cli
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
 from trady.policies import Scheme
 from trady.search import contributions

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.small_task import write_npz
 from tests.test_cli import MODEL, trady_command
-from trady.cli import app
+from trady.cli.app import app
 from trady.cli.commands.study import short_names
 from trady.errors import DataError
 

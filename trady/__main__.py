@@ -1,5 +1,5 @@
 """``python -m trady`` is ``trady``."""
 
-from trady.cli import app
+from trady.cli.app import app
 
 app(prog_name="trady")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from trady.commands import options
+from trady.cli import options
 from trady.errors import MatrixError
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trady.commands import options
+from trady.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trady.commands.comparison import Row
-    from trady.commands.example import Example
+    from trady.cli.demo_table import Row
+    from trady.cli.example import Example
     from trady.planning.budget import Budget
     from trady.ranking.ranking import LayerRanking
     from trady.training.data.datasets import DataSplit
@@ -58,7 +58,7 @@ def demo(
     """Fine-tune EfficientNet-Lite0 on Fashion-MNIST: head only, TraDy and everything, side by side."""
     from rich.console import Console
 
-    from trady.commands.comparison import as_table, draw
+    from trady.cli.demo_table import as_table, draw
     from trady.planning.budget import Budget, Scope, parse_budget
     from trady.records.files import write_json
     from trady.report.units import format_bytes
@@ -125,7 +125,7 @@ def demo(
 
 def _example(data: DataSplit, recipe: Recipe, seed: int) -> Example:
     """Return the untouched model with a first batch."""
-    from trady.commands.example import Example
+    from trady.cli.example import Example
     from trady.training.models.load import load_model
 
     images, labels = data.train.batch(range(recipe.batch_size))
@@ -133,7 +133,7 @@ def _example(data: DataSplit, recipe: Recipe, seed: int) -> Example:
 
 
 def _inference_peak(data: DataSplit, recipe: Recipe, seed: int) -> int:
-    from trady.commands.steps import full_step
+    from trady.cli.timed_steps import full_step
 
     peak = full_step(_example(data, recipe, seed)).ledger().inference_peak_bytes
     assert peak is not None
@@ -170,7 +170,7 @@ def _time_steps(
     data: DataSplit, recipe: Recipe, limit: Budget, ranking: LayerRanking | None, seed: int
 ) -> dict[str, float]:
     """Time the steps of all methods in turns; TraDy's with its pool settled, as after the first epoch."""
-    from trady.commands.steps import full_step, step_seconds, tuned_step
+    from trady.cli.timed_steps import full_step, step_seconds, tuned_step
 
     steps = {
         method: full_step(_example(data, recipe, seed))
@@ -188,7 +188,7 @@ def _time_steps(
 
 
 def _row(method: str, result: Result, seconds: float, inference_peak: int) -> Row:
-    from trady.commands.comparison import Row
+    from trady.cli.demo_table import Row
 
     return Row(
         method=method,

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from trady.commands import options
-from trady.commands.example import load_ranking, load_task
+from trady.cli import options
+from trady.cli.example import load_ranking, load_task
 
 Mode = Literal["train", "eval"]
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from trady.commands import options
-from trady.commands.example import load_ranking, make_example
+from trady.cli import options
+from trady.cli.example import load_ranking, make_example
 
 
 def measure(
@@ -27,7 +27,7 @@ def measure(
     as_json: options.Json = False,
 ) -> None:
     """Run one training step and account for its memory."""
-    from trady.commands.steps import full_step, tuned_step
+    from trady.cli.timed_steps import full_step, tuned_step
     from trady.errors import BudgetError
 
     options.check_kept(recompute, fidelity)

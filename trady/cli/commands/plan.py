@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trady.commands import options
-from trady.commands.example import load_ranking, make_planned
+from trady.cli import options
+from trady.cli.example import load_ranking, make_planned
 
 if TYPE_CHECKING:
-    from trady.commands.example import Planned
+    from trady.cli.example import Planned
     from trady.planning.request import Request
 
 

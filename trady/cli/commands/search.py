@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trady.commands import options
-from trady.commands.example import load_task
+from trady.cli import options
+from trady.cli.example import load_task
 
 
 def search(

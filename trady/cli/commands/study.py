@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trady.commands import options
-from trady.commands.example import load_task
+from trady.cli import options
+from trady.cli.example import load_task
 
 if TYPE_CHECKING:
     from trady.study.run import StudyTask

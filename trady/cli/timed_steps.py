@@ -14,7 +14,7 @@ from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.prepare import prepare
 
 if TYPE_CHECKING:
-    from trady.commands.example import Example
+    from trady.cli.example import Example
     from trady.memory import Ledger
     from trady.planning.budget import Budget
     from trady.ranking.priors import Known

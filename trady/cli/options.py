@@ -14,6 +14,7 @@ Model = Annotated[
     str,
     typer.Argument(help="efficientnet-lite0; a folder or a Hub name (transformers); or package.module:function."),
 ]
+
 PlannedModel = Annotated[
     str,
     typer.Argument(
@@ -21,16 +22,21 @@ PlannedModel = Annotated[
         "or package.module:function."
     ),
 ]
+
 Dataset = Annotated[str, typer.Argument(help="fashion-mnist; a .npz file; or a folder of images.")]
+
 #: The registry's names; a test holds them equal, so that ``--help`` need not load it.
 POLICIES = (
     "dynamic-norm, dynamic-random, dynamic-rgn, fisher, full, head, medyate, sparse-update, static-norm, "
     "static-random, static-rgn, static-topk-random, trady, trady+, velocity"
 )
+
 Policy = Annotated[str, typer.Option(help=f"Where to update: {POLICIES}.")]
+
 Scheme = Annotated[
     str | None, typer.Option("--scheme", help="For --policy sparse-update: a scheme that trady search has written.")
 ]
+
 Recompute = Annotated[
     str,
     typer.Option(
@@ -38,18 +44,21 @@ Recompute = Annotated[
         "all, or none."
     ),
 ]
+
 Fidelity = Annotated[
     str,
     typer.Option(
         help="How exactly smooth activations that are kept (GELU, SiLU, Mish) are differentiated: exact, 8bit or 4bit."
     ),
 ]
+
 MicroBatch = Annotated[
     str | None,
     typer.Option(
         help="Samples a forward and backward pass; a step adds up several. auto: as many as the budget allows."
     ),
 ]
+
 RankingFile = Annotated[
     str | None,
     typer.Option(
@@ -58,14 +67,21 @@ RankingFile = Annotated[
         "(guess it from shapes). Without: the prior of this structure, else online.",
     ),
 ]
+
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Height and width of the images; the model's own by default.")
 ]
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
+
 Classes = Annotated[int, typer.Option(min=1, help="Outputs of the head.")]
+
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, drawn with the seed, a part.")]
+
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
+
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
 

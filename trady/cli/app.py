@@ -78,19 +78,26 @@ def _options(
 
 
 app.command(epilog="Example: trady demo --short")(demo)
+
 app.command(epilog="Example: trady plan efficientnet-lite0 --image-size 64 --budget 'update:1 MiB'")(plan)
+
 app.command(
     epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "
     "--limit 4000 --budget 'peak:60 MiB' --out runs/fashion"
 )(finetune)
+
 app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(rank)
+
 app.command(
     epilog="Example: trady study efficientnet-lite0 fashion-mnist photos/ --image-size 64 --limit 1000 --seeds 3 "
     "--epochs 3 --out runs/study"
 )(study)
+
 app.command(
     epilog="Example: trady search efficientnet-lite0 fashion-mnist --image-size 64 --limit 1000 --last 12 "
     "--budget elements:27946 --out scheme.json"
 )(search)
+
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)
+
 app.command(epilog="Example: trady compare matrix.toml --workers 2 --max-minutes 80")(compare)
