@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks.tasks import needs
 
 if TYPE_CHECKING:
-    from benchmarks.peers import Peer
+    from benchmarks.peer import Peer
 
 MIB = 2**20
 
