@@ -1,8 +1,8 @@
 """Layer rankings measured once for the pretrained networks that can be had here: the priors that trady ships.
 
 ``python -m benchmarks.priors`` measures them, and prints how far each agrees with the same network at other input
-sizes, on other tasks, and with the guess from shapes (:mod:`trady.ranking.structural`). ``--write`` replaces the files in
-``trady/ranking/priors``.
+sizes, on other tasks, and with the guess from shapes (:mod:`trady.ranking.structural`). ``--write`` replaces the
+files in ``trady/ranking/priors``.
 
 A ranking is measured on weights that have learnt the task: the networks for images have their own heads, MiniLM is
 trained for an epoch first. On a new head nearly all gradient is in the layer before it, and says nothing of the others.

@@ -181,7 +181,7 @@ def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path) -> None
     )
 
     def trady_cli(*words: str) -> str:
-        code = "from trady.cli import app; app()"
+        code = "from trady.cli.app import app; app()"
         done = subprocess.run(
             [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
         )

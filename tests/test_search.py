@@ -20,7 +20,7 @@ import trady
 from tests.models import same, snapshot
 from tests.small_task import small_data, small_net, write_npz
 from trady.channels.table import ChannelTable, Layer
-from trady.cli import app as cli
+from trady.cli.app import app as cli
 from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingError
 from trady.policies import Scheme
 from trady.search import contributions
@@ -199,6 +199,6 @@ def test_what_the_command_line_cannot_search_or_train_is_refused(tmp_path: Path)
         (("finetune", "m", "d", "--scheme", "x.json", "--budget", "elements:9"), "--scheme is for"),
         (("plan", "m", "--policy", "sparse-update", "--scheme", "x.json", "--budget", "elements:9"), "x.json cannot"),
     ):
-        found = app.invoke(cli.app, arguments)
+        found = app.invoke(cli, arguments)
         assert found.exit_code == 2
         assert words in found.stderr

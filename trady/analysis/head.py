@@ -89,6 +89,7 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Param
 
 
 def weight_parameter(entry: TracedCall) -> nn.Parameter | None:
+    """Return the weight that a call applies and that can be intercepted there; ``None`` for other calls."""
     call = entry.call
     if entry.scope is None:
         return None
@@ -96,5 +97,6 @@ def weight_parameter(entry: TracedCall) -> nn.Parameter | None:
 
 
 def stored_as(parameter: nn.Parameter) -> str:
+    """Say how a quantised weight is stored, for messages."""
     numbers = str(parameter.dtype).removeprefix("torch.")
     return f"stored quantised, as {type(parameter).__name__} of {numbers}"

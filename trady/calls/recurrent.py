@@ -1,7 +1,8 @@
 """Recurrent layers in other words: ``torch.lstm`` and its like as linear layers and steps that depend on each other.
 
 PyTorch hands a whole ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` over as one call. Here the products with the inputs are
-linear layers over all steps at once, those with the hidden states belong to :func:`trady.ops.recurrent.recurrence.recurrence`.
+linear layers over all steps at once, those with the hidden states belong to
+:func:`trady.ops.recurrent.recurrence.recurrence`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every channel's gradient inside a budget: the channels are cut into selections that each fit, one sweep for each.
 
-One engine for the layer ranking (:func:`trady.rank`) and for what policies want measured (:mod:`trady.evidence.measures`).
-A sweep changes no weight, no gradient, no random number and no selection.
+One engine serves the layer ranking (:func:`trady.rank`) and what policies want measured
+(:mod:`trady.evidence.measures`). A sweep changes no weight, no gradient, no random number and no selection.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model with its interception in place and a set of channels that train.
 
-``weight`` holds the truth (of a quantised layer with the float channels beside it: :mod:`trady.quantized.linear`). Every
-layer has a compact parameter too, a leaf that holds the selected channels ``W[:, c]`` (or ``W[outputs][:, c]``)
-only: it receives their gradient, the optimizer updates it, and it is written back.
+``weight`` holds the truth (of a quantised layer with the float channels beside it:
+:mod:`trady.quantized.linear`). Every layer has a compact parameter too, a leaf that holds the selected channels
+``W[:, c]`` (or ``W[outputs][:, c]``) only: it receives their gradient, the optimizer updates it, and it is written back.
 """
 
 from __future__ import annotations

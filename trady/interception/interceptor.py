@@ -532,11 +532,13 @@ def _is_stand_in(leaf: Any) -> bool:
 
 
 def any_trains(*parameters: Tensor | None) -> bool:
+    """Whether any of the parameters requires a gradient."""
     return any(p is not None and p.requires_grad for p in parameters)
 
 
 @contextmanager
 def labelled(operation: str) -> Iterator[None]:
+    """Context in which what is saved is accounted to an operation."""
     token = current_operation.set(operation)
     try:
         yield

@@ -259,7 +259,8 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     drawn = sum(1 for channels in plan.selection.channels.values() if len(channels))
     yield (
         "trains",
-        f"{format_count(cost.channels)} of {format_count(total)} input channels ({format_percent(cost.channels / max(total, 1))}), "
+        f"{format_count(cost.channels)} of {format_count(total)} input channels "
+        f"({format_percent(cost.channels / max(total, 1))}), "
         f"in {drawn} of {len(plan.table)} layers" + _neurons(plan),
     )
     if plan.head:

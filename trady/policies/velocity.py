@@ -11,7 +11,7 @@ on the edge: ways to select neurons to update under a budget constraint" (WACV w
 neurons are taken by descending score until the budget is full, anew in each epoch and the same all through it. While
 nothing has moved (the first epoch) they are drawn at random, as are neurons of equal score.
 
-What it spends that TraDy does not: a copy of what trains (:mod:`trady.tuner.snapshot`), which budgets in bytes count; two
+What it spends that TraDy does not: a copy of what trains, which budgets in bytes count; two
 inference passes over up to 32 observed samples before each epoch; and, since a neuron reads all of its layer's input,
 whole input maps. The papers keep the output maps of all layers on these samples from one epoch to the next; the copy
 makes them anew, one sample at a time.

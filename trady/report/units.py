@@ -20,6 +20,7 @@ BAR_WIDTH = 30
 
 
 def range_bar(low: int, high: int, top: int, budget_bytes: int | None) -> str:
+    """Draw a bar up to ``low``, a lighter one up to ``high`` and a mark at the budget; the scale ends at ``top``."""
     cells = ["█"] * round(BAR_WIDTH * low / top) + ["░"] * (
         round(BAR_WIDTH * high / top) - round(BAR_WIDTH * low / top)
     )
@@ -30,12 +31,15 @@ def range_bar(low: int, high: int, top: int, budget_bytes: int | None) -> str:
 
 
 def format_count(number: int) -> str:
+    """Format a count with thin groups of thousands, e.g. ``27 946``."""
     return f"{number:,}".replace(",", " ")
 
 
 def format_percent(share: float) -> str:
+    """Format a share with two digits where it is small, e.g. ``0.12 %``."""
     return f"{100 * share:.0f} %" if share >= 0.1 or not share else f"{100 * share:.2g} %"
 
 
 def format_fine_percent(share: float) -> str:
+    """Format a share with two decimals, e.g. ``99.37 %``."""
     return f"{100 * share:.2f} %"

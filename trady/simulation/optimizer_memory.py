@@ -63,8 +63,8 @@ class OptimizerMemory:
 
     A step that goes from parameter to parameter (``foreach=False``, the default on a CPU) makes its temporaries for one
     parameter, while those of the parameter before may still be held; one over all parameters at once (``foreach=True``,
-    the default on CUDA) makes them for all. Fused steps make none. :func:`trady.simulation.optimizer_probe.optimizer_memory`
-    measures the numbers.
+    the default on CUDA) makes them for all. Fused steps make none.
+    :func:`trady.simulation.optimizer_probe.optimizer_memory` measures the numbers.
 
     Attributes:
         copies: Copies of every parameter that are kept at most: 0 for SGD, 1 with momentum, 2 for Adam.

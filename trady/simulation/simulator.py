@@ -130,7 +130,7 @@ class Simulator:
 
         Args:
             layers: Layers that will be drawn from.
-            stretches: What is computed anew in the backward pass (:func:`trady.analysis.model_analysis.find_stretches`).
+            stretches: What is recomputed in the backward pass (:func:`trady.analysis.model_analysis.find_stretches`).
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
             optimizer: What the optimizer takes; what it keeps is not among the parts.

@@ -10,6 +10,7 @@ from torch import nn
 
 from trady import optim
 from trady.errors import TrainingError
+from trady.optim.in_backward import update_forms
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.optimizer_probe import optimizer_memory
 
@@ -44,4 +45,4 @@ def memory_of(factory: OptimizerFactory, device: torch.device) -> OptimizerMemor
     """Return what an optimizer takes beside its parameters and their gradients: one over a single number tells."""
     one = nn.Parameter(torch.zeros(1, device=device))
     made = factory([one])
-    return replace(optimizer_memory(made), in_backward=optim.update_forms([made], [one]))
+    return replace(optimizer_memory(made), in_backward=update_forms([made], [one]))

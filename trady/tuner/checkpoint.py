@@ -11,6 +11,12 @@ FORMAT, VERSION = "trady-tuner", 1
 
 
 def checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the JSON part of a tuner's state.
+
+    Raises:
+        CheckpointError: It is of another format or version, or lacks a part.
+
+    """
     meta = state.get("meta")
     if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
         raise CheckpointError("this is no state of a trady tuner")

@@ -41,9 +41,9 @@ def prepare(
         budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
             adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
         policy: A registered policy or one of your own.
-        ranking: Which layers are worth updating. Without one: the prior of this structure (:mod:`trady.ranking.priors`), or
-            else what ``"online"`` asks for, to learn it in the first epoch, from the gradients that training
-            computes anyway. ``"structural"`` guesses it from the layers' shapes.
+        ranking: Which layers are worth updating. Without one: the prior of this structure
+            (:mod:`trady.ranking.priors`), or else what ``"online"`` asks for, to learn it in the first epoch, from
+            the gradients that training computes anyway. ``"structural"`` guesses it from the layers' shapes.
         head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
             language model's, which was trained before (:func:`trady.analysis.head.find_head`).
         seed: Seed of the draws.

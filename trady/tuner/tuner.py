@@ -535,7 +535,7 @@ class Tuner:
         of its module, which computes with them (docs/composition.md).
 
         Args:
-            dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.quantized.dequantize`).
+            dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
 
         """
         self._check_alive("finish again")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from trady.cli import options
 from trady.errors import MatrixError
+
+if TYPE_CHECKING:
+    from trady.compare.execute import Keep
+    from trady.compare.matched import Metric
+    from trady.compare.run import EngineName
 
 
 def compare(
