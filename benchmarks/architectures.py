@@ -31,7 +31,7 @@ from benchmarks.options import add_json, console_for, main, write_json
 from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.tasks import Task, needs, own_loss, seeded
 from trady.errors import TradyError
-from trady.planning.budget import BelowLeastError
+from trady.planning.budget import InfeasibleBudgetError
 
 MOST_GRADIENT_ERROR, MOST_PREDICTION_ERROR = 1e-4, 0.03
 
@@ -251,7 +251,7 @@ def _trained(architecture: str, dense: Task) -> Result:
     sparse = _ready(task_of(architecture))
     try:
         tuner = trady.prepare(sparse.model, sparse.batch, budget="peak:1 B", ranking="structural")
-    except BelowLeastError as error:
+    except InfeasibleBudgetError as error:
         limit = int(1.1 * error.least_amount)
     tuner = trady.prepare(sparse.model, sparse.batch, budget=f"peak:{limit} B", ranking="structural")
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=1e-6))

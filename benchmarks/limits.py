@@ -2,7 +2,7 @@
 
 On the CPU a step fits if the peak of its live tensors, weights and batch included, stays within the limit. On
 CUDA it runs, and fits if the allocator's peak stays within the limit and nothing ran out of memory. TraDy trains 2 %
-of the channels of every layer and computes all stretches anew. Steps are plain SGD, as in the other benchmarks.
+of the channels of every layer and computes all segments anew. Steps are plain SGD, as in the other benchmarks.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from benchmarks.options import add_json, add_models, add_workloads, console_for,
 from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.model.batch import batch_size, part_of
-from trady.planning.budget import BelowLeastError, Budget, Scope
+from trady.planning.budget import Budget, InfeasibleBudgetError, Scope
 from trady.planning.request import Request
 from trady.report.units import format_bytes
 from trady.simulation.optimizer_memory import OptimizerMemory
@@ -58,7 +58,7 @@ class Trial:
         budget: As text.
         seed: Of the channels drawn.
         channels: Input channels that trained.
-        recomputed: Stretches that were computed anew.
+        recomputed: SegmentsByMode that were computed anew.
         predicted_bytes: Peak of a step, before there was one.
         measured_bytes: Peak of the step.
         budget_bytes: What a ``peak:`` budget allows; ``None`` for other budgets.
@@ -106,7 +106,7 @@ def least(task: Task, scope: Scope, optimizer: str) -> int:
     """The least budget that a step is possible in."""
     try:
         Request(budget=Budget(scope, 1)).decide(task.model, task.batch, explain=False, optimizer=taken(task, optimizer))
-    except BelowLeastError as error:
+    except InfeasibleBudgetError as error:
         return error.least_amount
     return 1
 
@@ -127,8 +127,8 @@ def draw_budget(scope: Scope, low: int, high: int, random: random.Random) -> Bud
 def attempt(name: str, task: Task, budget: Budget, seed: int, chosen: str = "sgd") -> Trial:
     """Plan, predict, run a step, and measure it; the second one where the first makes the optimizer's state."""
     request = Request(budget=budget, seed=seed)
-    model, examined, drawing = request.decide(task.model, task.batch, optimizer=taken(task, chosen))
-    tuner = Tuner(model, examined, drawing, example=task.batch)
+    model, analysis, drawing = request.decide(task.model, task.batch, optimizer=taken(task, chosen))
+    tuner = Tuner(model, analysis, drawing, example=task.batch)
     try:
         predicted = sum(drawing.predicted_parts(tuner.selection).values())
         model.train()

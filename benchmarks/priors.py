@@ -28,7 +28,7 @@ from benchmarks import options
 from benchmarks.backbones import load_backbone, load_images
 from benchmarks.tasks import needs, seeded
 from benchmarks.text import pretrained_minilm, read_sentences
-from trady.analysis.model_analysis import examine
+from trady.analysis.model_analysis import analyse_model
 from trady.ranking.ranking import LayerRanking
 from trady.ranking.structural import structural_ranking
 from trady.training.data.datasets import CENTERED, Normalization
@@ -208,7 +208,7 @@ def _agreement(name: str, source: Source, *, write: bool) -> dict[str, Any]:
         model, batches = source.other_task()
         task = trady.rank(model.train(), batches, F.cross_entropy)
     batch = source.batches(other_size)[0]
-    there = examine(source.model(), batch if isinstance(batch, dict) else batch[0]).table
+    there = analyse_model(source.model(), batch if isinstance(batch, dict) else batch[0]).table
     if write:
         target = Path(trady.__file__).parent / "ranking" / "priors" / f"{name}.json"
         replace(ranking, source="prior").save(target)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 import trady
 

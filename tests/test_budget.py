@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trady.errors import BudgetError, TradyError
-from trady.planning.budget import Budget, Scope, below_least, parse_budget
+from trady.planning.budget import Budget, Scope, infeasible_budget, parse_budget
 from trady.report.units import format_bytes
 
 UNIT_BYTES = {
@@ -184,7 +184,7 @@ def test_shown_bytes_parse_back_within_the_rounding(n):
 
 @given(scope=st.sampled_from(list(Scope)), least=st.integers(2, 2**60))
 def test_the_text_offered_for_a_budget_below_the_least_is_enough_and_not_wasteful(scope, least):
-    error = below_least(Budget(scope, 1), least)
+    error = infeasible_budget(Budget(scope, 1), least)
     assert isinstance(error, TradyError)
     offered = parse_budget(str(error).rpartition('type budget="')[2].rstrip('"'))
     assert offered.scope is scope
@@ -192,9 +192,9 @@ def test_the_text_offered_for_a_budget_below_the_least_is_enough_and_not_wastefu
 
 
 def test_a_budget_below_the_least_reads_well():
-    assert str(below_least(parse_budget("10 MiB"), 39_012_352)) == (
+    assert str(infeasible_budget(parse_budget("10 MiB"), 39_012_352)) == (
         'budget "peak:10 MiB" is below the least possible; the least is 37.2 MiB: type budget="peak:37.3 MiB"'
     )
-    assert str(below_least(parse_budget("elements:3"), 400)) == (
+    assert str(infeasible_budget(parse_budget("elements:3"), 400)) == (
         'budget "elements:3" is below the least possible; the least is 400 elements: type budget="elements:400"'
     )

@@ -14,7 +14,7 @@ import trady
 from tests.models import normal, seeded
 from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
-from trady.calls.canonical import reworded
+from trady.calls.canonical import canonical
 
 WIDTH = {"d_model": 16, "nhead": 4, "dim_feedforward": 32}
 
@@ -207,7 +207,7 @@ def test_products_with_a_weight_are_linear_layers(recompute: str) -> None:
 @pytest.mark.parametrize("equation", ["ij,jk->ki", "ij,kj->i", "ij,ij->ij", "ii,ij->ij", "ij,jk"])
 def test_other_sums_are_no_linear_layers(equation: str) -> None:
     weight = nn.Parameter(torch.randn(5, 5))
-    assert reworded(torch.functional.einsum, (equation, torch.randn(5, 5), weight), {})[0] is torch.functional.einsum
+    assert canonical(torch.functional.einsum, (equation, torch.randn(5, 5), weight), {})[0] is torch.functional.einsum
 
 
 def test_a_head_may_be_a_product_with_a_weight() -> None:

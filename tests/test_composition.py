@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import trady
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
 from tests.test_interception import armed, dense_gradients, gradients
-from trady.analysis.model_analysis import examine, find_stretches
+from trady.analysis.model_analysis import analyse_model, find_recomputable
 from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.interception.armed import Armed
@@ -180,19 +180,19 @@ def test_a_reentrant_checkpoint_needs_inputs_that_require_gradients() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_stretches_that_trady_recomputes_give_way_to_checkpoints_switched_on_later(reentrant: bool) -> None:
+def test_segments_that_trady_recomputes_give_way_to_checkpoints_switched_on_later(reentrant: bool) -> None:
     model, batch = vit().double(), doubled({"pixel_values": PIXELS})
-    examined = examine(model, batch)
-    found = find_stretches(model, batch, examined)
-    stretches = found[0] if isinstance(found, tuple) else found
-    assert stretches[True]
-    prepared = Armed(model, examined, stretches)
-    prepared.select(Selection({layer.name: np.arange(layer.channels) for layer in examined.table}))
+    analysis = analyse_model(model, batch)
+    found = find_recomputable(model, batch, analysis)
+    segments = found[0] if isinstance(found, tuple) else found
+    assert segments[True]
+    prepared = Armed(model, analysis, segments)
+    prepared.select(Selection({layer.name: np.arange(layer.channels) for layer in analysis.table}))
     switch_on(model, reentrant)
     loss_on(batch)(model).backward()
     dense = vit().double()
     loss_on(batch)(dense).backward()
-    for layer in examined.table:
+    for layer in analysis.table:
         expected = dense.get_parameter(layer.parameter).grad
         gradient = prepared.layers[layer.name].compact.grad
         assert relative_error(gradient, channels_of(expected, layer, np.arange(layer.channels))) < 1e-10, layer.name
@@ -331,7 +331,7 @@ def test_a_delta_holds_the_base_channels_that_the_adapter_file_does_not() -> Non
 # -- a batch of another kind -------------------------------------------------------------------------------------
 
 
-def test_a_forward_pass_that_ends_inside_a_stretch_is_an_error_and_no_memory_that_nobody_has_written_to() -> None:
+def test_a_forward_pass_that_ends_inside_a_segment_is_an_error_and_no_memory_that_nobody_has_written_to() -> None:
     model = llama().eval()
     tuner = trady.prepare(model, {"input_ids": IDS, "labels": IDS}, budget="elements:5000", policy="dynamic-random")
     with pytest.raises(ModelError, match=r"it ended where \w+ was expected.*prepare with an example of that kind"):

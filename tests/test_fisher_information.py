@@ -196,12 +196,12 @@ def test_a_loss_that_weighs_samples_is_that_of_every_sample_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["Swin", "ViT, by hand", "BERT", "EfficientNet, by hand"])
-def test_stretches_that_are_computed_anew_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_that_are_computed_anew_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from tests.stretched import STRETCHED, stretched
+    from tests.recomputed_models import RECOMPUTED, recomputed_model
 
-    model, inputs = stretched(name)
-    assert STRETCHED[name][2]
+    model, inputs = recomputed_model(name)
+    assert RECOMPUTED[name][2]
     monkeypatch.setattr(trady.interception.deferred_segment, "_samples_at_once", lambda program: 2)
     batches = [(inputs, torch.tensor([0, 1, 1, 0]))]
     found, plan, passes = measured(model.eval(), batches, "elements:20000", recompute="all")

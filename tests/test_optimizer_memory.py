@@ -19,7 +19,7 @@ import trady
 from tests.models import normal, seeded
 from trady.memory import LiveBytes
 from trady.optim.clipping import clip_by_output, clip_channels_
-from trady.planning.budget import BelowLeastError, parse_budget
+from trady.planning.budget import InfeasibleBudgetError, parse_budget
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.training.optimizers import NAMES, memory_of, optimizer_factory
@@ -78,12 +78,12 @@ def test_no_step_of_an_optimizer_exceeds_a_tight_budget(name: str, budget: str) 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_at_the_least_budget_the_labels_fit_too(name: str) -> None:
     x = normal(SAMPLES, WIDTH)
-    with pytest.raises(BelowLeastError) as refused:
+    with pytest.raises(InfeasibleBudgetError) as refused:
         trady.plan(wide(), x, budget="1 KiB", policy="dynamic-random")
     least = refused.value.least_amount
     if name == "AdamW":  # which keeps a state of the head
         tuner = trady.prepare(wide(), x, budget=f"peak:{least} B", policy="dynamic-random")
-        with pytest.raises(BelowLeastError) as refused:
+        with pytest.raises(InfeasibleBudgetError) as refused:
             tuner.attach(OPTIMIZERS[name](tuner.parameters()))
         least = refused.value.least_amount
     tuner = trady.prepare(wide(), x, budget=f"peak:{least} B", policy="dynamic-random")

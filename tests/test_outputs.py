@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
-from tests.stretched import VisionTransformer, bert, loss_of, tokens
+from tests.recomputed_models import VisionTransformer, bert, loss_of, tokens
 from trady.channels.cost import cost_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
@@ -97,7 +97,7 @@ def test_of_some_inputs_of_some_neurons_too(name: str, fuse: bool) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
-def test_in_stretches_that_are_computed_anew(recompute: str) -> None:
+def test_in_segments_that_are_computed_anew(recompute: str) -> None:
     model, x = seeded(VisionTransformer).double(), normal(5, 3, 32, 32, dtype=torch.float64)
     errors = gradient_errors(model, x, share=1, budget=EVERYTHING, policy=Neurons(0.2), recompute=recompute)
     assert max(errors.values()) <= 1e-10

@@ -89,7 +89,7 @@ def test_a_plan_says_what_trains_what_is_kept_and_what_is_computed_anew(llama: P
         "input channels",
         "draws from",
         "of the channels that train",
-        "stretches of the forward pass",
+        "segments of the forward pass",
         "of a forward pass",
         "least budget",
         "Predicted peak of a step",
@@ -139,7 +139,7 @@ def test_a_curve_shows_the_peak_from_no_channel_to_all_of_them(llama: Path) -> N
 def test_a_model_with_nothing_to_compute_anew_has_one_curve() -> None:
     text = shown("tests.small_task:small_net", "--image-size", 12, "--budget", "1 MiB", "--classes", 3, "--curve")
     assert "all computed anew" not in text
-    assert "stretches" not in text
+    assert "segments" not in text
     assert "trains always" in text
     assert "◆" not in text, "the budget lies beyond the last bar"
 

@@ -16,10 +16,20 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import normal, seeded
-from tests.stretched import STRETCHED, SmoothConvolutions, VisionTransformer, bert, call, gpt2, llama, loss_of, tokens
-from trady.analysis.model_analysis import examine, find_stretches
+from tests.recomputed_models import (
+    RECOMPUTED,
+    SmoothConvolutions,
+    VisionTransformer,
+    bert,
+    call,
+    gpt2,
+    llama,
+    loss_of,
+    tokens,
+)
+from trady.analysis.model_analysis import analyse_model, find_recomputable
 from trady.errors import BudgetError
-from trady.planning.budget import BelowLeastError
+from trady.planning.budget import InfeasibleBudgetError
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
@@ -35,7 +45,7 @@ PLANNED: dict[str, Any] = {
     "ViT, by hand": (VisionTransformer, normal(5, 3, 32, 32)),
     "EfficientNet, by hand": (lambda: SmoothConvolutions(nn.SiLU), normal(6, 3, 32, 32)),
     "MobileNetV3, by hand": (lambda: SmoothConvolutions(nn.Hardswish), normal(6, 3, 32, 32)),
-    "ConvNeXt": (STRETCHED["ConvNeXt"][0], {"pixel_values": normal(6, 3, 32, 32)}),
+    "ConvNeXt": (RECOMPUTED["ConvNeXt"][0], {"pixel_values": normal(6, 3, 32, 32)}),
 }
 
 
@@ -46,7 +56,7 @@ def planned(name: str) -> tuple[nn.Module, Any]:
 
 def least_bytes(model: nn.Module, batch: Any, **options: Any) -> int:
     """What a budget that is too small is told; following its advice works."""
-    with pytest.raises(BelowLeastError) as refused:
+    with pytest.raises(InfeasibleBudgetError) as refused:
         trady.plan(model, batch, budget="1 KiB", **options)
     return refused.value.least_amount
 
@@ -83,7 +93,7 @@ class TokensAsMaps(nn.Module):
 UNUSUAL: dict[str, Any] = {
     "weights larger than maps": (WideAndFlat, normal(3, 256, 1, 1)),
     "tokens as maps": (TokensAsMaps, normal(6, 256, 12)),
-    "BART, loss": (STRETCHED["BART"][0], {"input_ids": tokens(4, 24), "labels": tokens(4, 16, seed=1)}),
+    "BART, loss": (RECOMPUTED["BART"][0], {"input_ids": tokens(4, 24), "labels": tokens(4, 16, seed=1)}),
 }
 
 
@@ -182,7 +192,7 @@ def test_a_budget_below_the_least_is_refused_with_the_least_in_the_message(name:
     options = {"policy": "dynamic-random"}
     least = limits(name)[0]
     for mode in ("auto", "all"):
-        with pytest.raises(BelowLeastError) as refused:
+        with pytest.raises(InfeasibleBudgetError) as refused:
             trady.plan(model, batch, budget=f"peak:{least - 1} B", recompute=mode, **options)
         assert refused.value.least_amount >= least
         advice = re.search(r'type budget="(peak:[^"]*)"', str(refused.value))
@@ -239,13 +249,13 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_stretches_lie_one_behind_another(name: str) -> None:
+def test_segments_lie_one_behind_another(name: str) -> None:
     model, batch = planned(name)
-    found, work = find_stretches(model, batch, examine(model, batch))
-    for stretches in found.values():
-        assert stretches
-        for segment, follower in pairwise(stretches):
+    found, work = find_recomputable(model, batch, analyse_model(model, batch))
+    for segments in found.values():
+        assert segments
+        for segment, follower in pairwise(segments):
             assert segment.end <= follower.start
-        assert 0 < sum(segment.work for segment in stretches) <= work
-        assert all(segment.kept_bytes > segment.entry_bytes > 0 for segment in stretches)
-        assert all(segment.samples for segment in stretches), "not by sample"
+        assert 0 < sum(segment.work for segment in segments) <= work
+        assert all(segment.kept_bytes > segment.entry_bytes > 0 for segment in segments)
+        assert all(segment.samples for segment in segments), "not by sample"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trady
-from trady.analysis.model_analysis import examine
+from trady.analysis.model_analysis import analyse_model
 from trady.errors import RankingError
 from trady.ranking.online import OnlineRanking
 from trady.ranking.priors import find_prior, prior_folder, ranking_for, save_prior, shipped_priors
@@ -80,7 +80,7 @@ def test_a_prior_of_another_structure_is_never_applied() -> None:
 
 
 def test_a_prior_is_taken_to_another_input_size_by_its_norms() -> None:
-    small, large = measured(Net(), 16), examine(Net(), batches(64)[0][0]).table
+    small, large = measured(Net(), 16), analyse_model(Net(), batches(64)[0][0]).table
     save_prior(small)
     found = find_prior(large)
     assert found is not None
@@ -92,11 +92,11 @@ def test_a_prior_is_taken_to_another_input_size_by_its_norms() -> None:
 
 def test_a_ranking_measured_at_another_size_is_corrected_when_it_is_given() -> None:
     small = measured(Net(), 16)
-    table = examine(Net(), batches(64)[0][0]).table
+    table = analyse_model(Net(), batches(64)[0][0]).table
     given = ranking_for(table, small)
     assert given == small.at(table)
     assert given != small
-    assert small.at(examine(Net(), batches(16)[0][0]).table) is small
+    assert small.at(analyse_model(Net(), batches(16)[0][0]).table) is small
 
 
 def test_the_words_online_and_structural_go_before_a_prior() -> None:
@@ -117,7 +117,7 @@ def test_a_prior_of_ones_own_goes_before_a_shipped_one(monkeypatch: pytest.Monke
     ranking = measured(Net())
     backwards = replace(ranking, scores=dict(zip(ranking.scores, reversed(ranking.scores.values()), strict=True)))
     monkeypatch.setattr("trady.ranking.priors.shipped_priors", lambda: {"net": ranking})
-    table = examine(Net(), batches()[0][0]).table
+    table = analyse_model(Net(), batches()[0][0]).table
     found = find_prior(table)
     assert found is not None
     assert found.scores == ranking.scores
@@ -162,7 +162,7 @@ def test_efficientnet_lite0_trains_by_its_prior() -> None:
 
 
 def test_a_layer_that_was_never_seen_gets_its_share_of_the_guess() -> None:
-    table = examine(Net(), batches()[0][0]).table
+    table = analyse_model(Net(), batches()[0][0]).table
     online, guess = OnlineRanking(table), structural_ranking(table).scores
     online.observe({"stem": np.array([4.0])})
     scores = online.ranking().scores

@@ -1,4 +1,4 @@
-"""Stretches that are computed anew: the same gradients, in parts where samples do not mix, and nothing kept."""
+"""SegmentsByMode that are computed anew: the same gradients, in parts where samples do not mix, and nothing kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.overrides import _get_current_function_mode_stack
 import trady
 import trady.interception.deferred_segment
 from tests.models import freeze_norms, normal, relative_error, seeded
-from tests.stretched import (
-    STRETCHED,
+from tests.recomputed_models import (
+    RECOMPUTED,
     TokenBlock,
     VisionTransformer,
     bert,
@@ -27,19 +27,19 @@ from tests.stretched import (
     gpt2,
     loss_of,
     padding,
-    stretched,
+    recomputed_model,
     swin,
     tokens,
 )
 from tests.test_interception import armed, dense_gradients, gradients
-from trady.analysis.model_analysis import find_stretches
+from trady.analysis.model_analysis import find_recomputable
 from trady.analysis.sample_axes import samples_of
 from trady.analysis.segments import merged
 from trady.errors import ModelError
 from trady.interception.program import Program
 from trady.model.batch import twice
 from trady.ops import recompute
-from trady.ops.sample_axis import Along
+from trady.ops.sample_axis import SampleAxis
 from trady.trace.recorder import trace_forward
 
 hf = pytest.importorskip("transformers")
@@ -55,7 +55,7 @@ def _one_sample_a_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of parts of every stretch computed, forward and backward."""
+    """The number of parts of every segment computed, forward and backward."""
     counts: list[int] = []
     plain = recompute.Recipe.parts
 
@@ -69,7 +69,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def anew(model: nn.Module, example: Any, **options: Any) -> trady.Tuner:
-    """Every channel of every layer trains, every stretch is computed anew."""
+    """Every channel of every layer trains, every segment is computed anew."""
     return armed(model, example, **{"recompute": "all", **options})
 
 
@@ -98,12 +98,12 @@ def close(name: str) -> float:
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", STRETCHED)
+@pytest.mark.parametrize("name", RECOMPUTED)
 def test_gradients_are_the_dense_models(name: str, train: bool, parts: list[int]) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     model.train(train)
     tuner = anew(model, batch)
-    least = STRETCHED[name][2]
+    least = RECOMPUTED[name][2]
     assert len(tuner.plan.recomputed) == tuner.plan.recomputable >= least
     parts.clear()
     assert worst(model, tuner, loss_of(batch)) < close(name)
@@ -114,7 +114,7 @@ def test_gradients_are_the_dense_models(name: str, train: bool, parts: list[int]
 
 @pytest.mark.parametrize("name", ["BERT", "Llama, loss", "Swin", "EfficientNet, by hand", "ViT, by hand"])
 def test_gradients_in_float32(name: str) -> None:
-    model, batch = stretched(name, torch.float32)
+    model, batch = recomputed_model(name, torch.float32)
     tuner = anew(model, batch)
     assert worst(model, tuner, loss_of(batch)) < 1e-5
     tuner.finish()
@@ -141,7 +141,7 @@ def test_the_scan_of_mamba_has_the_dense_gradients() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5])
 @pytest.mark.parametrize("name", ["GPT-2, loss", "ConvNeXt", "BERT"])
 def test_gradients_of_a_few_channels(name: str, share: float) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     table = trady.plan(model, batch, policy="full").table
     elements = int(share * sum(layer.channels * layer.elements for layer in table))
     tuner = trady.prepare(model, batch, budget=f"elements:{elements}", policy="dynamic-random", recompute="all")
@@ -153,7 +153,7 @@ def test_gradients_of_a_few_channels(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("name", ["BERT", "ViT, by hand", "EfficientNet, by hand"])
 def test_none_and_all_have_the_same_gradients(name: str) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     found = []
     for mode in ("none", "all"):
         tuner = anew(model, batch, recompute=mode)
@@ -168,7 +168,7 @@ def test_none_and_all_have_the_same_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "BERT"])
 def test_a_step_of_an_optimizer_is_the_dense_models(name: str) -> None:
     """Weights change between the steps; what stands in for the activations is used again."""
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     dense = copy.deepcopy(model)
     tuner = anew(model, batch)
     trained = {n.removesuffix(".channels") for n, _ in tuner.named_parameters()}
@@ -187,7 +187,7 @@ def test_a_step_of_an_optimizer_is_the_dense_models(name: str) -> None:
 def right_or_refused(
     model: nn.Module, tuner: trady.Tuner, loss: Callable[[nn.Module], Tensor], *, refusable: bool
 ) -> None:
-    """What takes another path than the example inside of a stretch may be refused, and says what to do."""
+    """What takes another path than the example inside of a segment may be refused, and says what to do."""
     try:
         assert worst(model, tuner, loss) < 1e-10
     except ModelError as error:
@@ -262,7 +262,7 @@ def test_a_backward_pass_leaves_the_random_numbers_as_they_were() -> None:
 @pytest.mark.parametrize("shape", [(1, 7), (9, 7), (4, 5), (4, 14), (3, 1)])
 @pytest.mark.parametrize("name", ["BERT", "GPT-2, loss", "Llama, loss"])
 def test_batches_of_other_sizes_and_lengths(name: str, shape: tuple[int, int], parts: list[int]) -> None:
-    model, example = stretched(name)
+    model, example = recomputed_model(name)
     tuner = anew(model, example)
     batch = {"input_ids": tokens(*shape, seed=5)}
     if "labels" in example:
@@ -278,7 +278,7 @@ def test_batches_of_other_sizes_and_lengths(name: str, shape: tuple[int, int], p
 @pytest.mark.parametrize("name", ["Swin", "ConvNeXt", "EfficientNet, by hand", "MobileNetV3, by hand"])
 @pytest.mark.parametrize("shape", [(4, 16), (1, 16), (7, 32), (3, 24)])
 def test_images_of_other_sizes(name: str, shape: tuple[int, int]) -> None:
-    model, example = stretched(name)
+    model, example = recomputed_model(name)
     tuner = anew(model, example)
     x = normal(shape[0], 3, shape[1], shape[1], seed=8, dtype=torch.float64)
     batch = {"pixel_values": x} if isinstance(example, dict) else x
@@ -287,7 +287,7 @@ def test_images_of_other_sizes(name: str, shape: tuple[int, int]) -> None:
 
 
 class Flattened(nn.Module):
-    """A stretch that is entered by tokens without a batch dimension, and one inside that has it."""
+    """A segment that is entered by tokens without a batch dimension, and one inside that has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,11 +316,11 @@ def test_samples_of_another_size_in_flattened_tokens(shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("masked", ["the example", "the batch", "both"])
 def test_padded_batches(name: str, masked: str, parts: list[int]) -> None:
     """A mask adds calls to the forward pass, or takes some away: on the way to what the weights compute."""
-    model, plain = stretched(name)
+    model, plain = recomputed_model(name)
     padded = {**plain, "attention_mask": padding(4, 7)}
     tuner = anew(model, plain if masked == "the batch" else padded)
     parts.clear()
-    # Without a mask, grouped keys are not repeated, and eager attention adds nothing: other calls in a stretch.
+    # Without a mask, grouped keys are not repeated, and eager attention adds nothing: other calls in a segment.
     refusable = masked != "both" and name in ("Llama", "BERT, eager attention")
     right_or_refused(model, tuner, loss_of(plain if masked == "the example" else padded), refusable=refusable)
     if masked == "both" or (masked == "the example" and not refusable):
@@ -333,7 +333,7 @@ def test_padded_batches(name: str, masked: str, parts: list[int]) -> None:
 
 @pytest.mark.parametrize("name", ["BART", "T5"])
 def test_padded_batches_of_encoder_and_decoder(name: str, parts: list[int]) -> None:
-    model, plain = stretched(name)
+    model, plain = recomputed_model(name)
     padded = {**plain, "attention_mask": padding(4, 7), "decoder_attention_mask": padding(4, 5)}
     tuner = anew(model, padded)
     assert worst(model, tuner, loss_of(padded)) < 1e-10
@@ -343,7 +343,7 @@ def test_padded_batches_of_encoder_and_decoder(name: str, parts: list[int]) -> N
 
 def test_a_mask_without_padding_is_a_path_of_its_own() -> None:
     """transformers looks at the values of a mask and leaves it out if nothing is padded."""
-    model, plain = stretched("BERT")
+    model, plain = recomputed_model("BERT")
     full = {**plain, "attention_mask": torch.ones(4, 7, dtype=torch.long)}
     padded = {**plain, "attention_mask": padding(4, 7)}
     tuner = anew(model, full)
@@ -353,13 +353,13 @@ def test_a_mask_without_padding_is_a_path_of_its_own() -> None:
 
 
 def test_inputs_that_are_not_contiguous_and_channels_last() -> None:
-    model, x = stretched("EfficientNet, by hand")
+    model, x = recomputed_model("EfficientNet, by hand")
     model = model.to(memory_format=torch.channels_last)
     tuner = anew(model, x.contiguous(memory_format=torch.channels_last))
     for batch in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x.expand(2, *x.shape)[1]):
         assert worst(model, tuner, loss_of(batch)) < 1e-10
     tuner.finish()
-    model, batch = stretched("BERT")
+    model, batch = recomputed_model("BERT")
     tuner = anew(model, batch)
     ids = tokens(7, 4).t()
     assert not ids.is_contiguous()
@@ -373,7 +373,7 @@ def test_inputs_that_are_not_contiguous_and_channels_last() -> None:
 @pytest.mark.parametrize("kept", [(7, 7, 7, 7), (1, 7, 0, 2), (0, 0, 5, 0)], ids=str)
 @pytest.mark.parametrize("name", ["GPT-2, loss", "Llama, loss"])
 def test_the_mean_over_labels_that_are_spread_unevenly(name: str, kept: tuple[int, ...], parts: list[int]) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     labels = batch["labels"].clone()
     for row, count in enumerate(kept):
         labels[row, count:] = -100
@@ -434,7 +434,7 @@ def worst_of_few(model: nn.Module, tuner: trady.Tuner, loss: Callable[[nn.Module
 
 
 def test_a_loss_over_nothing_is_what_pytorch_says() -> None:
-    model, batch = stretched("GPT-2, loss")
+    model, batch = recomputed_model("GPT-2, loss")
     tuner = anew(model, batch)
     loss = model(batch["input_ids"], labels=torch.full((4, 7), -100)).loss
     assert torch.isnan(loss)
@@ -459,7 +459,7 @@ class LossInside(nn.Module):
         return self.head(x + self.down(h.sigmoid()))
 
 
-def test_a_loss_in_the_middle_of_a_stretch_keeps_the_batch_together(parts: list[int]) -> None:
+def test_a_loss_in_the_middle_of_a_segment_keeps_the_batch_together(parts: list[int]) -> None:
     model = seeded(LossInside).double()
     batch = {"x": normal(4, 8, dtype=torch.float64), "y": torch.tensor([1, 3, 8, 0])}
     tuner = anew(model, batch)
@@ -475,7 +475,7 @@ def test_a_loss_in_the_middle_of_a_stretch_keeps_the_batch_together(parts: list[
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Qwen2"])
 def test_keys_and_values_that_are_handed_on(name: str, cached: bool) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     batch = {**batch, "use_cache": cached}
     tuner = anew(model, batch)
 
@@ -493,7 +493,7 @@ def test_keys_and_values_that_are_handed_on(name: str, cached: bool) -> None:
 
 
 def test_a_cache_that_goes_into_the_next_call_is_right_or_refused() -> None:
-    model, batch = stretched("GPT-2")
+    model, batch = recomputed_model("GPT-2")
     tuner = anew(model, {**batch, "use_cache": True})
 
     def loss(network: nn.Module) -> Tensor:
@@ -508,7 +508,7 @@ def test_a_cache_that_goes_into_the_next_call_is_right_or_refused() -> None:
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "ViT"])
 @pytest.mark.parametrize("known", [True, False], ids=["in the example", "later"])
 def test_hidden_states(name: str, known: bool) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     asking = {**batch, "output_hidden_states": True}
     tuner = anew(model, asking if known else batch)
 
@@ -528,16 +528,16 @@ def test_hidden_states(name: str, known: bool) -> None:
 
 
 def join(tuner: trady.Tuner, example: Any, count: int) -> None:
-    """Join neighbouring stretches as a small budget would."""
-    found, _ = find_stretches(tuner.model, example, tuner._examined)
+    """Join neighbouring segments as a small budget would."""
+    found, _ = find_recomputable(tuner.model, example, tuner._examined)
     tuner._armed.interceptor.recompute({mode: merged(segments, count) for mode, segments in found.items()})
 
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "ViT"])
-def test_hidden_states_between_joined_stretches(name: str, count: int, parts: list[int]) -> None:
-    """The model keeps what one stretch hands to the next: it has to exist though both are one."""
-    model, batch = stretched(name)
+def test_hidden_states_between_joined_segments(name: str, count: int, parts: list[int]) -> None:
+    """The model keeps what one segment hands to the next: it has to exist though both are one."""
+    model, batch = recomputed_model(name)
     asking = {**batch, "output_hidden_states": True}
     plain = [state.detach() for state in copy.deepcopy(model)(**asking).hidden_states]
     tuner = anew(model, asking)
@@ -557,7 +557,7 @@ def test_hidden_states_between_joined_stretches(name: str, count: int, parts: li
 
 
 class TwoLosses(nn.Module):
-    """A loss behind each block; the first one ends a stretch."""
+    """A loss behind each block; the first one ends a segment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -572,7 +572,7 @@ class TwoLosses(nn.Module):
         return losses
 
 
-def test_a_loss_between_stretches_is_not_joined_into_the_middle_of_one() -> None:
+def test_a_loss_between_segments_is_not_joined_into_the_middle_of_one() -> None:
     model, x = seeded(TwoLosses).double(), normal(4, 6, 8, dtype=torch.float64)
     batch = (x, tokens(4, 6))
     tuner = anew(model, batch)
@@ -583,8 +583,8 @@ def test_a_loss_between_stretches_is_not_joined_into_the_middle_of_one() -> None
 
 @pytest.mark.parametrize("known", [True, False], ids=["in the example", "later"])
 def test_attention_maps_are_right_or_refused(known: bool) -> None:
-    """They lie inside of a stretch: who asks for them only later must not get tensors without memory."""
-    model, batch = stretched("BERT, eager attention")
+    """They lie inside of a segment: who asks for them only later must not get tensors without memory."""
+    model, batch = recomputed_model("BERT, eager attention")
     asking = {**batch, "output_attentions": True}
     tuner = anew(model, asking if known else batch)
 
@@ -646,7 +646,7 @@ def test_an_inner_activation_that_is_handed_out_only_later_is_refused() -> None:
 
 
 def test_a_hook_that_keeps_an_inner_activation_gets_the_real_one() -> None:
-    model, x = stretched("ViT, by hand")
+    model, x = recomputed_model("ViT, by hand")
     tuner = anew(model, x)
     expected: list[Tensor] = []
     found: list[Tensor] = []
@@ -666,7 +666,7 @@ def test_a_hook_that_keeps_an_inner_activation_gets_the_real_one() -> None:
 
 def test_autocast_is_as_near_to_float32_as_pytorch() -> None:
     for name in ("BERT", "GPT-2, loss", "ViT, by hand", "Llama"):
-        model, batch = stretched(name, torch.float32)
+        model, batch = recomputed_model(name, torch.float32)
         exact = copy.deepcopy(model)
         tuner = anew(model, batch)
 
@@ -689,7 +689,7 @@ def test_autocast_is_as_near_to_float32_as_pytorch() -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["GPT-2, loss", "Swin"])
 def test_passes_without_gradients_between_passes_with(name: str, train: bool, context: Any) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     plain = copy.deepcopy(model)
     tuner = anew(model, batch)
     for _ in range(2):
@@ -705,7 +705,7 @@ def test_passes_without_gradients_between_passes_with(name: str, train: bool, co
 
 def test_gradients_accumulate_over_batches() -> None:
     name = "Llama, loss"
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     other = {"input_ids": tokens(3, 6, seed=5), "labels": tokens(3, 6, seed=6)}
     tuner = anew(model, batch)
 
@@ -730,7 +730,7 @@ def test_gradients_accumulate_over_batches() -> None:
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2, loss"])
 def test_two_backward_passes_through_one_graph(name: str) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     tuner = anew(model, batch)
     expected = dense_gradients(model, tuner, loss_of(batch))
     loss = loss_of(batch)(model)
@@ -744,7 +744,7 @@ def test_two_backward_passes_through_one_graph(name: str) -> None:
 
 
 def test_gradients_of_the_inputs() -> None:
-    model, x = stretched("ViT, by hand")
+    model, x = recomputed_model("ViT, by hand")
     tuner = anew(model, x)
     x.requires_grad_(True)
     dense = copy.deepcopy(model)
@@ -755,7 +755,7 @@ def test_gradients_of_the_inputs() -> None:
 
 
 class Fails(nn.Module):
-    """Raises inside of a stretch when it is told to."""
+    """Raises inside of a segment when it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -772,7 +772,7 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_a_forward_that_raises_inside_of_a_stretch_leaves_the_next_one_as_it_was(error: BaseException) -> None:
+def test_a_forward_that_raises_inside_of_a_segment_leaves_the_next_one_as_it_was(error: BaseException) -> None:
     model, x = seeded(Fails).double(), normal(4, 6, 8, dtype=torch.float64)
     tuner = anew(model, x)
     assert tuner.plan.recomputable > 0
@@ -786,8 +786,8 @@ def test_a_forward_that_raises_inside_of_a_stretch_leaves_the_next_one_as_it_was
     tuner.finish()
 
 
-def test_a_backward_pass_that_raises_inside_of_a_stretch_leaves_the_next_one_as_it_was() -> None:
-    model, batch = stretched("BERT")
+def test_a_backward_pass_that_raises_inside_of_a_segment_leaves_the_next_one_as_it_was() -> None:
+    model, batch = recomputed_model("BERT")
     tuner = anew(model, batch)
     plain = torch.get_rng_state()
     loss = loss_of(batch)(model)
@@ -806,7 +806,7 @@ def test_a_backward_pass_that_raises_inside_of_a_stretch_leaves_the_next_one_as_
 
 
 def test_submodules_called_alone() -> None:
-    model, x = stretched("ViT, by hand")
+    model, x = recomputed_model("ViT, by hand")
     plain = copy.deepcopy(model)
     tuner = anew(model, x)
     hidden = normal(4, 10, 32, dtype=torch.float64)
@@ -824,7 +824,7 @@ def test_submodules_called_alone() -> None:
 
 
 def test_a_copy_is_the_plain_model() -> None:
-    model, batch = stretched("BERT")
+    model, batch = recomputed_model("BERT")
     expected = call(copy.deepcopy(model), batch).logits
     tuner = anew(model, batch)
     loss_of(batch)(model).backward()
@@ -835,7 +835,7 @@ def test_a_copy_is_the_plain_model() -> None:
 
 
 def test_a_backward_pass_after_channels_were_drawn_anew_is_refused() -> None:
-    model, batch = stretched("BERT")
+    model, batch = recomputed_model("BERT")
     table = trady.plan(model, batch, policy="full").table
     elements = sum(layer.channels * layer.elements for layer in table) // 10
     tuner = trady.prepare(model, batch, budget=f"elements:{elements}", policy="dynamic-random", recompute="all")
@@ -849,7 +849,7 @@ def test_a_backward_pass_after_channels_were_drawn_anew_is_refused() -> None:
 
 @pytest.mark.parametrize("what", ["weight", "channels", "norm"])
 def test_a_parameter_that_changes_between_forward_and_backward_is_refused(what: str) -> None:
-    model, x = stretched("ViT, by hand")
+    model, x = recomputed_model("ViT, by hand")
     tuner = anew(model, x)
     loss = loss_of(x)(model)
     with torch.no_grad():
@@ -1189,15 +1189,15 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
 
 
 def test_where_samples_lie() -> None:
-    def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[Along | None]:
+    def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[SampleAxis | None]:
         model, x = Steps([step]), normal(*shape)
         found = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
         return [entry.made[0] if entry is not None else None for entry in found]
 
-    assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [Along(0, 3)]
-    assert made(lambda x: x.transpose(0, 1), 4, 3, 5) == [Along(1, 1)]
-    assert made(lambda x: x.flatten(0, 1).unflatten(0, (-1, 3)), 4, 3, 5) == [Along(0, 3), Along(0, 1)]
-    assert made(lambda x: x.transpose(0, 1).flatten(0, 1), 4, 3, 5) == [Along(1, 1), None]
+    assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [SampleAxis(0, 3)]
+    assert made(lambda x: x.transpose(0, 1), 4, 3, 5) == [SampleAxis(1, 1)]
+    assert made(lambda x: x.flatten(0, 1).unflatten(0, (-1, 3)), 4, 3, 5) == [SampleAxis(0, 3), SampleAxis(0, 1)]
+    assert made(lambda x: x.transpose(0, 1).flatten(0, 1), 4, 3, 5) == [SampleAxis(1, 1), None]
     assert made(lambda x: x.unbind(0)[0], 4, 3) == [None]
     assert made(lambda x: x.transpose(0, 1).reshape(3 * len(x), 5), 4, 3, 5)[-1] is None
 
@@ -1206,20 +1206,20 @@ def test_where_samples_lie() -> None:
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2, loss", "ViT, by hand", "EfficientNet, by hand"])
-def test_what_is_kept_is_what_enters_the_stretches_and_what_lies_outside(name: str) -> None:
-    model, batch = stretched(name, torch.float32)
+def test_what_is_kept_is_what_enters_the_segments_and_what_lies_outside(name: str) -> None:
+    model, batch = recomputed_model(name, torch.float32)
     ledgers = {}
     for mode in ("none", "all"):
         tuner = armed(model, batch, recompute=mode)
         ledgers[mode] = tuner.ledger(lambda: loss_of(batch)(model).backward())
         if mode == "all":
-            stretches = tuner._drawing.recomputation.stretches[True]
-            entries = sum(segment.entry_bytes for segment in stretches)
+            segments = tuner._drawing.recomputation.segments[True]
+            entries = sum(segment.entry_bytes for segment in segments)
         tuner.finish()
     anchors = ledgers["all"].saved_bytes_of("anchors")
     assert 0 < anchors <= entries
     assert ledgers["all"].saved_bytes < 0.5 * ledgers["none"].saved_bytes
-    inside = {segment.name for segment in stretches}
+    inside = {segment.name for segment in segments}
     others = [s for s in ledgers["all"].saved if s.kind != "anchors" and s.layer in inside]
     assert sum(s.bytes for s in others) <= entries, others
 
@@ -1231,12 +1231,12 @@ def test_what_grows_with_depth_is_the_activations_that_enter() -> None:
         tuner = anew(model, x)
         saved.append(tuner.ledger(lambda m=model, x=x: loss_of(x)(m).backward()).saved_bytes)
         tuner.finish()
-    assert saved[1] - saved[0] == 2 * 2 * 4 * 10 * 32 * 4  # two stretches a block
+    assert saved[1] - saved[0] == 2 * 2 * 4 * 10 * 32 * 4  # two segments a block
 
 
 @pytest.mark.parametrize("name", ["GPT-2, loss", "Swin"])
 def test_nothing_is_alive_after_a_step_without_the_garbage_collector(name: str) -> None:
-    model, batch = stretched(name)
+    model, batch = recomputed_model(name)
     tuner = anew(model, batch)
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.01))
 
@@ -1278,7 +1278,7 @@ def test_no_part_outlives_its_turn() -> None:
 
 
 def test_a_forward_pass_that_is_let_go_leaves_nothing_alive() -> None:
-    model, batch = stretched("BERT")
+    model, batch = recomputed_model("BERT")
     tuner = anew(model, batch)
 
     def alive() -> int:
@@ -1299,7 +1299,7 @@ def test_a_part_is_as_large_as_caches_are(monkeypatch: pytest.MonkeyPatch, parts
     monkeypatch.setattr(
         trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
     )
-    model, _ = stretched("BERT")
+    model, _ = recomputed_model("BERT")
     tuner = anew(model, {"input_ids": tokens(5, 7)})
     assert worst(model, tuner, loss_of({"input_ids": tokens(5, 7, seed=2)})) < 1e-10
     assert max(parts) == 3  # 2 + 2 + 1 samples

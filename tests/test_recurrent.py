@@ -17,7 +17,7 @@ from tests.tight_budget import peaks_in_a_tight_budget
 from trady.calls.recurrent import RECURRENT
 from trady.ops.recurrent.recurrence import recurrence
 from trady.ops.recurrent.steps import Steps
-from trady.planning.budget import BelowLeastError
+from trady.planning.budget import InfeasibleBudgetError
 
 Batch = tuple[Tensor, ...]
 
@@ -191,7 +191,7 @@ def test_autocast_computes_the_steps_in_bfloat16(cell: Any, recompute: str) -> N
     with torch.autocast("cpu", torch.bfloat16):
         outs = model(x)
         loss = sum(out.float().square().sum() for out in outs)
-    if recompute == "none":  # what a stretch hands to somebody who holds it has its own type
+    if recompute == "none":  # what a segment hands to somebody who holds it has its own type
         assert all(out.dtype == torch.bfloat16 for out in outs)
     loss.backward()
     for name, gradient in gradients(tuner).items():
@@ -211,7 +211,7 @@ def test_a_peak_budget_is_kept_as_predicted(cell: Any, options: dict[str, Any], 
         return seeded(lambda: Reader(cell, 32, 48, batch_first=True, **options))
 
     x, settings = normal(16, 40, 4), {"policy": "dynamic-random", "recompute": recompute}
-    with pytest.raises(BelowLeastError) as refused:
+    with pytest.raises(InfeasibleBudgetError) as refused:
         trady.prepare(build(), x, budget="peak:1 B", **settings)
     limit = int(1.1 * refused.value.least_amount)
     model = build()

@@ -18,10 +18,10 @@ from trady.ranking.scores import top_layers
 from trady.study.folder import Unit
 from trady.study.heavy_tails import heavy_tails
 from trady.study.importance import discoveries, importance, welch
-from trady.study.kept import best, kept
 from trady.study.noise import LayerNoise, layer_noise
 from trady.study.online import budgets_of, online
 from trady.study.records import Records
+from trady.study.retained_gradient import best, kept
 from trady.study.settings import StudySettings
 from trady.study.stability import stability
 from trady.study.statistics import statistics

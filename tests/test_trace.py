@@ -23,13 +23,13 @@ from tests.models import (
     seeded,
     snapshot,
 )
-from trady.analysis.model_analysis import examine
+from trady.analysis.model_analysis import analyse_model
 from trady.errors import BudgetError, ModelError
 from trady.trace.recorder import trace_forward
 
 
 def table(model: nn.Module, example: Any, **options: Any) -> trady.ChannelTable:
-    return examine(model, example, **options).table
+    return analyse_model(model, example, **options).table
 
 
 def only(module: nn.Module, shape: tuple[int, ...]) -> trady.Layer:
@@ -189,17 +189,17 @@ def test_a_weight_recomputed_outside_of_any_module_stays_frozen() -> None:
 
 def test_the_head_is_the_last_weight_layer_unless_named() -> None:
     example = torch.zeros(2, 3, 9, 9)
-    assert examine(Residual(), example).head == ("head",)
-    named = examine(Residual(), example, head=["head", "blocks.1"])
+    assert analyse_model(Residual(), example).head == ("head",)
+    named = analyse_model(Residual(), example, head=["head", "blocks.1"])
     assert named.head == ("head", "blocks.1")
     assert "blocks.1.conv1" not in named.table.names
     assert set(named.head_parameters) == {
         n for n, _ in Residual().named_parameters() if n.startswith(("head", "blocks.1."))
     }
-    assert examine(Residual(), example, head=None).head == ()
-    assert "head" in examine(Residual(), example, head=()).table.names
-    assert examine(Functional(), example).head == ("classifier", "bias")
-    assert examine(Functional(), example, head="classifier").head == ("classifier",)
+    assert analyse_model(Residual(), example, head=None).head == ()
+    assert "head" in analyse_model(Residual(), example, head=()).table.names
+    assert analyse_model(Functional(), example).head == ("classifier", "bias")
+    assert analyse_model(Functional(), example, head="classifier").head == ("classifier",)
 
 
 def test_a_tied_classifier_is_no_head() -> None:
@@ -212,7 +212,7 @@ def test_a_tied_classifier_is_no_head() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.out(F.relu(self.body(self.embedding(ids))))
 
-    found = examine(Tied(), torch.zeros(2, 5, dtype=torch.int64))
+    found = analyse_model(Tied(), torch.zeros(2, 5, dtype=torch.int64))
     assert (found.head, found.table.names) == ((), ("body",))
 
 
@@ -238,10 +238,10 @@ def test_the_output_layer_of_a_language_model_is_a_layer_like_the_others(
     classes: int, first: bool, head: tuple[str, ...]
 ) -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    found = examine(TokenScores(classes, first=first), ids)
+    found = analyse_model(TokenScores(classes, first=first), ids)
     assert found.head == head
     assert ("out" in found.table.names) == (head == ())
-    assert examine(TokenScores(classes, first=first), ids, head="out").head == ("out",)
+    assert analyse_model(TokenScores(classes, first=first), ids, head="out").head == ("out",)
 
 
 def test_training_the_head_alone_needs_one() -> None:
@@ -256,7 +256,7 @@ def test_training_the_head_alone_needs_one() -> None:
 
 def test_a_head_that_is_no_module_is_refused_with_those_there_are() -> None:
     with pytest.raises(ModelError, match=r"clasifier.*head"):
-        examine(Residual(), torch.zeros(2, 3, 9, 9), head="clasifier")
+        analyse_model(Residual(), torch.zeros(2, 3, 9, 9), head="clasifier")
 
 
 # -- the example -------------------------------------------------------------------------------------------------
@@ -373,10 +373,10 @@ def test_a_model_that_is_all_head_trains_its_head() -> None:
 def test_what_is_computed_together_is_what_nobody_else_reads() -> None:
     """A conv-norm-relu chain is one step; with a second reader of the norm's output it is not."""
     chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
-    steps = examine(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
+    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
     assert [type(step.action).__name__ for step in steps[:3]] == ["WithLayer", "Done", "Done"]
     chain[1].register_forward_hook(lambda module, args, output: module.__dict__.__setitem__("kept", output))
-    steps = examine(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
+    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
     assert [type(step.action).__name__ for step in steps[:3]] == ["WithLayer", "Done", "InPlace"]
     assert steps[2].action.overwrite is False
 

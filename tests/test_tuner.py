@@ -776,17 +776,17 @@ def test_a_plan_is_what_prepare_does() -> None:
 
 def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
     import trady.simulation.simulator as simulate
-    from trady.analysis.model_analysis import examine
+    from trady.analysis.model_analysis import analyse_model
 
     for build in (Residual, Grouped):
         model, x = seeded(build), normal(8, 3, 17, 17)
         model.train()
-        examined = examine(model, x)
-        hollow = simulate.Simulator(model, x, head=examined.head).timeline(layers=examined.table.names)
+        analysis = analyse_model(model, x)
+        hollow = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(simulate, "meta_twin", copy.deepcopy)
+            patch.setattr(simulate, "meta_copy", copy.deepcopy)
             patch.setattr(simulate, "meta_batch", lambda batch: batch)
-            real = simulate.Simulator(model, x, head=examined.head).timeline(layers=examined.table.names)
+            real = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
         assert hollow.intervals == real.intervals
 
 

@@ -18,7 +18,7 @@ from tests.small_task import small_data, small_net
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import StateError
 from trady.evidence.velocity import MOMENTUM
-from trady.planning.budget import BelowLeastError
+from trady.planning.budget import InfeasibleBudgetError
 from trady.policies import Draw, Evidence, draw_selection, get_policy
 from trady.policies.neurons import by_unit, costs, unit_weights
 
@@ -303,10 +303,10 @@ def test_other_samples_than_an_epoch_ago_are_refused() -> None:
 
 @pytest.mark.parametrize("budget", ["elements:{}", "update:{} B", "peak:{} B"])
 def test_a_budget_too_small_for_a_neuron_is_refused_with_the_least_and_that_works(budget: str) -> None:
-    with pytest.raises(BelowLeastError) as refused:
+    with pytest.raises(InfeasibleBudgetError) as refused:
         prepared(budget.format(1))
     least = refused.value.least_amount
-    with pytest.raises(BelowLeastError):
+    with pytest.raises(InfeasibleBudgetError):
         prepared(budget.format(least - 1))
     tuner = prepared(budget.format(least))
     tuner.observe(samples())

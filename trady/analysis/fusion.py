@@ -84,7 +84,7 @@ class Step:
         action: How it is computed; ``None`` is on its own.
         first: First call that the action depends on.
         last: Last call that the action depends on.
-        own: Whether it runs outside of checkpoints and stretches without gradients.
+        own: Whether it runs outside of checkpoints and segments without gradients.
     """
 
     function: Any
@@ -214,7 +214,7 @@ def _fuse_layer(
     if not isinstance(call.weight, torch.nn.Parameter) or is_quantized(call.weight):
         return
     pad = _deferred_pad(trace, index)
-    names = [call.weight_map.kind]
+    names = [call.operator.kind]
     last, norm, clamp = index, None, None
     follower = _next_call(trace, last, NormCall)
     if follower is not None and _scales_outputs(trace.calls[follower], call, plain):
@@ -244,7 +244,7 @@ def _deferred_pad(trace: Trace, index: int) -> int | None:
     """The zero padding right in front of a convolution that nothing but this convolution looks at."""
     call = trace.calls[index].call
     assert isinstance(call, WeightCall)
-    if not call.weight_map.kind.startswith("conv") or not trace.calls[index].reads:
+    if not call.operator.kind.startswith("conv") or not trace.calls[index].reads:
         return None
     value = trace.values[trace.calls[index].reads[0]]
     padding = trace.calls[value.producer]

@@ -125,7 +125,7 @@ def _reason(
     if used:
         return f"also used by {used}: its input channels alone would give half a gradient"
     maps = {
-        (entry.call.weight_map.kind, entry.call.weight_map.groups)
+        (entry.call.operator.kind, entry.call.operator.groups)
         for _, entry in calls[id(parameter)]
         if isinstance(entry.call, WeightCall)
     }
@@ -137,9 +137,9 @@ def _reason(
 def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: str, batch: int) -> Layer:
     first = entries[0][1].call
     assert isinstance(first, WeightCall)
-    shape, weight_map = first.weight_shape, first.weight_map
-    groups = weight_map.groups
-    if weight_map.kind == "addmm":
+    shape, operator = first.weight_shape, first.operator
+    groups = operator.groups
+    if operator.kind == "addmm":
         channels, weight_elements = shape[0], shape[1]
     else:
         channels = shape[1] * groups
@@ -151,7 +151,7 @@ def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: s
     return Layer(
         name=parameter.rpartition(".")[0],
         parameter=parameter,
-        kind=weight_map.kind,
+        kind=operator.kind,
         channels=channels,
         weight_elements=weight_elements,
         activation_elements=sum(-(-math.prod(given) // (batch * channels)) for given in inputs),

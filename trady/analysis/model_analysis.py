@@ -21,7 +21,7 @@ from trady.trace.recorder import trace_forward
 
 
 @dataclass(frozen=True)
-class Examined:
+class ModelAnalysis:
     """A model as one example batch shows it.
 
     Attributes:
@@ -37,14 +37,14 @@ class Examined:
     plans: dict[bool, FusionPlan]
 
 
-def examine(
+def analyse_model(
     model: nn.Module,
     example: Any,
     *,
     head: str | Sequence[str] | None = "auto",
     fuse: bool = True,
     modes: Sequence[bool] = (True, False),
-) -> Examined:
+) -> ModelAnalysis:
     """Trace a model in both modes and list what can be updated.
 
     Args:
@@ -67,21 +67,23 @@ def examine(
     if False in modes:
         plans[False] = plan_fusion(trace_forward(model, example, training=False), identities, fuse=fuse)
     table = build_table(model, training, plans[True], names, activation_dtype(model, example))
-    return Examined(table, names, plain, plans)
+    return ModelAnalysis(table, names, plain, plans)
 
 
-def find_stretches(model: nn.Module, example: Any, examined: Examined) -> tuple[dict[bool, tuple[Segment, ...]], int]:
+def find_recomputable(
+    model: nn.Module, example: Any, analysis: ModelAnalysis
+) -> tuple[dict[bool, tuple[Segment, ...]], int]:
     """Find what can be computed anew in the backward pass.
 
     Returns:
-        The stretches in training (True) and in evaluation mode (False), and the multiply-adds of a whole
+        The segments in training (True) and in evaluation mode (False), and the multiply-adds of a whole
         forward pass.
 
     """
     doubled = twice(example)
     element_bytes = activation_dtype(model, example).itemsize
     found, work = {}, 0
-    for training, plan in examined.plans.items():
+    for training, plan in analysis.plans.items():
         trace = trace_forward(model, example, training=training)
         try:
             samples = samples_of(trace, trace_forward(model, doubled, training=training))

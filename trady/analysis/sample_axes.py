@@ -1,6 +1,6 @@
 """Where the samples of a batch lie in every tensor of a forward pass, and which calls treat them one by one.
 
-Read off two traces, one of them with every sample twice: what has doubled are samples. A stretch of calls
+Read off two traces, one of them with every sample twice: what has doubled are samples. A segment of calls
 that treats samples one by one can be computed in parts of the batch, with the same result.
 """
 
@@ -24,7 +24,7 @@ from trady.calls.kinds import (
     WeightCall,
 )
 from trady.calls.names import ELEMENTWISE, name_of
-from trady.ops.sample_axis import Along
+from trady.ops.sample_axis import SampleAxis
 from trady.trace.trace import Trace, TracedCall
 
 
@@ -39,9 +39,9 @@ class CallSamples:
         shapes: Shapes of the tensors among its arguments.
     """
 
-    tensors: tuple[Along | None, ...]
+    tensors: tuple[SampleAxis | None, ...]
     numbers: tuple[bool, ...]
-    made: tuple[Along | None, ...]
+    made: tuple[SampleAxis | None, ...]
     shapes: tuple[tuple[int, ...], ...] = ()
 
 
@@ -91,14 +91,14 @@ def _samples(
     if not any(tensors) and not any(outputs):
         return found  # the same for every batch
     if isinstance(entry.call, LossCall):
-        return found if tensors[0] == tensors[1] == Along(0, tensors[0].per_sample if tensors[0] else 0) else None
+        return found if tensors[0] == tensors[1] == SampleAxis(0, tensors[0].per_sample if tensors[0] else 0) else None
     if not made or not all(outputs):
         return None
     rule = _RECOGNISED.get(type(entry.call)) or _rule(name)
     return found if rule is not None and rule(entry, found, made) else None
 
 
-def _along(once: tuple[int, ...], twice: tuple[int, ...], batch: int) -> Along | None:
+def _along(once: tuple[int, ...], twice: tuple[int, ...], batch: int) -> SampleAxis | None:
     if len(once) != len(twice):
         raise _MixedError
     grown = [d for d, (a, b) in enumerate(zip(once, twice, strict=True)) if a != b]
@@ -107,7 +107,7 @@ def _along(once: tuple[int, ...], twice: tuple[int, ...], batch: int) -> Along |
     dim = grown[0]
     if len(grown) > 1 or twice[dim] != 2 * once[dim] or once[dim] % batch:
         raise _MixedError
-    return Along(dim, once[dim] // batch)
+    return SampleAxis(dim, once[dim] // batch)
 
 
 def _grows(once: int, twice: int) -> bool:
@@ -155,7 +155,7 @@ def _reshaped(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]
 
 
 def _over_dimension(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
-    """Along dimensions that are not that of the samples; before them there is no other whole number."""
+    """SampleAxis dimensions that are not that of the samples; before them there is no other whole number."""
     along, dimensions = found.tensors[0], len(entry.shapes[0])
     named = [entry.keywords[name] for name in ("dim", "axis") if entry.keywords.get(name)]
     dims = named[0] if named else entry.numbers if name_of(entry.function) == "squeeze" else entry.numbers[:1]
@@ -191,11 +191,11 @@ def _attended(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]
 def _by_weight(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
     call = entry.call
     assert isinstance(call, WeightCall)
-    position = 1 if call.weight_map.kind == "addmm" else 0
+    position = 1 if call.operator.kind == "addmm" else 0
     x, others = found.tensors[position], [*found.tensors[:position], *found.tensors[position + 1 :]]
     if x is None or any(others):
         return False
-    return x.dim == 0 if call.weight_map.kind.startswith("conv") else x.dim < len(entry.shapes[position]) - 1
+    return x.dim == 0 if call.operator.kind.startswith("conv") else x.dim < len(entry.shapes[position]) - 1
 
 
 def _by_steps(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]) -> bool:
@@ -206,8 +206,8 @@ def _by_steps(entry: TracedCall, found: CallSamples, made: list[tuple[int, ...]]
     states, weights = others[: len(found.made) - 1], others[len(found.made) - 1 :]
     if gates is None or call.steps.sizes or any(weights):
         return False
-    of_batch = Along(1 if call.steps.time == 0 else 0, gates.per_sample)
-    of_state = Along(0, gates.per_sample)
+    of_batch = SampleAxis(1 if call.steps.time == 0 else 0, gates.per_sample)
+    of_state = SampleAxis(0, gates.per_sample)
     return gates == found.made[0] == of_batch and all(s == of_state for s in (*states, *found.made[1:]))
 
 

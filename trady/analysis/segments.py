@@ -1,6 +1,6 @@
-"""Stretches of a forward pass between two points that a single activation crosses: what can be recomputed.
+"""SegmentsByMode of a forward pass between two points that a single activation crosses: what can be recomputed.
 
-Of such a stretch only the activation that enters it has to be kept: the backward pass computes it anew, a
+Of such a segment only the activation that enters it has to be kept: the backward pass computes it anew, a
 few samples at a time where its calls treat samples one by one (Chen et al., arXiv 1604.06174, checkpoint
 whole segments; here the points are found in the trace, and no segment is ever alive as a whole).
 """
@@ -31,13 +31,13 @@ from trady.calls.kinds import (
 from trady.calls.names import BACKWARD_READS_NOTHING, name_of
 from trady.trace.trace import Trace, TracedCall
 
-#: A stretch is worth it if it keeps this many times what has to be kept instead.
+#: A segment is worth it if it keeps this many times what has to be kept instead.
 _LEAST_GAIN = 1.5
 
 #: Of what the model still holds when its forward pass has ended.
 ALWAYS = sys.maxsize
 
-#: Of calls that do not belong to a stretch.
+#: Of calls that do not belong to a segment.
 _NO_SAMPLES = CallSamples((), (), ())
 
 #: Calls that keep (almost) nothing anyway.
@@ -53,7 +53,7 @@ _PRODUCTS = {"mul", "div", "truediv", "matmul", "bmm"}
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of calls that can be computed anew as a whole.
+    """A segment of calls that can be computed anew as a whole.
 
     Attributes:
         start: Its first call.
@@ -105,7 +105,7 @@ def find_segments(
     crossing = Crossing(trace)
     cuts = [p for p in range(len(trace.calls) + 1) if crossing.single(p) and not _inside_fused(plan, p)]
     found = []
-    for start, end in _stretches(trace, cuts, crossing):
+    for start, end in _segments_between(trace, cuts, crossing):
         segment = _segment(trace, start, end, samples, element_bytes, crossing)
         if segment is not None:
             found.append(segment)
@@ -116,7 +116,7 @@ def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -
     """Join up to ``count`` neighbours into one: fewer activations are kept, more is computed anew.
 
     Args:
-        segments: The stretches, in order.
+        segments: The segments, in order.
         count: Neighbours in one.
         most: Joins to make, from the front; ``None`` is all.
 
@@ -143,7 +143,7 @@ def _may_join(first: Segment, second: Segment) -> bool:
 
 
 def _join(first: Segment, second: Segment) -> Segment:
-    """One stretch of two: it no longer hands on what only the second one reads."""
+    """One segment of two: it no longer hands on what only the second one reads."""
     handed_on = [
         *((m, until) for m, until in zip(first.made, first.needed_until, strict=True) if until >= second.end),
         *zip(second.made, second.needed_until, strict=True),
@@ -164,22 +164,22 @@ def _inside_fused(plan: FusionPlan, position: int) -> bool:
     return any(step.first < position <= step.last for step in plan.steps if step.action is not None)
 
 
-def _stretches(trace: Trace, cuts: list[int], crossing: Crossing) -> list[tuple[int, int]]:
-    """Join what lies between cuts until every stretch is worth computing anew.
+def _segments_between(trace: Trace, cuts: list[int], crossing: Crossing) -> list[tuple[int, int]]:
+    """Join what lies between cuts until every segment is worth computing anew.
 
-    A point counts if more is alive inside of the stretch than crosses its ends: chains of calls between
+    A point counts if more is alive inside of the segment than crosses its ends: chains of calls between
     activations of one size have nothing to gain.
     """
-    stretches: list[tuple[int, int]] = []
+    segments: list[tuple[int, int]] = []
     for start, end in pairwise(cuts):
         branches = any(len(crossing.at(p)) > 1 for p in range(start + 1, end))
-        if branches or not stretches:
-            stretches.append((start, end))
-        elif _owner(trace, start) == _owner(trace, stretches[-1][0]) or _is_tail(trace, start, end):
-            stretches[-1] = (stretches[-1][0], end)
+        if branches or not segments:
+            segments.append((start, end))
+        elif _owner(trace, start) == _owner(trace, segments[-1][0]) or _is_tail(trace, start, end):
+            segments[-1] = (segments[-1][0], end)
         else:
-            stretches.append((start, end))
-    return stretches
+            segments.append((start, end))
+    return segments
 
 
 def _owner(trace: Trace, index: int) -> str:
@@ -231,7 +231,7 @@ def _segment(
 
 
 def _kept_bytes(trace: Trace, start: int, end: int, crossing: Crossing, element_bytes: int) -> int:
-    """About what PyTorch's own operations in a stretch keep, each memory once."""
+    """About what PyTorch's own operations in a segment keep, each memory once."""
     kept: set[int] = set()
     for entry in trace.calls[start:end]:
         name = name_of(entry.function)
@@ -272,7 +272,7 @@ def _first_made(trace: Trace, value: int, start: int) -> tuple[int, int]:
 def _made_by_sample(
     trace: Trace, made: list[tuple[int, int]], samples: list[CallSamples | None], start: int, end: int
 ) -> bool:
-    """Whether all that a stretch hands on can be put together from parts; a loss at its end is summed up."""
+    """Whether all that a segment hands on can be put together from parts; a loss at its end is summed up."""
     for index, place in made:
         found = samples[index]
         if found is None:
@@ -284,12 +284,12 @@ def _made_by_sample(
 
 
 def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[int]) -> bool:
-    """Whether a call overwrites what was there before the stretch: computed anew, it would do so twice."""
+    """Whether a call overwrites what was there before the segment: computed anew, it would do so twice."""
     return any(value is None or _shows_older(trace, sources[value], start) for value in entry.written)
 
 
 def _aside_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
-    """Whether ids or masks change after a call of the stretch has read them: it is computed later than that."""
+    """Whether ids or masks change after a call of the segment has read them: it is computed later than that."""
     read: set[int | None] = set()
     for entry in calls:
         if not entry.aside:
@@ -300,7 +300,7 @@ def _aside_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> b
 
 
 def _shows_older(trace: Trace, value: int, start: int) -> bool:
-    """Whether the memory of a value was there before the stretch: made by an earlier call, or by none."""
+    """Whether the memory of a value was there before the segment: made by an earlier call, or by none."""
     made = trace.values[value]
     producer = trace.calls[made.producer]
     older = made.producer < start or producer.aside

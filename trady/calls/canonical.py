@@ -75,7 +75,7 @@ def _einsum(equation: Any, x: Any = None, weight: Any = None, *others: Any) -> t
     return (F.linear if of_weight[1] == summed else torch.matmul), (x, weight)
 
 
-def reworded(
+def canonical(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return the same call with the weight itself where its transpose was given, with numbers where sizes are tensors.

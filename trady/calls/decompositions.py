@@ -31,7 +31,7 @@ def _without_asking(function: Any) -> Callable[..., Any]:
 
 
 #: By function, the same function whose calls are seen one by one; a mode runs it inside of itself.
-COMPOSITES: dict[Any, Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward),
     **RECURRENT,
     **PACKING,
@@ -58,7 +58,7 @@ def _group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 #: By function, what takes its place where tensors have no memory.
-WITHOUT_MEMORY: dict[Any, Callable[..., Any]] = {
+META_KERNELS: dict[Any, Callable[..., Any]] = {
     F.group_norm: _group_norm,
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }

@@ -20,12 +20,12 @@ from trady.quantized.linear import QuantizedLinear
 
 @dataclass(frozen=True)
 class WeightCall:
-    """``weight_map`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
+    """``operator`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    weight_map: Convolution | Linear
+    operator: Convolution | Linear
     layer: QuantizedLinear | None = None
 
     @property
@@ -36,7 +36,7 @@ class WeightCall:
     @property
     def output_channels(self) -> int:
         """Number of output channels."""
-        return self.weight_shape[1 if self.weight_map.kind == "addmm" else 0]
+        return self.weight_shape[1 if self.operator.kind == "addmm" else 0]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trady.evidence.fisher_information import fisher_information
-from trady.evidence.measures import Bench, Measured
+from trady.evidence.measures import MeasureContext, Measured
 from trady.evidence.sweeps import squared_norm
 from trady.ops.selected import channel_major
 from trady.policies.evidence import Floats
@@ -16,7 +16,7 @@ class SquaredGradients:
 
     needs_batches = True
 
-    def __call__(self, bench: Bench) -> Measured:
+    def __call__(self, bench: MeasureContext) -> Measured:
         """Measure in sweeps."""
         found = bench.sweeper(0).mean(bench.batches, squared_norm)
         return Measured(found.values, batches=found.batches)
@@ -31,7 +31,7 @@ class FisherInformation:
 
     needs_batches = True
 
-    def __call__(self, bench: Bench) -> Measured:
+    def __call__(self, bench: MeasureContext) -> Measured:
         """Measure in sweeps; of every channel one number a sample is kept beside its activations."""
         found = fisher_information(bench.sweeper(bench.armed.table.batch), bench.batches)
         return Measured(found.values, batches=found.batches)
@@ -42,7 +42,7 @@ class WeightNorms:
 
     needs_batches = False
 
-    def __call__(self, bench: Bench) -> Measured:
+    def __call__(self, bench: MeasureContext) -> Measured:
         """Read the weights."""
         bench.armed.write_back()
         norms: dict[str, Floats] = {}

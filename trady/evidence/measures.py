@@ -39,7 +39,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bench:
+class MeasureContext:
     """What a measure works with.
 
     Attributes:
@@ -49,7 +49,7 @@ class Bench:
         batches: Pairs (inputs, targets), or mappings that the model computes a loss from.
         loss: From (outputs, targets) to a scalar; ``None`` for the model's own.
         before: What was measured before; ``None`` the first time.
-        earlier: Context in which the model has the weights of back then, for measures with ``looks_back``.
+        earlier: Context in which the model has the weights of back then, for measures with ``needs_snapshot``.
     """
 
     armed: Armed
@@ -63,14 +63,14 @@ class Bench:
 class Measure(Protocol):
     """One kind of evidence.
 
-    Optional is the attribute ``looks_back`` (true: the weights that train are kept from one measurement to the next,
-    in the budget, for :attr:`Bench.earlier`).
+    Optional is the attribute ``needs_snapshot`` (true: the weights that train are kept from one measurement to the
+    next, in the budget, for :attr:`MeasureContext.earlier`).
     """
 
     #: Whether it looks at data; without, the tuner measures when the model is prepared.
     needs_batches: bool
 
-    def __call__(self, bench: Bench) -> Measured:
+    def __call__(self, bench: MeasureContext) -> Measured:
         """Measure; the model is left as it was found."""
 
 
@@ -107,13 +107,13 @@ def needs_batches(needs: Needs) -> bool:
     return any(_measures[kind].needs_batches for kind in needs.kinds)
 
 
-def looks_back(needs: Needs) -> bool:
+def needs_snapshot(needs: Needs) -> bool:
     """Whether any of the kinds compares with the weights of the measurement before."""
     check_needs(needs)
-    return any(getattr(_measures[kind], "looks_back", False) for kind in needs.kinds)
+    return any(getattr(_measures[kind], "needs_snapshot", False) for kind in needs.kinds)
 
 
-def gather_evidence(needs: Needs, bench: Bench) -> Evidence:
+def gather_evidence(needs: Needs, bench: MeasureContext) -> Evidence:
     """Measure all that a policy needs, the same on every rank.
 
     Raises:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from trady.calls.canonical import reworded, transposed, transposes_weight
-from trady.calls.decompositions import COMPOSITES
+from trady.calls.canonical import canonical, transposed, transposes_weight
+from trady.calls.decompositions import DECOMPOSITIONS
 from trady.calls.kinds import RecurrentCall, WeightCall
 from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
 from trady.errors import StateError
-from trady.evidence.measures import Bench, Measured
+from trady.evidence.measures import MeasureContext, Measured
 from trady.interception.armed import Armed
 from trady.model.batch import as_arguments, batch_size, part_of, split
 from trady.ops.recurrent.recurrence import states_before
@@ -62,9 +62,9 @@ class Velocity:
     """
 
     needs_batches = True
-    looks_back = True
+    needs_snapshot = True
 
-    def __call__(self, bench: Bench) -> Measured:
+    def __call__(self, bench: MeasureContext) -> Measured:
         """Compare the outputs with those of an epoch ago.
 
         Raises:
@@ -163,18 +163,18 @@ class _Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do the call, and look at its result."""
         kwargs = kwargs or {}
-        if func in COMPOSITES:
+        if func in DECOMPOSITIONS:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                return DECOMPOSITIONS[func](*args, **kwargs)
         if transposes_weight(func, args):
             return transposed(func, args, kwargs)
-        func, args, kwargs = reworded(func, args, kwargs)
+        func, args, kwargs = canonical(func, args, kwargs)
         out = func(*args, **kwargs)
         call = recognize(func, args, kwargs)
         name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None
         if name is not None and isinstance(call, WeightCall):
             number = self._calls[name] = self._calls.get(name, -1) + 1
-            spatial = 0 if call.weight_map.channel_dim == -1 else call.weight.dim() - 2
+            spatial = 0 if call.operator.channel_dim == -1 else call.weight.dim() - 2
             seen = out
             if isinstance(call, RecurrentCall):  # its neurons are what the hidden states are multiplied to
                 before = states_before(out[0].detach(), call.states[0].detach().to(out[0].dtype), call.steps)

@@ -2,7 +2,8 @@
 
 ``weight`` holds the truth (of a quantised layer with the float channels beside it:
 :mod:`trady.quantized.linear`). Every layer has a compact parameter too, a leaf that holds the selected channels
-``W[:, c]`` (or ``W[outputs][:, c]``) only: it receives their gradient, the optimizer updates it, and it is written back.
+``W[:, c]`` (or ``W[outputs][:, c]``) only:
+it receives their gradient, the optimizer updates it, and it is written back.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import Examined
+from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import Segment
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.errors import StateError
-from trady.interception.deferred_segment import drawn_anew
+from trady.interception.deferred_segment import came_too_late
 from trady.interception.interceptor import Interceptor
 from trady.interception.layer import ArmedLayer
-from trady.model.eager import Uncompiled, author_module
+from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.selected import DenseWeight, select_channels
 from trady.optim.clipping import clip_by_output
@@ -56,14 +57,14 @@ class Armed:
     def __init__(
         self,
         model: nn.Module,
-        examined: Examined,
+        analysis: ModelAnalysis,
         segments: Mapping[bool, Sequence[Segment]] | None = None,
         fidelity: str = "exact",
     ) -> None:
         refuse_prepared(model)
-        self.given, self.model, self.table = model, author_module(model), examined.table
+        self.given, self.model, self.table = model, unwrap_compiled(model), analysis.table
         model = self.model
-        plain = {id(p) for p in examined.head_parameters.values()}
+        plain = {id(p) for p in analysis.head_parameters.values()}
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(id(parameter) in plain)
@@ -80,7 +81,7 @@ class Armed:
         self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
         self.selection = Selection()
         self._written: dict[str, tuple[int, int]] = {}
-        self.interceptor = Interceptor(model, list(self.layers.values()), examined.plans, plain, segments)
+        self.interceptor = Interceptor(model, list(self.layers.values()), analysis.plans, plain, segments)
         self.interceptor.fidelity = fidelity
         self.interceptor.before_forward = self.write_back
         self.interceptor.arm()
@@ -174,7 +175,7 @@ class Armed:
 
         def deliver(leaf: Tensor) -> None:
             if armed.leaf is not leaf:
-                raise StateError(drawn_anew(name))
+                raise StateError(came_too_late(name))
             gradient, leaf.grad, compact = leaf.grad, None, armed.compact
             if compact.grad is None:
                 compact.grad = gradient

@@ -1,4 +1,4 @@
-"""Writes stretches of calls down while a model runs, and computes them when they are complete."""
+"""Writes segments of calls down while a model runs, and computes them when they are complete."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _PART_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
 _PART_BYTES_ELSEWHERE = 64 << 20
 
 
-class Writing:
-    """One stretch that is being written down.
+class DeferredSegment:
+    """One segment that is being written down.
 
     Args:
         segment: Where it begins and ends.
         steps: All calls of the plan.
         compute: Computes a call.
         trains: From a weight's identity to its layer's name and leaf, where channels train.
-        before: The program of this stretch in an earlier forward pass.
+        before: The program of this segment in an earlier forward pass.
 
     """
 
@@ -75,7 +75,7 @@ class Writing:
         return self._finish(result)
 
     def skip_to(self, place: int) -> None:
-        """Leave out the calls in front of ``place``: they do not belong to the stretch."""
+        """Leave out the calls in front of ``place``: they do not belong to the segment."""
         while self.next_call < place:
             self.program.skip()
 
@@ -144,7 +144,7 @@ def _samples_at_once(program: Program) -> int:
 
 
 def _inside(action: Action | None, entry: Entry) -> Action | None:
-    """What comes from outside of a stretch is needed once more: it must not be overwritten."""
+    """What comes from outside of a segment is needed once more: it must not be overwritten."""
     outside = isinstance(action, InPlace) and not entry.reads
     return replace(action, overwrite=False) if outside and isinstance(action, InPlace) else action
 
@@ -156,14 +156,14 @@ def _without_values(
     trained: set[int],
     actions: list[Action | None],
 ) -> set[int]:
-    """The linear layers at the end of a stretch whose result no backward formula reads: only their graph is needed."""
+    """The linear layers at the end of a segment whose result no backward formula reads: only their graph is needed."""
     needed: set[int] = set()
     found: set[int] = set()
     for index in reversed(range(len(program.entries))):
         entry = program.entries[index]
         call = weights.get(index)
         value_needed = any(slot in needed for slot in entry.made)
-        linear = call is not None and isinstance(call.weight_map, Linear) and not _computes_more(actions[index])
+        linear = call is not None and isinstance(call.operator, Linear) and not _computes_more(actions[index])
         linear = linear and not isinstance(call, RecurrentCall)
         if linear and call is not None and not call.weight.requires_grad:
             if not value_needed:
@@ -194,7 +194,7 @@ def _scores_are_read_by_the_loss_alone(
             return False
         maker = program.entries[makers[0]]
         if makers[0] in weights:
-            linear = isinstance(weights[makers[0]].weight_map, Linear)
+            linear = isinstance(weights[makers[0]].operator, Linear)
             return linear and len(maker.made) == 1 and not _computes_more(actions[makers[0]])
         if name_of(maker.function) not in _SHOWS_THE_SAME or len(maker.made) != 1 or len(maker.reads) != 1:
             return False
@@ -221,12 +221,12 @@ def _check(
         for identity, (name, leaf) in trained.items():
             current = now(identity)
             if current is None or current[1] is not leaf:
-                raise StateError(drawn_anew(name))
+                raise StateError(came_too_late(name))
 
     return check
 
 
-def drawn_anew(layer: str) -> str:
+def came_too_late(layer: str) -> str:
     """Say that a backward pass came too late."""
     return (
         f"a backward pass reached {layer} after its channels were drawn anew: run backward() before "

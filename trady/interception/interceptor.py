@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import Action, Done, FusionPlan, InPlace, Leave, WithLayer
 from trady.analysis.segments import Segment
-from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
-from trady.calls.decompositions import COMPOSITES
+from trady.calls.canonical import canonical, shown_parameter, transposed, transposes_weight
+from trady.calls.decompositions import DECOMPOSITIONS
 from trady.calls.kinds import (
     ActivationCall,
     AveragePoolCall,
@@ -39,7 +39,7 @@ from trady.calls.kinds import (
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
 from trady.errors import ModelError
-from trady.interception.deferred_segment import Writing
+from trady.interception.deferred_segment import DeferredSegment
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.layer import ArmedLayer
 from trady.interception.program import Program
@@ -48,7 +48,7 @@ from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook
 from trady.model.mode import current_section, tracing
 from trady.ops.activation import affine_clamp, clamp
-from trady.ops.context import asking_for_ourselves, current_operation
+from trady.ops.context import current_operation, internal_query
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
 from trady.ops.layout import is_dense
@@ -72,7 +72,7 @@ class Interceptor(TorchFunctionMode):
         layers: The layers that can be updated by channel.
         plans: The expected calls in training (True) and in evaluation mode (False).
         plain: Identities of parameters that train through PyTorch's own backward (the head).
-        segments: Stretches, in training and in evaluation mode, of which only the inputs are kept.
+        segments: SegmentsByMode, in training and in evaluation mode, of which only the inputs are kept.
 
     """
 
@@ -87,7 +87,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self._programs: dict[Segment, Program] = {}
         self.recompute(segments or {})
-        self._writing: Writing | None = None
+        self._writing: DeferredSegment | None = None
         self._wrote = False
         self._model, self._plans, self._plain = model, plans, plain
         self._layers = {id(armed.weight): armed for armed in layers}
@@ -115,7 +115,7 @@ class Interceptor(TorchFunctionMode):
         self.prepare_call: PrepareCall | None = None
 
     def recompute(self, segments: Mapping[bool, Sequence[Segment]]) -> None:
-        """Keep only the inputs of these stretches, from the next forward pass on."""
+        """Keep only the inputs of these segments, from the next forward pass on."""
         self._segments = {mode: {segment.first: segment for segment in chosen} for mode, chosen in segments.items()}
 
     # -- arming ------------------------------------------------------------------------------------
@@ -236,15 +236,15 @@ class Interceptor(TorchFunctionMode):
             return self._asked(func, args, kwargs)
         if transposes_weight(func, args):
             return transposed(func, args, kwargs)
-        if func in COMPOSITES:
+        if func in DECOMPOSITIONS:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
-        func, args, kwargs = reworded(func, args, kwargs)
-        token = asking_for_ourselves.set(True)
+                return DECOMPOSITIONS[func](*args, **kwargs)
+        func, args, kwargs = canonical(func, args, kwargs)
+        token = internal_query.set(True)
         try:
             return self._called(func, args, kwargs)
         finally:
-            asking_for_ourselves.reset(token)
+            internal_query.reset(token)
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.prepare_call is not None:
@@ -286,13 +286,13 @@ class Interceptor(TorchFunctionMode):
         out = handler(self, call, action)
         return func(*args, **kwargs) if out is None else out
 
-    def _begins(self, place: int | None) -> Writing | None:
-        """Begin to write down a stretch if one begins here, all of it inside of the module that was called."""
+    def _begins(self, place: int | None) -> DeferredSegment | None:
+        """Begin to write down a segment if one begins here, all of it inside of the module that was called."""
         segment = None if place is None else self._here.get(place)
         if segment is None or self._plan is None or not self._span[0] <= segment.start < segment.end <= self._span[1]:
             return None
         before = self._programs.get(segment)
-        return Writing(segment, self._plan.steps, self._compute, self._trained, before)
+        return DeferredSegment(segment, self._plan.steps, self._compute, self._trained, before)
 
     def _trained(self, weight: int) -> tuple[str, Tensor] | None:
         armed = self._layers.get(weight)
@@ -308,13 +308,13 @@ class Interceptor(TorchFunctionMode):
             answer = None if device is None else answer_about_device(func, device)
             if answer is not None:
                 return answer
-        if not asking_for_ourselves.get():
+        if not internal_query.get():
             return func(*args, **kwargs)
-        token = asking_for_ourselves.set(False)  # a section that is recomputed inside of a backward pass
+        token = internal_query.set(False)  # a section that is recomputed inside of a backward pass
         try:
             return func(*args, **kwargs)
         finally:
-            asking_for_ourselves.reset(token)
+            internal_query.reset(token)
 
     def _action(self, place: int | None) -> Action | None:
         """What the plan says of a call; what reaches beyond the module that was called is computed call by call."""
@@ -330,7 +330,7 @@ class Interceptor(TorchFunctionMode):
             return None
         parameters = tuple(id(p) for p in map(shown_parameter, tensors) if isinstance(p, nn.Parameter))
         if self._writing is not None:
-            return self._place_in_stretch(plan, self._writing, function, tensors, parameters)
+            return self._place_in_segment(plan, self._writing, function, tensors, parameters)
         if self._is_next(plan, self._cursor, function, parameters):
             self._cursor += 1
             return self._cursor - 1
@@ -346,10 +346,15 @@ class Interceptor(TorchFunctionMode):
             self._plan = None
         return None
 
-    def _place_in_stretch(
-        self, plan: FusionPlan, writing: Writing, function: Any, tensors: list[Tensor], parameters: tuple[int, ...]
+    def _place_in_segment(
+        self,
+        plan: FusionPlan,
+        writing: DeferredSegment,
+        function: Any,
+        tensors: list[Tensor],
+        parameters: tuple[int, ...],
     ) -> int | None:
-        """The same while a stretch is written down: what is made of ids and masks alone may be missing or more."""
+        """The same while a segment is written down: what is made of ids and masks alone may be missing or more."""
         belongs = bool(parameters) or any(writing.program.knows(t) for t in tensors)
         place = self._cursor
         while place in writing.segment.aside and (belongs or not self._is_next(plan, place, function, parameters)):
@@ -408,22 +413,22 @@ class Interceptor(TorchFunctionMode):
             return None
         quantized = call.layer or (None if armed is None or isinstance(armed.truth, DenseWeight) else armed.truth)
         if quantized is None and is_quantized(call.weight):
-            return frozen_linear(call.x, call.weight, call.bias) if call.weight_map.kind == "linear" else None
+            return frozen_linear(call.x, call.weight, call.bias) if call.operator.kind == "linear" else None
         fused = action if isinstance(action, WithLayer) else WithLayer()
         if fused.norm is not None and any_trains(fused.norm.weight, fused.norm.bias):
             raise ModelError(_MADE_TRAINABLE)
-        weight_map, x = call.weight_map, call.x
-        if isinstance(weight_map, Convolution):
+        operator, x = call.operator, call.x
+        if isinstance(operator, Convolution):
             x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
             if fused.pad:
-                weight_map = with_padding(weight_map, fused.pad)
+                operator = with_padding(operator, fused.pad)
         elif x.dim() == 1:
             x = x.unsqueeze(0)
         scale, shift = (None, None) if fused.norm is None else self._norms.of(fused.norm)
         self._at_risk |= fused.norm is not None or fused.clamp is not None or bool(fused.pad)
         selected = None if armed is None else armed.selected
-        options = LayerCall(weight_map, selected, fused.clamp, _autocast_dtype(x), self._graph_only)
-        with labelled(fused.operation or weight_map.kind):
+        options = LayerCall(operator, selected, fused.clamp, _autocast_dtype(x), self._graph_only)
+        with labelled(fused.operation or operator.kind):
             leaf = armed.leaf if armed is not None else None
             if quantized is not None:
                 out = quantized_linear(x, leaf, options, quantized)
@@ -551,16 +556,16 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def with_padding(weight_map: Convolution, pad: tuple[int, ...]) -> Convolution:
+def with_padding(operator: Convolution, pad: tuple[int, ...]) -> Convolution:
     """Move padding that was put off into the convolution: for free where both sides are equal."""
-    dimensions = len(weight_map.stride)
+    dimensions = len(operator.stride)
     full = [*pad, *(0,) * (2 * dimensions - len(pad))]
     sides = [(full[2 * d], full[2 * d + 1]) for d in reversed(range(dimensions))]
-    if not weight_map.pad and all(before == after for before, after in sides):
-        padding = tuple(p + before for p, (before, _) in zip(weight_map.padding, sides, strict=True))
-        return replace(weight_map, padding=padding)
-    inner = weight_map.pad or (0,) * (2 * dimensions)
-    return replace(weight_map, pad=tuple(a + b for a, b in zip(full, inner, strict=True)))
+    if not operator.pad and all(before == after for before, after in sides):
+        padding = tuple(p + before for p, (before, _) in zip(operator.padding, sides, strict=True))
+        return replace(operator, padding=padding)
+    inner = operator.pad or (0,) * (2 * dimensions)
+    return replace(operator, pad=tuple(a + b for a, b in zip(full, inner, strict=True)))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,6 +1,6 @@
-"""A stretch of a model's calls, written down while the model runs, to be computed when it is complete.
+"""A segment of a model's calls, written down while the model runs, to be computed when it is complete.
 
-While a stretch is written down the model goes on with tensors without memory; what they stand for exists
+While a segment is written down the model goes on with tensors without memory; what they stand for exists
 when the last call has come. The same program is computed again in the backward pass.
 """
 
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.analysis.sample_axes import CallSamples
 from trady.calls.canonical import shown_parameter
-from trady.calls.decompositions import WITHOUT_MEMORY
+from trady.calls.decompositions import META_KERNELS
 from trady.calls.kinds import NormCall
 from trady.calls.recognize import recognize
 from trady.model.batch import without_memory
-from trady.ops.sample_axis import Along
+from trady.ops.sample_axis import SampleAxis
 
 _META = torch.device("meta")
 
@@ -41,7 +41,7 @@ class Given:
     """Stands for a tensor from outside of the program, where its samples lie in ``along``."""
 
     number: int
-    along: Along | None
+    along: SampleAxis | None
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Entry:
 
 
 class Program:
-    """The calls of one stretch in one forward pass.
+    """The calls of one segment in one forward pass.
 
     Args:
         samples: Where the samples lie in each call; empty if it cannot be computed in parts.
-        before: The program of the same stretch in an earlier forward pass: as long as all is as it was then,
+        before: The program of the same segment in an earlier forward pass: as long as all is as it was then,
             its stand-ins serve again.
 
     Attributes:
@@ -101,8 +101,8 @@ class Program:
         self._before = before
         self.entries: list[Entry] = []
         self.given: list[Tensor] = []
-        self.along: list[Along | None] = []
-        self.made_along: dict[int, Along | None] = {}
+        self.along: list[SampleAxis | None] = []
+        self.made_along: dict[int, SampleAxis | None] = {}
         self.batch = 0
         self.whole = not samples
         self.device: torch.device | None = None
@@ -122,7 +122,7 @@ class Program:
         self.entries.append(Entry(None, (), {}, ()))
         self.results.append(None)
 
-    def along_now(self, tensor: Tensor, along: Along | None) -> Along | None:
+    def along_now(self, tensor: Tensor, along: SampleAxis | None) -> SampleAxis | None:
         """Where samples lie in a tensor of this batch, whose samples may have other sizes than the traced ones."""
         if along is None or self.whole:
             return None
@@ -132,7 +132,7 @@ class Program:
         batch = self.batch or size // along.per_sample
         if batch and size % batch == 0 and (along.per_sample > 1 or size == batch):
             self.batch = batch
-            return Along(along.dim, size // batch)
+            return SampleAxis(along.dim, size // batch)
         self.whole = True
         return None
 
@@ -143,7 +143,7 @@ class Program:
             function: The torch function.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            shown: Places among its results of tensors that the model goes on holding when the stretch has
+            shown: Places among its results of tensors that the model goes on holding when the segment has
                 ended: they have memory from the start.
 
         """
@@ -190,7 +190,7 @@ class Program:
             # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
             if isinstance(call, NormCall):
                 return torch.empty_like(call.x)
-            return WITHOUT_MEMORY.get(function, function)(*bare, **named)
+            return META_KERNELS.get(function, function)(*bare, **named)
 
     def _as_held(self, value: Any) -> Any:
         slot = self._slots.get(id(value)) if isinstance(value, Tensor) else None
@@ -301,7 +301,7 @@ class _Reader:
     def __init__(self, program: Program, samples: CallSamples | None) -> None:
         self._program = program
         known = zip(samples.tensors, samples.shapes, strict=True) if samples is not None else ()
-        self._tensors: Iterator[tuple[Along | None, tuple[int, ...]]] = iter(known)
+        self._tensors: Iterator[tuple[SampleAxis | None, tuple[int, ...]]] = iter(known)
         self._numbers: Iterator[bool] = iter(samples.numbers if samples is not None else ())
         self.reads: list[int] = []
 

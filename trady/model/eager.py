@@ -57,14 +57,14 @@ def is_compiled(model: nn.Module) -> bool:
     return any(m._compiled_call_impl is not None or _plain_forward(m) is not None for m in model.modules())
 
 
-def author_module(model: nn.Module) -> nn.Module:
+def unwrap_compiled(model: nn.Module) -> nn.Module:
     """Return the module that was given to ``torch.compile``; any other module as it is."""
     while _is_wrapper(model):
         model = model._orig_mod  # type: ignore[assignment]
     return model
 
 
-def author_name(name: str) -> str:
+def uncompiled_name(name: str) -> str:
     """Return the name that a tensor or module has in the model that was not compiled yet."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 

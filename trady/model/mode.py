@@ -19,7 +19,7 @@ Section = tuple[int, bool]
 
 
 def current_section() -> Section:
-    """Identify the checkpointed section, or the stretch without gradients, that is running."""
+    """Identify the checkpointed section, or the segment without gradients, that is running."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (0 if hooks is None else id(hooks[0])), torch.is_grad_enabled()
 

@@ -12,13 +12,13 @@ import torch
 current_operation: ContextVar[str | None] = ContextVar("current_operation", default=None)
 
 #: Whether it is trady that asks a tensor where it is: a model is told that stand-ins are on the real device.
-asking_for_ourselves: ContextVar[bool] = ContextVar("asking_for_ourselves", default=False)
+internal_query: ContextVar[bool] = ContextVar("internal_query", default=False)
 
 #: The part of a batch that is computed anew: its first sample and how many they are; ``None`` is the whole batch.
 samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_under_way", default=None)
 
 #: Type of the device that tensors without memory stand for, while a step is simulated.
-standing_for: ContextVar[str] = ContextVar("standing_for", default="cpu")
+simulated_device_type: ContextVar[str] = ContextVar("simulated_device_type", default="cpu")
 
 #: Storages that are followed at present, by address: each is a Python object, which counts as one owner more.
 followed_storages: list[Container[int]] = []
@@ -28,7 +28,7 @@ T = TypeVar("T", bound=torch.Tensor)
 
 def device_type(tensor: torch.Tensor) -> str:
     """Type of the device that a tensor is on; of one without memory, that it stands for."""
-    return standing_for.get() if tensor.is_meta else tensor.device.type
+    return simulated_device_type.get() if tensor.is_meta else tensor.device.type
 
 
 def label_saved(tensor: T, kind: str) -> T:

@@ -22,7 +22,7 @@ from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.context import label_saved
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
-from trady.ops.operators import WeightMap
+from trady.ops.operators import WeightOperator
 from trady.ops.selected import SelectedChannels
 
 
@@ -31,14 +31,14 @@ class LayerCall:
     """How one call of a weight layer is computed.
 
     Attributes:
-        weight_map: Convolution or linear geometry.
+        operator: Convolution or linear geometry.
         selected: The channels that train; ``None`` when none does.
         clamp: The activation behind the layer, if it is computed with it.
         dtype: What the products are computed in (autocast); ``None`` is the input's own dtype.
         graph_only: Make the graph, not the values: nobody reads them. For linear layers.
     """
 
-    weight_map: WeightMap
+    operator: WeightOperator
     selected: SelectedChannels | None = None
     clamp: Clamp | None = None
     dtype: torch.dtype | None = None
@@ -92,11 +92,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = call.dtype or x.dtype
     if call.graph_only:
-        outputs = call.weight_map.output_channels(weight)
+        outputs = call.operator.output_channels(weight)
         return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], outputs), None
     folded = _fold(weight, scale, call)
     offset = _fold_bias(bias, scale, shift)
-    y = call.weight_map.forward(x.to(dtype), folded.to(dtype), None if offset is None else offset.to(dtype))
+    y = call.operator.forward(x.to(dtype), folded.to(dtype), None if offset is None else offset.to(dtype))
     bits = None
     if call.clamp is not None:
         bits = clamp_(y, call.clamp, keep_bits=keep_bits)
@@ -104,7 +104,7 @@ def _forward(
 
 
 def _fold(weight: Tensor, scale: Tensor | None, call: LayerCall) -> Tensor:
-    return weight if scale is None else call.weight_map.scale_outputs(weight, scale)
+    return weight if scale is None else call.operator.scale_outputs(weight, scale)
 
 
 def _fold_bias(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -129,12 +129,12 @@ class _Layer(torch.autograd.Function):
             y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
             inputs = None
             if compact is not None and call.selected is not None:
-                inputs = take(x, call.weight_map.channel_dim, call.selected.index).to(y.dtype)
+                inputs = take(x, call.operator.channel_dim, call.selected.index).to(y.dtype)
         ctx.call, ctx.input_shape, ctx.input_dtype, ctx.format = call, x.shape, x.dtype, memory_format(y)
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.gates = None
         if inputs is not None and call.selected is not None and call.selected.gates is not None:
-            ctx.gates = Gates.of(call.selected, call.selected.gates, x.shape[0], call.weight_map.channel_dim)
+            ctx.gates = Gates.of(call.selected, call.selected.gates, x.shape[0], call.operator.channel_dim)
         ctx.save_for_backward(
             None if inputs is None else label_saved(inputs, "channels"),
             None if bits is None else label_saved(bits, "bits"),
@@ -159,7 +159,7 @@ class _Layer(torch.autograd.Function):
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
         sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
-        in_parts = call.weight_map.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
+        in_parts = call.operator.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
         parts = _parts(gradient, sizes) if in_parts else [slice(None)]
         for part in parts:
             whole = len(parts) == 1
@@ -170,7 +170,7 @@ class _Layer(torch.autograd.Function):
                 add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
             if folded is not None:
                 shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
-                made = call.weight_map.input_gradient(g, folded, shape)
+                made = call.operator.input_gradient(g, folded, shape)
                 layout = memory_format(g)
                 del g
                 if gates is not None and weight_gradient is not None:
@@ -202,13 +202,13 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: L
     selected = call.selected
     assert selected is not None
     if selected.outputs is None:
-        call.weight_map.weight_gradient(gradient, inputs, selected, total)
+        call.operator.weight_gradient(gradient, inputs, selected, total)
         return
-    dim = call.weight_map.channel_dim
+    dim = call.operator.channel_dim
     read = gradient.numel() // gradient.shape[dim] * len(selected.outputs) * gradient.element_size()
     for part in _parts(gradient, read):
         narrow = take(gradient[part], dim, selected.outputs)
-        call.weight_map.weight_gradient(narrow, inputs[part], selected, total)
+        call.operator.weight_gradient(narrow, inputs[part], selected, total)
 
 
 def _before_activation(
@@ -226,5 +226,5 @@ def _scale_gradient(weight_gradient: Tensor, scale: Tensor, call: LayerCall) -> 
     if call.selected.outputs is not None:
         scale = scale.index_select(0, call.selected.outputs)
     outputs = weight_gradient.shape[1]
-    rows = scale.view(-1, outputs)[call.selected.group] if call.weight_map.groups > 1 else scale.view(1, outputs)
+    rows = scale.view(-1, outputs)[call.selected.group] if call.operator.groups > 1 else scale.view(1, outputs)
     return weight_gradient.mul_(rows.view(*rows.shape, *(1,) * (weight_gradient.dim() - 2)))

@@ -32,7 +32,7 @@ _CACHED_BYTES = 8 << 20
 _TALLEST_OF_ONEDNN = 32
 
 
-class WeightMap(Protocol):
+class WeightOperator(Protocol):
     """A layer that is linear in its input and in its weight."""
 
     @property

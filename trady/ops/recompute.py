@@ -1,4 +1,4 @@
-"""A stretch of calls of which only the inputs are kept: computed in parts, and in parts again backward.
+"""A segment of calls of which only the inputs are kept: computed in parts, and in parts again backward.
 
 For a program ``y = f(x, w)`` that treats samples one by one, forward computes ``f`` on a few samples at a
 time and keeps ``x``; backward computes ``f`` on the same samples once more, this time with a graph, and sends
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from trady.ops.context import asking_for_ourselves, label_saved, samples_under_way
+from trady.ops.context import internal_query, label_saved, samples_under_way
 from trady.ops.layout import unviewed
-from trady.ops.sample_axis import Along
+from trady.ops.sample_axis import SampleAxis
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Part:
     samples: int
     whole: bool
 
-    def of(self, tensor: Tensor, along: Along | None) -> Tensor:
+    def of(self, tensor: Tensor, along: SampleAxis | None) -> Tensor:
         """These samples of a tensor."""
         if along is None or self.whole:
             return tensor
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass
 class Recipe:
-    """How a stretch is computed.
+    """How a segment is computed.
 
     Attributes:
         run: From the tensors from outside and a part to the tensors handed on, in order. ``backward`` says
@@ -60,8 +60,8 @@ class Recipe:
     """
 
     run: Callable[[list[Tensor], Part, bool], list[Tensor]]
-    along: list[Along | None]
-    made: list[Along | None]
+    along: list[SampleAxis | None]
+    made: list[SampleAxis | None]
     batch: int
     samples_at_once: int
     averages: bool = False
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def recomputed(recipe: Recipe, given: list[Tensor], shown: Sequence[Tensor | None]) -> list[Tensor]:
-    """Compute a stretch of calls of which only the inputs are kept.
+    """Compute a segment of calls of which only the inputs are kept.
 
     Args:
         recipe: What to compute.
@@ -130,7 +130,7 @@ def _averaged(recipe: Recipe, made: list[Tensor]) -> tuple[list[Tensor], Tensor 
     return [*others, total / count], count
 
 
-def _whole(part: Tensor, along: Along | None, batch: int) -> Tensor:
+def _whole(part: Tensor, along: SampleAxis | None, batch: int) -> Tensor:
     shape = list(part.shape)
     if along is not None:
         shape[along.dim] = batch * along.per_sample
@@ -287,7 +287,7 @@ class _Surroundings:
             for mode in self._modes:
                 if mode not in running:  # a mode is off while it handles backward() itself
                     stack.enter_context(mode)
-            stack.callback(asking_for_ourselves.reset, asking_for_ourselves.set(True))
+            stack.callback(internal_query.reset, internal_query.set(True))
             for kind, dtype, enabled, cache in self._autocast:
                 context: AbstractContextManager[Any] = torch.autocast(
                     kind, dtype=dtype, enabled=enabled, cache_enabled=cache

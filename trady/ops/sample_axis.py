@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Along:
+class SampleAxis:
     """The dimension in which samples lie, one behind another.
 
     Attributes:

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_map
 
 from trady.errors import TradyError
 from trady.model.batch import batch_size, meta_batch, part_of
-from trady.simulation.meta_copy import meta_twin
+from trady.simulation.meta_copy import meta_copy
 
 #: From a model, a batch and a way to recompute to the least bytes of a training step.
 LeastBytes = Callable[[nn.Module, Any, str], int]
 
 
-def remedies(model: nn.Module, example: Any, recompute: str, least_bytes: LeastBytes, now: int) -> dict[str, int]:
+def alternatives(model: nn.Module, example: Any, recompute: str, least_bytes: LeastBytes, now: int) -> dict[str, int]:
     """Simulate what would take less; nothing is allocated.
 
     Args:
@@ -48,7 +48,7 @@ def remedies(model: nn.Module, example: Any, recompute: str, least_bytes: LeastB
         look('with recompute="all"', model, example, "all")
     if all(p.dtype == torch.float32 for p in model.parameters()):
         try:
-            halved = meta_twin(model).to(torch.bfloat16)
+            halved = meta_copy(model).to(torch.bfloat16)
         except (RuntimeError, TypeError):
             return found
         look("in bfloat16", halved, tree_map(_in_bfloat16, meta_batch(example)), recompute)

@@ -115,7 +115,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     return Budget(scope, _read_amount(after if colon else before, scope, text))
 
 
-class BelowLeastError(BudgetError):
+class InfeasibleBudgetError(BudgetError):
     """A budget that nothing fits in.
 
     Attributes:
@@ -123,32 +123,34 @@ class BelowLeastError(BudgetError):
         least_amount: The least possible, in the unit of ``budget.scope``.
     """
 
-    def __init__(self, budget: Budget, least_amount: int, remedies: Mapping[str, int]) -> None:
+    def __init__(self, budget: Budget, least_amount: int, alternatives: Mapping[str, int]) -> None:
         self.budget, self.least_amount = budget, least_amount
         text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
         least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
         message = (
             f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
-            + _less_with(remedies)
+            + _less_with(alternatives)
         )
         super().__init__(message)
 
 
-def below_least(budget: Budget, least_amount: int, remedies: Mapping[str, int] | None = None) -> BelowLeastError:
+def infeasible_budget(
+    budget: Budget, least_amount: int, alternatives: Mapping[str, int] | None = None
+) -> InfeasibleBudgetError:
     """The error for a budget that nothing fits in, with the text that would do.
 
     Args:
         budget: What was asked for.
         least_amount: The least possible, in the unit of ``budget.scope``.
-        remedies: What would take less, and the least bytes with it.
+        alternatives: What would take less, and the least bytes with it.
     """
-    return BelowLeastError(budget, least_amount, remedies or {})
+    return InfeasibleBudgetError(budget, least_amount, alternatives or {})
 
 
-def _less_with(remedies: Mapping[str, int]) -> str:
-    if not remedies:
+def _less_with(alternatives: Mapping[str, int]) -> str:
+    if not alternatives:
         return ""
-    return ". Less would do: " + ", ".join(f"{_rounded_up(least)} {what}" for what, least in remedies.items())
+    return ". Less would do: " + ", ".join(f"{_rounded_up(least)} {what}" for what, least in alternatives.items())
 
 
 def _refusal(given: object, problem: str, scope: Scope, example: str | None = None) -> BudgetError:

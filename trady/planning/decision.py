@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trady.analysis.model_analysis import Examined
+from trady.analysis.model_analysis import ModelAnalysis
 from trady.channels.cost import Cost, Sparsity, cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, RankingError
-from trady.evidence.measures import looks_back
+from trady.evidence.measures import needs_snapshot
 from trady.model.batch import meta_batch
-from trady.planning.budget import Budget, Scope, below_least
+from trady.planning.budget import Budget, Scope, infeasible_budget
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Planner, Recomputation
-from trady.planning.reserve import Room, room_for
+from trady.planning.reserve import Reserve, reserve_for
 from trady.planning.rules import Rules
 from trady.policies import Draw, Evidence, draw_selection, needs_of, typical_selection
 from trady.ranking.online import OnlineRanking
@@ -52,13 +52,13 @@ _COUNTER_BYTES = 4
 STEPS_A_DRAW = 2
 
 
-class Drawing:
+class Decision:
     """Budget, policy and ranking together: which channels train at which epoch and redraw.
 
     Args:
         model: The model; only read.
         example: What the model works on at once.
-        examined: What is known of the model.
+        analysis: What is known of the model.
         rules: What is asked for.
         planner: Chooses what is computed anew.
         waiting_bytes: Bytes of a larger batch that wait meanwhile.
@@ -72,7 +72,7 @@ class Drawing:
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
         needs: What the policy wants measured.
-        looks_back: Whether the weights that train are kept to compare with an epoch ago.
+        needs_snapshot: Whether the weights that train are kept to compare with an epoch ago.
         evidence: What was measured; ``None`` until then, and draws are typical ones, for plans.
         options: What the policy was made with, as text.
     """
@@ -81,27 +81,27 @@ class Drawing:
         self,
         model: nn.Module,
         example: Any,
-        examined: Examined,
+        analysis: ModelAnalysis,
         rules: Rules,
         planner: Planner,
         waiting_bytes: int = 0,
         optimizer: OptimizerMemory | None = None,
     ) -> None:
-        self.model_name, self.table = type(model).__name__, examined.table
+        self.model_name, self.table = type(model).__name__, analysis.table
         self.budget, self.policy, self.seed = rules.budget, rules.policy, rules.seed
         self.ranking: LayerRanking | None = None
         self.optimizer = optimizer or OptimizerMemory()
         self.online: OnlineRanking | None = None
         self.needs = needs_of(rules.policy)
         self.evidence: Evidence | None = None
-        self.looks_back = looks_back(self.needs)
+        self.needs_snapshot = needs_snapshot(self.needs)
         self.options = str(getattr(rules.policy, "options", ""))
         self._whole = bool(getattr(rules.policy, "whole", False))
         self._planner = planner
         self._mode, self.fidelity = rules.recompute, rules.fidelity
         self.micro_batch: int | None = None
         self._accumulates = waiting_bytes > 0
-        self._head = tuple(Form.of(p.shape, p.element_size()) for p in examined.head_parameters.values())
+        self._head = tuple(Form.of(p.shape, p.element_size()) for p in analysis.head_parameters.values())
         self.recomputation = planner.everything if rules.recompute != "none" else planner.nothing
 
         batch = meta_batch(example)
@@ -109,7 +109,7 @@ class Drawing:
         self._new_simulator = lambda: Simulator(
             model,
             batch,
-            head=examined.head,
+            head=analysis.head,
             fuse=rules.fuse,
             fidelity=rules.fidelity,
             waiting_bytes=waiting_bytes,
@@ -131,14 +131,14 @@ class Drawing:
             self.pool, self.source = self.table.names, "online"
             learn = True
         self._room = self._room_in(self.pool)
-        self.check_budget()
+        self.fit_to_budget()
         if learn:
             self.online = OnlineRanking(
                 self.table, drawable=self._drawable(), share=POOL_SHARE, window=8 * STEPS_A_DRAW
             )
 
-    def _room_in(self, pool: tuple[str, ...]) -> Room:
-        return room_for(self.table, pool, self.policy, self.seed, in_bytes=self._in_bytes, whole=self._whole)
+    def _room_in(self, pool: tuple[str, ...]) -> Reserve:
+        return reserve_for(self.table, pool, self.policy, self.seed, in_bytes=self._in_bytes, whole=self._whole)
 
     def _known_ranking(self, rules: Rules) -> LayerRanking | None:
         """The ranking to draw by; ``None`` where it is learnt, which takes more draws than bytes have room for."""
@@ -166,7 +166,7 @@ class Drawing:
         """Account for a selection."""
         return cost_of(self.table, selection, self.copies, self._room.reserved(selection))
 
-    def check_budget(self) -> None:
+    def fit_to_budget(self) -> None:
         """Refuse a budget that not even the cheapest channel fits in.
 
         Raises:
@@ -194,7 +194,7 @@ class Drawing:
             channel = min(asked.costs[name] for name in self.pool)
             least = min((asked.total(selection) for selection in self._smallest()), default=channel)
         if self.budget.amount < least:
-            raise below_least(self.budget, least)
+            raise infeasible_budget(self.budget, least)
 
     def _smallest(self) -> tuple[Selection, ...]:
         """The least that the policy can select, where that is more than a channel."""
@@ -207,11 +207,11 @@ class Drawing:
 
     def _simulate(self, layers: tuple[str, ...], choice: Recomputation) -> Timeline:
         """Simulate a step with one channel a layer, each kind of step once."""
-        chosen = tuple((segment.start, segment.end) for segment in choice.stretches.get(True, ()))
+        chosen = tuple((segment.start, segment.end) for segment in choice.segments.get(True, ()))
         key = (layers, chosen, self.optimizer.in_backward)
         if key not in self._simulated:
             self._simulated[key] = self.simulator.timeline(
-                layers=layers, stretches=choice.stretches, optimizer=self.optimizer
+                layers=layers, segments=choice.segments, optimizer=self.optimizer
             )
         return self._simulated[key]
 
@@ -259,7 +259,7 @@ class Drawing:
             selection,
             optimizer or self.optimizer,
             accumulates=self._accumulates,
-            copies=self.looks_back,
+            copies=self.needs_snapshot,
             float_bytes=self._room.reserved(selection) if float_bytes is None else float_bytes,
             norms=self.online is not None,
         )
@@ -272,7 +272,7 @@ class Drawing:
     @property
     def copies(self) -> int:
         """Copies of what trains that are kept: by the optimizer, and to compare with an epoch ago."""
-        return self.optimizer.copies + self.looks_back
+        return self.optimizer.copies + self.needs_snapshot
 
     @property
     def extremes(self) -> tuple[Recomputation, Recomputation | None]:
@@ -374,14 +374,14 @@ class Drawing:
         if not selections and self.table.layers:
             one = (Selection({layer.name: np.zeros(1, dtype=np.int64)}) for layer in self.table)
             assert self.budget is not None
-            raise below_least(self.budget, min(self._taken(selection, kept, table) for selection in one))
+            raise infeasible_budget(self.budget, min(self._taken(selection, kept, table) for selection in one))
         return selections
 
     def _kept_bytes(self, trained: Selection) -> int:
         """State and copies of the channels that train, as far as the budget counts them."""
         peak = self.budget is not None and self.budget.scope is Scope.PEAK
         forms = [*(self._head if peak else ()), *compact_forms(self.table, trained)]
-        return self.optimizer.kept_bytes(forms) + self.looks_back * sum(form.whole for form in forms)
+        return self.optimizer.kept_bytes(forms) + self.needs_snapshot * sum(form.whole for form in forms)
 
     @property
     def _amount(self) -> float:
@@ -414,7 +414,7 @@ class Drawing:
         if self._whole:
             whole = self._select(epoch, redraw, None)
             if not fits(whole):
-                raise below_least(self.budget or Budget(Scope.PEAK, peak_bytes), self._peak(timeline, whole))
+                raise infeasible_budget(self.budget or Budget(Scope.PEAK, peak_bytes), self._peak(timeline, whole))
             return whole
         everything = self.table.all_elements
         whole = self._select(epoch, redraw, everything)
@@ -474,13 +474,11 @@ class Drawing:
 
         The timeline only bounds the peak from above.
         """
-        stretches = (recomputation or self.recomputation).stretches
-        timeline = self.simulator.timeline(
-            stretches=stretches, selection=selection, parts=True, optimizer=self.optimizer
-        )
+        segments = (recomputation or self.recomputation).segments
+        timeline = self.simulator.timeline(segments=segments, selection=selection, parts=True, optimizer=self.optimizer)
         forms = [*self._head, *compact_forms(self.table, selection)]
         state, parts = self.optimizer.kept_bytes(forms), dict(timeline.parts)
-        if self.looks_back:
+        if self.needs_snapshot:
             parts["compact parameters"] = parts.get("compact parameters", 0) + sum(form.whole for form in forms)
         if self.online is not None:
             parts["temporaries"] = parts.get("temporaries", 0) + NORM_BYTES * sum(map(len, selection.channels.values()))

@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from trady.channels.selection import Selection
-from trady.planning.budget import BelowLeastError, Budget, Scope, parse_budget
-from trady.planning.decision import Drawing
+from trady.planning.budget import Budget, InfeasibleBudgetError, Scope, parse_budget
+from trady.planning.decision import Decision
 from trady.planning.plan import Plan
 from trady.planning.request import Request
 
@@ -27,7 +27,7 @@ class Point:
         share: Of the input channels.
         channels: As many are they.
         kept_peak_bytes: With nothing computed anew.
-        recomputed_peak_bytes: With all stretches computed anew that are worth it; the same if there are none.
+        recomputed_peak_bytes: With all segments computed anew that are worth it; the same if there are none.
     """
 
     share: float
@@ -97,8 +97,8 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
         BudgetError: The budget cannot be read or is below the least possible.
 
     """
-    _, examined, drawing = request.decide(model, example)
-    plan = _with_peak(drawing.plan(examined.head, examined.head_parameters), drawing)
+    _, analysis, drawing = request.decide(model, example)
+    plan = _with_peak(drawing.plan(analysis.head, analysis.head_parameters), drawing)
     return Forecast(plan, drawing.least_peak(), tuple(_point(drawing, share) for share in shares))
 
 
@@ -130,10 +130,10 @@ def sweep(
 
 def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cell:
     try:
-        _, examined, drawing = request.decide(model, example, explain=False)
-    except BelowLeastError as error:
+        _, analysis, drawing = request.decide(model, example, explain=False)
+    except InfeasibleBudgetError as error:
         return Cell(str(error.budget), samples, False, 0, 0.0, error.least_amount, 0.0)
-    plan = _with_peak(drawing.plan(examined.head, examined.head_parameters), drawing)
+    plan = _with_peak(drawing.plan(analysis.head, analysis.head_parameters), drawing)
     assert plan.predicted_peak_bytes is not None
     return Cell(
         budget=str(plan.budget),
@@ -147,14 +147,14 @@ def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cel
     )
 
 
-def _with_peak(plan: Plan, drawing: Drawing) -> Plan:
+def _with_peak(plan: Plan, drawing: Decision) -> Plan:
     if plan.budget is not None and plan.budget.scope is Scope.PEAK:
         return plan
     parts = drawing.predicted_parts(plan.selection)
     return replace(plan, predicted_parts=parts, predicted_peak_bytes=sum(parts.values()))
 
 
-def _point(drawing: Drawing, share: float) -> Point:
+def _point(drawing: Decision, share: float) -> Point:
     counts = {name: round(share * drawing.table[name].channels) for name in drawing.pool}
     least = 1 if share > 0 else 0
     selection = Selection(

@@ -47,7 +47,7 @@ class Plan:
         predicted_peak_bytes: Peak of a training step, weights included; ``None`` where it was not measured.
         least_peak_bytes: The same with one channel a layer.
         recomputed: Modules whose calls the backward pass computes anew instead of keeping what they need.
-        recomputable: How many stretches could be computed anew.
+        recomputable: How many segments could be computed anew.
         recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
         fidelity: How exactly smooth activations that are kept are differentiated.
         predicted_parts: What the predicted peak is made of, in bytes, named as in the ledger.
@@ -315,7 +315,7 @@ def _recomputation(plan: Plan) -> Iterable[tuple[str, str]]:
     chosen = len(plan.recomputed)
     first = ", ".join(dict.fromkeys(name or "the model" for name in plan.recomputed[:4]))
     names = f" ({first}{', …' if chosen > 4 else ''})" if chosen else ""
-    yield "computes anew", f"{format_count(chosen)} of {plan.recomputable} stretches of the forward pass{names}"
+    yield "computes anew", f"{format_count(chosen)} of {plan.recomputable} segments of the forward pass{names}"
     yield "extra time", f"at most {format_percent(plan.recomputed_share)} of a forward pass"
 
 

@@ -9,48 +9,48 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from trady.analysis.segments import Segment, merged
-from trady.simulation.simulator import Stretches
+from trady.simulation.simulator import SegmentsByMode
 from trady.simulation.timeline import Timeline
 
 #: How ``recompute`` may be given to :func:`trady.prepare`.
 MODES = ("auto", "all", "none")
 
-#: How many neighbouring stretches are joined, in turn, when computing all of them anew is not enough.
+#: How many neighbouring segments are joined, in turn, when computing all of them anew is not enough.
 _JOINED = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """Which stretches of the forward pass are computed anew in the backward pass.
+    """Which segments of the forward pass are computed anew in the backward pass.
 
     Attributes:
-        stretches: Those of the training and the evaluation pass.
+        segments: Those of the training and the evaluation pass.
         found: How many there are to choose from, in a training pass.
         joined: Neighbours that were joined into one.
         share_of_work: Multiply-adds that are executed a second time, over those of the forward pass, at most.
     """
 
-    stretches: Stretches = field(default_factory=dict)
+    segments: SegmentsByMode = field(default_factory=dict)
     found: int = 0
     joined: int = 1
     share_of_work: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Modules that the chosen stretches begin in."""
-        return tuple(segment.name for segment in self.stretches.get(True, ()))
+        """Modules that the chosen segments begin in."""
+        return tuple(segment.name for segment in self.segments.get(True, ()))
 
 
 class Planner:
-    """Chooses among the stretches of one model.
+    """Chooses among the segments of one model.
 
     Args:
-        found: All stretches, in training and evaluation mode (:func:`trady.analysis.model_analysis.find_stretches`).
+        found: All segments, in training and evaluation mode (:func:`trady.analysis.model_analysis.find_recomputable`).
         work: Multiply-adds of the forward pass.
 
     """
 
-    def __init__(self, found: Stretches, work: int) -> None:
+    def __init__(self, found: SegmentsByMode, work: int) -> None:
         self._found, self._work = found, work
 
     @property
@@ -65,7 +65,7 @@ class Planner:
 
     @property
     def everything(self) -> Recomputation:
-        """Compute every stretch anew."""
+        """Compute every segment anew."""
         return self._choose(list(self._found.get(True, ())), 1)
 
     def least_time(
@@ -73,7 +73,7 @@ class Planner:
     ) -> tuple[Recomputation, Timeline]:
         """Find the choice with the least extra time whose peak is at most ``most``; else that of the least peak.
 
-        Stretches that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
+        SegmentsByMode that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
         are joined, so that fewer activations are kept.
 
         Args:
@@ -113,7 +113,7 @@ class Planner:
         best: tuple[Recomputation, Timeline],
     ) -> tuple[Recomputation, Timeline]:
         """Join no more neighbours than needed; every join frees about as much as the next."""
-        joined, whole = best[0].joined, len(self._found[True]) - len(best[0].stretches[True])
+        joined, whole = best[0].joined, len(self._found[True]) - len(best[0].segments[True])
         share = (peak_of(before[1]) - most) / max(peak_of(before[1]) - peak_of(best[1]), 1)
         for joins in sorted({math.ceil(share * whole), math.ceil((share + 1) / 2 * whole)}):
             found = self._joined(timeline_of, joined, joins)

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import Examined, examine, find_stretches
+from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable
 from trady.errors import BudgetError, ModelError
 from trady.model.batch import batch_size, part_of, waiting_bytes
-from trady.model.eager import author_module
+from trady.model.eager import unwrap_compiled
 from trady.ops.smooth import FIDELITIES
-from trady.planning.alternatives import remedies
-from trady.planning.budget import BelowLeastError, Budget, Scope, below_least, parse_budget
-from trady.planning.decision import Drawing
+from trady.planning.alternatives import alternatives
+from trady.planning.budget import Budget, InfeasibleBudgetError, Scope, infeasible_budget, parse_budget
+from trady.planning.decision import Decision
 from trady.planning.micro_batch import samples_at_once
 from trady.planning.plan import Plan
 from trady.planning.recomputation import MODES, Planner
@@ -47,7 +47,7 @@ class Request:
 
     def decide(
         self, model: nn.Module, example: Any, *, optimizer: OptimizerMemory | None = None, explain: bool = True
-    ) -> tuple[nn.Module, Examined, Drawing]:
+    ) -> tuple[nn.Module, ModelAnalysis, Decision]:
         """Examine the model and decide; nothing is changed yet.
 
         Args:
@@ -62,50 +62,50 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-        given, model = model, author_module(model)
+        given, model = model, unwrap_compiled(model)
         if self.loss is not None and not isinstance(self.loss, ExampleLoss):
             told = replace(self, loss=ExampleLoss(self.loss, batch_size(example)))
             return told.decide(given, example, optimizer=optimizer, explain=explain)
-        refused: BelowLeastError | None = None
+        refused: InfeasibleBudgetError | None = None
         sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
         for size in sizes:
             try:
-                examined, drawing = self._decide(model, example, size, optimizer)
+                analysis, drawing = self._decide(model, example, size, optimizer)
                 drawing.draw(0, 0)  # a policy that trains everything may find only now that it does not fit
-                return given, examined, drawing
-            except BelowLeastError as error:
+                return given, analysis, drawing
+            except InfeasibleBudgetError as error:
                 refused = error
         assert refused is not None
         if not explain or refused.budget.scope is not Scope.PEAK:
             raise refused
-        less = remedies(
+        less = alternatives(
             model,
             example if sizes[-1] is None else part_of(example, 0, sizes[-1]),
             self.recompute,
             lambda model, batch, recompute: self._least_bytes(model, batch, recompute, optimizer),
             refused.least_amount,
         )
-        raise below_least(refused.budget, refused.least_amount, less) from None
+        raise infeasible_budget(refused.budget, refused.least_amount, less) from None
 
     def _decide(
         self, model: nn.Module, example: Any, size: int | None, optimizer: OptimizerMemory | None
-    ) -> tuple[Examined, Drawing]:
+    ) -> tuple[ModelAnalysis, Decision]:
         rules = self._rules()
         whole = size is None or size >= batch_size(example)
         part = example if size is None or whole else part_of(example, 0, size)
         head = self.head if self.plan is None else self.plan.head
-        examined = examine(model, part, head=head, fuse=self.fuse)
-        if self.plan is not None and structure_digest(self.plan.table) != structure_digest(examined.table):
+        analysis = analyse_model(model, part, head=head, fuse=self.fuse)
+        if self.plan is not None and structure_digest(self.plan.table) != structure_digest(analysis.table):
             raise ModelError(
                 f"the plan is for a {self.plan.model} with other layers than this {type(model).__name__}; "
                 "make a new one with trady.plan"
             )
         recomputes = self.fuse and self.recompute != "none"
-        planner = Planner(*find_stretches(model, part, examined)) if recomputes else Planner({}, 0)
+        planner = Planner(*find_recomputable(model, part, analysis)) if recomputes else Planner({}, 0)
         waiting = 0 if whole else waiting_bytes(example, part)
-        drawing = Drawing(model, part, examined, rules, planner, waiting, optimizer)
+        drawing = Decision(model, part, analysis, rules, planner, waiting, optimizer)
         drawing.micro_batch = None if whole else size
-        return examined, drawing
+        return analysis, drawing
 
     def _rules(self) -> Rules:
         """Read and check what does not depend on the model; an earlier plan goes before."""

@@ -1,4 +1,4 @@
-"""Room for the float channels of quantised layers, whose number grows with the draws."""
+"""Reserve for the float channels of quantised layers, whose number grows with the draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAWS = 10
 
 
 @dataclass(frozen=True)
-class Room:
+class Reserve:
     """What a selection reserves for the float channels of quantised layers.
 
     Attributes:
@@ -37,9 +37,9 @@ class Room:
         return min(self.draws * self.table.float_bytes(selection), self.most_bytes)
 
 
-def room_for(
+def reserve_for(
     table: ChannelTable, pool: Collection[str], policy: Policy, seed: int, *, in_bytes: bool, whole: bool
-) -> Room:
+) -> Reserve:
     """Say how much is reserved.
 
     Args:
@@ -53,7 +53,7 @@ def room_for(
     """
     most = sum(layer.channels * table.float_channel_bytes(layer.name) for layer in table if layer.name in pool)
     several = in_bytes and most > 0 and not whole and not _draws_once(table, pool, policy, seed)
-    return Room(table, DRAWS if several else 1, most)
+    return Reserve(table, DRAWS if several else 1, most)
 
 
 def _draws_once(table: ChannelTable, pool: Collection[str], policy: Policy, seed: int) -> bool:

@@ -146,7 +146,7 @@ class _EightBits:
         return [self._module.weight.data, self._part("CB"), self._part("SCB")]
 
 
-class Outline:
+class MetaFormat:
     """Stands for a quantised weight in a copy of the model without memory; it takes as many bytes.
 
     Args:
@@ -191,7 +191,7 @@ def _bitsandbytes(module: nn.Module, weight: Any) -> Stored | None:
 
 
 def _outline(module: nn.Module, weight: Any) -> Stored | None:
-    found: Outline | None = getattr(weight, "trady_outline", None)
+    found: MetaFormat | None = getattr(weight, "trady_outline", None)
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from trady.ops.selected import SelectedChannels
-from trady.quantized.formats import Outline, Stored, stored_in
+from trady.quantized.formats import MetaFormat, Stored, stored_in
 
 #: Buffers of a quantised module: numbers of its float channels [k], sorted, and their weights [k, out].
 INDEX, VALUES = "float_channels", "float_values"
@@ -192,7 +192,7 @@ def routed(model: nn.Module) -> Iterator[Mapping[int, QuantizedLinear]]:
         leave({key: layer for key, layer in layers.items() if id(layer.module) not in before})
 
 
-def outlines(model: nn.Module) -> dict[int, Any]:
+def meta_formats(model: nn.Module) -> dict[int, Any]:
     """What to put into a copy of the model that takes no memory, by identity: weights, their scales, the routing.
 
     The copy is to be routed anew: its weights are read in another way.
@@ -205,5 +205,5 @@ def outlines(model: nn.Module) -> dict[int, Any]:
             tensors = list(layer.stored.tensors())
             alive += [layer, *tensors]
             found |= {id(t): t.to("meta") for t in tensors}
-            found |= {id(layer): None, id(layer.weight): Outline(layer.stored).parameter()}
+            found |= {id(layer): None, id(layer.weight): MetaFormat(layer.stored).parameter()}
     return found

@@ -16,19 +16,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trady.calls.canonical import reworded
-from trady.calls.decompositions import COMPOSITES, WITHOUT_MEMORY
+from trady.calls.canonical import canonical
+from trady.calls.decompositions import DECOMPOSITIONS, META_KERNELS
 from trady.calls.names import in_place
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.memory.live import LiveBytes
 from trady.model.batch import tensors_among, without_memory
-from trady.ops.context import asking_for_ourselves, standing_for
+from trady.ops.context import internal_query, simulated_device_type
 
 #: Losses whose mean or sum PyTorch's CPU kernels leave in memory as large as their input.
 _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])
 
 
-class StandIns(TorchFunctionMode):
+class FakeRun(TorchFunctionMode):
     """Lets a model without memory run with ids and masks that have values.
 
     What meets a tensor without memory loses its own, for good where it is written to; asked where they are, all say the
@@ -48,34 +48,34 @@ class StandIns(TorchFunctionMode):
         self._cut: tuple[int, int] | None = None
         self._written = WeakIdKeyDictionary()
 
-    def __enter__(self) -> StandIns:
-        self._before.append(standing_for.set("cpu" if self._device.type == "meta" else self._device.type))
+    def __enter__(self) -> FakeRun:
+        self._before.append(simulated_device_type.set("cpu" if self._device.type == "meta" else self._device.type))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        standing_for.reset(self._before.pop())
+        simulated_device_type.reset(self._before.pop())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if is_metadata(func):
-            answer = None if asking_for_ourselves.get() else answer_about_device(func, self._device)
+            answer = None if internal_query.get() else answer_about_device(func, self._device)
             return func(*args, **kwargs) if answer is None else answer
-        if func in COMPOSITES:
+        if func in DECOMPOSITIONS:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
-        func, args, kwargs = reworded(func, args, kwargs)
+                return DECOMPOSITIONS[func](*args, **kwargs)
+        func, args, kwargs = canonical(func, args, kwargs)
         args, kwargs = self.prepare(func, args, kwargs)
         bare = any(t.is_meta for t in tensors_among((*args, *kwargs.values())))
         if func is F.scaled_dot_product_attention and bare:
             return _attention(self._device, *args, **kwargs)
-        if func in WITHOUT_MEMORY and bare:
-            func = WITHOUT_MEMORY[func]
+        if func in META_KERNELS and bare:
+            func = META_KERNELS[func]
         out = func(*args, **kwargs)
-        if func in _AS_LARGE_AS_THEIR_INPUT and standing_for.get() == "cpu" and bare and not out.dim():
+        if func in _AS_LARGE_AS_THEIR_INPUT and simulated_device_type.get() == "cpu" and bare and not out.dim():
             out.trady_keeps = torch.empty_like(args[0] if args else kwargs["input"])
         return out
 

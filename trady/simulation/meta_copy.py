@@ -8,12 +8,12 @@ from torch import nn
 
 from trady.model.batch import without_memory
 from trady.model.eager import uncompiled_copy
-from trady.quantized.linear import outlines, route
+from trady.quantized.linear import meta_formats, route
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model without its memory, uncompiled: same modules and shapes, every tensor on the meta device."""
-    memo: dict[int, Any] = outlines(model)
+    memo: dict[int, Any] = meta_formats(model)
     for parameter in model.parameters():
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(without_memory(parameter), requires_grad=parameter.requires_grad)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from trady.analysis.model_analysis import examine
+from trady.analysis.model_analysis import analyse_model
 from trady.analysis.segments import Segment
 from trady.channels.selection import Selection
 from trady.errors import ModelError
@@ -21,14 +21,14 @@ from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
 from trady.model.eager import uncompiled
 from trady.model.mode import kept_mode
-from trady.ops.context import asking_for_ourselves
-from trady.simulation.fake_run import StandIns
-from trady.simulation.meta_copy import meta_twin
+from trady.ops.context import internal_query
+from trady.simulation.fake_run import FakeRun
+from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import Interval, Timeline
 
 #: What is computed anew, in training (True) and in evaluation mode (False).
-Stretches = Mapping[bool, Sequence[Segment]]
+SegmentsByMode = Mapping[bool, Sequence[Segment]]
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Simulator:
     ) -> None:
         self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
-        self._twin, self._batch = meta_twin(model), meta_batch(example)
+        self._twin, self._batch = meta_copy(model), meta_batch(example)
         own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
         self._whole_over_part = 1 + waiting_bytes / max(own, 1)
         self._device = real_device(model, example) or torch.device("meta")
-        with StandIns(self._device):
-            self._examined = examine(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
+        with FakeRun(self._device):
+            self._examined = analyse_model(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
 
     def inference_bytes(self) -> tuple[int, int]:
         """Simulate one inference pass of the untouched model.
@@ -113,7 +113,7 @@ class Simulator:
         with uncompiled(self._twin), kept_mode(self._twin, False):
             live.register(resident)
             before = live.current
-            with StandIns(self._device, live), torch.no_grad(), live:
+            with FakeRun(self._device, live), torch.no_grad(), live:
                 self._twin(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -121,7 +121,7 @@ class Simulator:
         self,
         *,
         layers: Sequence[str] = (),
-        stretches: Stretches | None = None,
+        segments: SegmentsByMode | None = None,
         selection: Selection | None = None,
         parts: bool = False,
         optimizer: OptimizerMemory | None = None,
@@ -130,7 +130,7 @@ class Simulator:
 
         Args:
             layers: Layers that will be drawn from.
-            stretches: What is recomputed in the backward pass (:func:`trady.analysis.model_analysis.find_stretches`).
+            segments: What is recomputed in the backward pass (:func:`trady.analysis.model_analysis.find_recomputable`).
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
             optimizer: What the optimizer takes; what it keeps is not among the parts.
@@ -138,7 +138,7 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-        armed = Armed(self._twin, self._examined, stretches or {}, self._fidelity)
+        armed = Armed(self._twin, self._examined, segments or {}, self._fidelity)
         try:
             return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
         finally:
@@ -172,7 +172,7 @@ class Simulator:
             cut("backward", layer)
 
         armed.interceptor.on_layer = ran
-        stand_ins = StandIns(self._device, live)
+        stand_ins = FakeRun(self._device, live)
         armed.interceptor.prepare_call = stand_ins.prepare
         armed.on_gradient.append(arrived)
         with live:
@@ -192,7 +192,7 @@ class Simulator:
         frees = optimizer.in_backward is not None
         return Timeline(tuple(intervals), self._examined.table, tuple(map(_form, head)), made_of, frees)
 
-    def _forward_and_backward(self, stand_ins: StandIns, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+    def _forward_and_backward(self, stand_ins: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
         args, kwargs = as_arguments(self._batch)
         with stand_ins:
@@ -205,7 +205,7 @@ class Simulator:
                 _backward(loss)
         return kept
 
-    def _loss_of(self, output: Any, stand_ins: StandIns, labels: list[Tensor]) -> Tensor | None:
+    def _loss_of(self, output: Any, stand_ins: FakeRun, labels: list[Tensor]) -> Tensor | None:
         if self._loss is not None:
             with stand_ins, stand_ins.cut(self._loss.samples, batch_size(self._batch)):
                 return self._loss.of(output)
@@ -223,12 +223,12 @@ def _backward(loss: Tensor) -> None:
 
     ``loss.backward()`` is itself handled by the modes, which are off meanwhile.
     """
-    token = asking_for_ourselves.set(True)
+    token = internal_query.set(True)
     try:
         run = torch.autograd.graph._engine_run_backward
         run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     finally:
-        asking_for_ourselves.reset(token)
+        internal_query.reset(token)
 
 
 def _parts(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from trady.study.heavy_tails import HeavyTails, heavy_tails
 from trady.study.importance import TaskTest, importance
-from trady.study.kept import Kept, kept
 from trady.study.online import Online, budgets_of, online
 from trady.study.records import Records
+from trady.study.retained_gradient import Kept, kept
 from trady.study.settings import FORMAT, VERSION, StudySettings
 from trady.study.stability import Stability, stability
 
@@ -47,7 +47,7 @@ class Statistics:
         heavy_tails: Observation 1 (:mod:`trady.study.heavy_tails`).
         stability: Observation 2 (:mod:`trady.study.stability`).
         importance: Observation 3 (:mod:`trady.study.importance`).
-        kept: RGN against the raw norm (:mod:`trady.study.kept`).
+        kept: RGN against the raw norm (:mod:`trady.study.retained_gradient`).
         online: Online ranking against offline (:mod:`trady.study.online`).
     """
 

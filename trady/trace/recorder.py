@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.calls.canonical import reworded, shown_parameter, transposed, transposes_weight
-from trady.calls.decompositions import COMPOSITES, WITHOUT_MEMORY
+from trady.calls.canonical import canonical, shown_parameter, transposed, transposes_weight
+from trady.calls.decompositions import DECOMPOSITIONS, META_KERNELS
 from trady.calls.kinds import Call, NormCall, RecurrentCall
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
@@ -155,12 +155,12 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             torch.compiler.disable(_refuse_compiled)()
-        if func in COMPOSITES:
+        if func in DECOMPOSITIONS:
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                return DECOMPOSITIONS[func](*args, **kwargs)
         if transposes_weight(func, args):
             return transposed(func, args, kwargs)
-        func, args, kwargs = reworded(func, args, kwargs)
+        func, args, kwargs = canonical(func, args, kwargs)
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_metadata(func):
@@ -214,7 +214,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(call, NormCall):
             x = self.to_meta(call.x)
             return torch.empty_like(x)
-        return WITHOUT_MEMORY.get(func, func)(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
+        return META_KERNELS.get(func, func)(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
 
     def _scope(self) -> str | None:
         section, scope = current_section(), None

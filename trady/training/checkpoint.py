@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trady.errors import CheckpointError
-from trady.model.eager import author_name
+from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records.files import flush, separate
 from trady.training.state import State
@@ -141,7 +141,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{author_name(name)} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(f"{uncompiled_name(name)} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for inner in inner_tensors(tensor) if name not in without else ():
             if inner.numel():
                 bits: Any = inner.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

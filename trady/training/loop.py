@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
-from trady.model.eager import author_name
+from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
 from trady.training.batch import Loss
 from trady.training.checkpoint import (
@@ -251,7 +251,7 @@ class Loop:
         if (folder := self._writable()) is not None:
             folder.write_plan(plan)
             quantized = any(is_quantized(parameter) for parameter in model.parameters())
-            weights = {author_name(name): t for name, t in model.state_dict().items()}
+            weights = {uncompiled_name(name): t for name, t in model.state_dict().items()}
             folder.write_model(None if quantized else weights, delta)
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result

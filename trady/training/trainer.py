@@ -20,7 +20,7 @@ from trady.tuner.tuner import Tuner
 
 
 @dataclass(frozen=True)
-class Draw:
+class Trained:
     """What trains now.
 
     Attributes:
@@ -72,7 +72,7 @@ class Trainer(Protocol):
     def set_mode(self, *, training: bool) -> None:
         """Put the model in training or evaluation mode."""
 
-    def draw(self) -> Draw:
+    def draw(self) -> Trained:
         """Return what trains now."""
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
@@ -140,10 +140,10 @@ class TunerTrainer:
         """Set the mode; an armed model keeps its normalisation statistics fixed in both."""
         self.model.train(training)
 
-    def draw(self) -> Draw:
+    def draw(self) -> Trained:
         """Return the selection in numbers."""
         selection = self.tuner.selection
-        return Draw(selection.count, selection.digest, sum(p.numel() for p in self.parameters()))
+        return Trained(selection.count, selection.digest, sum(p.numel() for p in self.parameters()))
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Measure a step with the tuner's own labels."""
@@ -230,9 +230,9 @@ class FullTrainer:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 module.eval()
 
-    def draw(self) -> Draw:
+    def draw(self) -> Trained:
         """Return the number of parameters."""
-        return Draw(0, "", sum(p.numel() for p in self.parameters()))
+        return Trained(0, "", sum(p.numel() for p in self.parameters()))
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Measure a step."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import CheckpointError
-from trady.model.eager import author_name
+from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
 from trady.quantized.linear import QuantizedLinear, layer_at
@@ -48,7 +48,7 @@ def changed_tensors(
         index, outputs = torch.tensor(_changed(model, layer, touched[layer.name])), None
         if not len(index):
             continue
-        weight, name = _weight(model, layer.parameter), author_name(layer.parameter)
+        weight, name = _weight(model, layer.parameter), uncompiled_name(layer.parameter)
         if layer.name in touched.outputs:
             tensors[name + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
         groups = _INPUT_MAJOR if layer.kind == "addmm" else layer.groups
@@ -57,7 +57,7 @@ def changed_tensors(
         tensors[name + _VALUES] = values.contiguous().clone()
         tensors[name + _GROUPS] = torch.tensor([groups], dtype=torch.int64)
     for name, parameter in head.items():
-        tensors[author_name(name) + _WHOLE] = parameter.detach().clone().contiguous()
+        tensors[uncompiled_name(name) + _WHOLE] = parameter.detach().clone().contiguous()
     return tensors
 
 
@@ -83,7 +83,7 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
 
 def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Selection:
     """Write changed tensors into a model, all or nothing; return the channels under the names of the weights."""
-    parameters = {author_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = {uncompiled_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     touched: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     writes: list[Callable[[], object]] = []

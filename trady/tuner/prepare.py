@@ -50,7 +50,7 @@ def prepare(
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
             model whose forward takes another path from call to call.
-        recompute: What the backward pass computes anew instead of keeping it, where a stretch of the model
+        recompute: What the backward pass computes anew instead of keeping it, where a segment of the model
             would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
             budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
             fastest step.
@@ -98,5 +98,5 @@ def plan(
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
-    _, examined, drawing = request.decide(model, example)
-    return drawing.plan(examined.head, examined.head_parameters)
+    _, analysis, drawing = request.decide(model, example)
+    return drawing.plan(analysis.head, analysis.head_parameters)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import examine
+from trady.analysis.model_analysis import analyse_model
 from trady.channels.cost import cost_of
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
@@ -17,8 +17,8 @@ from trady.errors import ModelError
 from trady.evidence.sweeps import Sweeper, squared_norm
 from trady.interception.armed import Armed
 from trady.model.batch import split
-from trady.model.eager import author_module
-from trady.planning.budget import Budget, Scope, below_least, parse_budget
+from trady.model.eager import unwrap_compiled
+from trady.planning.budget import Budget, Scope, infeasible_budget, parse_budget
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.ranking.scores import Metric, channel_scores, layer_score
 from trady.simulation.simulator import Simulator
@@ -63,18 +63,18 @@ def rank(
     if not data:
         raise ModelError("there is no batch to rank on; pass at least one (inputs, targets) pair")
     inputs = split(data[0])[0]
-    given, model = model, author_module(model)
-    examined = examine(model, inputs, head=head)
-    table = examined.table
-    selections = tuple(cut(table, _fits(model, inputs, table, examined.head, budget)))
+    given, model = model, unwrap_compiled(model)
+    analysis = analyse_model(model, inputs, head=head)
+    table = analysis.table
+    selections = tuple(cut(table, _fits(model, inputs, table, analysis.head, budget)))
     _check_complete(table, selections)
     steps = len(selections) * len(data)
-    armed = Armed(given, examined)
+    armed = Armed(given, analysis)
     try:
         squared = (
             Sweeper(
                 armed,
-                tuple(examined.head_parameters.values()),
+                tuple(analysis.head_parameters.values()),
                 selections,
                 loss,
                 seed=seed,
@@ -124,7 +124,7 @@ def _fits(
             return cost.update_bytes if update else cost.elements
 
     if asked.amount < least:
-        raise below_least(asked, least)
+        raise infeasible_budget(asked, least)
     return lambda selection: amount(selection) <= asked.amount
 
 

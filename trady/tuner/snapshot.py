@@ -32,7 +32,7 @@ class _Slices:
     values: Tensor
 
 
-class EarlierWeights:
+class WeightSnapshot:
     """Follows what trains from one measurement to the next.
 
     Its memory is a copy of the channels that train and of the head; another one for every further draw between two

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import Examined
+from trady.analysis.model_analysis import ModelAnalysis
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
 from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
-from trady.evidence.measures import Bench, gather_evidence, needs_batches
+from trady.evidence.measures import MeasureContext, gather_evidence, needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
 from trady.memory import Ledger, measure
-from trady.model.eager import UNCOMPILED, author_module, author_name, is_compiled
+from trady.model.eager import UNCOMPILED, is_compiled, uncompiled_name, unwrap_compiled
 from trady.model.prepared import refuse_prepared
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward, update_forms
-from trady.planning.decision import STEPS_A_DRAW, Drawing
+from trady.planning.decision import STEPS_A_DRAW, Decision
 from trady.planning.plan import Plan
 from trady.policies import Evidence
 from trady.quantized.dequantize import dequantize as in_floating_point
@@ -38,7 +38,7 @@ from trady.tuner.delta import changed_tensors, load_changed_tensors
 from trady.tuner.gradients import on_host
 from trady.tuner.observed import EARLIER, PREFIX, Observed, check_layers
 from trady.tuner.optimizer_state import remap_state
-from trady.tuner.snapshot import EarlierWeights
+from trady.tuner.snapshot import WeightSnapshot
 
 _NO_HEAD = (
     "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
@@ -49,18 +49,18 @@ _NO_HEAD = (
 class Tuner:
     """An armed model. Made by :func:`prepare`; ends with :meth:`finish`."""
 
-    def __init__(self, model: nn.Module, examined: Examined, drawing: Drawing, *, example: Any) -> None:
-        if drawing.policy.name == "head" and not examined.head:
+    def __init__(self, model: nn.Module, analysis: ModelAnalysis, drawing: Decision, *, example: Any) -> None:
+        if drawing.policy.name == "head" and not analysis.head:
             raise ModelError(_NO_HEAD)
-        self._examined, self._drawing = examined, drawing
+        self._examined, self._drawing = analysis, drawing
         selection = drawing.draw(0, 0)
         bounded = drawing.budget is not None and drawing.budget.scope.in_bytes
         refuse_prepared(model)
         if is_compiled(model):
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
         # In front of the hooks of the interception.
-        self._batch_check = BatchCheck(author_module(model), example) if bounded else None
-        self._armed = Armed(model, examined, drawing.recomputation.stretches, drawing.fidelity)
+        self._batch_check = BatchCheck(unwrap_compiled(model), example) if bounded else None
+        self._armed = Armed(model, analysis, drawing.recomputation.segments, drawing.fidelity)
         self._epoch, self._redraw, self._steps = 0, 0, 0
         self._finished, self._full = False, False
         self._touched = Selection()
@@ -68,7 +68,7 @@ class Tuner:
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._selection = Selection()
         self._observed = Observed(drawing.policy.name, drawing.needs)
-        self._earlier = EarlierWeights(self._armed, examined.head_parameters) if drawing.looks_back else None
+        self._earlier = WeightSnapshot(self._armed, analysis.head_parameters) if drawing.needs_snapshot else None
         self._armed.on_gradient.append(self._gradient_arrived)
         if drawing.needs:
             if not needs_batches(drawing.needs) and not any(p.is_meta for p in model.parameters()):
@@ -153,11 +153,11 @@ class Tuner:
         forms = update_forms((*self._attached(), optimizer), compact)
         drawing.optimizer = before | replace(optimizer_memory(optimizer), in_backward=forms)
         try:
-            drawing.check_budget()
+            drawing.fit_to_budget()
         except BudgetError:
             drawing.optimizer = before
             raise
-        self._armed.interceptor.recompute(self._drawing.recomputation.stretches)
+        self._armed.interceptor.recompute(self._drawing.recomputation.segments)
         self._optimizers.append(weakref.ref(optimizer))
         if isinstance(optimizer, UpdatesInBackward):
             optimizer.take(armed.compact for armed in self._armed.layers.values())
@@ -207,7 +207,7 @@ class Tuner:
             return observed.evidence
         first = observed.evidence is None
         earlier = self._earlier
-        bench = Bench(
+        bench = MeasureContext(
             self._armed,
             lambda numbers: self._sweeper(loss, progress, numbers),
             batches,
@@ -512,7 +512,7 @@ class Tuner:
         if evidence is not None:
             self._observed.evidence, self._observed.epoch = evidence, observed_epoch
             drawing.evidence = evidence
-        self._touched = touched.renamed({author_name(layer.parameter): layer.name for layer in drawing.table})
+        self._touched = touched.renamed({uncompiled_name(layer.parameter): layer.name for layer in drawing.table})
         self._apply(selection)
         if self._earlier is not None and evidence is not None:
             kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trady.ops.context import standing_for
+from trady.ops.context import simulated_device_type
 
 SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")
@@ -87,7 +87,7 @@ def on_this_processor(*tensors: Tensor) -> bool:
 def on_a_processor(*tensors: Tensor) -> bool:
     """Whether the tensors have such memory, or stand for some that do: what is predicted is what is allocated."""
     metas = [t.is_meta for t in tensors]
-    return standing_for.get() == "cpu" if all(metas) else on_this_processor(*tensors)
+    return simulated_device_type.get() == "cpu" if all(metas) else on_this_processor(*tensors)
 
 
 @functools.lru_cache(maxsize=4096)

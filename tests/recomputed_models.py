@@ -177,8 +177,8 @@ def _images(size: int) -> dict[str, Tensor]:
 _IDS = {"input_ids": tokens(4, 7)}
 _PAIR = {"input_ids": tokens(4, 7), "decoder_input_ids": tokens(4, 5, seed=1)}
 
-#: Every model with a batch: name -> (build, batch, the least number of stretches that there must be).
-STRETCHED: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
+#: Every model with a batch: name -> (build, batch, the least number of segments that there must be).
+RECOMPUTED: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "BERT": (bert, _IDS, 4),
     "BERT, eager attention": (lambda: bert(attn_implementation="eager"), _IDS, 4),
     "RoBERTa": (_roberta, _IDS, 4),
@@ -200,9 +200,9 @@ STRETCHED: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 }
 
 
-def stretched(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
+def recomputed_model(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
     """The model of that name and its batch."""
-    build, batch, _ = STRETCHED[name]
+    build, batch, _ = RECOMPUTED[name]
     return seeded(build).to(dtype), cast(batch, dtype)
 
 
