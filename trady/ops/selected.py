@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trady.channels.selection import Channels
+#: Indices of channels, sorted.
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class SelectedChannels:
 
 
 def select_channels(
-    channels: Channels,
+    channels: Indices,
     groups: int,
     channels_a_group: int,
     device: torch.device,
-    outputs: Channels | None = None,
+    outputs: Indices | None = None,
 ) -> SelectedChannels:
     """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
     group, channel = np.divmod(channels, channels_a_group)
@@ -88,7 +90,7 @@ def select_channels(
     return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks), chosen)
 
 
-def numbers_on(device: torch.device, values: Channels) -> Tensor:
+def numbers_on(device: torch.device, values: Indices) -> Tensor:
     """Copy numbers to a device without waiting for what it is doing."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
