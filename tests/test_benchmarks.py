@@ -47,7 +47,7 @@ from benchmarks.tasks import CrossEntropy, MissingPackageError, Task, needs
 from benchmarks.workloads import MIB, TRANSFORMER, WORKLOADS, Bars, Workload, laid_out
 from tests.models import relative_error
 from tests.small_task import pixels, small_net
-from trady.model.batch import tensors_of
+from trady.model.batch import Batch
 from trady.policies import get_policy
 
 
@@ -708,7 +708,7 @@ def test_clock_of_a_gpu_waits_for_it_before_it_is_read(monkeypatch: pytest.Monke
 def test_model_batch_and_labels_are_on_the_device(name: str, channels_last: bool) -> None:
     meta = torch.device("meta")
     task = laid_out(small(name), channels_last=channels_last, device=meta).make(Path())
-    assert {tensor.device for tensor in (*task.model.state_dict().values(), *tensors_of(task.batch))} == {meta}
+    assert {tensor.device for tensor in (*task.model.state_dict().values(), *Batch.of(task.batch).tensors)} == {meta}
     if name == "gpt2-small-like":  # it looks at its ids
         assert task.batch["labels"] is task.batch["input_ids"], "as on the CPU, they are counted once"
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
 from tests.recomputed_models import VisionTransformer, bert, loss_of, tokens
+from trady.analysis.model_analysis import analyse_model
 from trady.channels.cost import cost_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
@@ -304,7 +305,7 @@ def test_the_peak_of_a_drawn_selection_is_below_what_the_budget_is_held_against(
     build, batch = PLANNED["ViT"]
     model = seeded(build)
     plan = trady.plan(model, batch, budget=EVERYTHING, policy=Neurons())
-    simulator = Simulator(model, batch, head=plan.head)
+    simulator = Simulator(model, batch, analyse_model(model, batch))
     bound = simulator.timeline(layers=plan.table.names).predicted_peak
     for share in (0.05, 0.3, 0.8):
         draw = Draw(plan.table, plan.table.names, dict.fromkeys(plan.table.names, 1), None, 0, 0)

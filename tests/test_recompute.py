@@ -37,7 +37,7 @@ from trady.analysis.sample_axes import samples_of
 from trady.analysis.segments import merged
 from trady.errors import ModelError
 from trady.interception.program import Program
-from trady.model.batch import twice
+from trady.model.batch import Batch
 from trady.ops import recompute
 from trady.ops.sample_axis import SampleAxis
 from trady.trace.recorder import trace_forward
@@ -535,7 +535,7 @@ def test_hidden_states(name: str, known: bool) -> None:
 
 def join(tuner: trady.Tuner, example: Any, count: int) -> None:
     """Join neighbouring segments as a small budget would."""
-    found, _ = find_recomputable(tuner.model, example, tuner._examined)
+    found, _ = find_recomputable(tuner.model, example, tuner._decision.analysis)
     tuner._armed.interceptor.recompute({mode: merged(segments, count) for mode, segments in found.items()})
 
 
@@ -1158,7 +1158,7 @@ def test_what_is_said_to_be_by_sample_can_be_computed_in_parts(
     model = Steps(steps)
     trace = trace_forward(model, x)
     try:
-        doubled = trace_forward(model, twice(x))
+        doubled = trace_forward(model, Batch.of(x).doubled)
     except ModelError:
         return
     samples = samples_of(trace, doubled)
@@ -1185,7 +1185,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
                 try:
                     whole = model(x)
                     parted = [model(x[:1]), model(x[1:])]
-                    samples = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
+                    samples = samples_of(trace_forward(model, x), trace_forward(model, Batch.of(x).doubled))
                 except (RuntimeError, IndexError, ValueError, ZeroDivisionError, ModelError):
                     continue
                 last = samples[-1] if samples and all(found is not None for found in samples) else None
@@ -1197,7 +1197,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
 def test_where_samples_lie() -> None:
     def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[SampleAxis | None]:
         model, x = Steps([step]), normal(*shape)
-        found = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
+        found = samples_of(trace_forward(model, x), trace_forward(model, Batch.of(x).doubled))
         return [entry.made[0] if entry is not None else None for entry in found]
 
     assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [SampleAxis(0, 3)]
@@ -1219,7 +1219,7 @@ def test_what_is_kept_is_what_enters_the_segments_and_what_lies_outside(name: st
         tuner = armed(model, batch, recompute=mode)
         ledgers[mode] = tuner.ledger(lambda: loss_of(batch)(model).backward())
         if mode == "all":
-            segments = tuner._drawing.recomputation.segments[True]
+            segments = tuner._moment.recomputation.segments[True]
             entries = sum(segment.entry_bytes for segment in segments)
         tuner.finish()
     anchors = ledgers["all"].saved_bytes_of("anchors")

@@ -34,6 +34,7 @@ from tests.models import (
     snapshot,
 )
 from trady.errors import BudgetError, CheckpointError, ModelError, PolicyError, RankingError, StateError
+from trady.model.batch import Batch
 from trady.ranking.scores import layer_score
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -782,11 +783,11 @@ def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
         model, x = seeded(build), normal(8, 3, 17, 17)
         model.train()
         analysis = analyse_model(model, x)
-        hollow = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
+        hollow = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulate, "meta_copy", copy.deepcopy)
-            patch.setattr(simulate, "meta_batch", lambda batch: batch)
-            real = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
+            patch.setattr(Batch, "meta", property(lambda batch: batch))
+            real = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         assert hollow.intervals == real.intervals
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trady.channels.selection import Channels, Selection
 from trady.interception.armed import Armed
-from trady.model.batch import Loss, loss_of, parts_of
+from trady.model.batch import Batch, Loss, loss_of
 from trady.policies.evidence import Floats
 
 #: From the gradient of the selected slices ``W[:, c]`` [n, weight elements of a channel] to [n].
@@ -103,8 +103,8 @@ class Sweeper:
     def _backward(self, batch: Any, seed: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for part, share in parts_of(batch, self.micro_batch):
-                value = loss_of(self.armed.model, part, self.loss)
+            for chunk, share in Batch.of(batch).chunks(self.micro_batch):
+                value = loss_of(self.armed.model, chunk.inputs, self.loss)
                 with torch.autocast(device.type, enabled=False):
                     (value if share == 1.0 else value * share).backward()
 

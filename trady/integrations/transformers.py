@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
+from trady.model.batch import Batch
 from trady.planning.budget import Budget
 from trady.planning.plan import Plan
 from trady.planning.request import Request
@@ -29,7 +30,6 @@ from trady.training.randomness import own_randomness
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
-from trady.tuner.batch_check import elements_of
 from trady.tuner.tuner import Tuner
 
 try:
@@ -227,11 +227,11 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         )
         example = options.example
         if example is None:
-            example = max(self._batches(EXAMPLES), key=elements_of, default=None)
+            example = max(self._batches(EXAMPLES), key=lambda batch: Batch.of(batch).elements, default=None)
         if example is None:
             raise TrainingError("the training data gave no batch")
         self.model.train()
-        self.tuner = Tuner(*request.decide(self.model, example, optimizer=memory), example=example)
+        self.tuner = Tuner(request.decide(self.model, example, optimizer=memory))
         self.plan, self._delta = self.tuner.plan, None
         # The Trainer clips and logs the norm of the model's own parameters, in all its versions through this call.
         original, parameters = self.accelerator.clip_grad_norm_, list(self.tuner.parameters())

@@ -21,11 +21,8 @@ from trady.calls.questions import answer_about_device, is_metadata
 from trady.calls.recognize import recognize
 from trady.errors import ModelError
 from trady.model.batch import (
-    as_arguments,
-    batch_size,
-    describe,
+    Batch,
     numbers_among,
-    real_device,
     tensors_among,
     without_memory,
 )
@@ -62,8 +59,9 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
 
 
 def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
-    args, kwargs = as_arguments(example)
-    recorder = _Recorder(model, real_device(model, example))
+    batch = Batch.of(example)
+    args, kwargs = batch.arguments
+    recorder = _Recorder(model, batch.device_in(model))
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
@@ -83,7 +81,7 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             raise
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
+                f"{type(model).__name__} cannot be traced on the example batch ({batch.shapes}): "
                 f"{type(error).__name__}: {error}. The example must be one batch as training will see it, and "
                 "the forward pass must not branch on the values of tensors."
             ) from error
@@ -92,7 +90,7 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
     if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
         for module, before in attributes:
             vars(module).update(before)
-    recorder.trace.batch = batch_size(example)
+    recorder.trace.batch = batch.samples
     outputs = list(tree_iter(output))
     recorder.trace.values = [_settle(value) for value in recorder.trace.values]
     del outputs

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget, parse_budget
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
@@ -229,7 +229,7 @@ def _trainer(
     example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
-    return TunerTrainer(Tuner(*request.decide(model, example, optimizer=memory), example=example))
+    return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 
 
 def _check_statistics(model: nn.Module) -> None:
@@ -247,4 +247,4 @@ def _display(progress: bool | Display, accelerator: Accelerator, title: str, bud
         return progress
     if not progress or not accelerator.is_main_process:
         return Silent()
-    return Lines(title, budget.amount if budget is not None and budget.scope is Scope.PEAK else None)
+    return Lines(title, None if budget is None else budget.peak_bytes)

@@ -81,7 +81,6 @@ def plan(
 
 
 def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str | None, as_json: bool) -> None:
-    from trady.planning.budget import Scope
     from trady.planning.forecast import SHARES, forecast
     from trady.planning.forecast_tables import curve_view
     from trady.planning.plan import ROWS, view
@@ -95,7 +94,7 @@ def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str
     options.print_rich(view(found.plan, least_budget_bytes=found.least_budget_bytes, rows=None if layers else ROWS))
     if found.curve:
         limit = found.plan.budget
-        amount = limit.amount if limit is not None and limit.scope is Scope.PEAK else None
+        amount = None if limit is None else limit.peak_bytes
         options.print_rich(curve_view(found.curve, amount))
 
 
