@@ -33,7 +33,7 @@ from benchmarks.picture import apart
 from benchmarks.tasks import CrossEntropy
 from benchmarks.workloads import WORKLOADS, laid_out
 from tests.small_workloads import TOY, small, toy_task
-from trady.model.batch import tensors_of
+from trady.model.batch import Batch
 
 
 def test_steps_take_turns_and_warm_up_rounds_do_not_count() -> None:

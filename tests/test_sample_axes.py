@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.models import normal
 from trady.analysis.sample_axes import samples_of
 from trady.errors import ModelError
-from trady.model.batch import twice
+from trady.model.batch import Batch
 from trady.ops.sample_axis import SampleAxis
 from trady.trace.recorder import trace_forward
 
@@ -138,7 +138,7 @@ def test_what_is_said_to_be_by_sample_can_be_computed_in_parts(
     model = Steps(steps)
     trace = trace_forward(model, x)
     try:
-        doubled = trace_forward(model, twice(x))
+        doubled = trace_forward(model, Batch.of(x).doubled)
     except ModelError:
         return
     samples = samples_of(trace, doubled)
@@ -165,7 +165,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
                 try:
                     whole = model(x)
                     parted = [model(x[:1]), model(x[1:])]
-                    samples = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
+                    samples = samples_of(trace_forward(model, x), trace_forward(model, Batch.of(x).doubled))
                 except (RuntimeError, IndexError, ValueError, ZeroDivisionError, ModelError):
                     continue
                 last = samples[-1] if samples and all(found is not None for found in samples) else None
@@ -177,7 +177,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
 def test_where_samples_lie() -> None:
     def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[SampleAxis | None]:
         model, x = Steps([step]), normal(*shape)
-        found = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
+        found = samples_of(trace_forward(model, x), trace_forward(model, Batch.of(x).doubled))
         return [entry.made[0] if entry is not None else None for entry in found]
 
     assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [SampleAxis(0, 3)]

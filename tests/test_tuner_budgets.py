@@ -15,6 +15,7 @@ import trady
 from tests.models import IMAGE_NETWORKS, Grouped, Residual, normal, seeded
 from tests.tuned import OPTIMIZERS, data, prepared
 from trady.errors import BudgetError, ModelError
+from trady.model.batch import Batch
 
 NETWORKS = ["residual", "pre-activation", "grouped", "padded", "shared layer", "dense", "perceptron", "conv1d"]
 
@@ -157,9 +158,9 @@ def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
         model, x = seeded(build), normal(8, 3, 17, 17)
         model.train()
         analysis = analyse_model(model, x)
-        hollow = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
+        hollow = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulate, "meta_copy", copy.deepcopy)
-            patch.setattr(simulate, "meta_batch", lambda batch: batch)
-            real = simulate.Simulator(model, x, head=analysis.head).timeline(layers=analysis.table.names)
+            patch.setattr(Batch, "meta", property(lambda batch: batch))
+            real = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         assert hollow.intervals == real.intervals
