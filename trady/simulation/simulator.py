@@ -20,7 +20,7 @@ from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
 from trady.model.eager import uncompiled
-from trady.model.mode import kept_mode
+from trady.model.untouched import switch_mode, untouched
 from trady.ops.context import internal_query
 from trady.simulation.fake_run import FakeRun
 from trady.simulation.meta_copy import meta_copy
@@ -93,7 +93,8 @@ class Simulator:
     ) -> None:
         self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
-        self._twin, self._batch = meta_copy(model), meta_batch(example)
+        # A copy shares what functions close over, which may be the model.
+        self._model, self._twin, self._batch = model, meta_copy(model), meta_batch(example)
         own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
         self._whole_over_part = 1 + waiting_bytes / max(own, 1)
         self._device = real_device(model, example) or torch.device("meta")
@@ -110,7 +111,8 @@ class Simulator:
         live = LiveBytes()
         resident = [*self._twin.parameters(), *self._twin.buffers(), *tensors_of(self._batch)]
         args, kwargs = as_arguments(self._batch)
-        with uncompiled(self._twin), kept_mode(self._twin, False):
+        with untouched(self._model, self._twin), uncompiled(self._twin):
+            switch_mode(self._twin, False)
             live.register(resident)
             before = live.current
             with FakeRun(self._device, live), torch.no_grad(), live:
@@ -138,13 +140,12 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-        armed = Armed(self._twin, self._examined, segments or {}, self._fidelity)
-        try:
-            return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
-        finally:
-            armed.disarm()
-            for parameter in self._twin.parameters():
-                parameter.grad = None
+        with untouched(self._model, self._twin):
+            armed = Armed(self._twin, self._examined, segments or {}, self._fidelity)
+            try:
+                return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
+            finally:
+                armed.disarm()
 
     def _follow(self, armed: Armed, selection: Selection, parts: bool, optimizer: OptimizerMemory) -> Timeline:
         armed.select(selection)

@@ -30,14 +30,15 @@ from trady.model.batch import (
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
-from trady.model.mode import Section, current_section, kept_mode, tracing
+from trady.model.mode import Section, current_section, tracing
+from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.trace import Trace, TracedCall, Value
 
 
 def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
-    """Run ``model`` on shapes alone.
+    """Run ``model`` on shapes alone; it is untouched afterwards (:func:`trady.model.untouched.untouched`).
 
     Args:
         model: Any module; its weights may lie on any device, also on meta.
@@ -64,10 +65,11 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
 def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
     args, kwargs = as_arguments(example)
     recorder = _Recorder(model, real_device(model, example))
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
     with ExitStack() as stack:
+        stack.enter_context(untouched(model, example))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(kept_mode(model, training))
+        if training is not None:
+            switch_mode(model, training)
         stack.enter_context(routed(model))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
@@ -89,13 +91,11 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             ) from error
         finally:
             tracing.reset(token)
-    if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
-        for module, before in attributes:
-            vars(module).update(before)
+        # What the output and the model's attributes hold shows before the attributes are put back.
+        outputs = list(tree_iter(output))
+        recorder.trace.values = [_settle(value) for value in recorder.trace.values]
+        del outputs
     recorder.trace.batch = batch_size(example)
-    outputs = list(tree_iter(output))
-    recorder.trace.values = [_settle(value) for value in recorder.trace.values]
-    del outputs
     return recorder.trace
 
 
