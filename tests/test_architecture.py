@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors"},
     "optim": {"errors"},
     "ranking": {"channels", "records"},
-    "memory": {"ops", "records", "report"},
+    "memory": {"model", "ops", "records", "report"},
     "policies": {"channels", "ranking", "records"},
     "quantized": {"ops", "model"},
     "calls": {"ops", "quantized"},

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from trady.channels.selection import Selection
 from trady.evidence.sweeps import Means, Sweeper, put_aside
 from trady.model.batch import Batch, loss_of, split
+from trady.model.python_state import seed_generators
+from trady.model.untouched import untouched
 from trady.ops.gates import NotBySampleError
 from trady.policies.evidence import Floats
 
@@ -100,11 +102,11 @@ class _Measurement:
         """Run some samples forward, and the losses of the first few of them backward."""
         with (
             self._armed.gated(samples) as gates,
-            torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []),
+            untouched(self._armed.model, self._sweeper.loss_module, part) as writes,
         ):
-            torch.manual_seed(self._sweeper.seed + number)
+            seed_generators(self._sweeper.seed + number)
             value = self._loss(part, samples, losses)
-            with torch.autocast(self._device.type, enabled=False):
+            with writes.paused(), torch.autocast(self._device.type, enabled=False):
                 value.backward()
             return {name: gate.grad for name, gate in gates.items() if gate.grad is not None}
 

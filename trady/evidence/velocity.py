@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from trady.calls.canonical import canonical, transposed, transposes_weight
@@ -34,6 +33,7 @@ from trady.errors import StateError
 from trady.evidence.measures import MeasureContext, Measured
 from trady.interception.armed import Armed
 from trady.model.batch import Batch, split
+from trady.model.untouched import untouched
 from trady.ops.recurrent.recurrence import states_before
 from trady.policies.evidence import Evidence, Floats
 
@@ -143,8 +143,10 @@ def _maps(armed: Armed, sample: Batch, see: See | None = None) -> Maps:
     """Run one sample through the untouched model; return the maps of all calls, or show each and keep none."""
     watching = _Watching(armed, see)
     args, kwargs = sample.arguments
-    with _evaluating(armed.model), armed.interceptor.off(), torch.no_grad(), watching:
-        armed.model(*args, **kwargs)
+    with untouched(armed.model, sample.inputs), armed.interceptor.off(), torch.no_grad():
+        armed.model.eval()
+        with watching:
+            armed.model(*args, **kwargs)
     return watching.found
 
 
@@ -180,17 +182,6 @@ class _Watching(TorchFunctionMode):
             maps = seen.detach().movedim(-1 - spatial, 0).flatten(1) if seen.dim() > 1 else seen.detach().unsqueeze(1)
             self._see((name, number), maps)
         return out
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -20,7 +20,7 @@ from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import Batch
 from trady.model.eager import uncompiled
-from trady.model.mode import kept_mode
+from trady.model.untouched import switch_mode, untouched
 from trady.ops.context import internal_query
 from trady.simulation.fake_run import FakeRun
 from trady.simulation.meta_copy import meta_copy
@@ -92,7 +92,8 @@ class Simulator:
         self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
         batch = Batch.of(example)
-        self._copy, self._batch = meta_copy(model), batch.meta
+        # A copy shares what functions close over, which may be the model.
+        self._model, self._copy, self._batch = model, meta_copy(model), batch.meta
         self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
         self._device = batch.device_in(model) or torch.device("meta")
         self._analysis = analysis.of_copy(model, self._copy)
@@ -107,7 +108,8 @@ class Simulator:
         live = LiveBytes()
         resident = [*self._copy.parameters(), *self._copy.buffers(), *self._batch.tensors]
         args, kwargs = self._batch.arguments
-        with uncompiled(self._copy), kept_mode(self._copy, False):
+        with untouched(self._model, self._copy), uncompiled(self._copy):
+            switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
             with FakeRun(self._device, live), torch.no_grad(), live:
@@ -135,13 +137,12 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-        armed = Armed(self._copy, self._analysis, segments or {}, self._fidelity)
-        try:
-            return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
-        finally:
-            armed.disarm()
-            for parameter in self._copy.parameters():
-                parameter.grad = None
+        with untouched(self._model, self._copy):
+            armed = Armed(self._copy, self._analysis, segments or {}, self._fidelity)
+            try:
+                return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
+            finally:
+                armed.disarm()
 
     def _follow(self, armed: Armed, selection: Selection, parts: bool, optimizer: OptimizerMemory) -> Timeline:
         armed.select(selection)

@@ -27,14 +27,15 @@ from trady.model.batch import (
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
-from trady.model.mode import Section, current_section, kept_mode, tracing
+from trady.model.mode import Section, current_section, tracing
+from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.trace import Trace, TracedCall, Value
 
 
-def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
-    """Run ``model`` on shapes alone.
+def trace_forward(model: nn.Module, example: Batch | Any, *, training: bool | None = None) -> Trace:
+    """Run ``model`` on shapes alone; it is untouched afterwards (:func:`trady.model.untouched.untouched`).
 
     Args:
         model: Any module; its weights may lie on any device, also on meta.
@@ -58,14 +59,15 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         return _trace(model, example, training)  # the forward pass itself called torch.compile: now it can be told
 
 
-def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
+def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Trace:
     batch = Batch.of(example)
     args, kwargs = batch.arguments
     recorder = _Recorder(model, batch.device_in(model))
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
     with ExitStack() as stack:
+        stack.enter_context(untouched(model, batch.inputs))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(kept_mode(model, training))
+        if training is not None:
+            switch_mode(model, training)
         stack.enter_context(routed(model))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
@@ -87,13 +89,11 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             ) from error
         finally:
             tracing.reset(token)
-    if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
-        for module, before in attributes:
-            vars(module).update(before)
+        # What the output and the model's attributes hold shows before the attributes are put back.
+        outputs = list(tree_iter(output))
+        recorder.trace.values = [_settle(value) for value in recorder.trace.values]
+        del outputs
     recorder.trace.batch = batch.samples
-    outputs = list(tree_iter(output))
-    recorder.trace.values = [_settle(value) for value in recorder.trace.values]
-    del outputs
     return recorder.trace
 
 
