@@ -226,8 +226,8 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2 of the format; this trady reads version 1: update trady"),
-        ({"format": "other"}, "no ranking"),
+        ({"version": 2}, "version 2, this trady reads version 1: .*trady.rank"),
+        ({"format": "other"}, "no layer ranking"),
         ({"scores": {"a": float("nan")}}, "score of layer 'a' is nan"),
         ({"scores": {"a": float("inf")}}, "score of layer 'a' is inf"),
         ({"scores": {"a": -1}}, "not negative"),
@@ -479,7 +479,7 @@ def test_the_state_of_another_model_is_refused():
     ("change", "message"),
     [
         ({"version": 0}, "version 0"),
-        ({"format": "trady-ranking"}, "no ranking"),
+        ({"format": "trady-ranking"}, "no online ranking"),
         ({"sums": [1.0]}, "damaged"),
         ({"sums": [float("nan")] * 4}, "damaged"),
         ({"counts": "many"}, "damaged"),

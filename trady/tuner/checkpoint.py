@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from trady.errors import CheckpointError
+from trady.records.versioned import Format
 
 FORMAT, VERSION = "trady-tuner", 1
+
+_STATE = Format(FORMAT, "state of a trady tuner", CheckpointError, "start again", version=VERSION)
 
 
 def checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -17,14 +20,9 @@ def checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
         CheckpointError: It is of another format or version, or lacks a part.
 
     """
-    meta = state.get("meta")
-    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
-        raise CheckpointError("this is no state of a trady tuner")
-    if meta.get("version") != VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of version {meta.get('version')}, this trady reads version {VERSION}: "
-            "go on with the trady that wrote it, or start anew"
-        )
+    meta = _STATE.check(state.get("meta"))
+    if "tensors" not in state:
+        raise CheckpointError("this is no state of a trady tuner: it has no tensors")
     missing = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"} - set(meta)
     if missing:
         raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
