@@ -214,11 +214,7 @@ def test_output_channels_can_be_chosen_in_quantised_layers_too(kind: str) -> Non
         for name in quantised_layers(tuner):
             weight, rows = dense.get_submodule(name).weight, torch.arange(0, len(dense.get_submodule(name).weight), 7)
             weight[rows] -= 0.1 * weight.grad[rows]
-            plain = (
-                trady.quantized.dequantize(copy.deepcopy(tuner.finish()))
-                if name == quantised_layers(tuner)[-1]
-                else None
-            )
+            plain = trady.dequantize(copy.deepcopy(tuner.finish())) if name == quantised_layers(tuner)[-1] else None
     assert plain is not None
     for name in [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]:
         assert relative_error(plain.get_parameter(name), dense.get_parameter(name)) < 1e-5
@@ -257,7 +253,7 @@ def test_training_over_several_draws_ends_where_the_dense_model_does(kind: str, 
         tuner = trady.prepare(net, X, budget="elements:4000", policy="dynamic-random", recompute="none")
         optimizer = tuner.attach(OPTIMIZERS[name](tuner.parameters()))
         train(net, tuner, optimizer, range(3), parts)
-        ended.append(trady.quantized.dequantize(tuner.finish()))
+        ended.append(trady.dequantize(tuner.finish()))
     left, right, before = (snapshot(net) for net in (*ended, dequantised(quantised(kind, network()))))
     assert left.keys() == right.keys()
     for key in (key for key in left if "blocks" in key and "up.weight" in key):
@@ -368,7 +364,7 @@ def test_a_delta_puts_the_trained_channels_into_a_base_in_floating_point(
 def test_dequantising_gives_plain_layers_that_compute_the_same(trained: tuple[str, nn.Module, trady.Tuner]) -> None:
     _, model, tuner = trained
     with pytest.raises(trady.StateError, match="is prepared already"):
-        trady.quantized.dequantize(model)
+        trady.dequantize(model)
     expected = model.eval()(X)
     plain = tuner.finish(dequantize=True)
     assert plain is model
@@ -381,7 +377,7 @@ def test_a_finished_model_can_be_prepared_again_and_trains_on(trained: tuple[str
     _, model, tuner = trained
     before = tuner.delta()
     tuner.finish()
-    dense = trady.quantized.dequantize(copy.deepcopy(model))
+    dense = trady.dequantize(copy.deepcopy(model))
     again = armed(model, X)
     expected = dense_gradients(dense, again, loss())
     loss()(model).backward()
