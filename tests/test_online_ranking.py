@@ -201,7 +201,7 @@ def test_the_state_of_another_model_is_refused():
     ("change", "message"),
     [
         ({"version": 0}, "version 0"),
-        ({"format": "trady-ranking"}, "no ranking"),
+        ({"format": "trady-ranking"}, "no online ranking"),
         ({"sums": [1.0]}, "damaged"),
         ({"sums": [float("nan")] * 4}, "damaged"),
         ({"counts": "many"}, "damaged"),

@@ -195,8 +195,8 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2 of the format; this trady reads version 1: update trady"),
-        ({"format": "other"}, "no ranking"),
+        ({"version": 2}, "version 2, this trady reads version 1: .*trady.rank"),
+        ({"format": "other"}, "no layer ranking"),
         ({"scores": {"a": float("nan")}}, "score of layer 'a' is nan"),
         ({"scores": {"a": float("inf")}}, "score of layer 'a' is inf"),
         ({"scores": {"a": -1}}, "not negative"),

@@ -14,9 +14,11 @@ from trady.planning.decision import Decision
 from trady.planning.spending import Moment
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.records.versioned import Format
 from trady.tuner.observed import EvidenceState, check_layers
 
-FORMAT, VERSION = "trady-tuner", 1
+#: The header of a tuner's state.
+STATE = Format("trady-tuner", "state of a trady tuner", CheckpointError, "start a new run")
 
 _REQUIRED = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"}
 
@@ -48,8 +50,7 @@ def progress_to_json(decision: Decision, progress: Progress, observed: EvidenceS
     """Return the JSON part of a tuner's state; :func:`read_progress` reads it."""
     moment = progress.moment
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        **STATE.header(),
         "structure": structure_digest(decision.table),
         "policy": decision.policy.name,
         "policy_options": decision.options,
@@ -128,14 +129,9 @@ def _progress(
 
 
 def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = state.get("meta")
-    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
-        raise CheckpointError("this is no state of a trady tuner")
-    if meta.get("version") != VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of version {meta.get('version')}, this trady reads version {VERSION}: "
-            "go on with the trady that wrote it, or start a new run"
-        )
+    meta = STATE.check(state.get("meta"))
+    if "tensors" not in state:
+        raise CheckpointError("this is no state of a trady tuner: it has no tensors")
     if missing := _REQUIRED - set(meta):
         raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
     return meta
