@@ -48,7 +48,7 @@ hf = pytest.importorskip("transformers")
 @pytest.fixture(autouse=True)
 def _one_sample_a_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small models would fit into one part."""
-    monkeypatch.setattr(trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 1, "meta": 1})
+    monkeypatch.setattr(trady.interception.deferred_segment, "_CHUNK_BYTES", {"cpu": 1, "meta": 1})
     yield
     assert _get_current_function_mode_stack() == []
 
@@ -131,7 +131,7 @@ def test_a_tensor_that_is_handed_on_under_two_names_is_one_tensor() -> None:
     program = Program(())
     state = program.write(torch.exp, (normal(2, 3),), {}, shown=[0])
     assert program.write(Tensor.to, (state, torch.float32), {}, shown=[0]) is state
-    assert len(program.shown) == 1
+    assert len(program.held) == 1
 
 
 def test_the_scan_of_mamba_has_the_dense_gradients() -> None:
@@ -847,7 +847,7 @@ def test_a_backward_pass_after_channels_were_drawn_anew_is_refused() -> None:
     tuner = trady.prepare(model, batch, budget=f"elements:{elements}", policy="dynamic-random", recompute="all")
     loss = loss_of(batch)(model)
     tuner.resample(1)
-    with pytest.raises(trady.errors.StateError, match="drawn anew"):
+    with pytest.raises(trady.errors.StateError, match="drawn again"):
         loss.backward()
     assert worst(model, tuner, loss_of(batch)) < 1e-10
     tuner.finish()
@@ -1166,7 +1166,7 @@ def test_what_is_said_to_be_by_sample_can_be_computed_in_parts(
         return
     last = samples[-1]
     assert last is not None
-    along = last.made[0] if last.made else None
+    along = last.outputs[0] if last.outputs else None
     if along is None:
         return
     whole = model(x)
@@ -1189,7 +1189,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
                 except (RuntimeError, IndexError, ValueError, ZeroDivisionError, ModelError):
                     continue
                 last = samples[-1] if samples and all(found is not None for found in samples) else None
-                along = last.made[0] if last is not None and last.made else None
+                along = last.outputs[0] if last is not None and last.outputs else None
                 if along is not None:
                     torch.testing.assert_close(torch.cat(parted, along.dim), whole, rtol=1e-9, atol=1e-9)
 
@@ -1198,7 +1198,7 @@ def test_where_samples_lie() -> None:
     def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[SampleAxis | None]:
         model, x = Steps([step]), normal(*shape)
         found = samples_of(trace_forward(model, x), trace_forward(model, twice(x)))
-        return [entry.made[0] if entry is not None else None for entry in found]
+        return [entry.outputs[0] if entry is not None else None for entry in found]
 
     assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [SampleAxis(0, 3)]
     assert made(lambda x: x.transpose(0, 1), 4, 3, 5) == [SampleAxis(1, 1)]
@@ -1303,7 +1303,7 @@ def test_a_forward_pass_that_is_let_go_leaves_nothing_alive() -> None:
 
 def test_a_part_is_as_large_as_caches_are(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
     monkeypatch.setattr(
-        trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
+        trady.interception.deferred_segment, "_CHUNK_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
     )
     model, _ = recomputed_model("BERT")
     tuner = anew(model, {"input_ids": tokens(5, 7)})
