@@ -55,7 +55,7 @@ def test_a_tensor_that_is_handed_on_under_two_names_is_one_tensor() -> None:
     program = Program(())
     state = program.write(torch.exp, (normal(2, 3),), {}, shown=[0])
     assert program.write(Tensor.to, (state, torch.float32), {}, shown=[0]) is state
-    assert len(program.shown) == 1
+    assert len(program.held) == 1
 
 
 def test_the_scan_of_mamba_has_the_dense_gradients() -> None:

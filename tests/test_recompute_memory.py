@@ -112,7 +112,7 @@ def test_a_forward_pass_that_is_let_go_leaves_nothing_alive() -> None:
 
 def test_a_part_is_as_large_as_caches_are(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
     monkeypatch.setattr(
-        trady.interception.deferred_segment, "_PART_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
+        trady.interception.deferred_segment, "_CHUNK_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
     )
     model, _ = recomputed_model("BERT")
     tuner = anew(model, {"input_ids": tokens(5, 7)})

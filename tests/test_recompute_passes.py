@@ -197,7 +197,7 @@ def test_a_backward_pass_after_channels_were_drawn_anew_is_refused() -> None:
     tuner = trady.prepare(model, batch, budget=f"elements:{elements}", policy="dynamic-random", recompute="all")
     loss = loss_of(batch)(model)
     tuner.resample(1)
-    with pytest.raises(trady.errors.StateError, match="drawn anew"):
+    with pytest.raises(trady.errors.StateError, match="drawn again"):
         loss.backward()
     assert worst(model, tuner, loss_of(batch)) < 1e-10
     tuner.finish()

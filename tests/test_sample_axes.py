@@ -146,7 +146,7 @@ def test_what_is_said_to_be_by_sample_can_be_computed_in_parts(
         return
     last = samples[-1]
     assert last is not None
-    along = last.made[0] if last.made else None
+    along = last.outputs[0] if last.outputs else None
     if along is None:
         return
     whole = model(x)
@@ -169,7 +169,7 @@ def test_every_rule_alone_in_every_dimension(number: int) -> None:
                 except (RuntimeError, IndexError, ValueError, ZeroDivisionError, ModelError):
                     continue
                 last = samples[-1] if samples and all(found is not None for found in samples) else None
-                along = last.made[0] if last is not None and last.made else None
+                along = last.outputs[0] if last is not None and last.outputs else None
                 if along is not None:
                     torch.testing.assert_close(torch.cat(parted, along.dim), whole, rtol=1e-9, atol=1e-9)
 
@@ -178,7 +178,7 @@ def test_where_samples_lie() -> None:
     def made(step: Callable[[Tensor], Tensor], *shape: int) -> list[SampleAxis | None]:
         model, x = Steps([step]), normal(*shape)
         found = samples_of(trace_forward(model, x), trace_forward(model, Batch.of(x).doubled))
-        return [entry.made[0] if entry is not None else None for entry in found]
+        return [entry.outputs[0] if entry is not None else None for entry in found]
 
     assert made(lambda x: x.flatten(0, 1), 4, 3, 5) == [SampleAxis(0, 3)]
     assert made(lambda x: x.transpose(0, 1), 4, 3, 5) == [SampleAxis(1, 1)]

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trady.analysis.fusion import FusionPlan, Step, WithLayer, plan_fusion
+from trady.analysis.fusion import FusionPlan, Step, plan_fusion
 from trady.analysis.head import find_head, head_parameters
 from trady.analysis.layers import build_table
 from trady.analysis.sample_axes import CallSamples, carried_over, samples_of
 from trady.analysis.segments import Segment, find_segments, work_of
+from trady.calls.actions import WithLayer
 from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.model.batch import Batch

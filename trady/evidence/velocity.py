@@ -22,11 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from trady.calls.canonical import canonical, transposed, transposes_weight
-from trady.calls.decompositions import DECOMPOSITIONS
 from trady.calls.kinds import RecurrentCall, WeightCall
+from trady.calls.mode import CallMode
 from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
 from trady.errors import StateError
@@ -112,7 +110,7 @@ def _velocities(table: ChannelTable, before: Evidence | None, phi: Mapping[str, 
 
 
 class _Similarity:
-    """Cosine similarity of each neuron's maps now and an epoch ago, sample by sample."""
+    """Cosine similarity of each output channel's maps now and an epoch ago, sample by sample."""
 
     def __init__(self, outputs: int) -> None:
         self._outputs = outputs
@@ -150,7 +148,7 @@ def _maps(armed: Armed, sample: Batch, see: See | None = None) -> Maps:
     return watching.found
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(CallMode):
     """Looks at what every layer computes; a later operation may overwrite it in place."""
 
     def __init__(self, armed: Armed, see: See | None) -> None:
@@ -160,15 +158,8 @@ class _Watching(TorchFunctionMode):
         self._names = {id(layer.weight): name for name, layer in armed.layers.items()}
         self._calls: dict[str, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do the call, and look at its result."""
-        kwargs = kwargs or {}
-        if func in DECOMPOSITIONS:
-            with self:
-                return DECOMPOSITIONS[func](*args, **kwargs)
-        if transposes_weight(func, args):
-            return transposed(func, args, kwargs)
-        func, args, kwargs = canonical(func, args, kwargs)
         out = func(*args, **kwargs)
         call = recognize(func, args, kwargs)
         name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None
@@ -176,7 +167,7 @@ class _Watching(TorchFunctionMode):
             number = self._calls[name] = self._calls.get(name, -1) + 1
             spatial = 0 if call.operator.channel_dim == -1 else call.weight.dim() - 2
             seen = out
-            if isinstance(call, RecurrentCall):  # its neurons are what the hidden states are multiplied to
+            if isinstance(call, RecurrentCall):  # its output channels are what the hidden states are multiplied to
                 before = states_before(out[0].detach(), call.states[0].detach().to(out[0].dtype), call.steps)
                 seen = F.linear(before, call.weight.detach().to(before.dtype))
             maps = seen.detach().movedim(-1 - spatial, 0).flatten(1) if seen.dim() > 1 else seen.detach().unsqueeze(1)

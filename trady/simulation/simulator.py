@@ -169,9 +169,8 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        armed.interceptor.on_layer = ran
         stand_ins = FakeRun(self._device, live)
-        armed.interceptor.prepare_call = stand_ins.prepare
+        armed.interceptor.simulate(stand_ins.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
