@@ -19,7 +19,7 @@ def check_micro_batch(micro_batch: object) -> None:
     if micro_batch is None or micro_batch == AUTO:
         return
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
-        raise BudgetError(f"micro_batch={micro_batch!r} is neither a number of samples nor {AUTO!r}")
+        raise BudgetError(f"micro_batch={micro_batch!r} is neither a number of samples nor {AUTO}")
 
 
 def chunk_sizes(batch: Batch, micro_batch: int | str | None) -> tuple[int | None, ...]:

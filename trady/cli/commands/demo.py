@@ -172,18 +172,13 @@ def _time_steps(
 ) -> dict[str, float]:
     """Time the steps of all methods in turns; TraDy's with its pool settled, as after the first epoch."""
     from trady.cli.timed_steps import full_step, step_seconds, tuned_step
+    from trady.planning.request import Request
 
+    asked = {"head": Request(policy="head", seed=seed), "trady": Request(limit, "trady", ranking, seed=seed)}
+    examples = {method: _example(data, recipe, seed) for method in METHODS}
     steps = {
-        method: full_step(_example(data, recipe, seed))
-        if method == "full"
-        else tuned_step(
-            _example(data, recipe, seed),
-            budget=limit if method == "trady" else None,
-            policy=method,
-            ranking=ranking if method == "trady" else None,
-            seed=seed,
-        )
-        for method in METHODS
+        method: tuned_step(example, asked[method]) if method in asked else full_step(example)
+        for method, example in examples.items()
     }
     return step_seconds(steps, recipe.timing_rounds)
 

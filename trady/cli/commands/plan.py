@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trady.cli import options
-from trady.cli.example import load_ranking, make_planned
+from trady.cli.example import make_planned
 
 if TYPE_CHECKING:
     from trady.cli.example import Planned
@@ -52,28 +52,26 @@ def plan(
     """Show what would train, what is kept, what is computed anew, and what a step takes. Nothing is allocated."""
     from trady.errors import BudgetError
     from trady.planning.budget import parse_budget
-    from trady.planning.request import Request
 
     if (budget is None) == (sweep is None):
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
     if batch_sizes is not None and sweep is None:
         raise BudgetError("--batch-sizes belongs to --sweep")
     budgets = _parts(sweep) if sweep is not None else [str(budget)]
-    options.check_kept(recompute, fidelity)
     for text in budgets:
         parse_budget(text)
     sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
-    rule = options.read_policy(policy, scheme)
-    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
-    request = Request(
+    request = options.read_request(
         budget=budgets[0],
-        policy=rule,
-        ranking=load_ranking(ranking),
+        policy=policy,
+        scheme=scheme,
+        ranking=ranking,
         seed=seed,
         recompute=recompute,
         fidelity=fidelity,
-        micro_batch=options.read_micro_batch(micro_batch),
+        micro_batch=micro_batch,
     )
+    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
     if sweep is not None:
         _sweep(planned, request, budgets, sizes or [planned.batch_size], out, as_json)
     else:
