@@ -168,13 +168,13 @@ def test_a_reentrant_checkpoint_needs_inputs_that_require_gradients() -> None:
     switch_on(model, True)
     tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
     name = next(layer.name for layer in tuner.plan.table if layer.name.startswith("vit.layers.0"))
-    tuner._apply(Selection({name: [1, 2]}))
+    tuner._draws.apply(Selection({name: [1, 2]}))
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         loss_on(batch)(model).backward()
     tuner.finish()
     model.enable_input_require_grads()
     tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
-    tuner._apply(Selection({name: [1, 2]}))
+    tuner._draws.apply(Selection({name: [1, 2]}))
     loss_on(batch)(model).backward()
     assert f"{name}.weight.channels" in gradients(tuner)
 

@@ -86,15 +86,15 @@ def test_a_refused_optimizer_leaves_the_tuner_as_it_was(name: str) -> None:
     model, batch = recomputed_model(name, torch.float32)
     minimum = peak_of_minimum(model, batch)
     tuner = trady.prepare(model, batch, budget=minimum + 100, policy="dynamic-random")
-    before = (tuner.selection, tuner.plan, tuner._moment, str(tuner.state_dict()["meta"]))
+    before = (tuner.selection, tuner.plan, tuner._draws.moment, str(tuner.state_dict()["meta"]))
     optimizer = adam(tuner)
     with pytest.raises(BudgetError, match="below the"):
         tuner.attach(optimizer)
-    assert (tuner.selection, tuner.plan, tuner._moment, str(tuner.state_dict()["meta"])) == before
+    assert (tuner.selection, tuner.plan, tuner._draws.moment, str(tuner.state_dict()["meta"])) == before
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     drawn = tuner.resample(1)
-    assert tuner._decision.spending(tuner._moment).peak(drawn) <= minimum + 100
+    assert tuner._decision.spending(tuner._draws.moment).peak(drawn) <= minimum + 100
     tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
     tuner.finish()
 

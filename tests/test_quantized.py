@@ -203,7 +203,7 @@ def test_float_channels_are_in_the_state_and_a_base_without_them_refuses_it(
     trained: tuple[str, nn.Module, trady.Tuner],
 ) -> None:
     kind, _, tuner = trained
-    drawn = tuner._touched["blocks.0.up"]
+    drawn = tuner._draws.touched["blocks.0.up"]
     state = tuner.finish().state_dict()
     assert np.array_equal(state["blocks.0.up.float_channels"].numpy(), drawn)
     assert state["blocks.0.up.float_values"].shape == (len(drawn), 2 * WIDTH)

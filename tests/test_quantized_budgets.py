@@ -26,7 +26,7 @@ def test_the_peak_is_predicted_with_quantised_weights_and_float_channels(kind: s
     model = quantised(kind, network()).train()
     tuner = trady.prepare(model, X, budget="elements:6000", policy="static-random", recompute="none")
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
-    predicted = sum(tuner._decision.spending(tuner._moment).peak_parts(tuner.selection).values())
+    predicted = sum(tuner._decision.spending(tuner._draws.moment).peak_parts(tuner.selection).values())
     train(model, tuner, optimizer, range(1), 1)
 
     def step() -> None:

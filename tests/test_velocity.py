@@ -71,7 +71,7 @@ def test_the_velocity_is_the_papers() -> None:
         tuner._armed.write_back()
         maps.append(maps_of(copy.deepcopy(_plain(tuner)), data))
         epoch(tuner, number, optimizer, data)
-        velocities.append(tuner._moment.evidence)
+        velocities.append(tuner._draws.moment.evidence)
     names = [layer.name for layer in tuner.plan.table if layer.name in maps[0]]
     assert len(names) > 3
     for name in names:
@@ -241,8 +241,8 @@ def test_several_draws_between_two_looks_are_all_taken_back(head: str | None) ->
     tuner.resample(0)
     then = snapshot(tuner.model)
     for number in range(3):
-        tuner._apply(
-            tuner._decision.draw(tuner._moment, number, 0)
+        tuner._draws.apply(
+            tuner._decision.draw(tuner._draws.moment, number, 0)
         )  # overlapping neurons, none of them measured in between
         F.cross_entropy(tuner.model(data[0][0]), data[0][1]).backward()
         optimizer.step()

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from trady.channels.selection import Selection
 from trady.errors import CheckpointError
+from trady.interception.armed import Armed
+from trady.model.eager import uncompiled_name
 from trady.planning.decision import Decision
 from trady.planning.spending import Moment
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.records.versioned import Format
-from trady.tuner.observed import EvidenceState, check_layers
+from trady.tuner.delta import load_changed_tensors
+from trady.tuner.draws import Draws, Progress
+from trady.tuner.observed import EARLIER, PREFIX, EvidenceState, check_layers
+from trady.tuner.snapshot import WeightSnapshot
 
 #: The header of a tuner's state.
 STATE = Format("trady-tuner", "state of a trady tuner", CheckpointError, "start a new run")
@@ -23,31 +28,55 @@ STATE = Format("trady-tuner", "state of a trady tuner", CheckpointError, "start 
 _REQUIRED = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"}
 
 
-@dataclass(frozen=True, eq=False)
-class Progress:
-    """How far a training has come, beside its weights.
+def save_state(
+    decision: Decision,
+    draws: Draws,
+    observed: EvidenceState,
+    snapshot: WeightSnapshot | None,
+    delta: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Return everything a restart needs beside the base model and the optimizer; see :meth:`trady.Tuner.state_dict`."""
+    kept, slices = ({}, None) if snapshot is None else snapshot.state()
+    earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
+    return {
+        "tensors": {**delta, **observed.tensors(), **earlier},
+        "meta": {**_progress_to_json(decision, draws.progress(), observed), "earlier": slices},
+    }
 
-    Attributes:
-        moment: What draws depend on.
-        selection: The channels that train.
-        online: The ranking that is being learnt.
-        epoch: The epoch that was drawn last.
-        redraw: Draws inside of it.
-        steps: Optimizer steps that the ranking has seen.
-        observed_epoch: The epoch that was drawn from the evidence; ``None`` while it is fresh.
+
+def load_state(
+    decision: Decision,
+    armed: Armed,
+    draws: Draws,
+    observed: EvidenceState,
+    snapshot: WeightSnapshot | None,
+    state: Mapping[str, Any],
+) -> None:
+    """Go on from :func:`save_state`; where it is refused, nothing has changed.
+
+    Raises:
+        CheckpointError: The state is of another model, policy, seed or version, or damaged.
+
     """
+    progress, meta = _read_progress(decision, draws.moment, observed, state)
+    armed.select(Selection())
+    try:
+        changed = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith(PREFIX)}
+        touched = load_changed_tensors(armed.model, changed)
+    except CheckpointError:
+        armed.select(draws.selection)
+        raise
+    known = meta.get("observed") is not None
+    if known:
+        observed.evidence, observed.epoch = progress.moment.evidence, progress.observed_epoch
+    names = {uncompiled_name(layer.parameter): layer.name for layer in decision.table}
+    draws.restore(progress, touched.renamed(names))
+    if snapshot is not None and known:
+        kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
+        snapshot.load(kept, meta.get("earlier"))
 
-    moment: Moment
-    selection: Selection
-    online: OnlineRanking | None
-    epoch: int
-    redraw: int
-    steps: int
-    observed_epoch: int | None = None
 
-
-def progress_to_json(decision: Decision, progress: Progress, observed: EvidenceState) -> dict[str, Any]:
-    """Return the JSON part of a tuner's state; :func:`read_progress` reads it."""
+def _progress_to_json(decision: Decision, progress: Progress, observed: EvidenceState) -> dict[str, Any]:
     moment = progress.moment
     return {
         **STATE.header(),
@@ -67,24 +96,10 @@ def progress_to_json(decision: Decision, progress: Progress, observed: EvidenceS
     }
 
 
-def read_progress(
+def _read_progress(
     decision: Decision, moment: Moment, observed: EvidenceState, state: Mapping[str, Any]
 ) -> tuple[Progress, Mapping[str, Any]]:
-    """Read a tuner's state, without its weights.
-
-    Args:
-        decision: What was decided for this model.
-        moment: The moment of now.
-        observed: Reads the evidence.
-        state: ``tensors`` and ``meta``, as :meth:`trady.Tuner.state_dict` gives them.
-
-    Returns:
-        The progress, and the JSON values it was read from.
-
-    Raises:
-        CheckpointError: It is of another model, policy, seed or version, or damaged.
-
-    """
+    """Read a state without its weights; return the progress, and the JSON values that it was read from."""
     meta = _checked_meta(state)
     for what, given, wanted in (
         ("model structure", meta["structure"], structure_digest(decision.table)),

@@ -65,6 +65,14 @@ def _on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: part.numpy() for name, part in zip(norms, parts, strict=True)}
 
 
+def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter]) -> None:
+    """Count the step that an optimizer has made as a write: fused kernels write without saying so."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in compact:
+        if len(parameter) and id(parameter) in stepped:
+            torch.autograd.graph.increment_version(parameter)
+
+
 def clip_all(
     compact: Iterable[nn.Parameter],
     head: Sequence[nn.Parameter],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.errors import CheckpointError, ModelError, StateError, TradyWarning
-from trady.evidence.measures import MeasureContext, gather_evidence, needs_batches
+from trady.errors import ModelError, StateError, TradyWarning
+from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
-from trady.interception.armed import Armed
+from trady.interception.armed import Armed, Change
 from trady.memory import Ledger, measure
-from trady.model.eager import UNCOMPILED, is_compiled, uncompiled_name, unwrap_compiled
+from trady.model.eager import UNCOMPILED, is_compiled, unwrap_compiled
 from trady.model.prepared import refuse_prepared
 from trady.optim.in_backward import UpdatesInBackward, update_forms
-from trady.planning.decision import POOL_SHARE, STEPS_A_DRAW, Decision
+from trady.planning.decision import Decision
 from trady.planning.plan import Plan
 from trady.planning.spending import Moment
 from trady.policies import Evidence
@@ -30,10 +30,11 @@ from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.tuner.batch_check import BatchCheck
-from trady.tuner.checkpoint import Progress, progress_to_json, read_progress
-from trady.tuner.delta import changed_tensors, load_changed_tensors
-from trady.tuner.gradients import Arrivals, clip_all
-from trady.tuner.observed import EARLIER, PREFIX, EvidenceState
+from trady.tuner.checkpoint import load_state, save_state
+from trady.tuner.delta import changed_tensors
+from trady.tuner.draws import Draws
+from trady.tuner.gradients import Arrivals, clip_all, note_writes
+from trady.tuner.observed import EvidenceState
 from trady.tuner.optimizer_state import remap_state
 from trady.tuner.snapshot import WeightSnapshot
 
@@ -49,8 +50,8 @@ class Tuner:
     def __init__(self, decision: Decision) -> None:
         if decision.policy.name == "head" and not decision.analysis.head:
             raise ModelError(_NO_HEAD)
-        self._decision, self._moment = decision, decision.start
-        selection = decision.draw(self._moment, 0, 0)
+        self._decision = decision
+        selection = decision.draw(decision.start, 0, 0)
         model = decision.model
         refuse_prepared(model)
         if is_compiled(model):
@@ -58,24 +59,22 @@ class Tuner:
         # In front of the hooks of the interception.
         check = decision.scope.in_bytes and decision.batch_elements > 0
         self._batch_check = BatchCheck(unwrap_compiled(model), decision.batch_elements) if check else None
-        segments = self._moment.recomputation.segments
+        segments = decision.start.recomputation.segments
         self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
-        self._epoch, self._redraw, self._steps = 0, 0, 0
-        self._finished, self._full = False, False
-        self._selection, self._touched = Selection(), Selection()
+        self._finished = False
         self._plan: tuple[Moment, int, Plan] | None = None
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._online = decision.online_ranking() if self._moment.learns else None
+        self._draws = Draws(decision, self._armed, self._drawn)
         self._observed = EvidenceState(decision.policy.name, decision.needs)
         head = decision.analysis.head_parameters
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
-        self._arrivals = Arrivals(self._attached, lambda: self._online is not None)
+        self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None)
         self._armed.on_gradient.append(self._gradient_arrived)
         if decision.needs:
             if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
         else:
-            self._apply(selection)
+            self._draws.apply(selection)
 
     # -- what trains ---------------------------------------------------------------------------------
 
@@ -87,18 +86,19 @@ class Tuner:
     @property
     def selection(self) -> Selection:
         """The channels that train now."""
-        return self._selection
+        return self._draws.selection
 
     @property
     def ranking(self) -> LayerRanking | None:
         """The ranking in use; while it is being learnt, as far as it is known; ``None`` if none is needed."""
-        return self._moment.ranking if self._online is None else self._online.ranking()
+        return self._draws.ranking
 
     @property
     def plan(self) -> Plan:
         """The plan as it stands: after the first epoch with the pool that was learnt."""
-        if self._plan is None or self._plan[0] is not self._moment or self._plan[1] != self._epoch:
-            self._plan = self._moment, self._epoch, self._decision.plan(self._moment, self._epoch)
+        moment, epoch = self._draws.moment, self._draws.epoch
+        if self._plan is None or self._plan[0] is not moment or self._plan[1] != epoch:
+            self._plan = moment, epoch, self._decision.plan(moment, epoch)
         return self._plan[2]
 
     @property
@@ -120,9 +120,13 @@ class Tuner:
         """Yield the parameters of :meth:`named_parameters`."""
         return (parameter for _, parameter in self.named_parameters())
 
+    @property
+    def _compact(self) -> list[nn.Parameter]:
+        return [armed.compact for armed in self._armed.layers.values()]
+
     def cost(self) -> Cost:
         """Account for the channels that train now."""
-        return self._decision.cost(self._moment, self._selection)
+        return self._decision.cost(self._draws.moment, self._draws.selection)
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -149,20 +153,19 @@ class Tuner:
         mine = {id(p) for p in self.parameters()}
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
-        compact = [armed.compact for armed in self._armed.layers.values()]
-        forms = update_forms((*self._attached(), optimizer), compact)
-        needed = self._moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
-        moment = self._decision.fit_to_budget(replace(self._moment, optimizer=needed))
-        selection = self._draw(moment)
+        forms = update_forms((*self._attached(), optimizer), self._compact)
+        needed = self._draws.moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
+        moment = self._decision.fit_to_budget(replace(self._draws.moment, optimizer=needed))
+        selection = self._draws.of(moment)
         # What can be refused was: from here on all goes through.
-        self._moment = moment
+        self._draws.moment = moment
         self._armed.interceptor.recompute(moment.recomputation.segments)
         self._optimizers.append(weakref.ref(optimizer))
         if isinstance(optimizer, UpdatesInBackward):
-            optimizer.take(compact)
+            optimizer.take(self._compact)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        self._apply(selection)
+        self._draws.apply(selection)
         return optimizer
 
     @property
@@ -201,25 +204,19 @@ class Tuner:
 
         """
         self._check_alive("observe")
-        observed, needs, snapshot = self._observed, self._decision.needs, self._snapshot
-        if not needs or (observed.evidence is not None and not needs.each_epoch):
+        observed = self._observed
+        if not observed.wanted:
             return observed.evidence
         first = observed.evidence is None
-        context = MeasureContext(
-            self._armed,
-            lambda numbers: self._sweeper(loss, progress, numbers),
-            batches,
-            loss,
-            observed.evidence,
-            nullcontext if snapshot is None else snapshot.restored,
-        )
-        observed.evidence, observed.epoch = gather_evidence(needs, context), None
-        self._moment = replace(self._moment, evidence=observed.evidence)
-        if snapshot is not None:
-            snapshot.begin()
+
+        def sweeper(numbers: int) -> Sweeper:
+            return self._sweeper(loss, progress, numbers)
+
+        evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot)
+        self._draws.observed(evidence)
         if first:
-            self._apply(self._draw(self._moment))
-        return observed.evidence
+            self._draws.apply(self._draws.of(self._draws.moment))
+        return evidence
 
     def sweeper(self, loss: Callable[[Any, Any], Tensor] | None = None) -> Sweeper:
         """Return what sees the gradient of every channel, in as many sweeps as the budget asks for.
@@ -244,18 +241,12 @@ class Tuner:
         return Sweeper(
             self._armed,
             tuple(self._decision.analysis.head_parameters.values()),
-            self._decision.sweeps(self._moment, self._selection, numbers),
+            self._decision.sweeps(self._draws.moment, self._draws.selection, numbers),
             loss,
             self._decision.micro_batch,
             self._decision.seed,
             progress,
         )
-
-    def _draw(self, moment: Moment) -> Selection:
-        """The channels of the running epoch; none while the policy has nothing to draw from."""
-        if self._decision.spending(moment).lacks_evidence:
-            return Selection()
-        return self._decision.draw(moment, self._epoch, self._redraw)
 
     def resample(self, epoch: int) -> Selection:
         """Draw the channels of an epoch.
@@ -272,36 +263,11 @@ class Tuner:
         """
         self._check_alive("resample")
         self._observed.draw_for(epoch)
-        if epoch > 0:
-            self._settle()
-        selection = self._with_room(self._decision.draw(self._moment, epoch, 0), epoch)
-        self._epoch, self._redraw = epoch, 0
-        self._apply(selection)
-        return self._selection
-
-    def _settle(self) -> None:
-        """End learning a ranking: the layers that carry the gradient become the pool."""
-        if self._online is not None:
-            ranking, self._online = self._online.ranking(), None
-            self._moment = replace(self._moment, ranking=ranking, pool=ranking.top(POOL_SHARE), learns=False)
-
-    def _with_room(self, drawn: Selection, epoch: int) -> Selection:
-        """What was drawn; where the float channels of quantised layers have filled the budget, what trains already."""
-        if self._decision.has_room(self._moment, drawn, self._armed.float_channels):
-            return drawn
-        if not self._full:
-            self._full = True
-            warnings.warn(
-                "quantised layers keep every channel that has trained in floating point, and these have filled the "
-                f"budget: from epoch {epoch} on the channels stay those of the last draw. A larger budget, or a "
-                "static policy, leaves room",
-                TradyWarning,
-                stacklevel=3,
-            )
-        return self._selection
+        self._draws.resample(epoch)
+        return self._draws.selection
 
     def redraw(self) -> Selection:
-        """Draw the channels of the running epoch anew, for epochs that are few and long.
+        """Draw the channels of the running epoch again, for epochs that are few and long.
 
         Call it between ``optimizer.step()`` and the next forward pass. How often it was called since
         :meth:`resample` is part of the state, so every rank and every restart draws the same. A static policy
@@ -313,21 +279,16 @@ class Tuner:
         """
         self._check_alive("redraw")
         self._observed.check_present("redraw")
-        selection = self._with_room(self._decision.draw(self._moment, self._epoch, self._redraw + 1), self._epoch)
-        self._redraw += 1
-        self._apply(selection)
-        return self._selection
+        self._draws.redraw()
+        return self._draws.selection
 
-    def _apply(self, selection: Selection) -> None:
-        changes = self._armed.select(selection)
+    def _drawn(self, changes: Sequence[Change]) -> None:
         for change in changes:
             for optimizer in self._attached():
                 remap_state(optimizer, change)
         if self._snapshot is not None:
             self._snapshot.drawn({change.layer for change in changes})
-        self._selection = selection
         self._arrivals.forget()
-        self._touched |= selection
 
     def _gradient_arrived(self, layer: str, compact: nn.Parameter) -> None:
         if self._snapshot is not None and compact.grad is not None:
@@ -344,21 +305,10 @@ class Tuner:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._snapshot is not None:
             self._snapshot.trained()
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for armed in self._armed.layers.values():
-            if armed.selected is not None and id(armed.compact) in stepped:
-                # Fused kernels write without saying so.
-                torch.autograd.graph.increment_version(armed.compact)
+        note_writes(optimizer, self._compact)
         self._armed.write_back()
-        if self._online is None or not (norms := self._arrivals.take_norms()):
-            return
-        self._online.observe(norms)
-        self._steps += 1
-        if self._online.settled:
-            self._settle()
-        elif self._steps % STEPS_A_DRAW:
-            return
-        self.redraw()
+        if norms := self._arrivals.take_norms():
+            self._draws.learn(norms)
 
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.optim.clipping`).
@@ -378,9 +328,8 @@ class Tuner:
 
         """
         self._check_alive("clip gradients")
-        compact = [armed.compact for armed in self._armed.layers.values()]
         head = list(self._decision.analysis.head_parameters.values())
-        return clip_all(compact, head, self._attached(), ratio, max_norm)
+        return clip_all(self._compact, head, self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.
@@ -396,7 +345,7 @@ class Tuner:
             step,
             self._armed.model,
             inference=inference,
-            compact=[armed.compact for armed in self._armed.layers.values()] + earlier,
+            compact=self._compact + earlier,
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
@@ -414,13 +363,7 @@ class Tuner:
             ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
 
         """
-        kept, slices = ({}, None) if self._snapshot is None else self._snapshot.state()
-        earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
-        progress = Progress(self._moment, self._selection, self._online, self._epoch, self._redraw, self._steps)
-        return {
-            "tensors": {**self.delta(), **self._observed.tensors(), **earlier},
-            "meta": {**progress_to_json(self._decision, progress, self._observed), "earlier": slices},
-        }
+        return save_state(self._decision, self._draws, self._observed, self._snapshot, self.delta())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on a model as it was before the first step.
@@ -433,24 +376,7 @@ class Tuner:
 
         """
         self._check_alive("load a state")
-        progress, meta = read_progress(self._decision, self._moment, self._observed, state)
-        self._armed.select(Selection())
-        try:
-            changed = {name: t for name, t in state["tensors"].items() if not name.startswith(PREFIX)}
-            touched = load_changed_tensors(self._armed.model, changed)
-        except CheckpointError:
-            self._armed.select(self._selection)
-            raise
-        self._moment, self._online = progress.moment, progress.online
-        self._epoch, self._redraw, self._steps = progress.epoch, progress.redraw, progress.steps
-        known = meta.get("observed") is not None
-        if known:
-            self._observed.evidence, self._observed.epoch = progress.moment.evidence, progress.observed_epoch
-        self._touched = touched.renamed({uncompiled_name(v.parameter): v.name for v in self._decision.table})
-        self._apply(progress.selection)
-        if self._snapshot is not None and known:
-            kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
-            self._snapshot.load(kept, meta.get("earlier"))
+        load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
 
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.
@@ -461,7 +387,7 @@ class Tuner:
         self._check_alive("read the delta")
         self._armed.write_back()
         return changed_tensors(
-            self._armed.model, self._decision.table, self._touched, self._decision.analysis.head_parameters
+            self._armed.model, self._decision.table, self._draws.touched, self._decision.analysis.head_parameters
         )
 
     def finish(self, *, dequantize: bool = False) -> nn.Module:
