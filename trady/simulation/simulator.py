@@ -98,7 +98,7 @@ class Simulator:
         own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
         self._whole_over_part = 1 + waiting_bytes / max(own, 1)
         self._device = real_device(model, example) or torch.device("meta")
-        with FakeRun(self._device):
+        with untouched(model), FakeRun(self._device):
             self._examined = analyse_model(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
 
     def inference_bytes(self) -> tuple[int, int]:
