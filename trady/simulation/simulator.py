@@ -152,7 +152,7 @@ class Simulator:
         intervals: list[Interval] = []
         live = LiveBytes()
         made_of: dict[str, int] = {}
-        self._twin.train()
+        switch_mode(self._twin, True)
         live.register([*self._twin.parameters(), *self._twin.buffers()], "weights")
         live.register([*tensors_of(self._batch), self._waiting], "inputs")
         compact = [armed.layers[layer.name].compact for layer in self._examined.table if layer.name in selection]
