@@ -63,22 +63,29 @@ def switch_mode(model: nn.Module, training: bool) -> None:
 
     Where a class has its own (a layer that merges an adapter into its weight in ``eval()``), it finds tensors without
     memory in the place of all parameters and buffers meanwhile: a trace asks for shapes only. If it looks at values,
-    it gets the real ones. Inside of :func:`untouched` only, which takes it all back.
+    it gets the real ones. Where it puts another tensor of the same shape in a parameter's place, the parameter stays:
+    a trace knows weights by identity. Inside of :func:`untouched` only, which takes it all back.
     """
-    tensors = [t for module in model.modules() for t in _registered(module) if not t.is_meta]
-    if tensors and any(map(_has_own_switch, model.modules())):
+    if not any(map(_has_own_switch, model.modules())):
+        _call_switch(model, training)
+        return
+    with _unseen():
         before = PythonState([model])
-        try:
-            with _unseen():
-                twins = _replace(model, {id(tensor): _twin_of(tensor) for tensor in tensors})
-            _call_switch(model, training)
-        except Exception:
-            with _unseen():
-                before.restore()
-        else:
-            _replace(model, twins)
-            return
-    _call_switch(model, training)
+        places = list(_registered(model))
+        twins = {id(tensor): _twin_of(tensor) for _, _, tensor in places}
+        for tensors, name, tensor in places:
+            tensors[name] = twins[id(tensor)]
+    try:
+        _call_switch(model, training)
+    except Exception:
+        with _unseen():
+            before.restore()
+        _call_switch(model, training)
+    with _unseen():
+        for tensors, name, tensor in places:
+            new = tensors.get(name)
+            if new is not None and new.shape == tensor.shape:
+                tensors[name] = tensor
 
 
 def _call_switch(model: nn.Module, training: bool) -> None:
@@ -94,28 +101,20 @@ def _has_own_switch(module: nn.Module) -> bool:
     return kind.train is not plain.train or kind.eval is not plain.eval or "train" in own or "eval" in own
 
 
-def _registered(module: nn.Module) -> Iterator[Tensor]:
-    for tensors in (module._parameters, module._buffers):
-        yield from (t for t in tensors.values() if t is not None)
+def _registered(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer, with where it is."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            yield from ((tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _twin_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor, and one that has its shape and attributes but no memory."""
+def _twin_of(tensor: Tensor) -> Tensor:
+    """A tensor of this shape, with these attributes, without memory."""
     twin = without_memory(tensor)
     if isinstance(tensor, nn.Parameter):
         twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
     vars(twin).update(vars(tensor))
-    return tensor, twin
-
-
-def _replace(model: nn.Module, pairs: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Put the second tensor of each pair where the first one is; return the pairs for the way back."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if id(tensor) in pairs:
-                    tensors[name] = pairs[id(tensor)][1]  # type: ignore[assignment]
-    return {id(after): (after, before) for before, after in pairs.values()}
+    return twin
 
 
 @contextmanager

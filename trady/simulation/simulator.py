@@ -149,7 +149,7 @@ class Simulator:
         intervals: list[Interval] = []
         live = LiveBytes()
         made_of: dict[str, int] = {}
-        self._copy.train()
+        switch_mode(self._copy, True)
         live.register([*self._copy.parameters(), *self._copy.buffers()], "weights")
         live.register([*self._batch.tensors, self._waiting], "inputs")
         compact = [armed.layers[layer.name].compact for layer in self._analysis.table if layer.name in selection]
