@@ -19,6 +19,7 @@ from trady.calls.kind import Call, CallKind, Keeps
 from trady.calls.mode import CallMode
 from trady.calls.recognize import register, unregister
 from trady.calls.sample_rules import aligned
+from trady.ops.layer import LayerCall, layer
 
 
 @dataclass(frozen=True)
@@ -246,3 +247,47 @@ def test_a_mode_that_remembers_no_transposes_sees_the_product() -> None:
         x @ weight.t()
     assert len(seen.calls) == 2
     assert F.linear not in seen.calls
+
+
+@dataclass(frozen=True)
+class NegationCall(Call):
+    """``torch.neg``, whose backward pass in PyTorch reads nothing; that of a handler may read the input."""
+
+
+class Negated(nn.Module):
+    """Behind the last layer of the first block nothing but additions and a negation follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.up = nn.ModuleList(nn.Linear(8, 64) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(64, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + torch.neg(down(torch.exp(0.1 * up(x))))
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("keeps", [Keeps.INPUTS, Keeps.NOTHING])
+def test_what_a_kind_keeps_has_values_when_it_is_recomputed(keeps: Keeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(Negated), normal(6, 8)
+    without_values: list[bool] = []
+
+    def observed(x: Tensor, leaf: Tensor | None, call: LayerCall, weight: Tensor, *others: Any) -> Tensor:
+        if weight is model.down[0].weight and not x.is_meta:
+            without_values.append(call.graph_only)
+        return layer(x, leaf, call, weight, *others)
+
+    monkeypatch.setattr("trady.calls.kinds.weight.layer", observed)
+    kind = CallKind(NegationCall, readers={torch.neg: lambda input: NegationCall(input)}, keeps=lambda call: keeps)
+    register(kind)
+    try:
+        tuner = prepared(model, x, "all")
+        loss_of(model, x).backward()
+        tuner.finish()
+    finally:
+        unregister(kind)
+    assert without_values == [False, keeps is Keeps.NOTHING]  # forward, and once more backward
