@@ -39,7 +39,7 @@ class FakeRun(CallMode):
 
     """
 
-    # The model's own calls are simulated as they are: read as a linear layer, a product would take other memory.
+    # Calls are simulated as they come; the mode above that recognises layers has remembered the transposes itself.
     remembers_transposes = False
 
     def __init__(self, device: torch.device, live: LiveBytes | None = None) -> None:
