@@ -163,7 +163,7 @@ def measure(name: str, data: tuple[Sentences, Sentences], epochs: int, seed: int
 
     model = store(copy.deepcopy(task.model)).train()
     weights, pytorch = weight_bytes(model), saved_by_pytorch(copy.deepcopy(model), run)
-    dense = trady.quantized.dequantize(copy.deepcopy(model))
+    dense = trady.dequantize(copy.deepcopy(model))
     tuner = trady.prepare(model, task.batch, budget=BUDGET, seed=seed)
     ledger = tuner.ledger(lambda: run(model).backward(), inference=False)
     for parameter in tuner.parameters():

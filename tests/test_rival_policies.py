@@ -238,7 +238,7 @@ def test_a_scheme_takes_the_largest_norm_channels_of_its_layers() -> None:
         (lambda: Scheme.from_json([]), "lacks layer_indices"),
         (lambda: Scheme.from_json({"layer_indices": 4, "channel_ratios": [1]}), "damaged"),
         (lambda: Scheme.from_json({"layer_indices": [4], "channel_ratios": [1], "version": 9}), "version 9"),
-        (lambda: Scheme.load("nowhere.json"), "nowhere.json cannot be read"),
+        (lambda: Scheme.load("nowhere.json"), "cannot read the scheme nowhere.json"),
     ],
 )
 def test_what_is_no_scheme_is_refused(make: Any, words: str) -> None:

@@ -51,6 +51,40 @@ def samples_of(once: Trace, twice: Trace) -> list[CallSamples | None]:
     ]
 
 
+def carried_over(known: Trace, samples: list[CallSamples | None], trace: Trace) -> list[CallSamples | None] | None:
+    """Find the samples of another trace of the same batch, in evaluation mode, without tracing the batch doubled.
+
+    Args:
+        known: A trace whose samples are known.
+        samples: These, one entry a call.
+        trace: The other trace.
+
+    Returns:
+        One entry a call; ``None`` where the trace has a call that the known one has not, or not in this order. (Calls
+        may be missing: dropout.)
+
+    """
+    found: list[CallSamples | None] = []
+    place = 0
+    for entry in trace.calls:
+        while place < len(known.calls) and not _same_call(known, known.calls[place], trace, entry):
+            place += 1
+        if place == len(known.calls):
+            return None
+        found.append(samples[place])
+        place += 1
+    return found
+
+
+def _same_call(known: Trace, a: TracedCall, trace: Trace, b: TracedCall) -> bool:
+    # Dropout is a call of its own kind in training mode only; samples lie the same way in both.
+    kinds = type(a.call) is type(b.call) or name_of(a.function) == "dropout"
+    same = a.function == b.function and kinds and a.module == b.module
+    same = same and (a.shapes, a.numbers, a.keywords) == (b.shapes, b.numbers, b.keywords)
+    same = same and [id(p) for p in a.parameters] == [id(p) for p in b.parameters]
+    return same and _shapes(known, a) == _shapes(trace, b)
+
+
 def _shapes(trace: Trace, entry: TracedCall) -> list[tuple[int, ...]]:
     return [trace.values[value].shape for value in entry.makes]
 

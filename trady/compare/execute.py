@@ -17,6 +17,7 @@ from trady.compare.cells import Job
 from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
+from trady.records.version import __version__
 from trady.training.data.datasets import DataSplit, Normalization
 from trady.training.result import Result
 
@@ -87,14 +88,12 @@ def machine() -> dict[str, object]:
     """Return what a result may depend on, besides its cell."""
     import torch
 
-    import trady
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "trady": trady.__version__,
+        "trady": __version__,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +20,10 @@ from trady.errors import TradyError
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.report.units import format_bytes
 
-_FORMAT = "trady ledger 1"
+_FORMAT = Format("trady ledger 1", "ledger", TradyError, "measure again", version=None)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_json` takes them, with the totals beside them."""
         return {
-            "format": _FORMAT,
+            **_FORMAT.header(),
             **asdict(self),
             "saved": [asdict(saved) for saved in self.saved],
             "parts": dict(self.parts),
@@ -124,16 +124,12 @@ class Ledger:
         Raises:
             TradyError: If the data are not a ledger's.
         """
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            given = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise TradyError(f"not a ledger: its format is {given!r}, expected {_FORMAT!r}; measure again")
-        try:
-            values = {field.name: data[field.name] for field in fields(cls)}
+        checked = _FORMAT.check(data)
+        with _FORMAT.reading():
+            values = {field.name: checked[field.name] for field in fields(cls)}
             values["saved"] = tuple(Saved(**saved) for saved in values["saved"])
             values["remarks"] = tuple(values["remarks"])
             return cls(**values)
-        except (KeyError, TypeError) as damage:
-            raise TradyError(f"a damaged ledger ({damage}); measure again") from damage
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, all of it or nothing."""
@@ -146,12 +142,9 @@ class Ledger:
         """Read what :meth:`save` wrote.
 
         Raises:
-            TradyError: If the file is not a ledger.
+            TradyError: If the file cannot be read, or is not a ledger.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TradyError, ValueError) as damage:
-            raise TradyError(f"{path}: {damage}") from damage
+        return _FORMAT.load(path, cls.from_json)
 
     def _peaks(self) -> Table:
         table = Table("at the peak", title="Tensor memory of a training step", title_justify="left")

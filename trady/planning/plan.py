@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,9 +18,10 @@ from trady.errors import CheckpointError
 from trady.memory.recorder import PARTS
 from trady.planning.budget import Budget
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.report.units import BAR_WIDTH, format_bytes, format_count, format_fine_percent, format_percent
 
-FORMAT, VERSION = "trady-plan", 1
+FORMAT = Format("trady-plan", "plan", CheckpointError, "make one with trady.plan(...).save(path)")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header(),
             "model": self.model,
             "budget": None if self.budget is None else str(self.budget),
             "policy": self.policy,
@@ -137,11 +136,8 @@ class Plan:
         """
         from trady.planning.budget import parse_budget
 
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CheckpointError("this is no trady plan; make one with trady.plan(...).save(path)")
-        if data.get("version") != VERSION:
-            raise CheckpointError(f"the plan is of version {data.get('version')}, this trady reads version {VERSION}")
-        try:
+        data = FORMAT.check(data)
+        with FORMAT.reading():
             table = ChannelTable(
                 layers=tuple(Layer(**_tuples(layer)) for layer in data["layers"]),
                 frozen=tuple(FrozenLayer(**frozen) for frozen in data["frozen"]),
@@ -176,8 +172,6 @@ class Plan:
                 needs_each_epoch=data.get("needs_each_epoch", False),
                 observed=data.get("observed", True),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced as a whole or not at all."""
@@ -191,10 +185,7 @@ class Plan:
             CheckpointError: The file cannot be read, is damaged, or is of another version.
 
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        return FORMAT.load(path, cls.from_json)
 
     def __rich__(self) -> RenderableType:
 

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from trady.ops.selected import SelectedChannels
 from trady.quantized.formats import MetaFormat, Stored, stored_in
 
-#: Buffers of a quantised module: numbers of its float channels [k], sorted, and their weights [k, out].
+#: Buffers of a quantised module: indices of its float channels [k], sorted, and their weights [k, out].
 INDEX, VALUES = "float_channels", "float_values"
 
 
@@ -65,14 +65,14 @@ class QuantizedLinear:
 
     @property
     def channels(self) -> tuple[Tensor, Tensor] | None:
-        """Numbers [k] and weights [k, out] of the float channels."""
+        """Indices [k] and weights [k, out] of the float channels."""
         index, values = (self.module._buffers.get(name) for name in (INDEX, VALUES))
         return None if index is None or values is None else (index, values)
 
     def product(self, x: Tensor, *, trains: bool = False) -> Tensor:
         """Apply the layer to ``x`` [..., in], bias included."""
         if x.is_meta:
-            return self._outline_of_product(x, trains)
+            return self._meta_product(x, trains)
         if self.channels is None:
             return self._own_product(x)
         index, values = self.channels
@@ -84,15 +84,15 @@ class QuantizedLinear:
         found: Tensor = type(self.module).forward(self.module, x) if self._before is None else self._before(x)
         return found
 
-    def _outline_of_product(self, x: Tensor, trains: bool) -> Tensor:
+    def _meta_product(self, x: Tensor, trains: bool) -> Tensor:
         """Take the memory that the product would: masked input, dequantised weight, results."""
         masked = torch.empty_like(x) if trains or self.channels is not None else None
-        forms = [torch.empty(self.shape, dtype=x.dtype, device=x.device) for _ in range(self.stored.forms)]
-        dense = forms.pop()
-        del forms
+        copies = [torch.empty(self.shape, dtype=x.dtype, device=x.device) for _ in range(self.stored.copies)]
+        dense = copies.pop()
+        del copies
         out = x.new_empty((*x.shape[:-1], self.shape[0]))
         del dense
-        others = [torch.empty_like(out) for _ in range(1, self.stored.forms)]
+        others = [torch.empty_like(out) for _ in range(1, self.stored.copies)]
         del masked, others
         return out
 
@@ -156,7 +156,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinea
 
 
 def layer_at(module: nn.Module) -> QuantizedLinear | None:
-    """What computes a quantised linear layer, routed or not; ``None`` for any other module."""
+    """Return what computes a quantised linear layer, routed or not; ``None`` for any other module."""
     routed = module.__dict__.get("forward")
     if isinstance(routed, QuantizedLinear):
         return routed
@@ -165,7 +165,7 @@ def layer_at(module: nn.Module) -> QuantizedLinear | None:
 
 
 def route(model: nn.Module) -> dict[int, QuantizedLinear]:
-    """Have every quantised linear layer of a model computed by :class:`QuantizedLinear`; by identity of the weight."""
+    """Have quantised linear layers computed by :class:`QuantizedLinear`; return them by identity of the weight."""
     found = {}
     for module in model.modules():
         layer = layer_at(module)
@@ -176,7 +176,7 @@ def route(model: nn.Module) -> dict[int, QuantizedLinear]:
 
 
 def leave(layers: Mapping[int, QuantizedLinear]) -> None:
-    """Give the modules their own forward back, but for those with float channels."""
+    """Give the modules their own forward back, except those with float channels."""
     for layer in layers.values():
         layer.leave()
 
@@ -193,11 +193,11 @@ def routed(model: nn.Module) -> Iterator[Mapping[int, QuantizedLinear]]:
 
 
 def meta_formats(model: nn.Module) -> dict[int, Any]:
-    """What to put into a copy of the model that takes no memory, by identity: weights, their scales, the routing.
+    """Return what a copy of the model without memory has in place of these, by identity: weights, scales, routing.
 
-    The copy is to be routed anew: its weights are read in another way.
+    The copy has to be routed again: its weights are read in another way.
     """
-    alive: list[Any] = []  # or something new might get the identity of what is gone
+    alive: list[Any] = []  # keeps identities: a new object could get that of one that is gone
     found: dict[int, Any] = {id(alive): alive}
     for module in model.modules():
         layer = layer_at(module)

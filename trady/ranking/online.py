@@ -11,9 +11,13 @@ import numpy.typing as npt
 
 from trady.channels.table import ChannelTable
 from trady.errors import RankingError
-from trady.ranking.ranking import VERSION, LayerRanking, listed, same_layers, structure_digest, versioned
+from trady.ranking.ranking import LayerRanking, listed, same_layers, structure_digest
 from trady.ranking.scores import Floats, Metric, spearman, top_layers
 from trady.ranking.structural import structural_ranking
+from trady.records.versioned import Format
+
+#: What was learnt so far, as JSON.
+FORMAT = Format("trady-online-ranking", "online ranking", RankingError, "start it again with an empty one")
 
 
 class OnlineRanking:
@@ -161,8 +165,7 @@ class OnlineRanking:
     def to_json(self) -> dict[str, Any]:
         """Options and state, exactly: floats survive JSON."""
         return {
-            "format": "trady-online-ranking",
-            "version": VERSION,
+            **FORMAT.header(),
             "layers": list(self._table.names),
             "drawable": [self._table.names[position] for position in np.flatnonzero(self._drawable)],
             "metric": self._metric,
@@ -188,8 +191,8 @@ class OnlineRanking:
         Raises:
             RankingError: When it is something else, of another version, model, or damaged.
         """
-        checked = versioned(data, "trady-online-ranking")
-        try:
+        checked = FORMAT.check(data)
+        with FORMAT.reading():
             if checked["layers"] != list(table.names):
                 same_layers(checked["layers"], table.names, "the online ranking")
                 raise RankingError("the online ranking has the model's layers in another order")
@@ -207,12 +210,6 @@ class OnlineRanking:
             ranking._history.extend(_state(scores, len(table)) for scores in checked["history"])
             ranking._batches = int(checked["batches"])
             ranking._ignored = int(checked["ignored"])
-        except RankingError:
-            raise
-        except KeyError as error:
-            raise RankingError(f"the online ranking lacks {error}") from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RankingError(f"the online ranking is damaged ({error})") from error
         return ranking
 
     @property

@@ -20,10 +20,12 @@ from trady.channels.table import ChannelTable
 from trady.errors import RankingError
 from trady.ranking.scores import Metric, spearman, top_layers
 from trady.records.files import write_json
+from trady.records.versioned import Format
 
 Source = Literal["measured", "online", "prior", "structural", "given"]
 
-VERSION = 1
+#: The ranking as JSON.
+FORMAT = Format("trady-ranking", "layer ranking", RankingError, "measure it with trady.rank")
 
 
 def structure_digest(table: ChannelTable) -> str:
@@ -172,8 +174,7 @@ class LayerRanking:
     def to_json(self) -> dict[str, Any]:
         """Plain values that :meth:`from_json` reads back to an equal ranking."""
         return {
-            "format": "trady-ranking",
-            "version": VERSION,
+            **FORMAT.header(),
             "metric": self.metric,
             "source": self.source,
             "structure": self.structure,
@@ -191,8 +192,8 @@ class LayerRanking:
         Raises:
             RankingError: When it is something else, of another version, or damaged.
         """
-        checked = versioned(data, "trady-ranking")
-        try:
+        checked = FORMAT.check(data)
+        with FORMAT.reading():
             return cls(
                 scores=checked["scores"],
                 metric=checked["metric"],
@@ -203,10 +204,6 @@ class LayerRanking:
                 elements=checked.get("elements", {}),
                 measured_on=checked.get("measured_on", ""),
             )
-        except KeyError as error:
-            raise RankingError(f"the ranking lacks {error}") from error
-        except (TypeError, AttributeError) as error:
-            raise RankingError(f"the ranking is damaged ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced as a whole or not at all.
@@ -226,18 +223,7 @@ class LayerRanking:
         Raises:
             RankingError: When the file cannot be read, is damaged, or is of another version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RankingError(f"cannot read the ranking {path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RankingError(
-                f"{path} is no ranking or is cut short ({error}); measure it again with trady.rank"
-            ) from error
-        try:
-            return cls.from_json(data)
-        except RankingError as error:
-            raise RankingError(f"{path}: {error}") from error
+        return FORMAT.load(path, cls.from_json)
 
 
 def _score(value: object, whose: str) -> float:
@@ -268,15 +254,3 @@ def listed(names: Collection[str], most: int = 8) -> str:
     """Name a few."""
     shown = ", ".join(sorted(names)[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def versioned(data: object, expected: str) -> Mapping[str, Any]:
-    """Refuse what is of another format or version."""
-    if not isinstance(data, Mapping) or data.get("format") != expected:
-        raise RankingError(f'no ranking: "format" is not "{expected}"')
-    if data.get("version") != VERSION:
-        raise RankingError(
-            f"version {data.get('version')!r} of the format; this trady reads version {VERSION}: "
-            "update trady, or measure the ranking again with trady.rank"
-        )
-    return data

@@ -8,7 +8,6 @@ each after the same short fine-tuning from the pretrained weights.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingErro
 from trady.policies.schemes import Scheme, scheme_layers
 from trady.policies.sparse_update import SparseUpdate
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.search.evolution import Evolution
 from trady.training.checkpoint import fingerprint
 from trady.training.run import finetune
@@ -32,6 +32,8 @@ from trady.training.run import finetune
 Told = Callable[[str, float | None, int, int], None]
 
 HEAD_ALONE = "head"
+
+_FORMAT = Format(None, "analysis of trady search", CheckpointError, "remove it, and search again", version=None)
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,16 @@ def _key(place: int, ratio: float) -> str:
     return f"{place}@{ratio:g}"
 
 
+def _from_json(data: Any) -> Contributions:
+    with _FORMAT.reading():
+        accuracies = {str(key): float(value) for key, value in _FORMAT.check(data)["accuracies"].items()}
+        return Contributions(accuracies, dict(data["settings"]))
+
+
 def _read(file: Path | None, settings: Mapping[str, Any]) -> Contributions:
     if file is None or not file.exists():
         return Contributions({}, settings)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        found = Contributions({str(k): float(v) for k, v in data["accuracies"].items()}, dict(data["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no analysis of trady search ({error}); remove it, and search anew") from error
+    found = _FORMAT.load(file, _from_json)
     changed = [
         f"{k} was {found.settings.get(k)!r}, is now {v!r}" for k, v in settings.items() if found.settings.get(k) != v
     ]

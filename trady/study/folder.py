@@ -11,7 +11,7 @@ from typing import Any
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
 from trady.records.files import write_json
-from trady.study.settings import StudySettings
+from trady.study.settings import FORMAT, StudySettings
 
 
 @dataclass(frozen=True, order=True)
@@ -132,10 +132,8 @@ class StudyFolder:
             StateError: Nothing was recorded here.
         """
         data = _read(self.table, self.path)
-        try:
+        with FORMAT.named(self.table), FORMAT.reading():
             return ChannelTable(tuple(_layer(layer) for layer in data["layers"]), batch=int(data["batch"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{self.table} is damaged ({error}); record the study again") from error
 
     def units(self, epochs: int) -> tuple[Unit, ...]:
         """Return the epochs of the runs that are finished, in order.
@@ -177,9 +175,6 @@ def _layer(values: dict[str, Any]) -> Layer:
 
 
 def _read(path: Path, study: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StateError(f"there is no study in {study}: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise StateError(f"{path} cannot be read ({error})") from error
+    if not path.exists():
+        raise StateError(f"there is no study in {study}: {path.name} is missing")
+    return FORMAT.read_json(path)

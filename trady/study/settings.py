@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import StateError, TrainingError
+from trady.records.versioned import Format
 
-FORMAT, VERSION = "trady-study", 1
+FORMAT = Format("trady-study", "study", StateError, "record it again")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class StudySettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return {**FORMAT.header(), **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> StudySettings:
@@ -55,14 +56,9 @@ class StudySettings:
         Raises:
             StateError: It is something else, or of another version.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StateError(f"{where} is no study of trady's")
-        if data.get("version") != VERSION:
-            raise StateError(f"{where} is a study of version {data.get('version')}; this trady reads {VERSION}")
-        try:
-            return cls(**{key: value for key, value in data.items() if key not in ("format", "version")})
-        except TypeError as error:
-            raise StateError(f"{where} is damaged ({error})") from error
+        with FORMAT.named(where), FORMAT.reading():
+            values = FORMAT.check(data)
+            return cls(**{key: value for key, value in values.items() if key not in FORMAT.header()})
 
     def check_same(self, there: StudySettings, where: str) -> None:
         """Refuse to add runs to a study that was made otherwise.

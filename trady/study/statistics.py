@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 from trady.study.heavy_tails import HeavyTails, heavy_tails
@@ -12,8 +12,10 @@ from trady.study.importance import TaskTest, importance
 from trady.study.online import Online, budgets_of, online
 from trady.study.records import Records
 from trady.study.retained_gradient import Kept, kept
-from trady.study.settings import FORMAT, VERSION, StudySettings
+from trady.study.settings import FORMAT, StudySettings
 from trady.study.stability import Stability, stability
+
+_FORMAT = replace(FORMAT, name=f"{FORMAT.name}-statistics")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what is not a number is ``None``."""
-        return {"format": f"{FORMAT}-statistics", "version": VERSION, **_plain(self)}
+        return {**_FORMAT.header(), **_plain(self)}
 
     def summary(self) -> dict[str, Any]:
         """Return :meth:`to_json` without what is listed layer by layer and step by step: what a reader compares."""

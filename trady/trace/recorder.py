@@ -20,23 +20,21 @@ from trady.calls.questions import answer_about_device
 from trady.calls.recognize import kind_of, recognize, run_on_meta
 from trady.errors import ModelError
 from trady.model.batch import (
-    as_arguments,
-    batch_size,
-    describe,
+    Batch,
     numbers_among,
-    real_device,
     tensors_among,
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
-from trady.model.mode import Section, current_section, kept_mode, tracing
+from trady.model.mode import Section, current_section, tracing
+from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.trace import Trace, TracedCall, Value
 
 
-def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
-    """Run ``model`` on shapes alone.
+def trace_forward(model: nn.Module, example: Batch | Any, *, training: bool | None = None) -> Trace:
+    """Run ``model`` on shapes alone; it is untouched afterwards (:func:`trady.model.untouched.untouched`).
 
     Args:
         model: Any module; its weights may lie on any device, also on meta.
@@ -60,13 +58,15 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         return _trace(model, example, training)  # the forward pass itself called torch.compile: now it can be told
 
 
-def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
-    args, kwargs = as_arguments(example)
-    recorder = _Recorder(model, real_device(model, example))
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Trace:
+    batch = Batch.of(example)
+    args, kwargs = batch.arguments
+    recorder = _Recorder(model, batch.device_in(model))
     with ExitStack() as stack:
+        stack.enter_context(untouched(model, batch.inputs))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(kept_mode(model, training))
+        if training is not None:
+            switch_mode(model, training)
         stack.enter_context(routed(model))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
@@ -82,19 +82,17 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             raise
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
+                f"{type(model).__name__} cannot be traced on the example batch ({batch.shapes}): "
                 f"{type(error).__name__}: {error}. The example must be one batch as training will see it, and "
                 "the forward pass must not branch on the values of tensors."
             ) from error
         finally:
             tracing.reset(token)
-    if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
-        for module, before in attributes:
-            vars(module).update(before)
-    recorder.trace.batch = batch_size(example)
-    outputs = list(tree_iter(output))
-    recorder.trace.values = [_settle(value) for value in recorder.trace.values]
-    del outputs
+        # What the output and the model's attributes hold shows before the attributes are put back.
+        outputs = list(tree_iter(output))
+        recorder.trace.values = [_settle(value) for value in recorder.trace.values]
+        del outputs
+    recorder.trace.batch = batch.samples
     return recorder.trace
 
 

@@ -20,10 +20,12 @@ from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records.files import flush, separate
+from trady.records.versioned import Format
 from trady.training.state import State
 
-FORMAT = "trady-checkpoint"
-VERSION = 1
+FORMAT = Format(
+    "trady-checkpoint", "checkpoint", CheckpointError, "start the run again with --overwrite", "choose another folder"
+)
 TENSORS = "tensors.safetensors"
 DESCRIPTION = "checkpoint.json"
 
@@ -57,10 +59,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()}
-    save_file(separate(tensors), temporary / TENSORS, {"format": FORMAT})
+    save_file(separate(tensors), temporary / TENSORS, {"format": str(FORMAT.name)})
     description = {
-        "format": FORMAT,
-        "version": VERSION,
+        **FORMAT.header(),
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
         "model": checkpoint.model,
@@ -102,9 +103,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     place = find_checkpoint(folder)
     if place is None:
         raise CheckpointError(f"{folder} does not exist; start the run without --resume")
-    description = _description(place / DESCRIPTION)
+    description = FORMAT.load(place / DESCRIPTION, FORMAT.check)
     tensors = _tensors(place / TENSORS, description)
-    try:
+    with FORMAT.named(place / DESCRIPTION), FORMAT.reading():
         states = {part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()}
         return Checkpoint(
             int(description["epoch"]),
@@ -113,8 +114,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             str(description["model"]),
             states,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(place / DESCRIPTION, f"an entry is missing or wrong: {error!r}") from error
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
@@ -128,7 +127,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: P
     if changed:
         raise CheckpointError(
             f"{place} belongs to a run with other settings: {'; '.join(changed)}; "
-            "resume with the same ones, or start anew in another folder or with --overwrite"
+            "resume with the same ones, or start again in another folder or with --overwrite"
         )
 
 
@@ -137,7 +136,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
 
     Args:
         model: The model, untouched.
-        without: Tensors whose contents do not count (the head, which a user may draw anew).
+        without: Tensors whose contents do not count (the head, which a user may initialise again).
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -149,24 +148,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
-    except ValueError as error:
-        raise _damaged(path, f"it is not whole JSON ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of trady; choose another folder")
-    if description.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint version {description.get('version')!r}, this trady reads {VERSION}; "
-            "resume with the trady that wrote it, or start anew with --overwrite"
-        )
-    return description
-
-
-def _tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     expected = description.get("tensors")
     try:
         if not isinstance(expected, dict) or _digest(path) != expected.get("sha256"):
@@ -184,7 +166,7 @@ def _part(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Ten
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {reason}; start the run anew with --overwrite")
+    return CheckpointError(f"{path} cannot be read: {reason}; {FORMAT.remedy}")
 
 
 def _digest(path: Path) -> str:

@@ -175,7 +175,7 @@ class FullTrainer:
         if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
             raise ModelError(
                 f"plain full fine-tuning trains whole weights, and {stored} is stored quantised: only channels of it "
-                "can train. Take a policy with a budget, such as trady, or call trady.quantized.dequantize(model) first"
+                "can train. Take a policy with a budget, such as trady, or call trady.dequantize(model) first"
             )
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
