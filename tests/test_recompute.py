@@ -53,8 +53,8 @@ def test_gradients_in_float32(name: str) -> None:
 def test_a_tensor_that_is_handed_on_under_two_names_is_one_tensor() -> None:
     """A recurrent state that is asked for in the type that it has comes back as it is."""
     program = Program(())
-    state = program.write(torch.exp, (normal(2, 3),), {}, shown=[0])
-    assert program.write(Tensor.to, (state, torch.float32), {}, shown=[0]) is state
+    state = program.write(torch.exp, (normal(2, 3),), {}, held=[0])
+    assert program.write(Tensor.to, (state, torch.float32), {}, held=[0]) is state
     assert len(program.held) == 1
 
 

@@ -30,7 +30,7 @@ from trady.calls.recognize import kind_of
 from trady.trace.trace import Trace, TracedCall
 
 #: A segment is worth it if it keeps this many times what has to be kept instead.
-_LEAST_GAIN = 1.5
+_MINIMUM_GAIN = 1.5
 
 #: Of what the model still holds when its forward pass has ended.
 ALWAYS = sys.maxsize
@@ -48,7 +48,7 @@ class Segment:
         end: One past its last call.
         outputs: What it hands on: pairs of a call and the place among what that call returns.
         needed_until: For each of these the last call that reads it; :data:`ALWAYS` if the model keeps it.
-        samples: Where the samples lie, one entry a call; empty if it cannot be computed in parts.
+        samples: Where the samples lie, one entry a call; empty if it cannot be computed in chunks.
         kept_bytes: About what it keeps for its backward pass if it is not recomputed, for the traced batch.
         entry_bytes: The activation that crosses its start, which is kept instead.
         work: Multiply-adds of its forward pass.
@@ -209,7 +209,7 @@ def _segment(
         by_sample = ()
     kept = _kept_bytes(trace, start, end, crossing, element_bytes)
     entry = crossing.size(start) * element_bytes
-    if kept < _LEAST_GAIN * entry:
+    if kept < _MINIMUM_GAIN * entry:
         return None
     work = sum(work_of(trace, entry) for entry in calls)
     handed_on, needed_until = zip(*sorted(outputs.items()), strict=True)

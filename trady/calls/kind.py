@@ -74,7 +74,7 @@ class CallKind(Generic[C]):
         overwrites_input: Whether it can be computed in the memory of its input where nobody else reads that.
         frees_result: Whether its result is memory of its own that its backward pass does not read, so that the next
             call may overwrite it.
-        on_meta: How it is computed without memory where PyTorch refuses to, or keeps something else.
+        on_meta: How it is computed on fake tensors where PyTorch refuses to, or keeps something else.
         activations: The fields of a call that hold activations: a trace must not keep them alive.
     """
 

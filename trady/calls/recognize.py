@@ -1,4 +1,4 @@
-"""What a model calls, in trady's words: which torch functions are weight layers, norms, activations, pools.
+"""Recognises calls: which torch functions are weight layers, norms, activations, pools.
 
 A call that is not recognised is left to PyTorch. Both the trace (before) and the interception (while
 the model runs) read calls through :func:`recognize`, so they cannot disagree.
@@ -57,7 +57,7 @@ def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def run_on_meta(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do a call on tensors without memory, where PyTorch's own kernel may refuse or keep something else."""
+    """Do a call on fake tensors, where PyTorch's own kernel may refuse or keep something else."""
     call = recognize(function, args, kwargs)
     on_meta = None if call is None else kind_of(call).on_meta
     if on_meta is not None:

@@ -1,4 +1,4 @@
-"""The measure ``velocity``: how fast the output map of every neuron changes its direction from epoch to epoch.
+"""The measure ``velocity``: how fast the output map of every output channel changes its direction from epoch to epoch.
 
 Neurons at equilibrium (Bragagnolo, Tartaglione, Grangetto, NeurIPS 2022, arXiv 2207.09455), section 3. With
 ŷ_{i,ξ} the output map of neuron i on sample ξ over its own norm, t an epoch and Ξ a few fixed samples:
@@ -43,7 +43,7 @@ MOMENTUM = 0.5
 #: Samples that are looked at. The paper finds that a single image does nearly as well as hundreds.
 MOST_SAMPLES = 32
 
-#: Name and number of a call of a layer, to what it computes: [output channels, positions].
+#: Name of a layer and index of its call, to what it computes: [output channels, positions].
 Maps = dict[tuple[str, int], Tensor]
 
 #: Shown one of these.

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_map
 from trady.analysis.fusion import Step
 from trady.analysis.segments import Segment
 from trady.calls.actions import Action, InPlace, WithLayer
+from trady.calls.kind import Keeps
 from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
-from trady.calls.recognize import recognize
+from trady.calls.recognize import kind_of, recognize
 from trady.errors import StateError
 from trady.interception.layer import came_too_late
 from trady.interception.program import Entry, Program, Slot
@@ -63,6 +64,7 @@ class DeferredSegment:
         self._compute, self._trains = compute, trains
         self._actions = [step.action for step in steps[segment.start : segment.last + 1]]
         self._weights: dict[int, WeightCall] = {}
+        self._keeping: set[int] = set()
         self._loss: LossCall | None = None
 
     @property
@@ -75,6 +77,8 @@ class DeferredSegment:
         call = recognize(function, args, kwargs)
         if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
             self._weights[len(self.program.entries)] = call
+        if call is not None and kind_of(call).keeps(call) is not Keeps.NOTHING:
+            self._keeping.add(len(self.program.entries))
         self._loss = call if isinstance(call, LossCall) else None
         here, last = self.next_call, self.next_call == self.segment.last
         held = [place for call, place in self.segment.outputs if call == here and not last]
@@ -122,7 +126,7 @@ class DeferredSegment:
     ) -> Callable[[list[Tensor], Part, bool], list[Tensor]]:
         program, compute = self.program, self._compute
         actions = [_inside(action, entry) for action, entry in zip(self._actions, program.entries, strict=True)]
-        graph_only = _without_values(program, slots, self._weights, trained, actions)
+        graph_only = _without_values(program, slots, self._weights, self._keeping, trained, actions)
         sums_up = self._loss is not None and in_chunks
         averages = self._loss is not None and self._loss.mean and in_chunks
         alone = sums_up and _scores_are_read_by_the_loss_alone(program, slots, self._weights, actions)
@@ -162,6 +166,7 @@ def _without_values(
     program: Program,
     slots: tuple[int, ...],
     weights: dict[int, WeightCall],
+    keeping: set[int],
     trained: set[int],
     actions: list[Action | None],
 ) -> set[int]:
@@ -179,7 +184,7 @@ def _without_values(
                 found.add(index)
             if id(call.weight) in trained:
                 needed.update(entry.reads)
-        elif value_needed or name_of(entry.function) not in BACKWARD_READS_NOTHING:
+        elif value_needed or index in keeping or name_of(entry.function) not in BACKWARD_READS_NOTHING:
             needed.update(entry.reads)
         elif in_place(entry.function):  # it writes, if not reads
             needed.update(set(entry.reads) & set(entry.outputs))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import Segment
 from trady.calls.actions import Action
-from trady.calls.canonical import shown_parameter
+from trady.calls.canonical import untransposed
 from trady.errors import ModelError
 from trady.interception.deferred_segment import DeferredSegment
 from trady.interception.forward_state import ForwardState
@@ -64,7 +64,7 @@ def _next_place(forward: ForwardState, function: Any, tensors: list[Tensor]) -> 
     plan = forward.plan
     if plan is None:
         return None
-    parameters = tuple(id(p) for p in map(shown_parameter, tensors) if isinstance(p, nn.Parameter))
+    parameters = tuple(id(p) for p in map(untransposed, tensors) if isinstance(p, nn.Parameter))
     if forward.writing is not None:
         return _next_place_in_segment(forward, plan, forward.writing, function, tensors, parameters)
     if _is_call(plan, forward.cursor, function, parameters):

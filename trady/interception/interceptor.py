@@ -92,7 +92,7 @@ class Interceptor(CallMode):
 
         Args:
             prepare_call: Changes the arguments of a call before anything else is done with it. The model may
-                hand out tensors without memory.
+                hand out fake tensors.
             on_layer: Called with the name of every layer that has been computed.
 
         """

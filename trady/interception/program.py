@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.analysis.sample_axes import CallSamples
-from trady.calls.canonical import shown_parameter
+from trady.calls.canonical import untransposed
 from trady.calls.recognize import run_on_meta
 from trady.model.batch import without_memory
 from trady.ops.sample_axis import SampleAxis
@@ -282,7 +282,7 @@ def _fill(value: Any, values: dict[int, Tensor], inputs: list[Tensor], samples: 
 
 def _constant(tensor: Tensor, traced: tuple[int, ...] | None) -> bool:
     """Whether a tensor has no dimension that may be one of samples, where the traced one had none."""
-    if isinstance(shown_parameter(tensor), nn.Parameter):
+    if isinstance(untransposed(tensor), nn.Parameter):
         return True
     known = traced is not None and len(traced) == tensor.dim()
     return known and all(now <= 1 or then > 1 for now, then in zip(tensor.shape, traced or (), strict=True))

@@ -1,4 +1,4 @@
-"""Runs a model without memory as if it had some: same questions answered, same kernels chosen."""
+"""Runs a model on fake tensors as if they were real: the same answers to questions, the same choice of kernels."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margi
 
 
 class FakeRun(CallMode):
-    """Lets a model without memory run with ids and masks that have values.
+    """Runs a model of fake tensors on a batch whose ids and masks have values.
 
-    What meets a tensor without memory loses its own, for good where it is written to; asked where they are, all say the
-    real device, so that models put the tensors they make there.
+    A real tensor that meets a fake one loses its values, for good where it is written to. Asked for their device, all
+    tensors name the real one, so that models create further tensors there.
 
     Args:
         device: The real device.
@@ -39,7 +39,7 @@ class FakeRun(CallMode):
 
     """
 
-    # The model's own calls are simulated as they are: read as a linear layer, a product would take other memory.
+    # Calls are simulated as they come; the mode above that recognises layers has remembered the transposes itself.
     remembers_transposes = False
 
     def __init__(self, device: torch.device, live: LiveBytes | None = None) -> None:

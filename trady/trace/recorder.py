@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.calls.canonical import shown_parameter
+from trady.calls.canonical import untransposed
 from trady.calls.kinds import Call, RecurrentCall
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device
@@ -115,7 +115,7 @@ def _settle(value: Value) -> Value:
 
 
 class _Recorder(CallMode):
-    """Writes down every call, and does it on tensors without memory."""
+    """Writes down every call, and does it on fake tensors."""
 
     def __init__(self, model: nn.Module, device: torch.device | None) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class _Recorder(CallMode):
         self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def to_meta(self, value: Any) -> Any:
-        """Replace a tensor by one without memory or gradient; the same tensor always by the same one."""
+        """Replace a tensor by a fake one without gradient; the same tensor always by the same one."""
         if isinstance(value, torch.device):
             return _META
         if not isinstance(value, Tensor) or (value.is_meta and not value.requires_grad):
@@ -144,7 +144,7 @@ class _Recorder(CallMode):
         return known[1]
 
     def without_values(self, value: Any) -> Any:
-        """Replace an input by one without memory; ids and masks stay: models look at their values."""
+        """Replace an input by a fake tensor; ids and masks stay: models look at their values."""
         keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
         return value if keep else self.to_meta(value)
 
@@ -161,7 +161,7 @@ class _Recorder(CallMode):
         return func(*args, **kwargs) if answer is None else answer
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write a call down and do it on tensors without memory."""
+        """Write a call down and do it on fake tensors."""
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
         if is_count(func, args, self._counters):
@@ -171,7 +171,7 @@ class _Recorder(CallMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
-        sources = [shown_parameter(t) for t in tensors]
+        sources = [untransposed(t) for t in tensors]
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
             self.trace.values[value].readers.append(index)

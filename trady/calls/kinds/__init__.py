@@ -1,4 +1,8 @@
-"""The kinds of calls that trady knows: one file a kind, all that is known of it inside."""
+"""The kinds of calls that trady knows: one file a kind, all that is known of it inside.
+
+A new lean operation is such a file and its name in :data:`KINDS`; a kind of one's own is registered by
+:func:`trady.calls.recognize.register`.
+"""
 
 from __future__ import annotations
 
