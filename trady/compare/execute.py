@@ -9,8 +9,11 @@ import platform
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
@@ -18,7 +21,10 @@ from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
 from trady.training.data.datasets import DataSplit, Normalization
+from trady.training.data.load import load_data
+from trady.training.models.load import image_format, load_model
 from trady.training.result import Result
+from trady.training.run import finetune
 
 Keep = Literal["results", "weights"]
 
@@ -48,8 +54,6 @@ class Workplace:
 
     def enter(self) -> None:
         """Make this process a worker."""
-        import torch
-
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.search_path if entry not in sys.path)
@@ -85,16 +89,12 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
 
 def machine() -> dict[str, object]:
     """Return what a result may depend on, besides its cell."""
-    import torch
-
-    import trady
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "trady": trady.__version__,
+        "trady": version("trady"),
     }
 
 
@@ -107,13 +107,10 @@ def _train(job: Job, folder: CellFolder) -> Result:
 
 
 def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
-    from trady.training.models.load import load_model
-    from trady.training.run import finetune
-
     cell = job.cell
     settings = dict(cell.settings)
     image_size, limits = settings.pop("image_size", None), _limits(settings)
-    normalization, usual_size = _format(job.model)
+    normalization, usual_size = _image_format(job.model)
     data = _data(job.dataset, image_size or usual_size, limits, normalization, cell.seed)
     for name in ("channel_clip", "max_grad_norm"):
         if settings.get(name) is False:
@@ -141,9 +138,7 @@ def _limits(settings: dict[str, object]) -> tuple[int | None, int | None]:
 
 
 @lru_cache(maxsize=8)
-def _format(model: str) -> tuple[Normalization, int]:
-    from trady.training.models.load import image_format
-
+def _image_format(model: str) -> tuple[Normalization, int]:
     return image_format(model)
 
 
@@ -152,6 +147,4 @@ def _data(
     source: str, image_size: int, limits: tuple[int | None, int | None], normalization: Normalization, seed: int
 ) -> DataSplit:
     """Read a data set once a worker; neighbouring cells mostly share it."""
-    from trady.training.data.load import load_data
-
     return load_data(source, image_size=image_size, limit=limits, normalization=normalization, seed=seed)

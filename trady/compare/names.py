@@ -56,10 +56,10 @@ class Surroundings:
 
     def dataset(self, text: str) -> str:
         """Return a data set's source as ``trady.finetune`` reads it: a known name, or a whole path."""
-        from trady.training.data.fashion_mnist import matches
+        from trady.training.data.source import is_name
 
         expanded = self.expand(text)
-        return expanded if matches(expanded) else self.path(text)
+        return expanded if is_name(expanded) else self.path(text)
 
     def ranking(self, text: str) -> str:
         """Return a word that stands for a ranking, or a whole path."""

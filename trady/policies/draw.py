@@ -32,9 +32,7 @@ def typical_selection(policy: Policy, draw: Draw) -> Selection:
 
 def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
     if not isinstance(selection, Selection):
-        raise PolicyError(
-            f"policy {policy.name!r} returned {type(selection).__name__}; return a trady.Selection"
-        )
+        raise PolicyError(f"policy {policy.name!r} returned {type(selection).__name__}; return a trady.Selection")
     mistake = draw.table.mistake(selection)
     if mistake is not None:
         raise PolicyError(f"policy {policy.name!r} selected {mistake}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from trady.errors import DataError
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -85,3 +85,6 @@ def _hub_split(part: str) -> RawSplit:
             f"{HUB_NAME} could not be read from the Hugging Face Hub ({error}); "
             "on Debian and Ubuntu: sudo apt-get install dataset-fashion-mnist"
         ) from error
+
+
+FASHION_MNIST = DataFormat("Fashion-MNIST", "fashion-mnist", matches, read, by_name=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trady.errors import DataError
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
 Array = npt.NDArray[Any]
 
@@ -112,3 +112,6 @@ def _classes(arrays: Mapping[str, Array], labels: list[Array], name: str) -> tup
             raise DataError(f"{name}: labels are {found.dtype}; class indices must be whole numbers")
         return ()
     return tuple(str(index) for index in range(max(int(found.max()), 0) + 1))
+
+
+NPZ = DataFormat("an .npz file", "data.npz", matches, read, lambda name: Path(name).is_file())

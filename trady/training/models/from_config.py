@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from trady.errors import ModelError
+from trady.training.models.from_transformers import hub_errors, import_transformers, preprocessing, quiet
 
 #: Dtypes by the names that a user types.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,15 +84,13 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     Raises:
         ModelError: There is no such configuration, or the model takes something else.
     """
-    from trady.training.models.load import _hub_errors, _preprocessing, _transformers
-
-    transformers = _transformers(name)
-    with _quiet(transformers), _hub_errors(name):
+    transformers = import_transformers(name)
+    with quiet(transformers), hub_errors(name):
         config = transformers.AutoConfig.from_pretrained(name)
     task = _task(config, tokens)
     classifies = task != "AutoModelForCausalLM"
     _refuse_other_inputs(name, task, tokens, length, config)
-    with _quiet(transformers), _hub_errors(name):
+    with quiet(transformers), hub_errors(name):
         key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
         wanted = dtype or getattr(config, key, None) or torch.float32
         setattr(config, key, wanted)
@@ -105,7 +102,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
                 config.pad_token_id = 0
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, task).from_config(config)
-        image_size = 0 if tokens else _preprocessing(transformers, name, config)[1]
+        image_size = 0 if tokens else preprocessing(transformers, name, config)[1]
     vocabulary = int(config.get_text_config().vocab_size) if tokens else None
     return Skeleton(model, vocabulary, not classifies, image_size, wanted)
 
@@ -114,8 +111,8 @@ def token_batch(found: Skeleton, sequences: int, length: int, seed: int) -> dict
     """Draw a batch of ids, without padding; with labels for a model that computes its loss from them."""
     assert found.vocabulary is not None
     generator = torch.Generator().manual_seed(seed)
-    most = max(2, min(found.vocabulary, _LARGEST_ID))
-    ids = torch.randint(1, most, (sequences, length), generator=generator)
+    end = max(2, min(found.vocabulary, _LARGEST_ID))
+    ids = torch.randint(1, end, (sequences, length), generator=generator)
     return {"input_ids": ids, "labels": ids} if found.makes_loss else {"input_ids": ids}
 
 
@@ -136,13 +133,3 @@ def _refuse_other_inputs(name: str, task: str, tokens: bool, length: int | None,
     longest = getattr(config, "max_position_embeddings", None)
     if length is not None and isinstance(longest, int) and length > longest:
         raise ModelError(f"{name} takes at most {longest} tokens, and --tokens asks for {length}")
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
