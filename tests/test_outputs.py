@@ -22,7 +22,7 @@ from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import CheckpointError, ModelError, PolicyError
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.policies import Draw, draw_selection
-from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
+from trady.policies.output_channels import costs, fill_output_channels, one_of_each, unit_count, unit_selection
 from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
@@ -46,7 +46,7 @@ class Neurons:
             start + random.permutation(count)[: max(1, round(self.share * count))]
             for start, count in zip(starts, counts, strict=True)
         ]
-        selection = fill_neurons(draw, layers, random.permutation(np.concatenate(kept)))
+        selection = fill_output_channels(draw, layers, random.permutation(np.concatenate(kept)))
         if not self.rectangle:
             return selection
         fewer = {n: c if len(c) < 2 else random.permutation(c)[: len(c) // 2] for n, c in selection.items()}
@@ -490,7 +490,7 @@ def test_neurons_fill_the_budget_and_the_first_of_a_layer_pays_for_its_input(see
     draw = Draw(table, table.names, prices, capacity, seed, 0, weight_price=2)
     counts = [unit_count(layer) for layer in layers]
     order = random.permutation(sum(counts))
-    found = fill_neurons(draw, layers, order)
+    found = fill_output_channels(draw, layers, order)
 
     left, units = capacity, [[] for _ in layers]
     owner = np.repeat(np.arange(5), counts)
