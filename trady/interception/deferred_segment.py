@@ -18,7 +18,7 @@ from trady.calls.recognize import recognize
 from trady.errors import StateError
 from trady.interception.program import Entry, Program, Slot
 from trady.ops.operators import Linear
-from trady.ops.recompute import Part, Recipe, recomputed
+from trady.ops.recompute import Chunk, Recipe, recomputed
 
 #: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
 Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], Action | None, bool], Any]
@@ -92,8 +92,8 @@ class DeferredSegment:
         along = [program.made_along.get(slot) if in_parts else None for slot in slots]
         recipe = Recipe(
             run=self._runner(slots, set(trained), in_parts),
-            along=list(program.along),
-            made=[*along, None] if averages else along,
+            input_axes=list(program.along),
+            output_axes=[*along, None] if averages else along,
             batch=max(program.batch, 1),
             samples_at_once=_samples_at_once(program) if in_parts else max(program.batch, 1),
             averages=averages,
@@ -110,7 +110,7 @@ class DeferredSegment:
 
     def _runner(
         self, slots: tuple[int, ...], trained: set[int], in_parts: bool
-    ) -> Callable[[list[Tensor], Part, bool], list[Tensor]]:
+    ) -> Callable[[list[Tensor], Chunk, bool], list[Tensor]]:
         program, compute = self.program, self._compute
         actions = [_inside(action, entry) for action, entry in zip(self._actions, program.entries, strict=True)]
         graph_only = _without_values(program, slots, self._weights, trained, actions)
@@ -118,7 +118,7 @@ class DeferredSegment:
         averages = self._loss is not None and self._loss.mean and in_parts
         alone = sums_up and _scores_are_read_by_the_loss_alone(program, slots, self._weights, actions)
 
-        def run(given: list[Tensor], part: Part, backward: bool) -> list[Tensor]:
+        def run(given: list[Tensor], chunk: Chunk, backward: bool) -> list[Tensor]:
             counts: list[Tensor] = []
 
             def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
@@ -130,7 +130,7 @@ class DeferredSegment:
                     return loss.total(overwrite=backward and alone, graph_only=backward)
                 return compute(function, args, kwargs, actions[index], backward and index in graph_only)
 
-            made = program.run(given, part.samples, call)
+            made = program.run(given, chunk.samples, call)
             return [*(made[slot] for slot in slots), *counts]
 
         return run
