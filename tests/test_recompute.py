@@ -57,14 +57,14 @@ def _one_sample_a_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parts of every segment computed, forward and backward."""
     counts: list[int] = []
-    plain = recompute.Recipe.parts
+    plain = recompute.Recipe.chunks
 
-    def counted(recipe: recompute.Recipe) -> Iterator[recompute.Part]:
+    def counted(recipe: recompute.Recipe) -> Iterator[recompute.Chunk]:
         found = list(plain(recipe))
         counts.append(len(found))
         return iter(found)
 
-    monkeypatch.setattr(recompute.Recipe, "parts", counted)
+    monkeypatch.setattr(recompute.Recipe, "chunks", counted)
     return counts
 
 

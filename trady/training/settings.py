@@ -1,4 +1,4 @@
-"""What a run was started with: checked here, written in its checkpoint, the same on resume."""
+"""The settings of a run: checked here, written in its checkpoint, equal on resume."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trady.planning.micro_batch import AUTO
 from trady.planning.recomputation import MODES
 from trady.ranking.ranking import LayerRanking
 
-#: Batches that a policy is measured on which measures before it draws.
+#: Batches that policies are measured on if they measure before they draw.
 OBSERVED_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides how a run goes. Two runs with equal settings and data are equal.
+    """Everything that determines a run. Two runs with equal settings and data are equal.
 
     Attributes:
-        policy: Where to update.
+        policy: Name of the policy.
         budget: As text, ``None`` for plain full fine-tuning.
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
@@ -38,10 +38,10 @@ class Settings:
         mode: ``train`` or ``eval``: whether dropout is on in training.
         mixed_precision: ``no`` or ``bf16``.
         seed: Seed of everything random.
-        recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
+        recompute: What is recomputed in the backward pass: ``auto``, ``all`` or ``none``.
         fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
-        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
-        observed_batches: Batches that the policy is measured on; ``None`` for one that measures nothing.
+        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the full batch.
+        observed_batches: Batches that the policy is measured on; ``None`` if it measures nothing.
         draws_per_epoch: How often channels are drawn in an epoch.
     """
 

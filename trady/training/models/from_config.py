@@ -15,7 +15,7 @@ from trady.training.models.from_transformers import hub_errors, import_transform
 #: Dtypes by the names that a user types.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: By how the name of a class in ``architectures`` ends.
+#: Class of transformers by how a name in ``architectures`` ends.
 _TASKS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -23,18 +23,18 @@ _TASKS = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 
-#: Ids are drawn below this, and above 0, which is often the padding.
+#: Token ids are drawn below this, and above 0, which is often the padding.
 _LARGEST_ID = 1000
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model whose tensors have shapes but no memory.
+    """A model without weights: its tensors have shapes but no memory.
 
     Attributes:
         model: The model, on the meta device.
         vocabulary: Number of its tokens; ``None`` for a model of images.
-        makes_loss: Whether it computes its loss itself, from ``labels`` among its inputs.
+        makes_loss: Whether it computes its own loss, from ``labels`` among its inputs.
         image_size: Height and width of its images.
         dtype: Of its weights.
     """
@@ -108,7 +108,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
 
 
 def token_batch(found: Skeleton, sequences: int, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """Draw a batch of ids, without padding; with labels for a model that computes its loss from them."""
+    """Draw a batch of token ids without padding, with labels for a model that computes its own loss."""
     assert found.vocabulary is not None
     generator = torch.Generator().manual_seed(seed)
     end = max(2, min(found.vocabulary, _LARGEST_ID))
