@@ -92,7 +92,7 @@ class ChannelTable:
         batch: Samples in the example the costs were taken from.
         element_bytes: Bytes of one saved activation element (4 for float32).
         weight_element_bytes: Bytes of one weight element.
-        parameters: Number of weight and bias elements of the whole model.
+        parameters: Number of weight and bias elements of the model.
     """
 
     layers: tuple[Layer, ...]

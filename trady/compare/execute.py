@@ -1,4 +1,4 @@
-"""One cell, from its folder to its outcome, in whatever process an engine has made."""
+"""One cell, from its folder to its outcome, in the process of a worker."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from trady.training.run import finetune
 
 Keep = Literal["results", "weights"]
 
-#: How long a cell waits for a process that was told to stop and still holds its folder.
+#: How long a cell waits for a process that is stopping and still locks its folder.
 PATIENCE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every worker is told once.
+    """What every worker receives once.
 
     Attributes:
         out: Where the cells' folders are.
@@ -68,7 +68,7 @@ class Workplace:
 
 
 def run_cell(job: Job, place: Workplace) -> Outcome:
-    """Train a cell, or go on with it; an error becomes its outcome and is written in its folder."""
+    """Train or resume a cell; an error becomes its outcome and is written to its folder."""
     folder = place.cell_folder(job)
     with folder.alone(PATIENCE_SECONDS) as alone:
         if not alone:
@@ -102,7 +102,7 @@ def _train(job: Job, folder: CellFolder) -> Result:
     try:
         return _finetune(job, folder, resume=True)
     except CheckpointError:
-        # Left by another version of the model or of trady: what it says cannot be gone on with.
+        # The checkpoint is of another version of the model or of trady, so it cannot be resumed.
         return _finetune(job, folder, resume=False)
 
 

@@ -114,7 +114,7 @@ class Codes:
 
     Attributes:
         bits: Bits of a code.
-        per_unit: Codes in an interval of length 1, a whole number: 0 and 1 are among the numbers.
+        per_unit: Codes in an interval of length 1, an integer, so that 0 and 1 are among the numbers.
         zero: The code of 0.
     """
 

@@ -206,7 +206,7 @@ class LayerRanking:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON; a file of that name is replaced as a whole or not at all.
+        """Write JSON; a file of that name is replaced completely or not at all.
 
         Raises:
             RankingError: When the file cannot be written.

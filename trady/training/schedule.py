@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
         peak_rate: The rate at the end of the warm-up.
-        steps: Number of steps of the whole run.
+        steps: Number of steps of the run.
         warmup_steps: Steps until the peak rate is reached.
     """
 

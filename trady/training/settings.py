@@ -26,7 +26,7 @@ class Settings:
         budget: As text, ``None`` for plain full fine-tuning.
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
-        steps: Optimizer steps of the whole run.
+        steps: Optimizer steps of the run.
         batch_size: Examples a step; ``None`` where the user's loader decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.

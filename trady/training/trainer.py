@@ -174,8 +174,8 @@ class FullTrainer:
         self.model, self.micro_batch = model, micro_batch
         if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
             raise ModelError(
-                f"plain full fine-tuning trains full weights, and {stored} is stored quantised: only channels of it can "
-                "train. Take a policy with a budget, such as trady, or call trady.dequantize(model) first"
+                f"plain full fine-tuning trains full weights, and {stored} is stored quantised: only channels of it "
+                "can train. Take a policy with a budget, such as trady, or call trady.dequantize(model) first"
             )
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
