@@ -1,35 +1,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import trady
+from tests.command import MODEL, start, trady_command
 from tests.small_task import write_npz
 
-MODEL = "tests.small_task:small_net"
 COMMANDS = ("demo", "plan", "finetune", "rank", "measure", "compare", "study", "search")
-
-
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "trady", *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **options)
-
-
-def trady_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture

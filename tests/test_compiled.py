@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trady
+from tests.against_dense import armed, dense_gradients, gradients
 from tests.models import Residual, normal, relative_error, same, seeded, snapshot
-from tests.test_interception import armed, dense_gradients, gradients
 from trady.errors import BudgetError, ModelError, TradyWarning
 
 pytestmark = [

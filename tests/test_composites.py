@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trady
+from tests.against_dense import assert_dense_gradients, dense_gradients, gradients
 from tests.models import normal, seeded
-from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
 from trady.calls.canonical import canonical
 

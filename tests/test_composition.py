@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import trady
+from tests.against_dense import armed, dense_gradients, gradients
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
-from tests.test_interception import armed, dense_gradients, gradients
 from trady.analysis.model_analysis import analyse_model, find_recomputable
 from trady.channels.selection import Selection
 from trady.errors import ModelError

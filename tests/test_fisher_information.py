@@ -43,7 +43,7 @@ def measured(
     tuner = trady.prepare(model, batches[0][0], budget=budget, policy=Fisher(), **options)
     passes: list[int] = []
     found = tuner.observe(batches, loss, progress=lambda _, given: passes.append(given))
-    plan, sweeps = tuner.plan, len(tuner._drawing.sweeps(tuner.selection, tuner.plan.table.batch))
+    plan, sweeps = tuner.plan, len(tuner._decision.sweeps(tuner._moment, tuner.selection, tuner.plan.table.batch))
     tuner.finish()
     assert found is not None
     assert len(passes) >= sweeps * len(batches)
@@ -219,10 +219,12 @@ def test_what_is_kept_of_every_sample_is_part_of_an_update_budget() -> None:
     batch = (normal(64, 3, 2, 2), torch.arange(64).remainder(3))
     tuner = trady.prepare(model, batch[0], budget="update:6000 B", policy=Fisher())
     table = tuner.plan.table
-    for selection in tuner._drawing.sweeps(tuner.selection, table.batch):
+    for selection in tuner._decision.sweeps(tuner._moment, tuner.selection, table.batch):
         kept = table.saved_bytes(selection) + 4 * 64 * selection.count + 4 * table.weight_elements(selection)
         assert kept <= 6000
-    assert len(tuner._drawing.sweeps(tuner.selection, 64)) > len(tuner._drawing.sweeps(tuner.selection))
+    assert len(tuner._decision.sweeps(tuner._moment, tuner.selection, 64)) > len(
+        tuner._decision.sweeps(tuner._moment, tuner.selection)
+    )
     tuner.finish()
 
 

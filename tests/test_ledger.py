@@ -1,8 +1,6 @@
 """The ledger: a training step's tensor memory, measured."""
 
-import contextlib
 import copy
-import gc
 import json
 import weakref
 
@@ -15,26 +13,10 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
+from tests.measured_steps import FLOAT, Step, net, weight_bytes
 from trady.errors import TradyError
 from trady.memory import Ledger, Saved, measure
 from trady.ops.context import current_operation, label_saved
-
-FLOAT = 4
-
-
-def net(**options):
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, **options),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, **options),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 8 * 8, 10, **options),
-    )
-
-
-def weight_bytes(model):
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def saved_by_hand(forward, weights):
@@ -65,20 +47,6 @@ def leftovers():
         torch._C._autograd._saved_tensors_hooks_disable,
         torch.UntypedStorage.resize_,
     )
-
-
-class Step:
-    """A step of a model, with what a test may want to vary."""
-
-    def __init__(self, model, batch, optimizer=None, loss=None):
-        self.model, self.batch, self.optimizer = model, batch, optimizer
-        self.loss = loss or (lambda output: output.square().mean())
-
-    def __call__(self):
-        self.loss(self.model(self.batch)).backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
 
 
 def test_a_linear_layer_is_accounted_for_by_hand():
@@ -229,168 +197,6 @@ def test_compact_parameters_and_their_gradients_are_their_own_parts():
     assert ledger.parts["compact parameters"] == ledger.parts["compact gradients"] == compact.nbytes
     assert ledger.parts["gradients"] == 0
     assert ledger.weight_bytes == 64 * 64 * FLOAT
-
-
-class Fickle(nn.Module):
-    """A model that changes a buffer and draws random numbers in eval mode too."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.norm.training = False
-        self.register_buffer("calls", torch.zeros(()))
-        self.trained = []
-
-    def forward(self, x):
-        self.trained.append((self.training, self.linear.training, torch.is_grad_enabled()))
-        self.calls += 1
-        return self.norm(self.linear(x)) + torch.rand(())
-
-    def train(self, mode=True):
-        raise AssertionError("train() may do more than set a flag")
-
-
-def test_the_inference_pass_leaves_flags_buffers_and_random_numbers_alone():
-    model = Fickle()
-    x = torch.randn(4, 4)
-    torch.manual_seed(0)
-    measure(lambda: model(x).sum().backward(), inference=False)
-    expected_draw, expected_calls = torch.rand(()), model.calls.clone()
-
-    model.calls.zero_()
-    torch.manual_seed(0)
-    ledger = measure(lambda: model(x).sum().backward())
-    assert torch.rand(()) == expected_draw
-    assert model.calls == expected_calls == 1
-    assert model.trained[-1] == (False, False, False)
-    assert (model.training, model.linear.training, model.norm.training) == (True, True, False)
-    assert ledger.inference_peak_bytes is not None
-
-
-def test_the_inference_pass_runs_on_the_untouched_model():
-    model = nn.Linear(4, 4)
-    armed = model.register_forward_hook(lambda *_: torch.zeros(1000))
-    events = []
-
-    @contextlib.contextmanager
-    def untouched():
-        events.append("disarmed")
-        model._forward_hooks.pop(armed.id)
-        yield
-        events.append("armed")
-
-    x = torch.randn(4, 4)
-    ledger = measure(lambda: model(x), untouched=untouched)
-    assert events == ["disarmed", "armed"]
-    assert ledger.inference_peak_bytes == 16 * FLOAT + 4 * FLOAT + 16 * FLOAT + 16 * FLOAT
-
-
-class TakesKeywords(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(50, 16)
-        self.linear = nn.Linear(16, 2)
-
-    def forward(self, *, input_ids, mask=None, labels=None):
-        hidden = self.embedding(input_ids) * mask.unsqueeze(-1)
-        return {"loss": F.cross_entropy(self.linear(hidden.mean(1)), labels)}
-
-
-def test_the_model_is_found_with_a_batch_of_keywords():
-    model = TakesKeywords()
-    batch = {
-        "input_ids": torch.randint(0, 50, (4, 7)),
-        "mask": torch.ones(4, 7),
-        "labels": torch.zeros(4, dtype=torch.long),
-    }
-    ledger = measure(lambda: model(**batch)["loss"].backward())
-    assert ledger.weight_bytes == weight_bytes(model)
-    assert ledger.input_bytes == sum(tensor.nbytes for tensor in batch.values())
-    assert ledger.inference_peak_bytes > ledger.weight_bytes + ledger.input_bytes
-    assert "embedding" in {saved.layer for saved in ledger.saved}
-
-
-def test_the_model_is_the_module_with_the_most_parameters():
-    model, small, loss = net(), nn.Linear(3, 3), nn.CrossEntropyLoss()
-    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-    ledger = measure(lambda: loss(model(small(x.transpose(1, 3)).transpose(1, 3)), y).backward())
-    assert ledger.weight_bytes == weight_bytes(model)
-    assert {"0", "1", "3", "Linear", "(loss)"} <= {saved.layer for saved in ledger.saved}
-
-
-def test_a_model_that_is_wrapped_is_still_measured_by_its_own_names():
-    model = net()
-    wrapped = nn.Sequential(nn.Sequential(model))
-    x = torch.randn(4, 3, 8, 8)
-    ledger = measure(lambda: wrapped(x).sum().backward(), model)
-    assert {saved.layer for saved in ledger.saved} == {"0", "1", "3"}
-    assert ledger.inference_peak_bytes == measure(lambda: model(x).sum().backward()).inference_peak_bytes
-
-
-def test_a_step_without_a_model_is_measured_with_a_remark():
-    w, x = torch.zeros(8, 8, requires_grad=True), torch.randn(4, 8)
-    optimizer = torch.optim.SGD([w], lr=0.1)
-
-    def step():
-        (x @ w).sum().backward()
-        optimizer.step()
-
-    ledger = measure(step)
-    assert ledger.weight_bytes == w.nbytes
-    assert ledger.inference_peak_bytes is None
-    assert ledger.saved == (Saved("(outside)", "matmul", "activations", x.nbytes, 1),)
-    assert "no module with parameters" in ledger.remarks[0]
-
-
-def test_a_batch_that_the_step_drops_is_not_kept_alive():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
-    born = []
-
-    def step():
-        x = torch.ones(1000, 8)
-        born.append(weakref.ref(x.untyped_storage()))
-        hidden = model[0](x)
-        del x
-        gone = born[0]() is None
-        model[1](hidden)
-        assert gone
-
-    measure(step)
-
-    def whole():
-        model(torch.ones(1000, 8))
-
-    ledger = measure(whole)
-    gc.collect()
-    assert ledger.inference_peak_bytes == weight_bytes(model) + 3 * 1000 * 8 * FLOAT
-
-
-def test_a_model_that_cannot_run_again_leaves_a_remark():
-    class Once(nn.Linear):
-        def forward(self, x):
-            if not self.training:
-                raise ValueError("no eval here")
-            return super().forward(x)
-
-    x = torch.randn(2, 4)
-    model = Once(4, 4)
-    ledger = measure(lambda: model(x).sum().backward())
-    assert ledger.inference_peak_bytes is None
-    assert ledger.remarks == ("no inference peak: the model raised ValueError: no eval here",)
-    assert model.training
-
-
-def test_the_inference_pass_has_the_autocast_of_the_step():
-    model, x = nn.Linear(256, 256), torch.randn(64, 256)
-
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(x).sum()
-        loss.backward()
-
-    halves = 2 * (64 * 256 + 256 * 256 + 256 + 64 * 256)  # batch, weight, bias and output in bfloat16
-    assert measure(step).inference_peak_bytes == weight_bytes(model) + x.nbytes + halves
 
 
 def test_measuring_does_not_change_the_step():

@@ -110,7 +110,7 @@ def test_what_is_known_beforehand_is_what_is_measured_when_it_is_attached(name: 
     before = memory_of(factory, torch.device("cpu"))
     tuner = trady.prepare(wide(), normal(SAMPLES, WIDTH), budget="peak:2 MiB", policy="dynamic-random")
     tuner.attach(factory(tuner.parameters()))
-    assert tuner._drawing.optimizer == before
+    assert tuner._moment.optimizer == before
     assert before.copies == (1 if "sgd" in name else 2)
     assert (before.in_backward is None) == ("in-backward" not in name)
 
@@ -183,8 +183,8 @@ def test_convolutions_are_predicted_too(name: str, share: float) -> None:
         optimizer.zero_grad()
 
     measured = [tuner.ledger(step, inference=False).peak_bytes for _ in range(2)][-1]
-    predicted = sum(tuner._drawing.predicted_parts(tuner.selection).values())
-    bound = tuner._drawing._peak(tuner._drawing.timeline, tuner.selection)
+    predicted = sum(tuner._decision.spending(tuner._moment).peak_parts(tuner.selection).values())
+    bound = tuner._decision.spending(tuner._moment).peak(tuner.selection)
     assert 0.995 * measured <= predicted <= 1.03 * measured
     assert measured <= bound
 
@@ -199,7 +199,7 @@ def test_a_restart_knows_what_the_optimizer_takes_before_it_is_attached() -> Non
         json.loads(json.dumps({"meta": tuner.state_dict()["meta"]})) | {"tensors": tuner.state_dict()["tensors"]}
     )
     assert twin.resample(1) == tuner.resample(1)
-    assert twin._drawing.optimizer.amounts == tuner._drawing.optimizer.amounts
+    assert twin._moment.optimizer.amounts == tuner._moment.optimizer.amounts
 
 
 def test_an_optimizer_that_cannot_be_tried_out_is_taken_to_need_as_much_as_it_keeps() -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
+from tests.neurons import Fixed, Neurons
 from tests.recomputed_models import VisionTransformer, bert, loss_of, tokens
+from trady.analysis.model_analysis import analyse_model
 from trady.channels.cost import cost_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
@@ -26,44 +28,6 @@ from trady.policies.output_channels import costs, fill_output_channels, one_of_e
 from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
-
-
-class Neurons:
-    """Random neurons until the budget is full, anew in each epoch; of ``share`` of the units at most."""
-
-    name = "neurons"
-    uses_ranking = False
-
-    def __init__(self, share: float = 0.4, rectangle: bool = False) -> None:
-        self.share, self.rectangle = share, rectangle
-
-    def select(self, draw: Draw) -> Selection:
-        random = np.random.default_rng([draw.seed, draw.epoch])
-        layers = draw.table.layers
-        counts = [unit_count(layer) for layer in layers]
-        starts = np.cumsum([0, *counts[:-1]])
-        kept = [
-            start + random.permutation(count)[: max(1, round(self.share * count))]
-            for start, count in zip(starts, counts, strict=True)
-        ]
-        selection = fill_output_channels(draw, layers, random.permutation(np.concatenate(kept)))
-        if not self.rectangle:
-            return selection
-        fewer = {n: c if len(c) < 2 else random.permutation(c)[: len(c) // 2] for n, c in selection.items()}
-        return Selection(fewer, selection.outputs)
-
-
-class Fixed:
-    """The selections it is given, one an epoch."""
-
-    name = "fixed"
-    uses_ranking = False
-
-    def __init__(self, *selections: Callable[[ChannelTable], Selection]) -> None:
-        self.selections = selections
-
-    def select(self, draw: Draw) -> Selection:
-        return self.selections[draw.epoch % len(self.selections)](draw.table)
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
@@ -304,7 +268,7 @@ def test_the_peak_of_a_drawn_selection_is_below_what_the_budget_is_held_against(
     build, batch = PLANNED["ViT"]
     model = seeded(build)
     plan = trady.plan(model, batch, budget=EVERYTHING, policy=Neurons())
-    simulator = Simulator(model, batch, head=plan.head)
+    simulator = Simulator(model, batch, analyse_model(model, batch))
     bound = simulator.timeline(layers=plan.table.names).predicted_peak
     for share in (0.05, 0.3, 0.8):
         draw = Draw(plan.table, plan.table.names, dict.fromkeys(plan.table.names, 1), None, 0, 0)

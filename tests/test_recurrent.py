@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import trady
+from tests.against_dense import assert_dense_gradients, dense_gradients, gradients
 from tests.models import normal, seeded
-from tests.test_interception import assert_dense_gradients, dense_gradients, gradients
 from tests.tight_budget import peaks_in_a_tight_budget
 from trady.calls.recurrent import RECURRENT
 from trady.ops.recurrent.recurrence import recurrence
@@ -153,7 +153,7 @@ def test_packed_sequences_in_other_words(cell: str, bidirectional: bool) -> None
 
 
 def test_many_steps_are_differentiated_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trady.ops.layout.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("trady.ops.recurrent.steps.CHUNK_BYTES", 1024)
     gates = normal(3, 9, 20, dtype=torch.float64)
     assert len(Steps("lstm", 1).blocks(gates)) > 3
     for reverse in (False, True):

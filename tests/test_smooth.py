@@ -229,7 +229,7 @@ def test_a_model_with_its_loss_inside_has_the_dense_gradients(
         called.append(overwrite)
         return row_losses(*args, overwrite=overwrite, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("trady.calls.kinds.row_losses", counted)
+    monkeypatch.setattr("trady.calls.kinds.loss.row_losses", counted)
     model = seeded(lambda: Speaks(tempered))
     ids, labels = torch.randint(0, 30, (6, 5)), torch.randint(0, 50, (6, 5))
     labels[:, 0] = -100
@@ -430,8 +430,7 @@ def test_an_armed_model_keeps_codes_only_where_it_was_asked_to() -> None:
     gradients = {}
     saved = {}
     for fidelity in ("exact", "8bit"):
-        tuner = trady.prepare(model, x, budget="elements:100000000", policy="full", recompute="none")
-        tuner._armed.interceptor.fidelity = fidelity
+        tuner = trady.prepare(model, x, budget="elements:100000000", policy="full", recompute="none", fidelity=fidelity)
         try:
             model.zero_grad()
             ledger = tuner.ledger(lambda: model(x).square().sum().backward())

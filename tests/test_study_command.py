@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.command import MODEL, trady_command
 from tests.small_task import write_npz
-from tests.test_cli import MODEL, trady_command
 from trady.cli.app import app
 from trady.cli.commands.study import short_names
 from trady.errors import DataError

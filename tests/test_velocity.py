@@ -71,7 +71,7 @@ def test_the_velocity_is_the_papers() -> None:
         tuner._armed.write_back()
         maps.append(maps_of(copy.deepcopy(_plain(tuner)), data))
         epoch(tuner, number, optimizer, data)
-        velocities.append(tuner._drawing.evidence)
+        velocities.append(tuner._moment.evidence)
     names = [layer.name for layer in tuner.plan.table if layer.name in maps[0]]
     assert len(names) > 3
     for name in names:
@@ -222,7 +222,7 @@ def test_looking_back_leaves_the_bits_of_every_weight() -> None:
         epoch(tuner, number, optimizer, data)
     before = snapshot(tuner.model)
     seen: list[dict[str, Tensor]] = []
-    restored = tuner._earlier.restored  # type: ignore[union-attr]
+    restored = tuner._snapshot.restored  # type: ignore[union-attr]
     with restored():
         seen.append(snapshot(tuner.model))
     after = snapshot(tuner.model)
@@ -241,11 +241,13 @@ def test_several_draws_between_two_looks_are_all_taken_back(head: str | None) ->
     tuner.resample(0)
     then = snapshot(tuner.model)
     for number in range(3):
-        tuner._apply(tuner._drawing.draw(number, 0))  # overlapping neurons, none of them measured in between
+        tuner._apply(
+            tuner._decision.draw(tuner._moment, number, 0)
+        )  # overlapping neurons, none of them measured in between
         F.cross_entropy(tuner.model(data[0][0]), data[0][1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with tuner._earlier.restored():  # type: ignore[union-attr]
+    with tuner._snapshot.restored():  # type: ignore[union-attr]
         back = snapshot(tuner.model)
     assert all(torch.equal(back[name], tensor) for name, tensor in then.items())
     assert any(not torch.equal(snapshot(tuner.model)[name], tensor) for name, tensor in then.items())

@@ -30,6 +30,7 @@ from trady.planning.plan import Plan
 from trady.policies import register_policy
 from trady.quantized.dequantize import dequantize
 from trady.ranking.ranking import LayerRanking
+from trady.records.version import __version__ as __version__
 from trady.tuner.delta import apply_delta
 from trady.tuner.prepare import plan, prepare
 from trady.tuner.rank import rank
@@ -37,8 +38,6 @@ from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
     from trady.training import DataSplit, Result, finetune, load_data
-
-__version__ = "0.1.0"
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
 _TRAINING = ("DataSplit", "Result", "finetune", "load_data")

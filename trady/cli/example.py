@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from trady.ranking.priors import Known
-    from trady.ranking.ranking import LayerRanking
     from trady.training.data.datasets import DataSplit
 
 
@@ -134,10 +132,3 @@ def load_task(
         count = f"{len(data.skipped)} unreadable image{'s' if len(data.skipped) > 1 else ''}"
         typer.echo(f"skipped {count}: {', '.join(data.skipped[:5])}", err=True)
     return Task(load_model(model, len(data.classes), seed=seed).model, data)
-
-
-def load_ranking(given: str | None) -> LayerRanking | Known | None:
-    """Load a ranking, if a file is named; a word that stands for one is passed on."""
-    from trady.ranking.priors import read_ranking
-
-    return None if given is None else read_ranking(given)

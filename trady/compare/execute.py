@@ -9,7 +9,6 @@ import platform
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from trady.compare.cells import Job
 from trady.errors import BudgetError, CheckpointError
 from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
+from trady.records.version import __version__
 from trady.training.data.datasets import DataSplit, Normalization
 from trady.training.data.load import load_data
 from trady.training.models.load import image_format, load_model
@@ -94,7 +94,7 @@ def machine() -> dict[str, object]:
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "trady": version("trady"),
+        "trady": __version__,
     }
 
 

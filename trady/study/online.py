@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trady.errors import BudgetError
-from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget, parse_budget
+from trady.planning.scopes import ELEMENTS
 from trady.policies import Draw, get_policy
 from trady.ranking.online import OnlineRanking
 from trady.ranking.scores import layer_score, spearman, top_layers
@@ -71,7 +72,7 @@ def elements_of(text: str) -> Budget:
         BudgetError: It is something else.
     """
     budget = parse_budget(text)
-    if budget.scope is not Scope.ELEMENTS:
+    if budget.scope != ELEMENTS:
         raise BudgetError(f"online ranking is simulated in elements; type e.g. elements:27946 instead of {text}")
     return budget
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
@@ -131,17 +131,83 @@ def finetune(
         ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
         TrainingError: A setting is out of range, or the loss is no longer finite; the last good checkpoint is kept.
     """
+    request = Request(
+        budget=None if _name(policy) == FULL else budget,
+        policy=policy,
+        ranking=ranking,
+        head=head,
+        seed=seed,
+        recompute=recompute,
+        fidelity=fidelity,
+        micro_batch=micro_batch,
+    )
+    return run(
+        model,
+        train,
+        evaluation,
+        request,
+        epochs=epochs,
+        out=out,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_epochs=warmup_epochs,
+        channel_clip=channel_clip,
+        max_grad_norm=max_grad_norm,
+        resume=resume,
+        overwrite=overwrite,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        loss=loss,
+        mode=mode,
+        mixed_precision=mixed_precision,
+        observed_batches=observed_batches,
+        draws_per_epoch=draws_per_epoch,
+        progress=progress,
+    )
+
+
+def run(
+    model: nn.Module,
+    train: Dataset[Any] | DataLoader[Any],
+    evaluation: Dataset[Any] | DataLoader[Any],
+    request: Request,
+    *,
+    epochs: int,
+    out: str | Path | None,
+    batch_size: int = 32,
+    lr: float = 0.1,
+    warmup_epochs: float | None = None,
+    channel_clip: float | None = 0.1,
+    max_grad_norm: float | None = 2.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    optimizer: str | OptimizerFactory = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    loss: Loss | None = None,
+    mode: Literal["train", "eval"] = "train",
+    mixed_precision: Precision = "no",
+    observed_batches: int = OBSERVED_BATCHES,
+    draws_per_epoch: int = 1,
+    progress: bool | Display = True,
+) -> Result:
+    """Do what :func:`finetune` does, with what is asked of the budget in one value."""
     if epochs < 1:
         raise TrainingError(f"epochs is {epochs}; it must be at least 1")
-    limit = _budget(budget, policy)
+    policy, seed = get_policy(request.policy), request.seed
+    if policy.name == FULL:
+        request = replace(request, budget=None)
+    elif request.budget is None and policy.name != HEAD:
+        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
     loader = training_batches(train, batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
     schedule = make_schedule(lr, epochs, len(batches), warmup_epochs)
     settings = Settings(
-        policy=_name(policy),
-        budget=None if limit is None else str(limit),
-        ranking=ranking_digest(ranking),
+        policy=policy.name,
+        budget=None if request.limit is None else str(request.limit),
+        ranking=ranking_digest(request.ranking),
         epochs=epochs,
         steps=schedule.steps,
         batch_size=loader.batch_size,
@@ -155,26 +221,16 @@ def finetune(
         mode=mode,
         mixed_precision=mixed_precision,
         seed=seed,
-        recompute=recompute,
-        fidelity=fidelity,
-        micro_batch=micro_batch,
-        observed_batches=observed_batches if needs_of(get_policy(policy)) else None,
+        recompute=request.recompute,
+        fidelity=request.fidelity,
+        micro_batch=request.micro_batch,
+        observed_batches=observed_batches if needs_of(policy) else None,
         draws_per_epoch=draws_per_epoch,
     )
     redraws = redraw_steps(draws_per_epoch, len(batches))
-    if micro_batch is not None:
+    if request.micro_batch is not None:
         _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
-    request = Request(
-        budget=limit,
-        policy=policy,
-        ranking=ranking,
-        head=head,
-        seed=seed,
-        recompute=recompute,
-        fidelity=fidelity,
-        micro_batch=micro_batch,
-    )
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
@@ -192,7 +248,7 @@ def finetune(
             schedule=schedule,
             redraws=redraws,
             settings=settings,
-            display=_display(progress, accelerator, settings.policy, limit),
+            display=_display(progress, accelerator, settings.policy, request.limit),
             loss=loss or cross_entropy,
             factory=factory,
             folder=folder,
@@ -202,15 +258,6 @@ def finetune(
         finally:
             loop.display.close()
             loop.disarm()
-
-
-def _budget(budget: str | int | Budget | None, policy: str | Policy) -> Budget | None:
-    name = _name(policy)
-    if name == FULL:
-        return None
-    if budget is None and name != HEAD:
-        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
-    return None if budget is None else parse_budget(budget)
 
 
 def _name(policy: str | Policy) -> str:
@@ -231,7 +278,7 @@ def _trainer(
     example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
-    return TunerTrainer(Tuner(*request.decide(model, example, optimizer=memory), example=example))
+    return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 
 
 def _check_statistics(model: nn.Module) -> None:
@@ -249,4 +296,4 @@ def _display(progress: bool | Display, accelerator: Accelerator, title: str, bud
         return progress
     if not progress or not accelerator.is_main_process:
         return Silent()
-    return Lines(title, budget.amount if budget is not None and budget.scope is Scope.PEAK else None)
+    return Lines(title, None if budget is None else budget.peak_bytes)

@@ -1,4 +1,7 @@
-"""The settings of a run: checked here, written in its checkpoint, equal on resume."""
+"""The settings of a run: written in its checkpoint, equal on resume.
+
+What a :class:`trady.planning.request.Request` holds was checked there.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import TrainingError
-from trady.ops.smooth import FIDELITIES
-from trady.planning.micro_batch import AUTO
-from trady.planning.recomputation import MODES
 from trady.ranking.ranking import LayerRanking
 
 #: Batches that policies are measured on if they measure before they draw.
@@ -71,8 +71,6 @@ class Settings:
         for name, value, possible in (
             ("mode", self.mode, ("train", "eval")),
             ("mixed_precision", self.mixed_precision, ("no", "bf16")),
-            ("recompute", self.recompute, MODES),
-            ("fidelity", self.fidelity, FIDELITIES),
         ):
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
@@ -84,8 +82,6 @@ class Settings:
             raise TrainingError(f"observed_batches is {self.observed_batches}; give at least 1")
         if self.draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {self.draws_per_epoch}; give at least 1")
-        if not _is_micro_batch(self.micro_batch):
-            raise TrainingError(f"micro_batch is {self.micro_batch!r}; give a number of samples, {AUTO!r}, or None")
         if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):
             raise TrainingError(
                 f"{self.optimizer} updates a layer in every backward pass, and micro-batches need several for one "
@@ -102,9 +98,3 @@ def ranking_digest(ranking: LayerRanking | str | None) -> str:
     if ranking is None or isinstance(ranking, str):
         return ranking or ""
     return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_micro_batch(value: object) -> bool:
-    if value is None or value == AUTO:
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.errors import TrainingError
-from trady.model.batch import parts_of
+from trady.model.batch import Batch
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
@@ -64,8 +64,8 @@ class Stepper:
             if "channel_clip" in group:
                 group["channel_clip"] = self.channel_clip
         loss, examples = 0.0, len(split_batch(batch)[1])
-        for micro_batch, share in parts_of(batch, self.micro_batch):
-            loss += self._gradients_of(micro_batch, share) * share
+        for chunk, share in Batch.of(batch).chunks(self.micro_batch):
+            loss += self._gradients_of(chunk.inputs, share) * share
         self._average(parameters)
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
@@ -74,9 +74,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, examples)
 
-    def _gradients_of(self, micro_batch: Any, share: float) -> float:
-        """Add the gradients of a micro-batch, weighted by its share of the samples; return its loss."""
-        inputs, labels = split_batch(micro_batch)
+    def _gradients_of(self, chunk: Any, share: float) -> float:
+        """Add the gradients of a chunk of the batch, weighted by its share of the samples; return its loss."""
+        inputs, labels = split_batch(chunk)
         with autocast(self.accelerator.device, self.precision):
             value = self.loss(forward(self.trainer.model, inputs), labels)
         loss = float(value.detach())

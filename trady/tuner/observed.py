@@ -22,7 +22,7 @@ _KINDS, _CARRIED = "kinds", "carried"
 EARLIER = PREFIX + "earlier/"
 
 
-class Observed:
+class EvidenceState:
     """The evidence of a run and the epoch that was drawn from it.
 
     Args:

@@ -75,7 +75,7 @@ def prepare(
 
     """
     request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
-    return Tuner(*request.decide(model, example), example=example)
+    return Tuner(request.decide(model, example))
 
 
 def plan(
@@ -98,5 +98,5 @@ def plan(
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
-    _, analysis, drawing = request.decide(model, example)
-    return drawing.plan(analysis.head, analysis.head_parameters)
+    decision = request.decide(model, example)
+    return decision.plan(decision.start)

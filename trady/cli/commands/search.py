@@ -40,13 +40,14 @@ def search(
 
     import trady
     from trady.errors import BudgetError
-    from trady.planning.budget import Scope, parse_budget
+    from trady.planning.budget import parse_budget
+    from trady.planning.scopes import ELEMENTS
     from trady.search.contributions import Analysis, analyse, find_scheme
     from trady.search.evolution import Evolution
     from trady.training.data.datasets import epoch_order
 
     asked = parse_budget(budget)
-    if asked.scope is not Scope.ELEMENTS:
+    if asked.scope != ELEMENTS:
         raise BudgetError(f'a scheme is searched for a number of elements, not {budget!r}; type "elements:27946"')
     analysis = Analysis(_shares(ratios), last, epochs, batch_size, lr, seed)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed, split="train")
