@@ -53,14 +53,14 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from trady.ops import recompute
 
     counts: list[int] = []
-    plain = recompute.Recipe.parts
+    plain = recompute.Recipe.chunks
 
-    def counted(recipe: recompute.Recipe) -> Iterator[recompute.Part]:
+    def counted(recipe: recompute.Recipe) -> Iterator[recompute.Chunk]:
         found = list(plain(recipe))
         counts.append(len(found))
         return iter(found)
 
-    monkeypatch.setattr(recompute.Recipe, "parts", counted)
+    monkeypatch.setattr(recompute.Recipe, "chunks", counted)
     return counts
 
 

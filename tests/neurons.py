@@ -9,7 +9,7 @@ import numpy as np
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.policies import Draw
-from trady.policies.neurons import fill_neurons, unit_count
+from trady.policies.output_channels import fill_output_channels, unit_count
 
 
 class Neurons:
@@ -30,7 +30,7 @@ class Neurons:
             start + random.permutation(count)[: max(1, round(self.share * count))]
             for start, count in zip(starts, counts, strict=True)
         ]
-        selection = fill_neurons(draw, layers, random.permutation(np.concatenate(kept)))
+        selection = fill_output_channels(draw, layers, random.permutation(np.concatenate(kept)))
         if not self.rectangle:
             return selection
         fewer = {n: c if len(c) < 2 else random.permutation(c)[: len(c) // 2] for n, c in selection.items()}

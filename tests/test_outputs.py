@@ -24,7 +24,7 @@ from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import CheckpointError, ModelError, PolicyError
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.policies import Draw, draw_selection
-from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
+from trady.policies.output_channels import costs, fill_output_channels, one_of_each, unit_count, unit_selection
 from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
@@ -454,7 +454,7 @@ def test_neurons_fill_the_budget_and_the_first_of_a_layer_pays_for_its_input(see
     draw = Draw(table, table.names, prices, capacity, seed, 0, weight_price=2)
     counts = [unit_count(layer) for layer in layers]
     order = random.permutation(sum(counts))
-    found = fill_neurons(draw, layers, order)
+    found = fill_output_channels(draw, layers, order)
 
     left, units = capacity, [[] for _ in layers]
     owner = np.repeat(np.arange(5), counts)

@@ -222,7 +222,7 @@ class Speaks(nn.Module):
 def test_a_model_with_its_loss_inside_has_the_dense_gradients(
     recompute: str, tempered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(loss_module, "_MINIMUM_BYTES", 0)
     called: list[bool] = []
 
     def counted(*args: object, overwrite: bool = False, **options: object) -> Tensor:

@@ -20,7 +20,7 @@ from trady.errors import StateError
 from trady.evidence.velocity import MOMENTUM
 from trady.planning.budget import InfeasibleBudgetError
 from trady.policies import Draw, Evidence, draw_selection, get_policy
-from trady.policies.neurons import by_unit, costs, unit_weights
+from trady.policies.output_channels import by_unit, costs, unit_weights
 
 BUDGET = "elements:2500"
 

@@ -73,10 +73,12 @@ def make_planned(
 
     from trady.errors import ModelError
     from trady.training.models.from_config import read_dtype, read_tokens, skeleton, token_batch
-    from trady.training.models.load import EFFICIENTNET_LITE0, load_model
+    from trady.training.models.from_transformers import TRANSFORMERS
+    from trady.training.models.load import load_model
+    from trady.training.models.source import source_of
 
     wanted = read_dtype(dtype)
-    if name.lower() == EFFICIENTNET_LITE0 or ":" in name:
+    if source_of(name) is not TRANSFORMERS:
         if tokens is not None:
             raise ModelError(f"--tokens is for models of transformers; {name} takes images")
         loaded = load_model(name, classes, seed=seed)

@@ -21,7 +21,7 @@ from trady.errors import StateError
 from trady.interception.layer import came_too_late
 from trady.interception.program import Entry, Program, Slot
 from trady.ops.operators import Linear
-from trady.ops.recompute import Part, Recipe, recomputed
+from trady.ops.recompute import Chunk, Recipe, recomputed
 
 
 class Compute(Protocol):
@@ -105,8 +105,8 @@ class DeferredSegment:
         axes = [program.output_axes.get(slot) if in_chunks else None for slot in slots]
         recipe = Recipe(
             run=self._runner(slots, set(trained), in_chunks),
-            along=list(program.input_axes),
-            made=[*axes, None] if averages else axes,
+            input_axes=list(program.input_axes),
+            output_axes=[*axes, None] if averages else axes,
             batch=max(program.batch, 1),
             samples_at_once=_samples_at_once(program) if in_chunks else max(program.batch, 1),
             averages=averages,
@@ -123,7 +123,7 @@ class DeferredSegment:
 
     def _runner(
         self, slots: tuple[int, ...], trained: set[int], in_chunks: bool
-    ) -> Callable[[list[Tensor], Part, bool], list[Tensor]]:
+    ) -> Callable[[list[Tensor], Chunk, bool], list[Tensor]]:
         program, compute = self.program, self._compute
         actions = [_inside(action, entry) for action, entry in zip(self._actions, program.entries, strict=True)]
         graph_only = _without_values(program, slots, self._weights, self._keeping, trained, actions)
@@ -131,7 +131,7 @@ class DeferredSegment:
         averages = self._loss is not None and self._loss.mean and in_chunks
         alone = sums_up and _scores_are_read_by_the_loss_alone(program, slots, self._weights, actions)
 
-        def run(inputs: list[Tensor], part: Part, backward: bool) -> list[Tensor]:
+        def run(inputs: list[Tensor], chunk: Chunk, backward: bool) -> list[Tensor]:
             counts: list[Tensor] = []
 
             def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
@@ -143,7 +143,7 @@ class DeferredSegment:
                     return loss.total(overwrite=backward and alone, graph_only=backward)
                 return compute(function, args, kwargs, actions[index], graph_only=backward and index in graph_only)
 
-            values = program.run(inputs, part.samples, call)
+            values = program.run(inputs, chunk.samples, call)
             return [*(values[slot] for slot in slots), *counts]
 
         return run

@@ -1,4 +1,4 @@
-"""One inference pass of the untouched model, measured: what a training step is held against."""
+"""One inference pass of the untouched model, measured: the reference for a training step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def inference_peak(
 ) -> int:
     """Highest live tensor bytes of one pass in eval mode without gradients, weights and batch included.
 
-    The model and the random number generators are afterwards what they were.
+    The model and the random number generators are restored afterwards.
 
     Args:
         model: The model.
         call: How the training step called it.
-        device: Count this type of device only.
+        device: Count only this type of device.
         untouched: Makes the context in which the model is as its author wrote it.
     """
     live = LiveBytes()
@@ -41,7 +41,7 @@ def inference_peak(
             stack.enter_context(torch.autocast(kind, dtype=dtype))
         live.register([*model.parameters(), *model.buffers()], "weights")
         live.register(given_tensors((args, kwargs)), "inputs")
-        # This pass is ours, and so is what it would warn of (checkpoints without gradients, …).
+        # The user did not ask for this pass, so its warnings would confuse (checkpoints without gradients, …).
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())

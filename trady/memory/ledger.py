@@ -30,21 +30,21 @@ _FORMAT = Format("trady ledger 1", "ledger", TradyError, "measure again", versio
 class Ledger:
     """The tensor memory of one training step, in bytes.
 
-    All figures are storages that PyTorch's operations read and wrote, labels from when the loss reads them;
-    workspaces inside a kernel are not among them (on CUDA, ``allocator_peak_bytes`` has those too).
-    Memory papers state peaks without weights and batch: those are the ``working_…`` figures.
+    All figures count storages that PyTorch's operations read and wrote (labels count from when the loss reads
+    them). Workspaces inside a kernel are not included; on CUDA, ``allocator_peak_bytes`` has those too. Papers on
+    memory often state peaks without weights and batch: those are the ``working_…`` figures.
 
     Attributes:
-        peak_bytes: The most that was alive at one time in the step, weights and batch included.
+        peak_bytes: The most bytes alive at one time in the step, weights and batch included.
         weight_bytes: Parameters and buffers of the model.
-        input_bytes: The batch, as the model was given it.
+        input_bytes: The batch, as the model received it.
         inference_peak_bytes: The same for one pass of the untouched model in eval mode without
             gradients; ``None`` if it was not or could not be measured.
         saved: What autograd kept between forward and backward, largest first: storages that are
             not parameters or buffers, each once, summed over all forwards of the step.
-        gradient_bytes: All ``.grad`` at their highest.
-        optimizer_state_bytes: State of the optimizers that stepped, at its highest.
-        parts: What the peak was made of, at that moment; sums to ``peak_bytes``.
+        gradient_bytes: All ``.grad`` together, at their peak.
+        optimizer_state_bytes: State of the optimizers that stepped, at its peak.
+        parts: What the peak consisted of, at that moment; sums to ``peak_bytes``.
         allocator_peak_bytes: On CUDA, the peak of the caching allocator in the step.
         remarks: What could not be measured, and why.
     """
@@ -132,7 +132,7 @@ class Ledger:
             return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, all of it or nothing."""
+        """Write JSON; a file of that name is replaced completely or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.to_json())
@@ -194,8 +194,8 @@ def measure(
 ) -> Ledger:
     """Run one training step and account for its tensor memory.
 
-    The step trains: it is run once, as it would be without a ledger. A state that an
-    optimizer holds is counted if that optimizer steps in it.
+    The step trains: it runs once, as it would without a ledger. The state of an optimizer is counted if that
+    optimizer steps in it.
 
     Args:
         step: Forward, backward and, as wanted, the optimizer's step and ``zero_grad``.
@@ -203,11 +203,11 @@ def measure(
             among those that the step calls.
         inference: Whether to run the model once more, as an inference pass, on the step's
             batch. Floating-point inputs that are gone by then are replaced by zeros.
-        untouched: Makes the context for that pass in which the model is as its author wrote it.
-        compact: Leaf tensors that are trained in place of (parts of) the model's weights;
+        untouched: Makes the context for that pass, in which the model is as its author wrote it.
+        compact: Leaf tensors that are trained in place of channels of the model's weights;
             their gradients are ``compact gradients``.
-        early: Optimizers that update before their ``step()`` (:mod:`trady.optim`): their state is there from the
-            start, and not from where the first update reads it.
+        early: Optimizers that update before their ``step()`` (:mod:`trady.optim`): their state counts from the
+            start, not from the first update that reads it.
 
     Returns:
         The ledger. What could not be measured is in its ``remarks``.

@@ -21,10 +21,10 @@ class Scheme:
     """Layers and channel ratios, as MCUNetV3 publishes them (Lin et al. 2022, arXiv 2206.15472).
 
     Attributes:
-        layers: Places of the layers, from 0, counted from the input; the classifier is not counted.
-        ratios: For each the share of its input channels that trains, 0 to 1. The paper trains the bias alone where
-            it is 0; biases do not train here, so such a layer stays frozen.
-        layer_count: Layers that the network has; 0 is unknown. A network with another number is refused.
+        layers: Indices of the layers, counted from 0 at the input; the classifier is not counted.
+        ratios: Share of the input channels of each that trains, 0 to 1. Where it is 0 the paper trains the bias
+            alone; biases do not train here, so such a layer stays frozen.
+        layer_count: Number of layers of the network; 0 is unknown. A network with another number is refused.
     """
 
     layers: tuple[int, ...]
@@ -95,7 +95,7 @@ class Scheme:
             return cls(tuple(data["layer_indices"]), tuple(data["channel_ratios"]), int(data.get("layer_count", 0)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file; one of that name is replaced completely or not at all."""
         write_json(Path(path), self.to_json())
 
     @classmethod

@@ -48,7 +48,7 @@ class _FourBits:
 
 
 class _EightBits:
-    """``Int8Params`` of bitsandbytes: whole numbers, and a scale for each row, which moves at the first forward."""
+    """``Int8Params`` of bitsandbytes: integers, and a scale a row; both change their place at the first forward."""
 
     copies = 1
 

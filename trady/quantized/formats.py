@@ -85,7 +85,7 @@ def keep_unpacked(model: nn.Module) -> None:
         storage.keep_trainable(model)
 
 
-#: Attribute of a parameter without memory: what it stands for.
+#: Attribute of a parameter on meta: the format that it stands for.
 _META_FORMAT = "trady_meta_format"
 
 

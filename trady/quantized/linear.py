@@ -1,7 +1,7 @@
 """Linear layers that are stored quantised, with float channels beside their weight.
 
-An update is smaller than a step of the quantisation, so a channel that has trained stays in floating point: in two
-buffers of its module, which computes with them from then on, armed or finished, and which ``state_dict()`` holds.
+An update is smaller than a quantisation step, so a channel that has trained stays in floating point, in two buffers of
+its module. The module computes with them from then on, armed or finished, and ``state_dict()`` holds them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ INDEX, VALUES = "float_channels", "float_values"
 
 
 class QuantizedLinear:
-    """The forward of a linear layer whose weight is quantised, some of whose channels may be in floating point.
+    """The forward of a quantised linear layer, some of whose channels may be in floating point.
 
-    It takes the place of the module's own ``forward``, so that every library's product is one call that trace and
-    interception see (:func:`linear`).
+    It replaces the module's own ``forward``, so that trace and interception see every library's product as one call
+    (:func:`linear`).
     """
 
     def __init__(self, module: nn.Module, stored: Stored) -> None:
@@ -50,7 +50,7 @@ class QuantizedLinear:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that it stands for: [out, in]."""
+        """Of the dequantised weight: [out, in]."""
         return self.stored.shape
 
     @property
@@ -85,7 +85,7 @@ class QuantizedLinear:
         return found
 
     def _meta_product(self, x: Tensor, trains: bool) -> Tensor:
-        """Take the memory that the product would: masked input, dequantised weight, results."""
+        """Allocate on meta what the product would allocate: masked input, dequantised weight, results."""
         masked = torch.empty_like(x) if trains or self.channels is not None else None
         copies = [torch.empty(self.shape, dtype=x.dtype, device=x.device) for _ in range(self.stored.copies)]
         dense = copies.pop()
@@ -97,7 +97,7 @@ class QuantizedLinear:
         return out
 
     def dense(self) -> Tensor:
-        """Make the weight that it stands for, [out, in]: dequantised, with the float channels in it."""
+        """Make the dequantised weight [out, in], float channels included."""
         dense = self.stored.dense()
         if self.channels is not None:
             index, values = self.channels
@@ -114,7 +114,7 @@ class QuantizedLinear:
             return self.dense().t()[selected.index if selected.outputs is None else selected.place[1:]]
 
     def scatter_(self, selected: SelectedChannels, values: Tensor) -> None:
-        """Write slices of :meth:`gather`; their channels are in floating point from now on."""
+        """Write slices of :meth:`gather`; their channels stay in floating point from now on."""
         kept = self.channels or (torch.empty(0, dtype=torch.int64, device=values.device), self.empty())
         index = torch.cat([kept[0], selected.index]).unique()
         with torch.no_grad():
@@ -136,7 +136,7 @@ class QuantizedLinear:
         self._writes += 1
 
     def enter(self) -> None:
-        """Take the place of the module's forward."""
+        """Replace the module's forward."""
         self.module.__dict__["forward"] = self
 
     def leave(self) -> None:
@@ -148,7 +148,7 @@ class QuantizedLinear:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
-    """Apply a quantised linear layer, [..., in] to [..., out], as a torch function that modes see as one call."""
+    """Apply a quantised linear layer, [..., in] to [..., out]; modes see it as one torch function."""
     if has_torch_function_unary(x):
         out: Tensor = handle_torch_function(linear, (x,), x, weight, bias, layer)
         return out
@@ -183,7 +183,7 @@ def leave(layers: Mapping[int, QuantizedLinear]) -> None:
 
 @contextmanager
 def routed(model: nn.Module) -> Iterator[Mapping[int, QuantizedLinear]]:
-    """Have the quantised layers of a model routed for a while; what was routed before stays so."""
+    """Route the quantised layers of a model inside the context; layers routed before stay so."""
     before = {id(m) for m in model.modules() if isinstance(m.__dict__.get("forward"), QuantizedLinear)}
     layers = route(model)
     try:

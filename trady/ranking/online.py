@@ -21,10 +21,10 @@ FORMAT = Format("trady-online-ranking", "online ranking", RankingError, "start i
 
 
 class OnlineRanking:
-    """Learns the ranking from the gradients of the channels that happen to train.
+    """Learns the ranking from the gradients of whichever channels train.
 
     Channels are drawn uniformly in a layer, so the mean of ‖∂L/∂W[:, c]‖₂² over the drawn ones is
-    an unbiased estimate of the layer's mean, however many they were. With it,
+    an unbiased estimate of the layer's mean, however many were drawn. With it,
 
         layer RGN ≈ (Σ_observations mean_c ‖g_c‖₂² / observations) · channels / (channels · (C^W + C^A))
 
@@ -32,8 +32,8 @@ class OnlineRanking:
 
     Args:
         table: The updatable layers.
-        drawable: Layers that the budget lets be drawn at all; all when left out. The others are
-            not waited for.
+        drawable: Layers with a channel that fits in the budget; all when left out. The ranking does not wait
+            for the others.
         metric: ``rgn`` or ``norm``.
         min_observations: Observations that every drawable layer needs before the ranking settles.
         share: Share of the score that makes the pool, see :func:`top_layers`.
@@ -135,8 +135,8 @@ class OnlineRanking:
     def ranking(self) -> LayerRanking:
         """The ranking as it stands.
 
-        A layer that was never observed has a guess from its shapes (:func:`structural_ranking`), to the scale
-        of those that were.
+        A layer that was never observed has a guess from its shapes (:func:`structural_ranking`), on the scale of the
+        observed ones.
         """
         return LayerRanking(
             scores=dict(zip(self._table.names, self._scores().tolist(), strict=True)),
@@ -246,5 +246,5 @@ class OnlineRanking:
 def _state(values: object, size: int) -> Floats:
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (size,) or not np.isfinite(array).all() or (array < 0).any():
-        raise RankingError(f"the online ranking is damaged: not {size} finite numbers, one a layer")
+        raise RankingError(f"the online ranking is damaged: it needs {size} finite numbers, one a layer")
     return array

@@ -1,4 +1,4 @@
-"""Which layers matter: scores from gradients, the top-K pool, and how far to trust them.
+"""Which layers matter: scores from gradients, and the top-K pool.
 
 Observation 2 of TraDy (arXiv 2510.19675): the ranking of layers by reweighted gradient norm
 (RGN) belongs to the architecture, so it is measured once, shipped, or learnt while training.
@@ -116,8 +116,8 @@ class LayerRanking:
         """Make sure that this ranks the layers of a table: all of them, and no others.
 
         Raises:
-            RankingError: When it does not; the message says which layers are too many or missing,
-                or which layer has another number of channels.
+            RankingError: When it does not; the message names the layers that are missing or unknown, or the layer
+                that has another number of channels.
         """
         same_layers(self.scores, table.names, "the ranking")
         for name, values in self.channels.items():
@@ -130,8 +130,8 @@ class LayerRanking:
     def at(self, table: ChannelTable) -> LayerRanking:
         """This ranking for inputs of the table's size.
 
-        RGN is a gradient norm over C^W + C^A, and C^A grows with the input: the norms are kept (their order
-        hardly changes with the input's size, that of RGN does) and divided by the table's own costs.
+        RGN is a gradient norm over C^W + C^A, and C^A grows with the input. The norms are kept, since their order
+        hardly changes with the input's size, and are divided by the table's own costs.
 
         Raises:
             RankingError: When it is of other layers, see :meth:`check`.
@@ -206,7 +206,7 @@ class LayerRanking:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON; a file of that name is replaced as a whole or not at all.
+        """Write JSON; a file of that name is replaced completely or not at all.
 
         Raises:
             RankingError: When the file cannot be written.
@@ -239,7 +239,7 @@ def _score(value: object, whose: str) -> float:
 
 
 def same_layers(given: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Refuse layers that are too many or missing."""
+    """Refuse layers that are missing or unknown."""
     given, expected = set(given), set(expected)
     problems = []
     if given - expected:
@@ -251,6 +251,6 @@ def same_layers(given: Iterable[str], expected: Iterable[str], what: str) -> Non
 
 
 def listed(names: Collection[str], most: int = 8) -> str:
-    """Name a few."""
+    """Return the first ``most`` names as text, and how many more there are."""
     shown = ", ".join(sorted(names)[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

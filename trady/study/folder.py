@@ -1,4 +1,4 @@
-"""The folder of a study: what lies where. Every file is either whole or not there."""
+"""The folder of a study and its files. Every file is complete or absent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StudyFolder:
 
     @property
     def statistics(self) -> Path:
-        """What came out; written last."""
+        """The statistics; written last."""
         return self.path / "study.json"
 
     @property
@@ -69,7 +69,7 @@ class StudyFolder:
         return self.path / "figures"
 
     def run(self, dataset: str, seed: int) -> Path:
-        """Folder of one run: metrics, and its checkpoint while it lasts."""
+        """Folder of one run: its metrics, and its checkpoint until it is finished."""
         return self.path / "runs" / f"{dataset}-seed{seed}"
 
     def norms(self, unit: Unit) -> Path:
@@ -96,9 +96,9 @@ class StudyFolder:
             settings.check_same(self.load_settings(), str(self.path))
             return
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise StateError(f"{self.path} holds something that is no study; name another folder by --out")
-        for part in ("runs", "norms", "noise"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
+            raise StateError(f"{self.path} holds something that is not a study; name another folder by --out")
+        for name in ("runs", "norms", "noise"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
         write_json(self.settings, settings.to_json())
 
     def load_settings(self) -> StudySettings:

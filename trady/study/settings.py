@@ -1,4 +1,4 @@
-"""What decides how the runs of a study go."""
+"""The settings of the runs of a study."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class StudySettings:
         batch_size: Examples a step.
         lr: Rate at the end of the warm-up.
         image_size: Height and width of the images; ``None`` is the model's own.
-        limit: Most images of each part of a data set; ``None`` is all.
+        limit: Maximum number of images to train and to evaluate on; ``None`` is all.
         budget: As text; ``None`` trains every weight.
-        policy: Where to update inside the budget.
-        every: A step in so many is recorded.
+        policy: Name of the policy inside the budget.
+        every: One step in this many is recorded.
         noise_batches: Batches at the beginning of each epoch that the gradient noise is taken from.
     """
 
@@ -40,8 +40,8 @@ class StudySettings:
     noise_batches: int = 8
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "every": 1, "noise_batches": 2}
-        for name, smallest in least.items():
+        minimum = {"epochs": 1, "batch_size": 1, "every": 1, "noise_batches": 2}
+        for name, smallest in minimum.items():
             if getattr(self, name) < smallest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
 
@@ -61,7 +61,7 @@ class StudySettings:
             return cls(**{key: value for key, value in values.items() if key not in FORMAT.header()})
 
     def check_same(self, there: StudySettings, where: str) -> None:
-        """Refuse to add runs to a study that was made otherwise.
+        """Refuse to add runs to a study with other settings.
 
         Raises:
             StateError: The message says what differs.

@@ -1,4 +1,4 @@
-"""All that a study says, as one value: ``study.json``."""
+"""All statistics of a study, as one value: ``study.json``."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class Statistics:
         return {**_FORMAT.header(), **_plain(self)}
 
     def summary(self) -> dict[str, Any]:
-        """Return :meth:`to_json` without what is listed layer by layer and step by step: what a reader compares."""
-        whole = self.to_json()
-        whole["heavy_tails"].pop("layers")
-        for test in whole["importance"]:
+        """Return :meth:`to_json` without what is listed layer by layer and step by step, for readers to compare."""
+        values = self.to_json()
+        values["heavy_tails"].pop("layers")
+        for test in values["importance"]:
             test.pop("layers")
         for name in ("units", "matrix"):
-            whole["stability"].pop(name)
-        return whole
+            values["stability"].pop(name)
+        return values
 
 
 def statistics(records: Records, budgets: Sequence[str] = ()) -> Statistics:

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with tensors and JSON, replaced as a whole after each epoch."""
+"""Checkpoints: a folder with tensors and JSON, replaced after each epoch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Checkpoint:
         step: Optimizer steps done so far.
         settings: What the run was started with; a resumed run must have the same.
         model: Fingerprint of the untouched model.
-        states: State of each part of the run.
+        states: State of the trainer and of the optimizer, by name.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; at every instant one whole checkpoint exists.
+    """Write a checkpoint; at every instant a complete checkpoint exists.
 
     The new one is written beside the old one; the old one is renamed out of the way, the new
     one takes its name, the old one is removed. :func:`load_checkpoint` looks in both places.
@@ -58,7 +58,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()}
+    tensors = {f"{name}:{k}": v for name, state in checkpoint.states.items() for k, v in state.tensors.items()}
     save_file(separate(tensors), temporary / TENSORS, {"format": str(FORMAT.name)})
     description = {
         **FORMAT.header(),
@@ -66,7 +66,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "model": checkpoint.model,
         "settings": dict(checkpoint.settings),
-        "states": {part: dict(state.meta) for part, state in checkpoint.states.items()},
+        "states": {name: dict(state.meta) for name, state in checkpoint.states.items()},
         "tensors": {"file": TENSORS, "sha256": _digest(temporary / TENSORS)},
     }
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -82,12 +82,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return where the last whole checkpoint lies, ``None`` if there is none."""
+    """Return where the last complete checkpoint is, ``None`` if there is none."""
     return next((place for place in (folder, _previous(folder)) if place.is_dir()), None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written beside its checkpoint."""
+    """Remove the incomplete checkpoint that a killed run has left."""
     for path in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir():
@@ -95,10 +95,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and check that it is whole.
+    """Read a checkpoint and check that it is complete.
 
     Raises:
-        CheckpointError: It is missing, damaged, no checkpoint of trady's, or of another version.
+        CheckpointError: It is missing, damaged, not a checkpoint of trady, or of another version.
     """
     place = find_checkpoint(folder)
     if place is None:
@@ -106,7 +106,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     description = FORMAT.load(place / DESCRIPTION, FORMAT.check)
     tensors = _tensors(place / TENSORS, description)
     with FORMAT.named(place / DESCRIPTION), FORMAT.reading():
-        states = {part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()}
+        states = {name: State(_state(tensors, name), meta) for name, meta in dict(description["states"]).items()}
         return Checkpoint(
             int(description["epoch"]),
             int(description["step"]),
@@ -160,8 +160,8 @@ def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, torch.Tens
         raise _damaged(path, str(error)) from error
 
 
-def _part(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    prefix = f"{part}:"
+def _state(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    prefix = f"{name}:"
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 

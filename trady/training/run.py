@@ -1,4 +1,4 @@
-"""``trady.finetune``: the whole run in one call."""
+"""``trady.finetune``: a complete run in one call."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.tuner import Tuner
 
-#: The policy that is plain PyTorch here: every parameter, no tuner, no budget.
+#: The policy that means plain PyTorch here: every parameter trains, without tuner or budget.
 FULL = "full"
-#: The policy that needs no budget: nothing but the head trains.
+#: The policy that needs no budget: only the head trains.
 HEAD = "head"
 
 
@@ -72,9 +72,9 @@ def finetune(
     draws_per_epoch: int = 1,
     progress: bool | Display = True,
 ) -> Result:
-    """Fine-tune a model inside a memory budget, the whole run.
+    """Fine-tune a model inside a memory budget, from the first step to the result.
 
-    The method is TraDy (arXiv 2510.19675): each epoch trains input channels drawn anew in the
+    The method is TraDy (arXiv 2510.19675): each epoch trains newly drawn input channels of the
     top-K layers. The rate warms up over a tenth of the steps and falls along a cosine to zero.
 
     Args:
@@ -106,24 +106,25 @@ def finetune(
         loss: From (the model's output, labels) to the mean over the samples; cross entropy by default.
         mode: ``train`` has dropout on in training, ``eval`` has it off. Evaluation always has it off.
         mixed_precision: ``bf16`` runs forward passes under autocast.
-        recompute: What the backward pass computes anew instead of keeping it (:func:`trady.prepare`).
+        recompute: What is recomputed in the backward pass instead of kept (:func:`trady.prepare`).
         fidelity: How exactly smooth activations that are kept are differentiated: ``exact``, ``8bit`` or ``4bit``
             (docs/fidelity.md).
-        micro_batch: A step's batch is cut into parts of so many samples, one forward and backward pass each, and
-            updates with the mean gradient: the result is that of the whole batch, but for dropout's random
-            numbers and the order of sums. ``auto`` is the largest part that the budget is possible with: the
-            whole batch, half, a quarter, …
-        observed_batches: Batches that a policy which measures before it draws (docs/policies.md) is measured on:
-            the first of a seeded order of the training data, the same in every epoch and on every rank.
-        draws_per_epoch: An epoch is cut into so many equal parts, and channels are drawn anew before each. One is the
-            paper's; take more where epochs are few and long.
+        micro_batch: A step's batch is cut into chunks of up to this many samples, with a forward and backward pass
+            each. The update uses the mean gradient, so the result is that of the full batch, except for dropout's
+            random numbers and the order of sums. ``auto`` is the largest chunk that the budget is possible with:
+            the full batch, half, a quarter, …
+        observed_batches: Number of batches that policies are measured on if they measure before they draw
+            (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
+            every rank.
+        draws_per_epoch: How often channels are drawn in an epoch, at equal distances. The paper draws once; take more
+            where epochs are few and long.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
         The trained model with its measured history.
 
     Raises:
-        BudgetError: The budget cannot be read or is below the least possible.
+        BudgetError: The budget cannot be read or is below the minimum.
         DataError: The data is empty, or a label is out of range.
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: The checkpoint is damaged, or of another model, version or setting.
@@ -230,7 +231,8 @@ def run(
     if request.micro_batch is not None:
         _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
-    # An optimizer of the user's own making is looked at when it is attached: it may cling to what it is given.
+    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
+    # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
     folder = None if out is None else RunFolder(Path(out))
     resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
@@ -271,7 +273,7 @@ def _trainer(
     loss: Loss | None,
 ) -> Trainer:
     if _name(request.policy) == FULL:
-        asked = request.micro_batch  # without a budget, nothing asks for parts
+        asked = request.micro_batch  # without a budget, "auto" is the full batch
         return FullTrainer(model, asked if isinstance(asked, int) else None)
     example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
     if loss is not None:
@@ -280,11 +282,11 @@ def _trainer(
 
 
 def _check_statistics(model: nn.Module) -> None:
-    """Refuse parts of a batch where a normalisation would see their statistics, not those of the batch."""
+    """Refuse micro-batches where a normalisation would use their statistics, not those of the batch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{name} normalises with the statistics of the batch, which a part of it does not have: "
+                f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
                 "train without micro_batch, or with track_running_stats=True"
             )
 

@@ -1,4 +1,4 @@
-"""What a run was started with: written in its checkpoint, the same on resume.
+"""The settings of a run: written in its checkpoint, equal on resume.
 
 What a :class:`trady.planning.request.Request` holds was checked there.
 """
@@ -13,20 +13,20 @@ from typing import Any
 from trady.errors import TrainingError
 from trady.ranking.ranking import LayerRanking
 
-#: Batches that a policy is measured on which measures before it draws.
+#: Batches that policies are measured on if they measure before they draw.
 OBSERVED_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides how a run goes. Two runs with equal settings and data are equal.
+    """Everything that determines a run. Two runs with equal settings and data are equal.
 
     Attributes:
-        policy: Where to update.
+        policy: Name of the policy.
         budget: As text, ``None`` for plain full fine-tuning.
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
-        steps: Optimizer steps of the whole run.
+        steps: Optimizer steps of the run.
         batch_size: Examples a step; ``None`` where the user's loader decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.
@@ -38,10 +38,10 @@ class Settings:
         mode: ``train`` or ``eval``: whether dropout is on in training.
         mixed_precision: ``no`` or ``bf16``.
         seed: Seed of everything random.
-        recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
+        recompute: What is recomputed in the backward pass: ``auto``, ``all`` or ``none``.
         fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
-        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
-        observed_batches: Batches that the policy is measured on; ``None`` for one that measures nothing.
+        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the full batch.
+        observed_batches: Batches that the policy is measured on; ``None`` if it measures nothing.
         draws_per_epoch: How often channels are drawn in an epoch.
     """
 

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss, backward, clipping, update; and the guard around it."""
+"""One optimizer step: forward, loss, backward, clipping, update; and the guard against values that are not finite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trady.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says of itself: its loss, the gradient's norm before clipping, its examples."""
+    """The loss of a step, the norm of its gradient before clipping, and its number of examples."""
 
     loss: float
     gradient_norm: float
@@ -39,7 +39,7 @@ class Stepper:
         channel_clip: Limit of a channel's gradient norm over the channel's own.
         max_grad_norm: Limit of the head's gradient norm.
         precision: ``no`` or ``bf16``.
-        micro_batch: Samples a forward and backward pass; ``None`` is the whole batch.
+        micro_batch: Samples a forward and backward pass; ``None`` is the full batch.
     """
 
     accelerator: Accelerator
@@ -55,8 +55,8 @@ class Stepper:
         """Train on one batch.
 
         Raises:
-            NotFiniteError: The loss or the gradient is not finite; the weights are as before, but for layers
-                whose gradient was finite and that were updated inside the backward pass.
+            NotFiniteError: The loss or the gradient is not finite. The weights are as before, except in layers
+                that were updated inside the backward pass with a finite gradient.
         """
         # Before the backward pass: an optimizer of trady.optim updates inside it.
         for group in self.optimizer.param_groups:
@@ -86,7 +86,7 @@ class Stepper:
         return loss
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients over processes: they are few, so no wrapper is needed for it."""
+        """Average the gradients over processes. They are few, so this needs no wrapper such as DDP."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in parameters:
