@@ -12,6 +12,7 @@ from typing import Any
 
 import griffe
 
+_BLOCK = re.compile(r"::(?=\n\n +)")
 _PAGE = re.compile(r"\bdocs/(?P<page>[a-z-]+)\.md\b")
 _ROLE = re.compile(r":(?P<role>[a-z]+):`(?P<text>[^`]+)`")
 
@@ -30,6 +31,7 @@ def _rewrite(thing: griffe.Object | griffe.Alias, seen: set[str]) -> None:
     seen.add(thing.path)
     if thing.docstring is not None:
         text = _ROLE.sub(lambda role: _reference(role, thing), thing.docstring.value)
+        text = _BLOCK.sub(":", text)
         thing.docstring.value = _PAGE.sub(r"[\g<page>](../\g<page>.md)", text)  # the reference is one folder deep
     for member in thing.members.values():
         _rewrite(member, seen)
