@@ -1,18 +1,22 @@
 # make demo and make test do all of the set-up themselves: see docs/install.md.
 SHELL := /bin/bash
-VENV := .venv
+VENV ?= .venv
+DOCS_VENV ?= .venv-docs
+CONSTRAINTS ?= constraints.txt
 PYTHON_IN_VENV := $(VENV)/bin/python
-PINS := pyproject.toml constraints.txt tools/setup
+PINS := pyproject.toml $(CONSTRAINTS) tools/setup
 DEMO_READY := $(VENV)/.ready-demo
 DEV_READY := $(VENV)/.ready-dev
+DOCS_READY := $(DOCS_VENV)/.ready-docs
 
 # make demo DEMO_ARGS=--short      make test TEST_ARGS="-k checkpoint"
+# make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt      the oldest versions that work
 DEMO_ARGS ?=
 TEST_ARGS ?=
 WORKERS ?= logical
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types setup clean
+.PHONY: help demo test check lint format types docs setup clean
 
 help: ## This list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,9 +30,10 @@ test: $(DEV_READY) ## All tests.
 check: lint types test ## What continuous integration runs: lint, types, tests, a short demo.
 	$(MAKE) demo DEMO_ARGS=--short
 
-lint: $(DEV_READY) ## ruff: rules and format.
+lint: $(DEV_READY) ## ruff: rules and format; codespell.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 
 format: $(DEV_READY) ## ruff: write the format, mend what can be mended.
 	$(VENV)/bin/ruff check --fix .
@@ -37,16 +42,23 @@ format: $(DEV_READY) ## ruff: write the format, mend what can be mended.
 types: $(DEV_READY) ## mypy, strict.
 	$(VENV)/bin/mypy
 
+docs: $(DOCS_READY) ## The documentation as a site, in site/.
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_VENV)/bin:$$PATH" $(DOCS_VENV)/bin/mkdocs build
+
 setup: $(DEV_READY) ## The virtual environment with everything in it.
 
-clean: ## Remove the virtual environment, caches and runs/.
-	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## Remove virtual environments, caches, site/ and runs/.
+	rm -rf .venv .venv-* site build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO_READY): $(PINS)
-	tools/setup demo
+	VENV=$(VENV) CONSTRAINTS=$(CONSTRAINTS) tools/setup demo
 	@touch $@
 
 $(DEV_READY): $(PINS)
-	tools/setup dev
+	VENV=$(VENV) CONSTRAINTS=$(CONSTRAINTS) tools/setup dev
 	@touch $@ $(DEMO_READY)
+
+$(DOCS_READY): pyproject.toml constraints.txt tools/setup
+	VENV=$(DOCS_VENV) tools/setup docs
+	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: ``trady COMMAND``. Each command is a file in ``trady/commands``."""
+"""The command line: ``trady COMMAND``. Each command is a file in ``trady/cli/commands``."""
 
 from __future__ import annotations
 
