@@ -14,7 +14,7 @@ from trady.channels.cost import Cost, Sparsity
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
-from trady.errors import BudgetError
+from trady.errors import BudgetError, ModelError
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.peaks import Peaks
@@ -105,6 +105,20 @@ class Decision:
     def amount(self) -> float:
         """What may be spent."""
         return math.inf if self.budget is None else self.budget.amount
+
+    def check_something_trains(self) -> None:
+        """Refuse to train nothing.
+
+        Raises:
+            ModelError: The policy trains the head alone, and there is none.
+
+        """
+        if self.policy.name == "head" and not self.analysis.head:
+            raise ModelError(
+                "policy 'head' trains the head alone, and this model has no head: its last layer is a language "
+                "model's, tied to another or stored quantised, or head= is empty; name modules as head=..., or take "
+                "another policy"
+            )
 
     def spending(self, moment: Moment) -> Spending:
         """Return what tells how much selections take at a moment."""

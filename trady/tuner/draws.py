@@ -108,7 +108,7 @@ class Draws:
             norms: Layer name to the squared gradient norms ``[n]`` of its channels.
 
         """
-        if self.online is None:
+        if self.online is None or not norms:
             return
         self.online.observe(norms)
         self._steps += 1

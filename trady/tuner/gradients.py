@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trady.errors import StateError
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward
+from trady.tuner.snapshot import WeightSnapshot
 
 
 class Arrivals:
@@ -20,11 +21,17 @@ class Arrivals:
     Args:
         attached: The optimizers of now; those that update inside the backward pass get the gradient.
         learns: Whether a ranking is being learnt, from the norms of the channels' gradients.
+        snapshot: Is told that weights may change from now on.
 
     """
 
-    def __init__(self, attached: Callable[[], Sequence[torch.optim.Optimizer]], learns: Callable[[], bool]) -> None:
-        self._attached, self._learns = attached, learns
+    def __init__(
+        self,
+        attached: Callable[[], Sequence[torch.optim.Optimizer]],
+        learns: Callable[[], bool],
+        snapshot: WeightSnapshot | None,
+    ) -> None:
+        self._attached, self._learns, self._snapshot = attached, learns, snapshot
         self._norms: dict[str, Tensor] = {}
 
     def __call__(self, layer: str, compact: nn.Parameter) -> None:
@@ -32,6 +39,8 @@ class Arrivals:
         gradient = compact.grad
         if gradient is None:
             return
+        if self._snapshot is not None:
+            self._snapshot.trained()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             gradient.div_(torch.distributed.get_world_size())

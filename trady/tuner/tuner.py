@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.errors import ModelError, StateError, TradyWarning
+from trady.errors import StateError, TradyWarning
 from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
@@ -38,18 +39,12 @@ from trady.tuner.observed import EvidenceState
 from trady.tuner.optimizer_state import remap_state
 from trady.tuner.snapshot import WeightSnapshot
 
-_NO_HEAD = (
-    "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
-    "another or stored quantised, or head= is empty; name modules as head=..., or take another policy"
-)
-
 
 class Tuner:
     """An armed model: the state of a training. Made by :func:`trady.prepare`; ends with :meth:`finish`."""
 
     def __init__(self, decision: Decision) -> None:
-        if decision.policy.name == "head" and not decision.analysis.head:
-            raise ModelError(_NO_HEAD)
+        decision.check_something_trains()
         self._decision = decision
         selection = decision.draw(decision.start, 0, 0)
         model = decision.model
@@ -68,8 +63,8 @@ class Tuner:
         self._observed = EvidenceState(decision.policy.name, decision.needs)
         head = decision.analysis.head_parameters
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
-        self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None)
-        self._armed.on_gradient.append(self._gradient_arrived)
+        self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
+        self._armed.on_gradient.append(self._arrivals)
         if decision.needs:
             if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
@@ -103,7 +98,7 @@ class Tuner:
 
     @property
     def micro_batch(self) -> int | None:
-        """Samples that a forward and backward pass is to take at a time; ``None`` is the whole batch."""
+        """Samples that a forward and backward pass is to take at a time; ``None`` is the full batch."""
         return self._decision.micro_batch
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -209,9 +204,7 @@ class Tuner:
             return observed.evidence
         first = observed.evidence is None
 
-        def sweeper(numbers: int) -> Sweeper:
-            return self._sweeper(loss, progress, numbers)
-
+        sweeper = partial(self._sweeper, loss, progress)
         evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot)
         self._draws.observed(evidence)
         if first:
@@ -290,11 +283,6 @@ class Tuner:
             self._snapshot.drawn({change.layer for change in changes})
         self._arrivals.forget()
 
-    def _gradient_arrived(self, layer: str, compact: nn.Parameter) -> None:
-        if self._snapshot is not None and compact.grad is not None:
-            self._snapshot.trained()
-        self._arrivals(layer, compact)
-
     def _attached(self) -> list[torch.optim.Optimizer]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
@@ -307,8 +295,7 @@ class Tuner:
             self._snapshot.trained()
         note_writes(optimizer, self._compact)
         self._armed.write_back()
-        if norms := self._arrivals.take_norms():
-            self._draws.learn(norms)
+        self._draws.learn(self._arrivals.take_norms())
 
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.optim.clipping`).
