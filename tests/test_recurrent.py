@@ -154,7 +154,7 @@ def test_packed_sequences_in_other_words(cell: str, bidirectional: bool) -> None
 
 
 def test_many_steps_are_differentiated_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trady.ops.layout.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("trady.ops.recurrent.steps.CHUNK_BYTES", 1024)
     gates = normal(3, 9, 20, dtype=torch.float64)
     assert len(Steps("lstm", 1).blocks(gates)) > 3
     for reverse in (False, True):

@@ -231,7 +231,7 @@ def test_a_model_with_its_loss_inside_has_the_dense_gradients(
         called.append(overwrite)
         return row_losses(*args, overwrite=overwrite, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("trady.ops.loss.row_losses", counted)
+    monkeypatch.setattr("trady.calls.kinds.row_losses", counted)
     model = seeded(lambda: Speaks(tempered))
     ids, labels = torch.randint(0, 30, (6, 5)), torch.randint(0, 50, (6, 5))
     labels[:, 0] = -100
