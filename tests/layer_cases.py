@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +68,7 @@ class Case:
         self.clamp, self.inputs, outputs = CLAMPS[clamp], 6, 12
         if name in CONVOLUTIONS:
             _, stride, padding, dilation, groups, pad, kernel, size = CONVOLUTIONS[name]
-            self.map = Convolution(stride, padding, dilation, groups, pad)
+            self.map: Convolution | Linear = Convolution(stride, padding, dilation, groups, pad)
             self.weight = normal(outputs, self.inputs // groups, *kernel) / 3
             self.x = normal(batch, self.inputs, *size)
         else:
@@ -89,19 +91,23 @@ class Case:
         weight = self.weight.clone()
         channel_major(weight, self.map.kind, self.map.groups)[self.selected.group, self.selected.channel] = compact
         if isinstance(self.map, Linear):
-            y = x @ weight + self.bias if self.map.input_major else F.linear(x, weight, self.bias)
+            y = (
+                x @ weight + (0 if self.bias is None else self.bias)
+                if self.map.input_major
+                else F.linear(x, weight, self.bias)
+            )
         else:
             convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.map.stride) - 1]
             x = F.pad(x, self.map.pad) if self.map.pad else x
             y = convolve(x, weight, self.bias, self.map.stride, self.map.padding, self.map.dilation, self.map.groups)
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             along = (1, -1, *(1,) * (y.dim() - 2))
             y = y * self.scale.view(along) + self.shift.view(along)
         if self.clamp is None:
             return y
         return F.leaky_relu(y, self.clamp.slope) if self.clamp.slope else y.clamp(self.clamp.low, self.clamp.high)
 
-    def gradients(self, function, upstream: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, function: Any, upstream: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         y = function(self.x, self.compact)
         upstream = (
             torch.cos(torch.arange(y.numel(), dtype=torch.float64)).to(y.dtype).view(y.shape)
@@ -111,8 +117,18 @@ class Case:
         return (y.detach(), *torch.autograd.grad(y, [self.x, self.compact], upstream))
 
 
+def noting(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A hook for saved tensors that notes them."""
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    return note
+
+
 LAYERS = [*CONVOLUTIONS, "linear", "addmm"]
 
 
-def close(left, right, tolerance: float = 1e-11) -> bool:
+def close(left: Any, right: Any, tolerance: float = 1e-11) -> bool:
     return all((a - b).norm() <= tolerance * (1 + b.norm()) for a, b in zip(left, right, strict=True))

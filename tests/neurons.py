@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,11 @@ from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.policies import Draw
 from trady.policies.output_channels import fill_output_channels, unit_count
+
+
+def picked(channels: Mapping[str, Any], outputs: Mapping[str, Any] | None = None) -> Selection:
+    """A selection of lists of channels, as a user's policy may return it."""
+    return Selection(channels, outputs or {})
 
 
 class Neurons:

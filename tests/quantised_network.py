@@ -48,11 +48,11 @@ class Network(nn.Module):
         return self.head(torch.relu(self.last(x)).mean(1))
 
 
-def network(checkpoints: bool = False) -> nn.Module:
+def network(checkpoints: bool = False) -> Network:
     return seeded(lambda: Network(checkpoints))
 
 
-def quantised(kind: str, model: nn.Module) -> nn.Module:
+def quantised(kind: str, model: Network) -> Any:
     """The blocks of a model stored in 8 or 4 bits."""
     library, bits = kind.split("-")
     if library == "torchao":
@@ -60,7 +60,7 @@ def quantised(kind: str, model: nn.Module) -> nn.Module:
         config = quantization.Int8WeightOnlyConfig()
         if bits == "4":
             group = quantization.PerGroup(16)
-            config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+            config = quantization.IntxWeightOnlyConfig(weight_dtype=vars(torch)["int4"], granularity=group)
         quantization.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and "blocks" in name)
         return model
     modules = pytest.importorskip("bitsandbytes").nn
@@ -78,7 +78,7 @@ def quantised(kind: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def dequantised(model: nn.Module) -> nn.Module:
+def dequantised(model: Any) -> nn.Module:
     """A plain network with the values that the weights stand for, made without trady."""
     dense = network().to(next(model.head.parameters()).dtype)
     with torch.no_grad():

@@ -1,9 +1,21 @@
 """Layers of a few numbers, to be ranked."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from trady.channels.table import ChannelTable, Layer
 
 
-def layer(name, channels=8, weight=3, activation=4, kind="linear", groups=1, tokens=1):
+def layer(
+    name: str,
+    channels: int = 8,
+    weight: int = 3,
+    activation: int = 4,
+    kind: Any = "linear",
+    groups: int = 1,
+    tokens: int = 1,
+) -> Layer:
     return Layer(
         name,
         f"{name}.weight",
@@ -19,7 +31,7 @@ def layer(name, channels=8, weight=3, activation=4, kind="linear", groups=1, tok
     )
 
 
-def table_of(*layers):
+def table_of(*layers: Any) -> ChannelTable:
     return ChannelTable(tuple(layers))
 
 

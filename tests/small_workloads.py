@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from benchmarks.workloads import MIB, WORKLOADS, Workload
 from tests.small_task import pixels, small_net
 
 
-def layer(name: str, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, activation="relu6"):
+def layer(
+    name: str,
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    activation: str | None = "relu6",
+) -> dict[str, Any]:
     return {
         "name": name,
         "in_channels": inputs,
@@ -29,7 +38,7 @@ def layer(name: str, inputs: int, outputs: int, kernel: int, stride: int = 1, gr
     }
 
 
-def architecture(mix: bool = False) -> dict:
+def architecture(mix: bool = False) -> dict[str, Any]:
     return {
         "bn_eps": 1e-5,
         "stem": layer("stem", 3, 4, 3, stride=2),

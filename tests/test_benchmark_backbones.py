@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import trady
 from benchmarks import options
@@ -25,10 +26,10 @@ def test_backbone_is_the_network_its_architecture_file_describes(models: Path) -
     weights = model.state_dict()
     assert {"stem.conv.weight", "blocks.0.depthwise.bn.running_var", "classifier.bias"} <= set(weights)
 
-    def conv(x, name, relu=True, **geometry):
+    def conv(x: Tensor, name: str, relu: bool = True, **geometry: Any) -> Tensor:
         y = nn.functional.conv2d(x, weights[f"{name}.conv.weight"], **geometry)
-        bn = [weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        y = nn.functional.batch_norm(y, *bn, eps=1e-5)
+        mean, var, scale, shift = (weights[f"{name}.bn.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
+        y = nn.functional.batch_norm(y, mean, var, scale, shift, eps=1e-5)
         return y.clamp(0, 6) if relu else y
 
     x = conv(noise(), "stem", stride=2, padding=1)
@@ -49,7 +50,7 @@ def test_new_classifier_leaves_the_other_weights_alone(models: Path) -> None:
 def test_feature_mix_comes_before_pooling() -> None:
     model = Backbone(architecture(mix=True)).eval()
     assert model(noise()).shape == (2, 5)
-    assert model.feature_mix.conv.weight.shape == (6, 4, 1, 1)
+    assert model.get_parameter("feature_mix.conv.weight").shape == (6, 4, 1, 1)
 
 
 def test_missing_backbone_says_where_it_was_looked_for(tmp_path: Path) -> None:
@@ -65,7 +66,9 @@ def test_weights_of_another_architecture_are_refused(models: Path) -> None:
         load_backbone("tiny", models)
 
 
-def test_models_are_looked_for_in_the_option_then_the_environment_then_beside_the_repository(monkeypatch) -> None:
+def test_models_are_looked_for_in_the_option_then_the_environment_then_beside_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("TRADY_MODELS", raising=False)
     repository = Path(options.__file__).resolve().parent.parent
     assert options.models_folder(None) == repository.parent / "shared" / "models"
@@ -79,5 +82,5 @@ def test_top1_counts_the_images_whose_label_scores_highest(tmp_path: Path) -> No
     np.savez(path, images=np.array([[[[0, 0, 255]]], [[[255, 0, 0]]], [[[0, 255, 0]]]], np.uint8), labels=[2, 0, 0])
     images, labels = load_images(path)
     assert images.shape == (3, 3, 1, 1)
-    assert (images.min(), images.max()) == (-1, 1)
+    assert (float(images.min()), float(images.max())) == (-1, 1)
     assert top1(nn.Flatten(), images, labels) == pytest.approx(2 / 3)

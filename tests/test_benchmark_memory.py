@@ -80,7 +80,9 @@ def test_transformers_bars_are_the_peak_every_peer_and_the_gradient() -> None:
 
 
 @pytest.mark.parametrize(("bar", "code"), [(100.0, 0), (1e-3, 1)])
-def test_memory_command_exits_1_when_a_bar_is_missed(bar: float, code: int, monkeypatch, tmp_path, capsys) -> None:
+def test_memory_command_exits_1_when_a_bar_is_missed(
+    bar: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(memory, "WORKLOADS", {"toy": replace(TOY, bars=Bars(bar))})
     target = tmp_path / "memory.json"
     methods = ["--method", "full", "head", "trady"]

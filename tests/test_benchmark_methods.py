@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import trady
 from benchmarks import compiled, memory
@@ -147,10 +148,11 @@ def test_floor_of_a_text_model_computes_the_gradient_of_its_embedding() -> None:
     seen = []
     with METHODS["floor"](workload, task) as step:
 
-        def watch(module, given, output) -> None:
+        def watch(module: nn.Module, given: Any, output: Tensor) -> None:
             output.register_hook(lambda gradient: seen.append(gradient.shape))
 
-        task.model.get_input_embeddings().register_forward_hook(watch)
+        model: Any = task.model
+        model.get_input_embeddings().register_forward_hook(watch)
         step.run()
     assert seen == [(2, 8, 64)]
 
@@ -234,8 +236,8 @@ def test_missing_package_says_what_to_type() -> None:
         needs("no_such_package_at_all", "benchmarks")
 
 
-def test_method_without_its_package_is_left_out_and_the_rest_is_measured(monkeypatch) -> None:
-    def missing(package: str, extra: str):
+def test_method_without_its_package_is_left_out_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str, extra: str) -> None:
         raise MissingPackageError(f"{package} cannot be imported")
 
     monkeypatch.setattr("benchmarks.lora.needs", missing)
@@ -250,7 +252,7 @@ def test_gradient_error_is_nothing_for_the_same_batch_and_plain_for_another() ->
 
     def same(models: Path) -> Task:
         made.append(toy_task())
-        made[-1].model.dropout.p = 0.0
+        vars(made[-1].model.get_submodule("dropout"))["p"] = 0.0
         return made[-1]
 
     def another(models: Path) -> Task:

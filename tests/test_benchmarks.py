@@ -7,9 +7,12 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ from benchmarks import (
 from benchmarks.architectures import Result
 from benchmarks.picture import apart
 from benchmarks.tasks import CrossEntropy
-from benchmarks.workloads import WORKLOADS, laid_out
+from benchmarks.workloads import laid_out
 from tests.small_workloads import TOY, small, toy_task
 from trady.model.batch import Batch
 
@@ -52,7 +55,7 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert speed.ratio(seconds, "trady", "full") == 0.5
 
 
-def test_speed_command_reports_every_method_and_gates_nothing(monkeypatch, tmp_path) -> None:
+def test_speed_command_reports_every_method_and_gates_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bars = replace(TOY.bars, step_over_full=1e-9, step_over_floor=1e9)
     monkeypatch.setattr(speed, "WORKLOADS", {"toy": replace(TOY, bars=bars)})
     target = tmp_path / "speed.json"
@@ -65,13 +68,17 @@ def test_speed_command_reports_every_method_and_gates_nothing(monkeypatch, tmp_p
     assert set(figures["trady_over"]) == {"full", "floor"}
 
 
-def test_both_layouts_are_timed(monkeypatch, tmp_path, capsys) -> None:
+def test_both_layouts_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
     assert speed.run(["--repeats", "1", "--method", "head", "--channels-last"]) == 0
     assert "channels_last" in capsys.readouterr().out
 
 
-def test_overhead_is_a_plan_and_a_draw_over_the_steps_of_an_epoch(monkeypatch, tmp_path) -> None:
+def test_overhead_is_a_plan_and_a_draw_over_the_steps_of_an_epoch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert overhead.steps_of_an_epoch(torch.zeros(32, 3, 8, 8)) == 1563
     ids = torch.zeros(8, 256, dtype=torch.long)
     assert overhead.steps_of_an_epoch({"input_ids": ids}) == 8419
@@ -84,7 +91,7 @@ def test_overhead_is_a_plan_and_a_draw_over_the_steps_of_an_epoch(monkeypatch, t
     assert min(figures[name] for name in ("plan_seconds", "draw_seconds", "step_seconds", "share")) > 0
 
 
-def test_speed_of_one_method_alone_has_no_aims(monkeypatch, tmp_path) -> None:
+def test_speed_of_one_method_alone_has_no_aims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
     target = tmp_path / "speed.json"
     assert speed.run(["--repeats", "1", "--method", "head", "galore", "--json", str(target)]) == 0
@@ -93,7 +100,9 @@ def test_speed_of_one_method_alone_has_no_aims(monkeypatch, tmp_path) -> None:
     assert list(figures["skipped"]) == ["galore"]
 
 
-def test_peers_command_writes_table_json_and_picture(monkeypatch, tmp_path, capsys) -> None:
+def test_peers_command_writes_table_json_and_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(peers, "WORKLOADS", {"toy": TOY})
     methods = ("full", "head", "bitfit", "checkpoint", "galore", "static-random", "trady")
     target = tmp_path / "out"
@@ -157,27 +166,28 @@ def test_limits_are_the_largest_batch_and_length_whose_step_stays_below(
 ) -> None:
     pytest.importorskip("transformers")
     small = partial(text.llama, layers=1, width=32, intermediate=48, vocabulary=60)
-    monkeypatch.setitem(limits.MODELS, "llama-tiny", (small, "1 MiB", 8))
-    target = tmp_path / "limits.json"
-    methods = ["full", "trady"]
-    assert limits.run(["--batch", "3", "--length", "16", "--method", *methods, "--json", str(target)]) == 0
-    found = json.loads(target.read_text(encoding="utf-8"))
-    assert found["limit_bytes"] == 2**20
+    monkeypatch.setitem(limits.MODELS, "llama-tiny", (small, "200 KiB", 8))
+    measured: dict[tuple[int, int], int] = {}
+    peak_of = limits.peak_of
 
-    def fits(method: str, sequences: int, length: int) -> bool:
-        run = limits.method_of(method)
-        workload, task = WORKLOADS["llama-tiny"], small(sequences, length)
-        peak = limits.peak_of(run, workload, task, torch.device("cpu"))
+    def noted(*step: Any) -> int:
+        peak = peak_of(*step)
         assert peak is not None
-        return peak <= found["limit_bytes"]
+        measured[tuple(step[2].batch["input_ids"].shape)] = peak
+        return peak
 
+    monkeypatch.setattr(limits, "peak_of", noted)
+    target = tmp_path / "limits.json"
     batches = []
-    for entry, method in zip(found["limits"], methods, strict=True):
+    for method in ("full", "trady"):
+        measured.clear()
+        assert limits.run(["--batch", "3", "--length", "16", "--method", method, "--json", str(target)]) == 0
+        found = json.loads(target.read_text(encoding="utf-8"))
+        assert found["limit_bytes"] == 200 * 2**10
+        (entry,) = found["limits"]
         assert entry["method"] == method
-        assert fits(method, entry["batch"], 16)
-        assert not fits(method, entry["batch"] + 1, 16)
-        assert fits(method, 3, entry["length"])
-        assert not fits(method, 3, entry["length"] + 8)
+        assert measured[entry["batch"], 16] <= found["limit_bytes"] < measured[entry["batch"] + 1, 16]
+        assert measured[3, entry["length"]] <= found["limit_bytes"] < measured[3, entry["length"] + 8]
         batches.append(entry["batch"])
     assert batches[0] < batches[1]
 
@@ -198,23 +208,28 @@ def test_limits_refuse_what_they_cannot_search(options: list[str], told: str, mo
 
 
 @pytest.mark.parametrize("command", [memory, speed, peers])
-def test_a_device_that_is_not_there_is_refused(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there_is_refused(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(trady.ModelError, match=r"no CUDA device.*--device cpu"):
         command.run(["--device", "cuda"])
 
 
 @pytest.mark.parametrize("command", [speed, peers])
-def test_processor_time_of_a_gpu_is_refused(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_time_of_a_gpu_is_refused(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(trady.TradyError, match="--clock wall"):
         command.run(["--device", "cuda", "--clock", "cpu"])
 
 
 def test_clock_of_a_gpu_waits_for_it_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    happened = []
+    happened: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: happened.append("read") or 0.0)
+
+    def read() -> float:
+        happened.append("read")
+        return 0.0
+
+    monkeypatch.setattr(time, "perf_counter", read)
     asked = argparse.Namespace(repeats=1, threads=None, clock="wall")
     _, clock = speed.timing(asked, torch.device("cuda"))
     speed.in_turns({"step": lambda: happened.append("ran")}, 1, clock)
@@ -242,7 +257,9 @@ def test_figures_name_the_gpu_that_they_are_of(monkeypatch: pytest.MonkeyPatch) 
     assert options.machine()["gpu"] == "some GPU"
 
 
-def test_architectures_are_tried_each_in_a_process_of_its_own(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_architectures_are_tried_each_in_a_process_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "architectures.json"
     names = ["resnet", "ibert"]
     assert architectures.run(["--architecture", *names, "--json", str(target)]) == 0
@@ -269,12 +286,12 @@ def test_architectures_are_tried_each_in_a_process_of_its_own(tmp_path: Path, ca
         ({"kind": "failed"}, False),
     ],
 )
-def test_an_architecture_with_a_wrong_gradient_is_a_miss(changed: dict[str, object], met: bool) -> None:
+def test_an_architecture_with_a_wrong_gradient_is_a_miss(changed: dict[str, Any], met: bool) -> None:
     assert Result(**{"architecture": "any", "kind": "trains", "layers": 3, **changed}).met == met
 
 
 @pytest.mark.parametrize("command", [memory, speed, peers, sparsity, backbones, overhead, limits, architectures])
-def test_commands_explain_themselves(command, capsys) -> None:
+def test_commands_explain_themselves(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.run(["--help"])
     assert left.value.code == 0
@@ -295,7 +312,7 @@ def test_command_is_a_process_of_its_own() -> None:
     assert "--out" in done.stdout
 
 
-def test_recurrent_layers_are_timed_beside_full_fine_tuning(tmp_path: Path, capsys) -> None:
+def test_recurrent_layers_are_timed_beside_full_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "recurrent.json"
     assert recurrent.run(["--steps", "6", "--features", "8", "--repeats", "1", "--json", str(target)]) == 0
     layers = json.loads(target.read_text())["layers"]

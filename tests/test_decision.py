@@ -22,10 +22,12 @@ from trady.errors import BudgetError
 from trady.model.batch import Batch
 from trady.planning import budget as budgets
 from trady.planning import scopes
+from trady.planning.budget import Budget
 from trady.planning.request import Request
-from trady.planning.scopes import BudgetScope
+from trady.planning.scopes import PEAK, BudgetScope
 from trady.planning.spending import Spending
 from trady.simulation.simulator import Simulator
+from trady.trace import recorder
 
 IMAGES = torch.zeros(8, 3, 12, 12)
 
@@ -85,7 +87,7 @@ def adam(tuner: trady.Tuner) -> torch.optim.Optimizer:
 def test_a_refused_optimizer_leaves_the_tuner_as_it_was(name: str) -> None:
     model, batch = recomputed_model(name, torch.float32)
     minimum = peak_of_minimum(model, batch)
-    tuner = trady.prepare(model, batch, budget=minimum + 100, policy="dynamic-random")
+    tuner = trady.prepare(model, batch, budget=Budget(PEAK, minimum + 100), policy="dynamic-random")
     before = (tuner.selection, tuner.plan, tuner._draws.moment, str(tuner.state_dict()["meta"]))
     optimizer = adam(tuner)
     with pytest.raises(BudgetError, match="below the"):
@@ -137,7 +139,7 @@ def test_a_prepare_traces_the_model_three_times(
         if isinstance(module, nn.Dropout):
             module.p = dropout
     traced: list[bool | None] = []
-    plain = model_analysis.trace_forward
+    plain = recorder.trace_forward
 
     def counted(model: nn.Module, example: Any, *, training: bool | None = None) -> Any:
         traced.append(training)

@@ -23,6 +23,7 @@ from tests.models import (
     SharedLayer,
     SharedWeight,
     gradient_errors,
+    in_layout,
     normal,
     relative_error,
     seeded,
@@ -42,7 +43,8 @@ pytestmark = [
 class Raising(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.head, self.error = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), None
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.error: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -101,7 +103,7 @@ def test_every_submodule_called_directly_gives_what_it_gives_alone(name: str) ->
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False
+            vars(module)["inplace"] = False
     for path, module in plain.named_modules():
         module.register_forward_hook(watch(path))
     with torch.no_grad():
@@ -124,9 +126,11 @@ def test_every_submodule_called_directly_gives_what_it_gives_alone(name: str) ->
 def test_a_layer_called_directly_has_the_dense_gradient() -> None:
     model, x = seeded(Residual).double(), normal(2, 3, 9, 9, dtype=torch.float64)
     tuner = armed(model, x)
-    assert_dense_gradients(
-        model, tuner, lambda m: m.blocks[0].conv1(m.stem(x)).square().sum() + m.blocks(m.stem(x)).sum()
-    )
+
+    def direct(m: Any) -> Tensor:
+        return m.blocks[0].conv1(m.stem(x)).square().sum() + m.blocks(m.stem(x)).sum()
+
+    assert_dense_gradients(model, tuner, direct)
     tuner.finish()
 
 
@@ -287,11 +291,11 @@ class Drops(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.head, self.skips = nn.Linear(4, 3), lambda: False
+        self.head, self.skip = nn.Linear(4, 3), False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        if not self.skips():
+        if not self.skip:
             x = x + self.block(x)
         return self.head(x.mean((2, 3)))
 
@@ -299,14 +303,14 @@ class Drops(nn.Module):
 def test_a_forward_that_leaves_the_traced_path_is_refused_and_runs_without_fusion() -> None:
     model, x = seeded(Drops).double(), normal(2, 3, 6, 6, dtype=torch.float64)
     tuner = armed(model, x)
-    model.skips = lambda: True
+    model.skip = True
     with pytest.raises(ModelError, match="fuse=False"):
         model(x)
     tuner.finish()
-    model.skips = lambda: False
+    model.skip = False
     tuner = armed(model, x, fuse=False)
     for skip in (True, False, True):
-        model.skips = lambda skip=skip: skip
+        model.skip = skip
         assert_dense_gradients(model, tuner, squares(x))
     tuner.finish()
 
@@ -469,14 +473,16 @@ def test_random_paths_with_the_same_weights_many_times() -> None:
 
     model, x = seeded(Loop).double(), normal(3, 4, dtype=torch.float64)
     tuner = armed(model, x, fuse=False)
-    for _ in range(4):
-        model.length = random.Random(1).randint(1, 5)
+    chance = random.Random(1)
+    lengths = [chance.randint(1, 5) for _ in range(4)]
+    assert len(set(lengths)) == 4
+    for model.length in lengths:
         assert_dense_gradients(model, tuner, squares(x))
     tuner.finish()
 
 
 def test_channels_last_and_autocast_together() -> None:
-    model = seeded(Residual).to(memory_format=torch.channels_last).eval()
+    model = in_layout(seeded(Residual), torch.channels_last).eval()
     x = normal(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     errors = gradient_errors(model, x, autocast=True, train=False)
     assert max(errors.values()) < 3e-2

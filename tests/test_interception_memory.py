@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import trady
 from tests.against_dense import EVERYTHING, armed, dense_gradients, gradients, squares
-from tests.models import IMAGE_NETWORKS, Residual, Tokens, normal, relative_error, seeded
+from tests.models import IMAGE_NETWORKS, Residual, Tokens, in_layout, normal, relative_error, seeded
 
 pytestmark = [
     # PyTorch's own: it pads strings of even kernels by a copy.
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
     pytest.mark.usefixtures("no_mode_stays_behind"),
 ]
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    squares(x)(model).backward()
 
 
 def test_nothing_is_kept_and_no_gradient_computed_in_front_of_the_first_selected_layer() -> None:
@@ -29,7 +35,7 @@ def test_nothing_is_kept_and_no_gradient_computed_in_front_of_the_first_selected
         name, uses_ranking = "last", False
 
         def select(self, draw: Any) -> trady.Selection:
-            return trady.Selection({"blocks.2.conv1": [0, 3]})
+            return trady.Selection({"blocks.2.conv1": np.array([0, 3])})
 
     tuner = trady.prepare(model, x, budget=EVERYTHING, policy=Last())
     ledger = tuner.ledger(lambda: squares(x)(model).backward())
@@ -128,11 +134,11 @@ def test_channels_last_takes_no_more_memory(padding: int) -> None:
 
     peaks = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = seeded(network).to(memory_format=layout)
+        model = in_layout(seeded(network), layout)
         x = normal(8, 3, 64, 64).contiguous(memory_format=layout)
         tuner = armed(model, x, budget="elements:40000", policy="dynamic-random")
         assert any(parameter.numel() for parameter in tuner.parameters())
-        peaks.append(trady.measure(lambda model=model, x=x: squares(x)(model).backward(), model).peak_bytes)
+        peaks.append(trady.measure(partial(backward, model, x), model).peak_bytes)
         tuner.finish()
     assert peaks[1] <= 1.02 * peaks[0]
 

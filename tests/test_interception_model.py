@@ -6,11 +6,12 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 import trady
 from tests.against_dense import armed, assert_dense_gradients, dense_gradients, gradients, squares
@@ -55,7 +56,9 @@ def test_a_copy_of_an_armed_model_is_a_plain_working_model(copied: Callable[[nn.
     assert torch.equal(twin(x), expected)
     twin.requires_grad_(True)
     twin(x).sum().backward()
-    assert twin.stem[0].weight.grad is not None  # through PyTorch's own backward: nothing is intercepted
+    assert (
+        twin.get_parameter("stem.0.weight").grad is not None
+    )  # through PyTorch's own backward: nothing is intercepted
     again = armed(twin, x)  # and it can be prepared itself
     assert_dense_gradients(twin, again, squares(x))
     again.finish()
@@ -91,7 +94,7 @@ def test_a_norm_that_averages_over_all_batches_is_frozen_like_any_other() -> Non
     model, x = seeded(build).double(), normal(2, 3, 6, 6, dtype=torch.float64)
     tuner = armed(model, x)
     assert_dense_gradients(model, tuner, squares(x))
-    assert int(model[1].num_batches_tracked) == 0
+    assert int(model.get_buffer("1.num_batches_tracked")) == 0
     tuner.finish()
 
 
@@ -157,8 +160,8 @@ def _rank(rank: int, store: str, results: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_average_their_gradients_and_draw_the_same_channels(tmp_path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
+def test_two_processes_average_their_gradients_and_draw_the_same_channels(tmp_path: Path) -> None:
+    spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "result")), nprocs=2)
     first, second = (torch.load(tmp_path / f"result{rank}") for rank in range(2))
     assert first["digests"] == second["digests"]
     assert len(set(first["digests"])) > 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from tests.against_dense import armed, assert_dense_gradients, squares
 from tests.models import PreActivation, Residual, normal, relative_error, seeded
@@ -99,8 +100,8 @@ class Custom(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         assert torch.equal(y, F.conv2d(x, weight))
         return (
-            torch.nn.grad.conv2d_input(x.shape, weight, gradient),
-            torch.nn.grad.conv2d_weight(x, weight.shape, gradient),
+            conv2d_input(x.shape, weight, gradient),
+            conv2d_weight(x, weight.shape, gradient),
         )
 
 
@@ -145,10 +146,12 @@ def test_an_activation_that_the_model_keeps_stays_what_it_was() -> None:
         expected = model.conv1(x)
     tuner = armed(model, x)
     y = model(x)
-    model.kept.retain_grad()
+    kept = model.kept
+    assert kept is not None
+    kept.retain_grad()
     y.sum().backward()
-    assert relative_error(model.kept, expected) < 1e-12
-    assert model.kept.grad is not None
+    assert relative_error(kept, expected) < 1e-12
+    assert kept.grad is not None
     model.kept = None
     assert_dense_gradients(model, tuner, lambda m: m(x).sum())
     tuner.finish()

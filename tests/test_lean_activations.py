@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tests.layer_cases import CLAMPS
+from tests.layer_cases import CLAMPS, noting
+from tests.plain_kernels import without_native_kernels
 from trady.ops import bits
 from trady.ops.activation import affine_clamp, clamp
 from trady.ops.bits import Clamp, clamp_, pack_mask, select
@@ -53,6 +55,7 @@ def test_activations_are_pytorchs_bit_for_bit(kind: str, dtype: torch.dtype, ker
     for length in (1, 7, 8, 9, 17, 130):
         x = torch.cat([special, torch.randn(length)]).to(dtype).expand(3, -1).contiguous().requires_grad_()
         function = CLAMPS[kind]
+        assert function is not None
         y, expected = clamp(x, function, in_place=False), reference(function, x)
         assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
         upstream = torch.randn(x.shape).to(dtype)
@@ -81,23 +84,20 @@ def test_native_kernels_equal_plain_pytorch(
 
     x, gradient = tensor(), tensor()
     results = []
-    original = bits.library
-    for replaced in (original, lambda: None):
-        bits.library = replaced
-        try:
+    for plain in (False, True):
+        with without_native_kernels(bits) if plain else nullcontext():
             y = x.clone()
             packed = clamp_(y, kind, keep_bits=True)
+            assert packed is not None
             results.append((y, packed, select(gradient, packed, kind, out=torch.empty_like(gradient))))
-        finally:
-            bits.library = original
-    for native, plain in zip(*results, strict=True):
-        assert torch.equal(native, plain)
+    for native, other in zip(*results, strict=True):
+        assert torch.equal(native, other)
 
 
 def test_a_bit_an_element_and_no_more() -> None:
     x = torch.randn(4, 8, 5, 5, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda t: t):
         clamp(x, Clamp(0.0), in_place=False)
     assert [t.numel() * t.element_size() for t in kept] == [x.numel() // 8]
 
@@ -116,7 +116,9 @@ def test_masks_come_out_as_they_were_packed(rows: int, length: int, seed: int) -
 def test_gradcheck_of_activations_and_frozen_norms(kind: str, in_place: bool) -> None:
     x = (torch.randn(2, 4, 3, 5, dtype=torch.float64) * 2).requires_grad_()
     scale, shift = torch.tensor([0.5, -1.0, 2.0, 1.5]).double(), torch.tensor([0.1, 0.2, -0.3, 0.0]).double()
-    assert gradcheck(lambda x: clamp(x * 1, CLAMPS[kind], in_place=in_place), (x,))
+    function = CLAMPS[kind]
+    assert function is not None
+    assert gradcheck(lambda x: clamp(x * 1, function, in_place=in_place), (x,))
     assert gradcheck(lambda x: affine_clamp(x * 1, scale, shift, CLAMPS[kind], in_place=in_place), (x,))
     assert gradcheck(lambda x: affine_clamp(x * 1, scale, shift, None, in_place=in_place), (x,))
 
@@ -130,7 +132,8 @@ def test_a_frozen_norm_is_batch_norm_in_evaluation(shape: tuple[int, ...]) -> No
     expected = F.batch_norm(x, mean, variance, weight, bias)
     upstream = torch.randn(shape).double()
     assert torch.allclose(found, expected)
-    assert torch.allclose(*(torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)))
+    mine, theirs = (torch.autograd.grad(t, x, upstream)[0] for t in (found, expected))
+    assert torch.allclose(mine, theirs)
 
 
 def test_activations_of_tensors_laid_out_in_other_ways() -> None:
@@ -163,7 +166,8 @@ def test_max_pooling_is_pytorchs(window: str) -> None:
     found = max_pool(x, w)
     assert torch.equal(found, expected)
     upstream = torch.randn(found.shape).double()
-    assert torch.allclose(*(torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)))
+    mine, theirs = (torch.autograd.grad(t, x, upstream)[0] for t in (found, expected))
+    assert torch.allclose(mine, theirs)
     assert gradcheck(lambda x: max_pool(x, w), (x[:1].detach().requires_grad_(),))
 
 
@@ -183,13 +187,14 @@ def test_max_pooling_of_any_window(data: st.DataObject) -> None:
     found, expected = max_pool(x, window), pool(x, kernel, stride, padding, dilation, window.ceil_mode)
     assert torch.equal(found, expected)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(*(torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)), atol=1e-6)
+    mine, theirs = (torch.autograd.grad(t, x, upstream)[0] for t in (found, expected))
+    assert torch.allclose(mine, theirs, atol=1e-6)
 
 
 def test_max_pooling_keeps_a_byte_an_output() -> None:
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda t: t):
         y = max_pool(x, WINDOWS["3 by 2"])
     assert [t.numel() * t.element_size() for t in kept] == [y.numel()]
 
@@ -197,7 +202,7 @@ def test_max_pooling_keeps_a_byte_an_output() -> None:
 def test_average_pooling_keeps_nothing() -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda t: t):
         average_pool(
             x,
             lambda x: F.avg_pool2d(x, 2),
@@ -218,4 +223,5 @@ def test_dropout_is_pytorchs_under_the_same_seed(probability: float) -> None:
         assert torch.equal(after, torch.rand(3))
         assert torch.equal(found, expected)
         upstream = torch.randn(shape).double()
-        assert torch.allclose(*(torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)), rtol=1e-12)
+        mine, theirs = (torch.autograd.grad(t, x, upstream)[0] for t in (found, expected))
+        assert torch.allclose(mine, theirs, rtol=1e-12)

@@ -21,7 +21,7 @@ from trady.planning.micro_batch import check_micro_batch, chunk_sizes
 from trady.training.run import finetune
 
 
-def without_dropout(classes: int = 3) -> nn.Module:
+def without_dropout(classes: int = 3) -> SmallNet:
     model = small_net(classes)
     assert isinstance(model, SmallNet)
     model.dropout.p = 0.0
@@ -139,7 +139,7 @@ def test_what_cannot_be_done_in_parts_is_refused() -> None:
         with pytest.raises(BudgetError, match="neither a number of samples nor auto"):
             run(None, micro_batch=wrong)
     model = without_dropout()
-    model.features[1] = nn.BatchNorm2d(8, track_running_stats=False)  # type: ignore[index,operator]
+    model.features[1] = nn.BatchNorm2d(8, track_running_stats=False)
     with pytest.raises(ModelError, match=r"features\.1 normalises with the statistics of the batch"):
         run(None, model=model, policy="full", micro_batch=8)
     with pytest.raises(BudgetError, match="recompute='some' is not known"):

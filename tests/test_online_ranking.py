@@ -1,6 +1,9 @@
 """The ranking that is learnt from the gradients of drawn channels."""
 
+from __future__ import annotations
+
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranked_layers import TABLE, layer, table_of
+from trady.channels.table import ChannelTable
 from trady.errors import RankingError
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import structure_digest
@@ -15,20 +19,20 @@ from trady.ranking.scores import layer_rgn, spearman
 from trady.ranking.structural import structural_ranking
 
 
-def online(table=TABLE, **options):
+def online(table: ChannelTable = TABLE, **options: Any) -> OnlineRanking:
     return OnlineRanking(table, **options)
 
 
-def everywhere(value, table=TABLE):
+def everywhere(value: float, table: ChannelTable = TABLE) -> dict[str, Any]:
     return {each.name: np.full(each.channels, value) for each in table}
 
 
-def gradients(rng, table, means):
+def gradients(rng: np.random.Generator, table: ChannelTable, means: dict[str, float]) -> dict[str, Any]:
     """Heavy-tailed squared norms of every channel; the layer's expectation is ``means``."""
     return {each.name: means[each.name] * rng.lognormal(-0.5, 1, each.channels) for each in table}
 
 
-def test_online_estimates_are_unbiased_however_often_a_layer_is_drawn():
+def test_online_estimates_are_unbiased_however_often_a_layer_is_drawn() -> None:
     rng = np.random.default_rng(0)
     means = {"a": 3.0, "b": 0.5, "c": 7.0, "d": 0.02}
     chance = {"a": 0.05, "b": 0.3, "c": 0.6, "d": 1.0}
@@ -51,7 +55,7 @@ def test_online_estimates_are_unbiased_however_often_a_layer_is_drawn():
     assert (error < 0.1 * truth).all(), "the test is sharp enough to see a bias of half"
 
 
-def test_all_channels_observed_is_the_layer_rgn():
+def test_all_channels_observed_is_the_layer_rgn() -> None:
     rng = np.random.default_rng(1)
     full = gradients(rng, TABLE, dict.fromkeys(TABLE.names, 1.0))
     rgn, norm = online(), online(metric="norm")
@@ -63,7 +67,7 @@ def test_all_channels_observed_is_the_layer_rgn():
     assert norm.ranking().metric == "norm"
 
 
-def test_an_online_ranking_says_what_it_is():
+def test_an_online_ranking_says_what_it_is() -> None:
     state = online()
     state.observe(everywhere(1.0))
     state.observe({})
@@ -73,7 +77,7 @@ def test_an_online_ranking_says_what_it_is():
     assert tuple(ranking.scores) == TABLE.names
 
 
-def test_layers_never_observed_have_a_guess_from_shapes_to_the_scale_of_the_others():
+def test_layers_never_observed_have_a_guess_from_shapes_to_the_scale_of_the_others() -> None:
     state = online(metric="norm")
     state.observe({"a": [1.0], "b": [1.0]})
     scores = state.ranking().scores
@@ -85,7 +89,7 @@ def test_layers_never_observed_have_a_guess_from_shapes_to_the_scale_of_the_othe
     assert set(online().ranking().scores.values()) == {0.0}
 
 
-def test_norms_that_are_not_finite_are_left_out_and_counted():
+def test_norms_that_are_not_finite_are_left_out_and_counted() -> None:
     state = online()
     state.observe({"a": [np.nan, 2.0, np.inf], "b": [np.inf]})
     assert state.ignored == 3
@@ -97,7 +101,7 @@ def test_norms_that_are_not_finite_are_left_out_and_counted():
     assert np.isfinite(state.ranking().scores["a"])
 
 
-def test_a_batch_of_zeros_counts():
+def test_a_batch_of_zeros_counts() -> None:
     state = online()
     state.observe({"a": [2.0]})
     state.observe({"a": [0.0]})
@@ -113,7 +117,7 @@ def test_a_batch_of_zeros_counts():
         ({"a": [-1.0]}, "negative squared norm in layer 'a'"),
     ],
 )
-def test_an_impossible_observation_is_refused_and_leaves_no_trace(norms, message):
+def test_an_impossible_observation_is_refused_and_leaves_no_trace(norms: Any, message: str) -> None:
     state = online()
     before = state.to_json()
     with pytest.raises(RankingError, match=message):
@@ -121,7 +125,7 @@ def test_an_impossible_observation_is_refused_and_leaves_no_trace(norms, message
     assert state.to_json() == before
 
 
-def test_a_steady_ranking_settles_after_the_window():
+def test_a_steady_ranking_settles_after_the_window() -> None:
     state = online(window=8, min_observations=4)
     settled = []
     for _ in range(12):
@@ -130,7 +134,7 @@ def test_a_steady_ranking_settles_after_the_window():
     assert settled == [False] * 8 + [True] * 4
 
 
-def test_a_ranking_waits_for_the_layer_observed_least():
+def test_a_ranking_waits_for_the_layer_observed_least() -> None:
     state = online(window=2, min_observations=3)
     steady = {"a": [1.0], "b": [2.0], "c": [3.0]}
     for _ in range(10):
@@ -141,14 +145,14 @@ def test_a_ranking_waits_for_the_layer_observed_least():
     assert state.settled
 
 
-def test_layers_that_cannot_be_drawn_are_not_waited_for():
+def test_layers_that_cannot_be_drawn_are_not_waited_for() -> None:
     state = online(drawable=("a", "b", "c"), window=2)
     for _ in range(5):
         state.observe({"a": [1.0], "b": [2.0], "c": [3.0]})
     assert state.settled
 
 
-def test_a_ranking_that_still_moves_does_not_settle():
+def test_a_ranking_that_still_moves_does_not_settle() -> None:
     state = online(metric="norm", window=4, min_observations=1)
     for _ in range(5):
         state.observe({"a": [100.0], "b": [2.0], "c": [3.0], "d": [1.0]})
@@ -157,7 +161,7 @@ def test_a_ranking_that_still_moves_does_not_settle():
     assert not state.settled, "the order changed"
 
 
-def test_the_same_order_with_another_pool_does_not_settle():
+def test_the_same_order_with_another_pool_does_not_settle() -> None:
     table = table_of(layer("a", 1), layer("b", 1))
     state = online(table, window=1, min_observations=1)
     state.observe({"a": [100.0], "b": [2.0]})
@@ -174,7 +178,7 @@ def test_the_same_order_with_another_pool_does_not_settle():
         {}, optional={"window": st.integers(1, 9), "drawable": st.just(("a", "d")), "metric": st.just("norm")}
     ),
 )
-def test_a_restored_online_ranking_goes_on_exactly_as_the_first(seed, before, options):
+def test_a_restored_online_ranking_goes_on_exactly_as_the_first(seed: int, before: int, options: Any) -> None:
     rng = np.random.default_rng(seed)
     batches = [gradients(rng, TABLE, dict.fromkeys(TABLE.names, 0.1)) for _ in range(before + 6)]
     through = online(**options)
@@ -189,7 +193,7 @@ def test_a_restored_online_ranking_goes_on_exactly_as_the_first(seed, before, op
     assert restored.ranking() == through.ranking()
 
 
-def test_the_state_of_another_model_is_refused():
+def test_the_state_of_another_model_is_refused() -> None:
     data = online().to_json()
     with pytest.raises(RankingError, match=r"do not exist here: b, c, d"):
         OnlineRanking.from_json(data, table_of(layer("a")))
@@ -213,12 +217,12 @@ def test_the_state_of_another_model_is_refused():
         ({"drawable": ["z"]}, "drawable layers that the model lacks: z"),
     ],
 )
-def test_a_damaged_state_is_refused(change, message):
+def test_a_damaged_state_is_refused(change: Any, message: str) -> None:
     with pytest.raises(RankingError, match=message):
         OnlineRanking.from_json({**online().to_json(), **change}, TABLE)
 
 
-def test_a_state_that_lacks_a_field_is_refused():
+def test_a_state_that_lacks_a_field_is_refused() -> None:
     data = online().to_json()
     del data["sums"]
     with pytest.raises(RankingError, match="lacks 'sums'"):
@@ -226,6 +230,6 @@ def test_a_state_that_lacks_a_field_is_refused():
 
 
 @pytest.mark.parametrize("options", [{"window": 0}, {"min_observations": 0}, {"share": 0}, {"agreement": 2}])
-def test_options_out_of_range_are_refused(options):
+def test_options_out_of_range_are_refused(options: Any) -> None:
     with pytest.raises(RankingError, match=next(iter(options))):
         online(**options)

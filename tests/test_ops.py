@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from tests.layer_cases import CLAMPS, CONVOLUTIONS, LAYERS, Case, close
+from tests.layer_cases import CLAMPS, CONVOLUTIONS, LAYERS, Case, close, noting
+from tests.models import gradient_of
 from trady.ops import layer as layer_module
 from trady.ops import layout
 from trady.ops.activation import affine_clamp, clamp
@@ -41,7 +44,7 @@ def test_the_gradient_of_a_layer_is_that_of_its_output(name: str) -> None:
 
     class Through(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, compact: Tensor) -> Tensor:
+        def forward(ctx: Any, compact: Tensor) -> Tensor:
             case.weight = case.weight.clone()
             scatter_channels_(case.weight, case.map.kind, case.map.groups, case.selected, compact.detach())
             with torch.enable_grad():
@@ -50,7 +53,7 @@ def test_the_gradient_of_a_layer_is_that_of_its_output(name: str) -> None:
             return ctx.y.detach()
 
         @staticmethod
-        def backward(ctx, gradient: Tensor) -> Tensor:
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return torch.autograd.grad(ctx.y, ctx.leaf, gradient, retain_graph=True)[0]
 
     assert gradcheck(Through.apply, (case.compact,))
@@ -112,7 +115,7 @@ def test_a_convolution_of_any_geometry_has_the_dense_gradient(data: st.DataObjec
 def test_without_selected_channels_only_the_input_has_a_gradient_and_nothing_is_kept_of_it() -> None:
     case = Case("conv2d")
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(noting(kept), lambda t: t):
         y = layer(case.x, None, LayerCall(case.map), case.weight, case.bias)
     assert {t.data_ptr() for t in kept} == {case.weight.data_ptr()}
     assert torch.allclose(
@@ -158,7 +161,7 @@ def test_a_gradient_that_two_branches_share_is_not_written_into(name: str) -> No
     operation = OPERATIONS[name]
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
 
-    def run(first, second) -> Tensor:
+    def run(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
         torch.manual_seed(0)
         y = x * 1
         left, right = first(y), second(y)
@@ -187,7 +190,7 @@ def test_a_gradient_that_somebody_keeps_is_not_written_into(name: str, keep: str
     elif keep == "retain_grad":
         y.retain_grad()
         (y * weights).sum().backward()
-        kept.append(y.grad)
+        kept.append(gradient_of(y))
     elif keep == "expanded":
         y.sum().backward()
         kept, weights = [torch.ones(5, 8, dtype=torch.float64)], torch.ones(5, 8, dtype=torch.float64)
@@ -203,11 +206,11 @@ def test_a_gradient_that_somebody_keeps_is_not_written_into(name: str, keep: str
 
         class Keeping(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, t: Tensor) -> Tensor:
+            def forward(ctx: Any, t: Tensor) -> Tensor:
                 return t.clone()
 
             @staticmethod
-            def backward(ctx, gradient: Tensor) -> Tensor:
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
                 made = gradient * weights
                 kept.append(made)
                 return made
@@ -222,22 +225,22 @@ def test_an_unshared_gradient_is_overwritten_rather_than_copied() -> None:
 
     class Watch(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, t: Tensor) -> Tensor:
+        def forward(ctx: Any, t: Tensor) -> Tensor:
             return t.clone()
 
         @staticmethod
-        def backward(ctx, gradient: Tensor) -> Tensor:
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             made = gradient.clone()
             seen.append(made.data_ptr())
             return made
 
     class Sink(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, t: Tensor) -> Tensor:
+        def forward(ctx: Any, t: Tensor) -> Tensor:
             return t.clone()
 
         @staticmethod
-        def backward(ctx, gradient: Tensor) -> Tensor:
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             seen.append(gradient.data_ptr())
             return gradient.clone()
 

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import trady
 from tests.models import normal, seeded
+from tests.tight_budget import predicted_peak
 from trady.memory import LiveBytes
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.planning.budget import InfeasibleBudgetError, parse_budget
@@ -67,7 +68,7 @@ def test_no_step_of_an_optimizer_exceeds_a_tight_budget(name: str, budget: str) 
     model, x = wide(), normal(SAMPLES, WIDTH)
     tuner = trady.prepare(model, x, budget=budget, policy="dynamic-random")
     optimizer = tuner.attach(OPTIMIZERS[name](tuner.parameters()))
-    predicted, found = tuner.plan.predicted_peak_bytes, ledgers(tuner, optimizer, x)
+    predicted, found = predicted_peak(tuner.plan), ledgers(tuner, optimizer, x)
     limit = parse_budget(budget).amount
     assert max(ledger.peak_bytes for ledger in found) <= limit
     assert abs(predicted / found[-1].peak_bytes - 1) < 0.005
@@ -152,7 +153,7 @@ def test_a_state_that_follows_no_known_form_is_taken_at_its_most() -> None:
     class TwoSided(torch.optim.SGD):
         """Keeps a square of each side, as Shampoo does."""
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             for parameter in self.param_groups[0]["params"]:
                 sides = parameter.flatten(1).shape
                 self.state[parameter].update({str(i): torch.zeros(n, n) for i, n in enumerate(sides)})
@@ -204,7 +205,7 @@ def test_a_restart_knows_what_the_optimizer_takes_before_it_is_attached() -> Non
 
 def test_an_optimizer_that_cannot_be_tried_out_is_taken_to_need_as_much_as_it_keeps() -> None:
     class Stubborn(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             raise RuntimeError("not on these")
 
     assert optimizer_memory(Stubborn([nn.Parameter(torch.zeros(2, 2))])) == OptimizerMemory(copies=2, every=2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
-from tests.neurons import Fixed, Neurons
+from tests.neurons import Fixed, Neurons, picked
 from tests.recomputed_models import VisionTransformer, bert, loss_of, tokens
 from trady.analysis.model_analysis import analyse_model
 from trady.channels.cost import cost_of
@@ -28,6 +28,10 @@ from trady.policies.output_channels import costs, fill_output_channels, one_of_e
 from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
+
+
+def constant(selection: Selection) -> Callable[[ChannelTable], Selection]:
+    return lambda table: selection
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
@@ -122,25 +126,25 @@ def test_hashes_of_selections_by_input_channel_are_what_they_were() -> None:
     digest = hashlib.sha256()
     for name, indices in (("a", [1, 4]), ("b", [0])):
         digest.update(name.encode() + b"\0" + np.array(indices).astype("<i8").tobytes())
-    selection = Selection({"b": [0], "a": [4, 1]})
+    selection = picked({"b": [0], "a": [4, 1]})
     assert selection.digest == digest.hexdigest()[:16]
     assert selection.to_json() == {"a": [1, 4], "b": [0]} == Selection.from_json(selection.to_json()).to_json()
 
 
 def test_outputs_are_part_of_a_selection() -> None:
     inputs = {"a": [0, 1], "b": [2]}
-    plain, chosen = Selection(inputs), Selection(inputs, {"a": [3, 1, 3]})
-    assert plain != chosen != Selection(inputs, {"b": [1, 3]})
-    assert chosen == Selection(inputs, {"a": [1, 3]})
+    plain, chosen = picked(inputs), picked(inputs, {"a": [3, 1, 3]})
+    assert plain != chosen != picked(inputs, {"b": [1, 3]})
+    assert chosen == picked(inputs, {"a": [1, 3]})
     assert Selection.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
     assert chosen.output_count("a") == 2
     assert chosen.output_count("b") is None
-    assert Selection(inputs, {"a": []}) == Selection({"b": [2]})
+    assert picked(inputs, {"a": []}) == picked({"b": [2]})
 
 
 def test_outputs_without_inputs_are_refused() -> None:
     with pytest.raises(ModelError, match=r"output channels of b are selected.*trady\.by_output"):
-        Selection({"a": [0]}, {"b": [1]})
+        picked({"a": [0]}, {"b": [1]})
 
 
 @pytest.mark.parametrize("damaged", [[1], {"a": {"channels": [1]}}, {"a": {"channels": [1], "outputs": [0], "x": 1}}])
@@ -150,9 +154,9 @@ def test_a_damaged_selection_is_refused(damaged: Any) -> None:
 
 
 def test_both_of_two_selections() -> None:
-    left = Selection({"a": [0, 1], "b": [0], "c": [5]}, {"a": [1], "c": [2]})
-    right = Selection({"a": [3], "b": [1], "d": [0]}, {"a": [0], "b": [7], "d": [4]})
-    both = Selection({"a": [0, 1, 3], "b": [0, 1], "c": [5], "d": [0]}, {"a": [0, 1], "c": [2], "d": [4]})
+    left = picked({"a": [0, 1], "b": [0], "c": [5]}, {"a": [1], "c": [2]})
+    right = picked({"a": [3], "b": [1], "d": [0]}, {"a": [0], "b": [7], "d": [4]})
+    both = picked({"a": [0, 1, 3], "b": [0, 1], "c": [5], "d": [0]}, {"a": [0, 1], "c": [2], "d": [4]})
     assert left | right == both == right | left
 
 
@@ -189,7 +193,8 @@ def test_a_policy_that_selects_outputs_that_are_not_there_is_refused() -> None:
         (plain, [-1], "output channel -1 of layer"),
         (grouped, [0], f"output channels of layer '{grouped.name}', a convolution of {grouped.groups} groups"),
     ):
-        wrong = Fixed(lambda _, layer=layer, outputs=outputs: Selection({layer.name: [0]}, {layer.name: outputs}))
+        selection = picked({layer.name: [0]}, {layer.name: outputs})
+        wrong = Fixed(constant(selection))
         with pytest.raises(PolicyError, match="policy 'fixed' selected ") as refused:
             draw_selection(wrong, Draw(table, table.names, prices, None, 0, 0))
         assert said in str(refused.value)
@@ -297,7 +302,7 @@ def trained(tuner: trady.Tuner, optimizer: torch.optim.Optimizer, steps: int = 1
 
 def test_a_neuron_that_stays_keeps_its_momentum_and_one_that_joins_has_none() -> None:
     model = seeded(perceptron)
-    policy = Fixed(of_outputs(0, 2, 5), of_outputs(1, 2, 5), lambda table: Selection({"0": [1, 3]}), of_outputs(5))
+    policy = Fixed(of_outputs(0, 2, 5), of_outputs(1, 2, 5), lambda table: picked({"0": [1, 3]}), of_outputs(5))
     tuner = trady.prepare(model, normal(4, 5), budget=EVERYTHING, policy=policy)
     optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=0.01))
     compact = dict(tuner.named_parameters())["0.weight.channels"]
@@ -456,7 +461,8 @@ def test_neurons_fill_the_budget_and_the_first_of_a_layer_pays_for_its_input(see
     order = random.permutation(sum(counts))
     found = fill_output_channels(draw, layers, order)
 
-    left, units = capacity, [[] for _ in layers]
+    left = capacity
+    units: list[list[int]] = [[] for _ in layers]
     owner = np.repeat(np.arange(5), counts)
     for position in order:
         layer = int(owner[position])

@@ -28,7 +28,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 176,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 500,
     "max_position_embeddings": 64,
@@ -126,12 +126,12 @@ def test_a_written_plan_is_the_printed_one_and_can_be_prepared(llama: Path, tmp_
 
 
 def test_a_curve_shows_the_peak_from_no_channel_to_all_of_them(llama: Path) -> None:
-    curve = figures(llama, *TOKENS, "--budget", "4 MiB", "--curve")["curve"]
+    curve = figures(llama, *TOKENS, "--budget", "2 MiB", "--curve")["curve"]
     assert [point["share"] for point in curve] == list(SHARES)
     for peak in ("channels", "kept_peak_bytes", "recomputed_peak_bytes"):
         assert [point[peak] for point in curve] == sorted(point[peak] for point in curve)
     assert all(point["recomputed_peak_bytes"] < point["kept_peak_bytes"] for point in curve if point["share"])
-    text = shown(llama, *TOKENS, "--budget", "4 MiB", "--curve")
+    text = shown(llama, *TOKENS, "--budget", "2 MiB", "--curve")
     assert "all computed anew" in text
     assert text.count("◆") == len(SHARES) + 1
 

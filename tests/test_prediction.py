@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,6 @@ def test_a_quarter_of_the_batch_is_a_task_of_its_own() -> None:
     ],
 )
 def test_a_prediction_that_is_off_and_a_budget_that_is_not_kept_are_misses(
-    changed: dict[str, int | None], met: list[bool]
+    changed: dict[str, Any], met: list[bool]
 ) -> None:
     assert [verdict.met for verdict in prediction.judge([TRIAL, replace(TRIAL, **changed)])] == met

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.against_dense import armed, dense_gradients, gradients
-from tests.models import normal, relative_error, same, seeded, snapshot
+from tests.models import gradient_of, normal, relative_error, same, seeded, snapshot
 from tests.quantised_network import (
     KINDS,
     OPTIMIZERS,
@@ -119,15 +119,16 @@ def test_output_channels_can_be_chosen_in_quantised_layers_too(kind: str) -> Non
     loss()(model).backward()
     found = gradients(tuner)
     for name in quantised_layers(tuner):
-        whole = dense.get_submodule(name).weight.grad
+        whole = gradient_of(dense.get_parameter(f"{name}.weight"))
         chosen = torch.from_numpy(tuner.selection.outputs[name].copy())
         assert relative_error(found[f"{name}.weight.channels"], whole[chosen].t()) < 1e-5
     optimizer.step()
     tuner.resample(1)
     with torch.no_grad():
         for name in quantised_layers(tuner):
-            weight, rows = dense.get_submodule(name).weight, torch.arange(0, len(dense.get_submodule(name).weight), 7)
-            weight[rows] -= 0.1 * weight.grad[rows]
+            weight = dense.get_parameter(f"{name}.weight")
+            rows = torch.arange(0, len(weight), 7)
+            weight[rows] -= 0.1 * gradient_of(weight)[rows]
             plain = trady.dequantize(copy.deepcopy(tuner.finish())) if name == quantised_layers(tuner)[-1] else None
     assert plain is not None
     for name in [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models import normal, relative_error, seeded
+from tests.models import in_layout, normal, relative_error, seeded
 from tests.recomputed_models import TokenBlock, loss_of, padding, recomputed_model, tokens
 from tests.recomputing import anew, close, four_layers, right_or_refused, worst, worst_of_few
 
@@ -115,7 +115,7 @@ def test_a_mask_without_padding_is_a_path_of_its_own() -> None:
 
 def test_inputs_that_are_not_contiguous_and_channels_last() -> None:
     model, x = recomputed_model("EfficientNet, by hand")
-    model = model.to(memory_format=torch.channels_last)
+    model = in_layout(model, torch.channels_last)
     tuner = anew(model, x.contiguous(memory_format=torch.channels_last))
     for batch in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x.expand(2, *x.shape)[1]):
         assert worst(model, tuner, loss_of(batch)) < 1e-10
@@ -223,6 +223,9 @@ def test_a_block_that_is_called_twice() -> None:
 
 class Counts(nn.Module):
     """Writes into a buffer, by way of what was computed; and counts its calls."""
+
+    running: Tensor
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ from trady.interception.program import Program
 from trady.ops import recompute
 
 pytestmark = pytest.mark.usefixtures("one_sample_a_part")
+
+
+def backward(model: nn.Module, batch: Any) -> None:
+    loss_of(batch)(model).backward()
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2, loss", "ViT, by hand", "EfficientNet, by hand"])
@@ -42,9 +48,9 @@ def test_what_is_kept_is_what_enters_the_segments_and_what_lies_outside(name: st
 def test_what_grows_with_depth_is_the_activations_that_enter() -> None:
     saved = []
     for depth in (2, 4):
-        model, x = seeded(lambda d=depth: VisionTransformer(depth=d)), normal(4, 3, 12, 12)
+        model, x = seeded(partial(VisionTransformer, depth=depth)), normal(4, 3, 12, 12)
         tuner = anew(model, x)
-        saved.append(tuner.ledger(lambda m=model, x=x: loss_of(x)(m).backward()).saved_bytes)
+        saved.append(tuner.ledger(partial(backward, model, x)).saved_bytes)
         tuner.finish()
     assert saved[1] - saved[0] == 2 * 2 * 4 * 10 * 32 * 4  # two segments a block
 
@@ -83,7 +89,7 @@ def test_no_part_outlives_its_turn() -> None:
         gc.collect()
         gc.disable()
         try:
-            ledger = tuner.ledger(lambda m=model, x=x: loss_of(x)(m).backward(), inference=False)
+            ledger = tuner.ledger(partial(backward, model, x), inference=False)
         finally:
             gc.enable()
         peaks.append(ledger.working_peak_bytes)

@@ -172,7 +172,7 @@ def test_submodules_called_alone() -> None:
         longer = normal(2, 13, 32, dtype=torch.float64)
         assert relative_error(model.get_submodule(path)(longer), plain.get_submodule(path)(longer)) < 1e-12, path
 
-    def loss(network: nn.Module) -> Tensor:
+    def loss(network: Any) -> Tensor:
         return network.blocks[1](network.blocks[0](hidden)).square().sum() + network(x).sum()
 
     assert worst(model, tuner, loss) < 1e-10

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import trady
+from tests.command import trady_here
 from tests.models import same, snapshot
 from tests.small_task import small_data, small_net, write_npz
 from trady.channels.table import ChannelTable, Layer
@@ -26,6 +27,7 @@ from trady.policies import Scheme
 from trady.search import contributions
 from trady.search.contributions import Analysis, Contributions, analyse, candidates, find_scheme
 from trady.search.evolution import Evolution
+from trady.training.run import finetune
 
 
 def table_of(channels: list[int]) -> ChannelTable:
@@ -135,8 +137,12 @@ def test_a_killed_analysis_trains_nothing_twice_and_leaves_the_model(
     with pytest.raises(KeyboardInterrupt):
         analyse(**setting(), file=file, told=stop)
     runs: list[Any] = []
-    original = contributions.finetune
-    monkeypatch.setattr(contributions, "finetune", lambda *a, **k: runs.append(k["policy"]) or original(*a, **k))
+
+    def counted(*given: Any, **options: Any) -> Any:
+        runs.append(options["policy"])
+        return finetune(*given, **options)
+
+    monkeypatch.setattr(contributions, "finetune", counted)
     assert analyse(**setting(), file=file).accuracies == unbroken.accuracies
     assert len(runs) == 2
     with pytest.raises(CheckpointError, match=r"lr was 0\.1, is now 0\.2"):
@@ -186,7 +192,7 @@ def test_a_scheme_is_searched_and_trained_from_the_command_line(tmp_path: Path) 
         "--out",
         str(tmp_path / "run"),
     )
-    trained = command("finetune", *arguments, "--scheme", str(out))
+    trained = trady_here("finetune", *arguments, "--scheme", str(out))
     assert trained.returncode == 0, trained.stderr
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import trady
+from tests.quick import QUICK
+
 TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 
@@ -18,3 +21,11 @@ def test_no_file_is_longer_than_a_reader_wants(path: Path) -> None:
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_helpers_come_from_helper_files(path: Path) -> None:
     assert not re.findall(r"\btests\.test_\w+|from tests import .*\btest_", path.read_text(encoding="utf-8"))
+
+
+def test_the_quick_tests_look_at_every_package() -> None:
+    packages = {path.parent.name for path in Path(trady.__file__).parent.glob("*/__init__.py")}
+    assert packages == set(QUICK)
+    for package, selected in QUICK.items():
+        files = [(Path(__file__).parent / test.split("::")[0]).read_text(encoding="utf-8") for test in selected]
+        assert any(f"trady.{package}" in text for text in files), package

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import Residual, normal, relative_error, seeded, snapshot
+from tests.neurons import picked
 from tests.tuned import OPTIMIZERS, data, every_optimizer, prepared, train
 from trady.errors import StateError
 
@@ -90,7 +91,7 @@ def test_linear_layers_train_through_draws_of_one_channel(make: Callable[..., to
         name, uses_ranking = "growing", False
 
         def select(self, draw: Any) -> trady.Selection:
-            return trady.Selection({"1": [[3], [3, 5, 6], [5], [1, 5]][draw.epoch % 4]})
+            return picked({"1": [[3], [3, 5, 6], [5], [1, 5]][draw.epoch % 4]})
 
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(243, 9), nn.ReLU(), nn.Linear(9, 5))
@@ -111,7 +112,7 @@ def test_one_channel_that_stays_trains_as_if_nothing_else_had_been_there() -> No
             self.name, self.alone = f"neighbours {alone}", alone
 
         def select(self, draw: Any) -> trady.Selection:
-            return trady.Selection({"stem.0": [1] if self.alone or draw.epoch % 2 == 0 else [0, 1, 2]})
+            return picked({"stem.0": [1] if self.alone or draw.epoch % 2 == 0 else [0, 1, 2]})
 
     ends = []
     for alone in (True, False):
@@ -127,7 +128,7 @@ def test_one_channel_that_stays_trains_as_if_nothing_else_had_been_there() -> No
                 # A loss whose gradient does not depend on the weights.
                 model.stem[0](normal(2, 3, 9, 9, dtype=torch.float64)).sum().backward()
                 optimizer.step()
-        ends.append(tuner.finish().stem[0].weight[:, 1].detach())
+        ends.append(tuner.finish().get_parameter("stem.0.weight")[:, 1].detach())
     assert relative_error(*ends) < 1e-12
 
 

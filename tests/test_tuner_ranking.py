@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
-from tests.models import Residual, freeze_norms, normal, seeded
+from tests.models import Residual, freeze_norms, gradient_of, normal, seeded
 from tests.tuned import data, prepared
 from trady.ranking.scores import layer_score
 
@@ -50,7 +50,7 @@ class Deep(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.head = nn.Linear(16, 5)
         for i, norm in enumerate(self.norms):
-            nn.init.constant_(norm.weight, 0.4 + 0.5 * (i % 3))
+            nn.init.constant_(norm.get_parameter("weight"), 0.4 + 0.5 * (i % 3))
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -67,7 +67,7 @@ def offline(model: nn.Module, table: trady.ChannelTable, batches: list[tuple[Ten
         dense.zero_grad()
         F.cross_entropy(dense(x), y).backward()
         for layer in table:
-            gradient = dense.get_parameter(layer.parameter).grad
+            gradient = gradient_of(dense.get_parameter(layer.parameter))
             squares[layer.name] += gradient.double().square().sum((0, 2, 3)).numpy() / len(batches)
     return {layer.name: layer_score(squares[layer.name], layer, "rgn") for layer in table}
 

@@ -105,7 +105,8 @@ class Caching(nn.Module):
         self.nested: dict[str, Any] = {"a": {"b": [1, {"c": 2}]}, "order": OrderedDict(x=1, y=2)}
         self.by_shape: defaultdict[Any, list[int]] = defaultdict(list)
         self.inside = ([0], "in a tuple")
-        self.total, self.last = torch.zeros(2), None
+        self.total = torch.zeros(2)
+        self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.outputs.append(x.detach())
@@ -171,6 +172,12 @@ class Noting:
 
 class Buffers(nn.Module):
     """Buffers written to, replaced, and moved to other memory."""
+
+    written: Tensor
+    replaced: Tensor
+    mean: Tensor
+    moved: Tensor
+    late: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,7 +285,7 @@ class Flagging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.layer.bias.requires_grad_(False)
         self.layer.weight.grad = None
-        self.layer.weight.seen = True  # type: ignore[assignment]
+        vars(self.layer.weight)["seen"] = True
         return self.layer(x * self.loose[0])
 
 
@@ -305,7 +312,8 @@ def with_gradients(model: Any) -> nn.Module:
     F.cross_entropy(model(X), Y).backward()
     assert model.middle.loose[0].grad is not None
     model.middle.layer.weight.grad = torch.ones(WIDTH, WIDTH)
-    return model  # type: ignore[no-any-return]
+    found: nn.Module = model
+    return found
 
 
 def plainly(middle: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -344,7 +352,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "rescaled weights, in evaluation mode": has_run(deeper(plainly(Rescaling), lambda m: m.eval())),
     "tied weights": plainly(Tied),
     "quantised": lambda: quantised(plainly(lambda: nn.Linear(WIDTH, WIDTH))()),
-    "compiled": lambda: torch.compile(plainly(Counting)(), backend="eager"),  # type: ignore[return-value]
+    "compiled": lambda: compiled(plainly(Counting)()),
     "compiled within": lambda: _compiled_within(plainly(Counting)()),
     "globals and the batch": plainly(Switching),
     "a lock and closures": plainly(Uncopyable),
@@ -352,9 +360,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    found: Any = torch.compile(model, backend="eager")
+    assert isinstance(found, nn.Module)
+    return found
+
+
 def _compiled_within(model: Any) -> nn.Module:
     model.middle.compile(backend="eager")
-    return model  # type: ignore[no-any-return]
+    found: nn.Module = model
+    return found
 
 
 # -- all that there is to see --------------------------------------------------------------------------
@@ -384,7 +399,8 @@ class Picture:
                 self._look(f"{path}.grad", value.grad)
             self.entries[f"{path}!"] = (value.shape, value.stride(), value.requires_grad, value.dtype, value.device)
             if hasattr(type(value), "__tensor_flatten__"):
-                for name in value.__tensor_flatten__()[0]:
+                flatten: Any = value
+                for name in flatten.__tensor_flatten__()[0]:
                     self._look(f"{path}.{name}", getattr(value, name))
             else:
                 self.entries[f"{path}="] = None if value.is_meta else value.detach().clone().reshape(-1).tolist()

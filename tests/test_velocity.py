@@ -71,6 +71,7 @@ def test_the_velocity_is_the_papers() -> None:
         tuner._armed.write_back()
         maps.append(maps_of(copy.deepcopy(_plain(tuner)), data))
         epoch(tuner, number, optimizer, data)
+        assert tuner._draws.moment.evidence is not None
         velocities.append(tuner._draws.moment.evidence)
     names = [layer.name for layer in tuner.plan.table if layer.name in maps[0]]
     assert len(names) > 3
@@ -104,14 +105,15 @@ def test_a_neuron_that_does_not_move_has_no_velocity() -> None:
 
 
 def test_a_layer_over_vectors_is_compared_over_the_samples() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    first = nn.Linear(5, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
     data = [(normal(6, 5), torch.zeros(6, dtype=torch.long))]
     tuner = trady.prepare(model, data[0][0], budget="elements:1000", policy="velocity")
     tuner.observe(data)
-    before = model[0](data[0][0]).detach()
+    before = first(data[0][0]).detach()
     tuner.resample(0)
     with torch.no_grad():
-        model[0].weight.add_(normal(4, 5, seed=3))
+        first.weight.add_(normal(4, 5, seed=3))
     found = tuner.observe(data)
     assert found is not None
     expected = F.cosine_similarity(model[0](data[0][0]).detach(), before, dim=0) - 1

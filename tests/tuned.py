@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import Residual, normal, seeded
+from trady.policies import Evidence
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.02),
@@ -56,6 +57,13 @@ def train(
             optimizer.step()
             losses.append(float(loss.detach()))
     return losses
+
+
+def observed(tuner: trady.Tuner, batches: Any, loss: Callable[[Any, Any], Tensor] | None = F.cross_entropy) -> Evidence:
+    """What the policy wanted to have measured."""
+    evidence = tuner.observe(batches, loss)
+    assert evidence is not None
+    return evidence
 
 
 def prepared(model: nn.Module | None = None, **options: Any) -> trady.Tuner:
