@@ -59,7 +59,7 @@ class Trial:
         budget: As text.
         seed: Of the channels drawn.
         channels: Input channels that trained.
-        recomputed: SegmentsByMode that were computed anew.
+        recomputed: SegmentsByMode that were recomputed.
         predicted_bytes: Peak of a step, before there was one.
         measured_bytes: Peak of the step.
         budget_bytes: What a ``peak:`` budget allows; ``None`` for other budgets.

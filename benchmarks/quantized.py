@@ -3,7 +3,7 @@
 Memory and gradients are of a step on 32×128 random tokens. ``weights`` are all of the model; ``saved`` is what is kept
 between forward and backward, by PyTorch with all plain weights but the embeddings trained, and by TraDy, which trains
 channels of the quantised layers too. The error is that of the channels' gradients against the dense gradients of the
-dequantised model. Then a short training on SST-2 with AdamW, channels drawn anew four times an epoch.
+dequantised model. Then a short training on SST-2 with AdamW, channels drawn again four times an epoch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models whose every segment is computed anew, held against the dense model."""
+"""Models whose every segment is recomputed, held against the dense model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trady.errors import ModelError
 
 
 def anew(model: nn.Module, example: Any, **options: Any) -> trady.Tuner:
-    """Every channel of every layer trains, every segment is computed anew."""
+    """Every channel of every layer trains, every segment is recomputed."""
     return armed(model, example, **{"recompute": "all", **options})
 
 

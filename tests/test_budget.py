@@ -199,8 +199,8 @@ def test_the_text_offered_for_a_budget_below_the_minimum_is_enough(scope: Budget
 
 def test_a_budget_below_the_least_reads_well() -> None:
     assert str(infeasible_budget(parse_budget("10 MiB"), 39_012_352)) == (
-        'budget "peak:10 MiB" is below the least possible; the least is 37.2 MiB: type budget="peak:37.3 MiB"'
+        'budget "peak:10 MiB" is below the minimum, which is 37.2 MiB: type budget="peak:37.3 MiB"'
     )
     assert str(infeasible_budget(parse_budget("elements:3"), 400)) == (
-        'budget "elements:3" is below the least possible; the least is 400 elements: type budget="elements:400"'
+        'budget "elements:3" is below the minimum, which is 400 elements: type budget="elements:400"'
     )

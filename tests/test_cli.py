@@ -129,7 +129,7 @@ def refused(*arguments: object, run: Run = trady_here) -> str:
 def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> None:
     plan = ("plan", MODEL, "--image-size", 12)
     assert "300 MiB" in refused(*plan, "--budget", "many", run=trady_command)
-    assert "below the least possible" in refused(*plan, "--budget", "elements:1")
+    assert "below the minimum" in refused(*plan, "--budget", "elements:1")
     assert "did you mean 'dynamic-random'" in refused(*plan, "--budget", "1 MiB", "--policy", "dynamic-randon")
     assert "no function" in refused("plan", "tests.small_task:none", "--budget", "1 MiB")
     out = tmp_path / "run"

@@ -159,7 +159,7 @@ def test_cells_that_fail_or_cannot_be_met_do_not_stop_the_rest(tmp_path: Path) -
         ("small", "trady"): "infeasible",
     }
     assert "no such weights" in str(found["broken", "head"].message)
-    assert "least is" in str(found["small", "trady"].message)
+    assert "minimum, which is" in str(found["small", "trady"].message)
     errors = [json.loads(path.read_text()) for path in out.glob("cells/broken-*/error.json")]
     assert len(errors) == 2
     assert all("in broken" in error["traceback"] for error in errors)

@@ -84,7 +84,7 @@ def test_accumulated_gradients_of_the_channels_are_those_of_the_whole_batch() ->
 
 def test_a_micro_batch_stays_in_a_budget_that_the_whole_batch_does_not_fit_in(tmp_path: Path) -> None:
     budget = "150 KiB"
-    with pytest.raises(BudgetError, match="below the least") as refused:
+    with pytest.raises(BudgetError, match="below the minimum") as refused:
         run(None, budget=budget)
     assert "with 8 samples a step" in str(refused.value)
     result = run(tmp_path, budget=budget, micro_batch="auto")

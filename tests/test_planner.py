@@ -1,4 +1,4 @@
-"""What a plan says before anything is allocated: peaks, what is computed anew, and what does not fit."""
+"""What a plan says before anything is allocated: peaks, what is recomputed, and what does not fit."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ def test_unusual_steps_stay_inside_of_the_budget_too(name: str, over: float) -> 
     predicted = predicted_peak(tuner.plan)
     found = measured(tuner, batch, tuner.attach(OPTIMIZERS["SGD"](tuner.parameters())))
     assert found <= budget, f"{found / budget:.4f} of the budget"
-    assert abs(predicted / found - 1) < 0.01  # the ranking that is learnt has drawn anew meanwhile
+    assert abs(predicted / found - 1) < 0.01  # the ranking that is learnt has drawn again meanwhile
     tuner.finish()
 
 
 @cache
 def limits(name: str) -> tuple[int, int]:
-    """The least peak of a step that trains channels, and the peak with nothing computed anew and every channel."""
+    """The least peak of a step that trains channels, and the peak with nothing recomputed and every channel."""
     model, batch = planned(name)
     tuner = trady.prepare(model, batch, policy="full", recompute="none")
     peak = tuner.ledger(lambda: loss_of(batch)(model).backward(), inference=False).peak_bytes

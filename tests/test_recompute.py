@@ -1,4 +1,4 @@
-"""Segments that are computed anew: the same gradients, random numbers and losses."""
+"""Segments that are recomputed: the same gradients, random numbers and losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments that are computed anew: other batches than the example, and samples that meet."""
+"""Segments that are recomputed: other batches than the example, and samples that meet."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def parts_around(mix: Callable[[Tensor], Tensor], parts: list[int]) -> set[int]:
-    """In how many parts four samples are computed anew where ``mix`` is done to them; gradients are right anyway."""
+    """In how many parts four samples are recomputed where ``mix`` is done to them; gradients are right anyway."""
     model, x = seeded(lambda: Mixing(mix)).double(), normal(4, 6, 8, dtype=torch.float64)
     tuner = anew(model, x)
     assert tuner.plan.recomputable > 0

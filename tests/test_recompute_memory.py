@@ -1,4 +1,4 @@
-"""Segments that are computed anew: nothing of their insides is kept."""
+"""Segments that are recomputed: nothing of their insides is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments that are computed anew: what the model hands out of them, and when."""
+"""Segments that are recomputed: what the model hands out of them, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segments that are computed anew: passes that are repeated, interrupted, or in another mode."""
+"""Segments that are recomputed: passes that are repeated, interrupted, or in another mode."""
 
 from __future__ import annotations
 

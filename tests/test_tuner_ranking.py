@@ -94,7 +94,7 @@ def test_the_online_ranking_settles_on_what_all_gradients_say() -> None:
     assert learnt.spearman(truth) >= 0.8
     found, expected = set(tuner.plan.pool), set(truth.top(0.97))
     assert len(found & expected) >= len(expected) - 1
-    assert len(set(digests)) > 5  # drawn anew while it was learnt
+    assert len(set(digests)) > 5  # drawn again while it was learnt
     assert set(tuner.selection) <= found
     tuner.finish()
 

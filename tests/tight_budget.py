@@ -13,7 +13,7 @@ from trady.planning.budget import InfeasibleBudgetError
 
 
 def least_of(refused: Callable[[], object]) -> int:
-    """Return the least bytes that a refusal names.
+    """Return the minimum bytes that a refusal names.
 
     What smaller batches or fewer bits would take is left out of the message: that is four more steps to simulate.
     """

@@ -41,7 +41,7 @@ Scheme = Annotated[
 Recompute = Annotated[
     str,
     typer.Option(
-        help="What the backward pass computes anew instead of keeping it: as little as the budget allows (auto), "
+        help="What the backward pass recomputes instead of keeping it: as little as the budget allows (auto), "
         "all, or none."
     ),
 ]
@@ -77,7 +77,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 
 Classes = Annotated[int, typer.Option(min=1, help="Outputs of the head.")]
 
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, drawn with the seed, a part.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Up to n images, drawn with the seed, a part.")]
 
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
 

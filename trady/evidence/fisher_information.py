@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trady.channels.selection import Selection
-from trady.evidence.sweeps import Means, Sweeper, put_aside
+from trady.evidence.sweeps import Means, Sweeper, set_aside
 from trady.model.batch import Batch, loss_of, split
 from trady.model.python_state import seed_generators
 from trady.model.untouched import untouched
@@ -36,7 +36,7 @@ Found = Mapping[str, Tensor]
 def fisher_information(sweeper: Sweeper, batches: Iterable[Any]) -> Means:
     """Measure Δ_c of the input of every layer, averaged over all samples of the batches.
 
-    What is not finite counts as 0, and what :func:`trady.evidence.sweeps.put_aside` names is left as it was.
+    What is not finite counts as 0, and what :func:`trady.evidence.sweeps.set_aside` names is left as it was.
 
     Args:
         sweeper: The model, its loss, and what to measure at a time; its progress is told of every pass.
@@ -58,7 +58,7 @@ class _Measurement:
         self._samples = self._done = self._batches = 0
 
     def of(self, batches: Iterable[Any]) -> Means:
-        with put_aside(self._armed, self._sweeper.head):
+        with set_aside(self._armed, self._sweeper.head):
             for batch in batches:
                 self._batches += 1
                 for chunk, _ in Batch.of(batch).chunks(self._sweeper.micro_batch):

@@ -68,7 +68,7 @@ class Sweeper:
         sums = {layer.name: np.zeros(layer.channels) for layer in self.armed.table}
         device = next(iter(self.armed.model.parameters())).device
         done = given = 0
-        with put_aside(self.armed, self.head):
+        with set_aside(self.armed, self.head):
             for batch in batches:
                 given += 1
                 for selection in self.selections:
@@ -92,7 +92,7 @@ class Sweeper:
 
         """
         device = next(iter(self.armed.model.parameters())).device
-        with put_aside(self.armed, self.head):
+        with set_aside(self.armed, self.head):
             for selection in self.selections:
                 self.armed.select(selection)
                 self._backward(batch, seed, device)
@@ -147,7 +147,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
+def set_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
     selection, callbacks = armed.selection, list(armed.on_gradient)
     compacts = [layer.compact for layer in armed.layers.values()]

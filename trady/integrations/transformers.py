@@ -79,9 +79,9 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         policy: Where to update.
         ranking: A layer ranking, ``"online"`` or ``"structural"``; without one the prior of this structure, or online.
         head: Modules that always train, outside the budget.
-        recompute: What the backward pass computes anew instead of keeping it.
+        recompute: What the backward pass recomputes instead of keeping it.
         fidelity: ``exact``, ``8bit`` or ``4bit``: how smooth activations are differentiated.
-        draws_per_epoch: An epoch is cut into so many equal parts, and channels are drawn anew before each.
+        draws_per_epoch: An epoch is cut into this many equal parts, and channels are drawn again before each.
         example: Keyword arguments of the model's ``forward`` for the largest batch that training will see. Without
             it the plan is made for the largest of the first 8 batches; a larger one later gives a warning.
         **kwargs: As the Trainer's, but for ``optimizers``: ``args.optim`` names it, or ``optimizer_cls_and_kwargs``.
@@ -195,7 +195,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
             parameter.grad = None
 
     def end_step(self, step: int, steps: int, epochs: int) -> None:
-        """Draw other channels where a part of the epoch ends, after so many steps of so many in all."""
+        """Draw other channels where a part of the epoch ends, after ``step`` of ``steps`` steps."""
         an_epoch = -(-steps // max(1, epochs))
         if step % an_epoch in redraw_steps(self.options.draws_per_epoch, an_epoch):
             self._armed().redraw()

@@ -98,16 +98,15 @@ class InfeasibleBudgetError(BudgetError):
 
     Attributes:
         budget: What was asked for.
-        least_amount: The least possible, in the unit of ``budget.scope``.
+        least_amount: The minimum, in the unit of ``budget.scope``.
     """
 
     def __init__(self, budget: Budget, least_amount: int, alternatives: Mapping[str, int]) -> None:
         self.budget, self.least_amount = budget, least_amount
         text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
         least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
-        message = (
-            f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
-            + _less_with(alternatives)
+        message = f'budget "{budget}" is below the minimum, which is {least}: type budget="{text}"' + _less_with(
+            alternatives
         )
         super().__init__(message)
 
@@ -119,8 +118,8 @@ def infeasible_budget(
 
     Args:
         budget: What was asked for.
-        least_amount: The least possible, in the unit of ``budget.scope``.
-        alternatives: What would take less, and the least bytes with it.
+        least_amount: The minimum, in the unit of ``budget.scope``.
+        alternatives: What would take less, and the minimum bytes with it.
     """
     return InfeasibleBudgetError(budget, least_amount, alternatives or {})
 

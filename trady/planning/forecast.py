@@ -26,8 +26,8 @@ class Point:
     Attributes:
         share: Of the input channels.
         channels: As many are they.
-        kept_peak_bytes: With nothing computed anew.
-        recomputed_peak_bytes: With all segments computed anew that are worth it; the same if there are none.
+        kept_peak_bytes: With nothing recomputed.
+        recomputed_peak_bytes: With all segments recomputed that are worth it; the same if there are none.
     """
 
     share: float
@@ -42,7 +42,7 @@ class Forecast:
 
     Attributes:
         plan: The plan, with its predicted peak.
-        least_budget_bytes: The least ``peak:`` budget that is possible.
+        least_budget_bytes: The minimum ``peak:`` budget.
         curve: Peaks over shares of channels; empty where they were not asked for.
     """
 
@@ -69,7 +69,7 @@ class Cell:
         possible: Whether a step is possible in it.
         channels: Input channels that train.
         channel_share: Of all input channels.
-        predicted_peak_bytes: Of a step, weights included; where it is impossible, the least budget.
+        predicted_peak_bytes: Of a step, weights included; where it is impossible, the minimum budget.
         recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
     """
@@ -94,7 +94,7 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
         shares: Shares of channels to predict the peak of.
 
     Raises:
-        BudgetError: The budget cannot be read or is below the least possible.
+        BudgetError: The budget cannot be read or is below the minimum.
 
     """
     decision = request.decide(model, example)

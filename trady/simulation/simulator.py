@@ -27,7 +27,7 @@ from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import Interval, Timeline
 
-#: What is computed anew, in training (True) and in evaluation mode (False).
+#: What is recomputed, in training (True) and in evaluation mode (False).
 SegmentsByMode = Mapping[bool, Sequence[Segment]]
 
 
@@ -169,18 +169,18 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        stand_ins = FakeRun(self._device, live)
-        armed.interceptor.simulate(stand_ins.prepare, ran)
+        fake = FakeRun(self._device, live)
+        armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
             labels: list[Tensor] = []
-            kept = self._forward_and_backward(stand_ins, live, labels)
+            kept = self._forward_and_backward(fake, live, labels)
             cut("end", "")
             cut("step", "")
             if parts:
                 if self._waiting.numel():  # the next part of the batch finds the gradients of this one
-                    kept += self._forward_and_backward(stand_ins, live, labels)
+                    kept += self._forward_and_backward(fake, live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._copy.parameters() if p.grad is not None], "gradients")
                 moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
@@ -189,22 +189,22 @@ class Simulator:
         frees = optimizer.in_backward is not None
         return Timeline(tuple(intervals), self._analysis.table, tuple(map(_form, head)), made_of, frees)
 
-    def _forward_and_backward(self, stand_ins: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+    def _forward_and_backward(self, fake: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
         args, kwargs = self._batch.arguments
-        with stand_ins:
+        with fake:
             output = self._copy(*args, **kwargs)
-        loss = self._loss_of(output, stand_ins, labels)
+        loss = self._loss_of(output, fake, labels)
         del output
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
-            with stand_ins:
+            with fake:
                 _backward(loss)
         return kept
 
-    def _loss_of(self, output: Any, stand_ins: FakeRun, labels: list[Tensor]) -> Tensor | None:
+    def _loss_of(self, output: Any, fake: FakeRun, labels: list[Tensor]) -> Tensor | None:
         if self._loss is not None:
-            with stand_ins, stand_ins.cut(self._loss.samples, self._batch.samples):
+            with fake, fake.cut(self._loss.samples, self._batch.samples):
                 return self._loss.of(output)
         if not labels and (count := label_count(output)):
             labels.append(torch.empty(math.ceil(count * self._full_over_chunk), dtype=torch.int64, device="meta"))

@@ -144,7 +144,9 @@ class WeightSnapshot:
                 for name, parameter in self._parameters.items()
             }
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
+            raise CheckpointError(
+                f"the checkpoint is damaged ({error}); use an older one or start a new run"
+            ) from error
         self._slices, self._head, self._begun, self._untrained = slices, head, True, False
 
     def _read(self, meta: Mapping[str, Any], values: Tensor) -> _Slices:

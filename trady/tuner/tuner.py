@@ -1,4 +1,4 @@
-"""The tuner: decides, arms a model, draws channels anew, and gives the plain model back."""
+"""The tuner: decides, arms a model, draws new channels, and gives the plain model back."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def finetune(
         int, typer.Option(min=1, help="Batches that a policy which measures before it draws is measured on.")
     ] = 4,
     draws_per_epoch: Annotated[
-        int, typer.Option(min=1, help="Channels are drawn anew so often in an epoch; more where epochs are few.")
+        int, typer.Option(min=1, help="Channels are drawn this often in an epoch; more where epochs are few.")
     ] = 1,
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")

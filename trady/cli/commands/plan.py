@@ -49,7 +49,7 @@ def plan(
     out: Annotated[str | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what would train, what is kept, what is computed anew, and what a step takes. Nothing is allocated."""
+    """Show what would train, what is kept, what is recomputed, and what a step takes. Nothing is allocated."""
     from trady.errors import BudgetError
     from trady.planning.budget import parse_budget
 

@@ -20,7 +20,7 @@ def search(
     ),
     ratios: Annotated[str, typer.Option(help="Shares of a layer's channels to try.")] = "0.25,1",
     last: Annotated[
-        int | None, typer.Option(min=1, help="Try so many layers, from the output; all by default.")
+        int | None, typer.Option(min=1, help="Try up to n layers, from the output; all by default.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for each try.")] = 1,
     batch_size: options.BatchSize = 32,
