@@ -187,7 +187,7 @@ def test_segments_that_trady_recomputes_give_way_to_checkpoints_switched_on_late
     analysis = analyse_model(model, batch)
     found = find_recomputable(model, batch, analysis)
     segments = found[0] if isinstance(found, tuple) else found
-    assert segments[True]
+    assert segments.training
     prepared = Armed(model, analysis, segments)
     prepared.select(Selection({layer.name: np.arange(layer.channels) for layer in analysis.table}))
     switch_on(model, reentrant)

@@ -16,6 +16,7 @@ from tests.models import Residual, normal, seeded
 from tests.recomputed_models import recomputed_model
 from tests.small_task import small_data, small_net
 from trady.analysis import model_analysis
+from trady.analysis.sample_axes import carried_over, samples_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError
@@ -156,14 +157,13 @@ def test_a_prepare_traces_the_model_three_times(
 @pytest.mark.parametrize("name", ["BERT", "Swin", "GPT-2, loss"])
 def test_samples_of_an_evaluation_pass_are_those_that_its_own_doubled_trace_shows(name: str) -> None:
     model, batch = recomputed_model(name, torch.float32)
-    analysis = model_analysis.analyse_model(model, batch)
-    both, work = model_analysis.find_recomputable(model, batch, analysis)
-    alone, _ = model_analysis.find_recomputable(
-        model, batch, dataclasses.replace(analysis, plans={False: analysis.plans[False]})
-    )
-    assert both[False] == alone[False]
-    assert both[False]
-    assert work > 0
+    traces = model_analysis.trace_modes(model, batch)
+    training, evaluation = traces.training, traces.evaluation
+    assert evaluation is not None
+    doubled = [recorder.trace_forward(model, Batch.of(batch).doubled, training=mode) for mode in (True, False)]
+    found = carried_over(training, samples_of(training, doubled[0]), evaluation)
+    assert found == samples_of(evaluation, doubled[1])
+    assert sum(each is not None for each in found) > len(found) // 2
 
 
 def test_a_batch_is_measured_once_and_keeps_what_it_is() -> None:

@@ -257,7 +257,7 @@ def test_an_unknown_mode_is_refused() -> None:
 def test_segments_lie_one_behind_another(name: str) -> None:
     model, batch = planned(name)
     found, work = find_recomputable(model, batch, analyse_model(model, batch))
-    for segments in found.values():
+    for segments in (found.training, found.evaluation or ()):
         assert segments
         for segment, follower in pairwise(segments):
             assert segment.end <= follower.start

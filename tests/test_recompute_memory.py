@@ -34,7 +34,7 @@ def test_what_is_kept_is_what_enters_the_segments_and_what_lies_outside(name: st
         tuner = armed(model, batch, recompute=mode)
         ledgers[mode] = tuner.ledger(lambda: loss_of(batch)(model).backward())
         if mode == "all":
-            segments = tuner._draws.moment.recomputation.segments[True]
+            segments = tuner._draws.moment.recomputation.segments.training
             entries = sum(segment.entry_bytes for segment in segments)
         tuner.finish()
     anchors = ledgers["all"].saved_bytes_of("anchors")

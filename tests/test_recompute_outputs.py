@@ -79,7 +79,7 @@ def test_hidden_states(name: str, known: bool) -> None:
 def join(tuner: trady.Tuner, example: Any, count: int) -> None:
     """Join neighbouring segments as a small budget would."""
     found, _ = find_recomputable(tuner.model, example, tuner._decision.analysis)
-    tuner._armed.interceptor.recompute({mode: merged(segments, count) for mode, segments in found.items()})
+    tuner._armed.interceptor.recompute(found.map(lambda segments: merged(segments, count)))
 
 
 @pytest.mark.parametrize("count", [2, 4])

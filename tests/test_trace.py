@@ -374,10 +374,10 @@ def test_a_model_that_is_all_head_trains_its_head() -> None:
 def test_what_is_computed_together_is_what_nobody_else_reads() -> None:
     """A conv-norm-relu chain is one step; with a second reader of the norm's output it is not."""
     chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
-    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
+    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans.training.steps
     assert [type(step.action).__name__ for step in steps[:3]] == ["WithLayer", "Done", "Done"]
     chain[1].register_forward_hook(lambda module, args, output: module.__dict__.__setitem__("kept", output))
-    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
+    steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans.training.steps
     assert [type(step.action).__name__ for step in steps[:3]] == ["WithLayer", "Done", "InPlace"]
     action = steps[2].action
     assert isinstance(action, InPlace)

@@ -12,17 +12,18 @@ from trady.analysis.fusion import FusionPlan, Step, plan_fusion
 from trady.analysis.head import find_head, head_parameters
 from trady.analysis.layers import build_table
 from trady.analysis.sample_axes import CallSamples, carried_over, samples_of
-from trady.analysis.segments import Segment, find_segments, work_of
+from trady.analysis.segments import Segments, find_segments, total_work
 from trady.calls.actions import WithLayer
 from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.model.batch import Batch
+from trady.model.mode import ByMode
 from trady.quantized.formats import keep_unpacked
 from trady.trace.recorder import trace_forward
 from trady.trace.trace import Trace
 
-#: Traces of one batch in training (True) and in evaluation mode (False).
-Traces = Mapping[bool, Trace]
+#: Traces of one batch.
+Traces = ByMode[Trace]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class ModelAnalysis:
         table: Its layers and their costs.
         head: Modules that are always trained.
         head_parameters: Their parameters, under full names.
-        plans: The expected calls in training (True) and evaluation mode (False).
+        plans: The expected calls in training and in evaluation mode.
     """
 
     table: ChannelTable
     head: tuple[str, ...]
     head_parameters: dict[str, nn.Parameter]
-    plans: dict[bool, FusionPlan]
+    plans: ByMode[FusionPlan]
 
     def of_copy(self, model: nn.Module, copy: nn.Module) -> ModelAnalysis:
         """Return the same analysis of a copy of the model, in terms of the copy's own tensors.
@@ -51,11 +52,11 @@ class ModelAnalysis:
         """
         there = _tensors_by_name(copy)
         tensors = {id(tensor): there[name] for name, tensor in _tensors_by_name(model).items()}
-        plans = {
-            mode: replace(plan, steps=tuple(_step_of_copy(step, tensors) for step in plan.steps))
-            for mode, plan in self.plans.items()
-        }
-        return replace(self, head_parameters=head_parameters(copy, self.head), plans=plans)
+
+        def plan_of_copy(plan: FusionPlan) -> FusionPlan:
+            return replace(plan, steps=tuple(_step_of_copy(step, tensors) for step in plan.steps))
+
+        return replace(self, head_parameters=head_parameters(copy, self.head), plans=self.plans.map(plan_of_copy))
 
 
 def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
@@ -74,11 +75,12 @@ def _step_of_copy(step: Step, tensors: Mapping[int, Tensor]) -> Step:
     return replace(step, parameters=parameters, action=action)
 
 
-def trace_modes(model: nn.Module, example: Batch | Any, modes: Sequence[bool] = (True, False)) -> Traces:
-    """Trace a model in training (True) and evaluation mode (False)."""
+def trace_modes(model: nn.Module, example: Batch | Any, *, evaluation: bool = True) -> Traces:
+    """Trace a model in training mode and, if it is to run in that too, in evaluation mode."""
     keep_unpacked(model)
     batch = Batch.of(example)
-    return {mode: trace_forward(model, batch, training=mode) for mode in modes}
+    training = trace_forward(model, batch, training=True)
+    return ByMode(training, trace_forward(model, batch, training=False) if evaluation else None)
 
 
 def analyse_model(
@@ -104,17 +106,17 @@ def analyse_model(
     """
     batch = Batch.of(example)
     traces = traces or trace_modes(model, batch)
-    names = find_head(model, traces[True], head)
+    names = find_head(model, traces.training, head)
     plain = head_parameters(model, names)
     identities = {id(p) for p in plain.values()}
-    plans = {mode: plan_fusion(trace, identities, fuse=fuse) for mode, trace in traces.items()}
-    table = build_table(model, traces[True], plans[True], names, batch.dtype_in(model))
+    plans = traces.map(lambda trace: plan_fusion(trace, identities, fuse=fuse))
+    table = build_table(model, traces.training, plans.training, names, batch.dtype_in(model))
     return ModelAnalysis(table, names, plain, plans)
 
 
 def find_recomputable(
     model: nn.Module, example: Batch | Any, analysis: ModelAnalysis, traces: Traces | None = None
-) -> tuple[dict[bool, tuple[Segment, ...]], int]:
+) -> tuple[Segments, int]:
     """Find what can be recomputed in the backward pass.
 
     Args:
@@ -124,24 +126,24 @@ def find_recomputable(
         traces: Traces of this batch; without them, the model is traced again.
 
     Returns:
-        The segments in training (True) and in evaluation mode (False), and the multiply-adds of a whole
-        forward pass.
+        The segments, and the multiply-adds of a full forward pass.
 
     """
     batch = Batch.of(example)
-    traces = traces or trace_modes(model, batch, tuple(analysis.plans))
-    samples: dict[bool, list[CallSamples | None]] = {}
-    for mode, trace in traces.items():
-        known = carried_over(traces[True], samples[True], trace) if samples else None
-        samples[mode] = _samples(model, batch, trace, mode) if known is None else known
+    traces = traces or trace_modes(model, batch, evaluation=analysis.plans.evaluation is not None)
     element_bytes = batch.dtype_in(model).itemsize
-    found = {
-        mode: find_segments(trace, analysis.plans[mode], samples[mode], element_bytes) for mode, trace in traces.items()
-    }
-    return found, max(sum(work_of(trace, entry) for entry in trace.calls) for trace in traces.values())
+    samples = _samples(model, batch, traces.training, training=True)
+    found = find_segments(traces.training, analysis.plans.training, samples, element_bytes)
+    work = total_work(traces.training)
+    trace, plan = traces.evaluation, analysis.plans.evaluation
+    if trace is None or plan is None:
+        return ByMode(found), work
+    known = carried_over(traces.training, samples, trace)
+    samples = _samples(model, batch, trace, training=False) if known is None else known
+    return ByMode(found, find_segments(trace, plan, samples, element_bytes)), max(work, total_work(trace))
 
 
-def _samples(model: nn.Module, batch: Batch, trace: Trace, training: bool) -> list[CallSamples | None]:
+def _samples(model: nn.Module, batch: Batch, trace: Trace, *, training: bool) -> list[CallSamples | None]:
     try:
         return samples_of(trace, trace_forward(model, batch.doubled, training=training))
     except ModelError:  # it takes batches of one size only

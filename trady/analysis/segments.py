@@ -27,6 +27,7 @@ from trady.calls.names import (
     name_of,
 )
 from trady.calls.recognize import kind_of
+from trady.model.mode import ByMode
 from trady.trace.trace import Trace, TracedCall
 
 #: A segment is worth it if it keeps this many times what has to be kept instead.
@@ -242,6 +243,17 @@ def _keeps(entry: TracedCall) -> Keeps:
     if name in BACKWARD_READS_RESULT:
         return Keeps.RESULT
     return Keeps.BOTH if name in BACKWARD_READS_BOTH else Keeps.INPUTS
+
+
+#: The segments of a forward pass, in training and in evaluation mode.
+Segments = ByMode[tuple[Segment, ...]]
+
+NO_SEGMENTS: Segments = ByMode((), ())
+
+
+def total_work(trace: Trace) -> int:
+    """Multiply-adds of a forward pass."""
+    return sum(work_of(trace, entry) for entry in trace.calls)
 
 
 def work_of(trace: Trace, entry: TracedCall) -> int:

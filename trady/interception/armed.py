@@ -8,7 +8,7 @@ it receives their gradient, the optimizer updates it, and it is written back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis
-from trady.analysis.segments import Segment
+from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.interception.interceptor import Interceptor
@@ -54,7 +54,7 @@ class Armed:
         self,
         model: nn.Module,
         analysis: ModelAnalysis,
-        segments: Mapping[bool, Sequence[Segment]] | None = None,
+        segments: Segments = NO_SEGMENTS,
         fidelity: str = "exact",
     ) -> None:
         refuse_prepared(model)

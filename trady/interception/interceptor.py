@@ -9,7 +9,7 @@ the forward pass is stopped rather than computed wrongly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
-from trady.analysis.segments import Segment
+from trady.analysis.segments import NO_SEGMENTS, Segment, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device
 from trady.errors import ModelError
@@ -34,7 +34,7 @@ from trady.interception.program import Program
 from trady.model.batch import tensors_among
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook
-from trady.model.mode import tracing
+from trady.model.mode import ByMode, tracing
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
@@ -61,9 +61,9 @@ class Interceptor(CallMode):
         self,
         model: nn.Module,
         layers: Sequence[ArmedLayer],
-        plans: Mapping[bool, FusionPlan],
+        plans: ByMode[FusionPlan],
         head: set[int],
-        segments: Mapping[bool, Sequence[Segment]] | None = None,
+        segments: Segments = NO_SEGMENTS,
         *,
         fidelity: str = "exact",
         before_forward: Callable[[], None] = lambda: None,
@@ -72,7 +72,7 @@ class Interceptor(CallMode):
         self._model, self._plans, self._before_forward = model, plans, before_forward
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
         self._programs: dict[Segment, Program] = {}
-        self.recompute(segments or {})
+        self.recompute(segments)
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._handles: list[Any] = []
@@ -83,9 +83,9 @@ class Interceptor(CallMode):
         self._prepare_call: PrepareCall | None = None
         self._forward: ForwardState | None = None
 
-    def recompute(self, segments: Mapping[bool, Sequence[Segment]]) -> None:
+    def recompute(self, segments: Segments) -> None:
         """Keep only the inputs of these segments, from the next forward pass on."""
-        self._segments = {mode: {segment.first: segment for segment in chosen} for mode, chosen in segments.items()}
+        self._segments = segments.map(lambda chosen: {segment.first: segment for segment in chosen})
 
     def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str], None]) -> None:
         """Run forward passes for a simulator from now on.
@@ -151,7 +151,7 @@ class Interceptor(CallMode):
             return
         self._before_forward()  # this and the next may refuse: before anything is pushed
         self._compilers.begin()
-        plan = self._plans.get(self._model.training)
+        plan = self._plans.of(self._model.training)
         name = self._names.get(id(module), "?")
         span = plan.spans.get(name) if plan is not None else None
         # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
@@ -164,7 +164,7 @@ class Interceptor(CallMode):
             outermost=sys._getframe(2),
             plan=plan if known else None,
             span=span if span is not None and name else (0, sys.maxsize),
-            segments=self._segments.get(self._model.training, {}) if known else {},
+            segments=(self._segments.of(self._model.training) or {}) if known else {},
         )
         self.__enter__()
 

@@ -36,7 +36,7 @@ class Peaks:
 
     def timeline(self, layers: tuple[str, ...], choice: Recomputation, optimizer: OptimizerMemory) -> Timeline:
         """Simulate a step with one channel in each of these layers."""
-        chosen = tuple((segment.start, segment.end) for segment in choice.segments.get(True, ()))
+        chosen = tuple((segment.start, segment.end) for segment in choice.segments.training)
         key = (layers, chosen, optimizer.in_backward)
         if key not in self._timelines:
             self._timelines[key] = self._simulator.timeline(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
-from trady.analysis.segments import Segment, merged
-from trady.simulation.simulator import SegmentsByMode
+from trady.analysis.segments import NO_SEGMENTS, Segment, Segments, merged
+from trady.model.mode import ByMode
 from trady.simulation.timeline import Timeline
 
 #: How ``recompute`` may be given to :func:`trady.prepare`.
@@ -30,7 +30,7 @@ class Recomputation:
         share_of_work: Multiply-adds that are executed a second time, over those of the forward pass, at most.
     """
 
-    segments: SegmentsByMode = field(default_factory=dict)
+    segments: Segments = NO_SEGMENTS
     found: int = 0
     joined: int = 1
     share_of_work: float = 0.0
@@ -38,7 +38,7 @@ class Recomputation:
     @property
     def names(self) -> tuple[str, ...]:
         """Modules that the chosen segments begin in."""
-        return tuple(segment.name for segment in self.segments.get(True, ()))
+        return tuple(segment.name for segment in self.segments.training)
 
 
 class Planner:
@@ -50,30 +50,30 @@ class Planner:
 
     """
 
-    def __init__(self, found: SegmentsByMode, work: int) -> None:
+    def __init__(self, found: Segments, work: int) -> None:
         self._found, self._work = found, work
 
     @property
     def has_choice(self) -> bool:
         """Whether there is anything that could be recomputed."""
-        return bool(self._found.get(True))
+        return bool(self._found.training)
 
     @property
     def nothing(self) -> Recomputation:
         """Keep everything."""
-        return Recomputation(found=len(self._found.get(True, ())))
+        return Recomputation(found=len(self._found.training))
 
     @property
     def everything(self) -> Recomputation:
         """Recompute every segment."""
-        return self._choose(list(self._found.get(True, ())), 1)
+        return self._choose(list(self._found.training), 1)
 
     def least_time(
         self, timeline_of: Callable[[Recomputation], Timeline], peak_of: Callable[[Timeline], int], most: int
     ) -> tuple[Recomputation, Timeline]:
         """Find the choice with the least extra time whose peak is at most ``most``; else that of the least peak.
 
-        SegmentsByMode that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
+        Segments that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
         are joined, so that fewer activations are kept.
 
         Args:
@@ -101,7 +101,7 @@ class Planner:
     def _joined(
         self, timeline_of: Callable[[Recomputation], Timeline], joined: int, most: int | None = None
     ) -> tuple[Recomputation, Timeline]:
-        choice = self._choose(list(self._found[True]), joined, most)
+        choice = self._choose(list(self._found.training), joined, most)
         return choice, timeline_of(choice)
 
     def _fewer_joins(
@@ -113,7 +113,7 @@ class Planner:
         best: tuple[Recomputation, Timeline],
     ) -> tuple[Recomputation, Timeline]:
         """Join no more neighbours than needed; every join frees about as much as the next."""
-        joined, whole = best[0].joined, len(self._found[True]) - len(best[0].segments[True])
+        joined, whole = best[0].joined, len(self._found.training) - len(best[0].segments.training)
         share = (peak_of(before[1]) - most) / max(peak_of(before[1]) - peak_of(best[1]), 1)
         for joins in sorted({math.ceil(share * whole), math.ceil((share + 1) / 2 * whole)}):
             found = self._joined(timeline_of, joined, joins)
@@ -130,7 +130,9 @@ class Planner:
         best: tuple[Recomputation, Timeline],
     ) -> tuple[Recomputation, Timeline]:
         """The peak falls about evenly with the bytes that need not be kept: a few simulations find the place."""
-        by_gain = sorted(self._found[True], key=lambda s: (s.kept_bytes - s.entry_bytes) / max(s.work, 1), reverse=True)
+        by_gain = sorted(
+            self._found.training, key=lambda s: (s.kept_bytes - s.entry_bytes) / max(s.work, 1), reverse=True
+        )
         freed = [0, *accumulate(max(segment.kept_bytes - segment.entry_bytes, 1) for segment in by_gain)]
         low, high = 0, len(by_gain)
         peaks = {low: peak_of(kept), high: peak_of(best[1])}
@@ -155,8 +157,8 @@ class Planner:
         if not ordered:
             return self.nothing
         return Recomputation(
-            {True: merged(ordered, joined, most), False: self._found.get(False, ())},
-            len(self._found[True]),
+            ByMode(merged(ordered, joined, most), self._found.evaluation),
+            len(self._found.training),
             joined,
             sum(segment.work for segment in ordered) / max(self._work, 1),
         )

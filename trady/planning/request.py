@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable, trace_modes
+from trady.analysis.segments import NO_SEGMENTS
 from trady.errors import BudgetError, ModelError, RankingError
 from trady.evidence.measures import needs_snapshot
 from trady.model.batch import Batch
@@ -143,7 +144,7 @@ class Request:
                 "make a new one with trady.plan"
             )
         recomputes = self.fuse and self.recompute != "none"
-        planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner({}, 0)
+        planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner(NO_SEGMENTS, 0)
         simulator = self._simulator(model, chunk, analysis, batch)
         return self._settle(
             given,

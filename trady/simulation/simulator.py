@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from trady.analysis.model_analysis import ModelAnalysis
-from trady.analysis.segments import Segment
+from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.interception.armed import Armed
@@ -26,9 +26,6 @@ from trady.simulation.fake_run import FakeRun
 from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import Interval, Timeline
-
-#: What is recomputed, in training (True) and in evaluation mode (False).
-SegmentsByMode = Mapping[bool, Sequence[Segment]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Simulator:
         self,
         *,
         layers: Sequence[str] = (),
-        segments: SegmentsByMode | None = None,
+        segments: Segments = NO_SEGMENTS,
         selection: Selection | None = None,
         parts: bool = False,
         optimizer: OptimizerMemory | None = None,
@@ -138,7 +135,7 @@ class Simulator:
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
         with untouched(self._model, self._copy):
-            armed = Armed(self._copy, self._analysis, segments or {}, self._fidelity)
+            armed = Armed(self._copy, self._analysis, segments, self._fidelity)
             try:
                 return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
             finally:

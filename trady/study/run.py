@@ -136,7 +136,7 @@ def _run(
         seed_epoch(seed, -1)
         model = task.model(seed).to(accelerator.device)
         example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
-        table = analyse_model(model, example, traces=trace_modes(model, example, (True,))).table
+        table = analyse_model(model, example, traces=trace_modes(model, example, evaluation=False)).table
         folder.keep_table(table)
         trainer, source = _armed(model, table, study, seed, example)
         recorder = Recorder(

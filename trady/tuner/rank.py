@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis, analyse_model
+from trady.analysis.segments import NO_SEGMENTS
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import ModelError
@@ -113,7 +114,7 @@ def _sweeps(
     """Cut all channels into selections that each fit in the budget, with nothing recomputed."""
     asked, table = None if budget is None else parse_budget(budget), analysis.table
     scope = UNLIMITED if asked is None else asked.scope
-    nothing = Planner({}, 0)
+    nothing = Planner(NO_SEGMENTS, 0)
     peaks = Peaks(lambda: Simulator(model, batch, analysis), nothing)
     moment = Moment(table.names, nothing.nothing, OptimizerMemory())
     spending = Spending(table, get_policy("full"), seed, peaks, Reserve(table, 1, 0), moment)
