@@ -68,9 +68,9 @@ class Layer:
         """Number of output channels."""
         return self.weight_shape[1 if self.kind == "addmm" else 0]
 
-    def share(self, total: int, outputs: int | None) -> int:
-        """What ``outputs`` of the output channels take, if all of them take ``total`` (``None`` is all)."""
-        return total if outputs is None else total * outputs // self.outputs
+    def share(self, whole: int, outputs: int | None) -> int:
+        """What ``outputs`` of the output channels take, if all of them take ``whole`` (``None`` is all)."""
+        return whole if outputs is None else whole * outputs // self.outputs
 
 
 @dataclass(frozen=True)
