@@ -258,7 +258,7 @@ def test_another_model_in_the_same_study_is_refused(study: StudyFolder) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(StateError, match="no study"):
+    with pytest.raises(StateError, match="not a study"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 

@@ -18,7 +18,7 @@ from trady.errors import StateError
 
 
 class _Worker:
-    """What runs in a process of Ray's."""
+    """A worker in a process of Ray."""
 
     def __init__(self, place: Workplace) -> None:
         place.enter()
@@ -75,7 +75,7 @@ class RayEngine:
         return self._limit - len(self._running)
 
     def start(self, job: Job) -> None:
-        """Send a cell to an actor that waits, or to a new one."""
+        """Send a cell to an idle actor, or to a new one."""
         actor = self._waiting.pop() if self._waiting else self._make(self._place)
         self._running[actor.run.remote(job)] = _Running(job, actor)
 

@@ -108,7 +108,7 @@ def _sources(raw: dict[str, Any]) -> dict[str, str]:
 
 
 def _replace(raw: dict[str, Any], given: Mapping[str, str]) -> list[str]:
-    """Put given sources in place of the file's; return the mistakes."""
+    """Replace sources of the file by given ones; return the mistakes."""
     known = _sources(raw)
     for name in set(given) & set(known):
         path = Path(given[name]).expanduser()
@@ -163,7 +163,7 @@ def _mistake(found: Mapping[str, Any]) -> str:
 
 
 def _place(location: Iterable[str | int]) -> str:
-    """Write where a mistake is, as in ``override[2].lr``; pydantic's own words for kinds are left out."""
+    """Return where a mistake is, as in ``override[2].lr``, without pydantic's names of types."""
     text = ""
     for part in location:
         if isinstance(part, int):

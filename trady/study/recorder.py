@@ -1,4 +1,4 @@
-"""What a study writes down while a model trains. The training goes as it would without it."""
+"""Records what a study needs while a model trains; the training itself is unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Norms = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What was seen in one epoch.
+    """The records of one epoch.
 
     Attributes:
         epoch: From 0.
@@ -44,7 +44,7 @@ class EpochRecord:
 
 @dataclass
 class Recorder:
-    """Stands between the loop and its batches, and between the loop and its display.
+    """Sits between the loop and its batches, and between the loop and its display.
 
     Attributes:
         table: The layers.
@@ -80,7 +80,7 @@ class Recorder:
         return len(self.batches)
 
     def __getattr__(self, name: str) -> Any:
-        """Hand through what a loop or a loader's user may ask of the batches."""
+        """Pass on any other attribute of the batches."""
         if name == "batches":
             raise AttributeError(name)
         return getattr(self.batches, name)
@@ -118,18 +118,18 @@ class Recorder:
     # -- as display ----------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
-        """Begin a new record."""
+        """Start a new record."""
         self._epoch, self._steps = epoch, []
         self._norms = {layer.name: [] for layer in self.table}
         self.display.start_epoch(epoch, epochs, steps)
 
     def observing(self, epoch: int, epochs: int, passes: int) -> None:
-        """Hand through, to displays that care."""
+        """Pass on, to displays that have this method."""
         if (tell := getattr(self.display, "observing", None)) is not None:
             tell(epoch, epochs, passes)
 
     def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
-        """Hand through."""
+        """Pass on."""
         self.display.step(loss, samples_per_second, peak_bytes)
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
@@ -138,5 +138,5 @@ class Recorder:
         self.display.end_epoch(metrics)
 
     def close(self) -> None:
-        """Hand through."""
+        """Pass on."""
         self.display.close()

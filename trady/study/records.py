@@ -1,4 +1,4 @@
-"""What a study has recorded, read back."""
+"""The records of a study, read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study shows for people: the figures, and one page with all of them, their captions and their numbers."""
+"""The report of a study: the figures, and one page with all of them, their captions and their numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trady.study.statistics import Statistics
 
 
 def write_report(folder: StudyFolder, found: Statistics) -> None:
-    """Write figures, page and ``study.json``, the last of them last.
+    """Write the figures, the page and, last, ``study.json``.
 
     Raises:
         TrainingError: matplotlib is not installed.

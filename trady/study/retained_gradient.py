@@ -1,4 +1,4 @@
-"""RGN against the raw norm: how much gradient the best channels of each keep in the same memory."""
+"""RGN against the plain norm: how much gradient the best channels by each score keep in the same memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Kept:
 
 
 def kept(records: Records) -> tuple[Kept, ...]:
-    """Fill each budget by RGN, by norm and at random: as policies do, each channel that still fits is taken."""
+    """Fill each budget by RGN, by norm and at random; as in policies, each channel that still fits is taken."""
     found = []
     total = records.table.all_elements
     for dataset in records.datasets:

@@ -1,4 +1,4 @@
-"""The runs of a study: every data set under every seed, each epoch recorded, finished ones never again."""
+"""The runs of a study: every data set with every seed, each epoch recorded; finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def record(
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Run what is not finished yet.
+    """Run all runs that are not finished yet.
 
     Args:
         folder: Where records go; runs that are finished there are not run again, one that was stopped goes on.
@@ -173,7 +173,7 @@ def _run(
 
 
 def _drop_weights(folder: RunFolder) -> None:
-    """Keep metrics and result only: a study is about gradients, and has many runs."""
+    """Keep only metrics and result: a study has many runs, and does not need their weights."""
     folder.model.unlink(missing_ok=True)
     folder.delta.unlink(missing_ok=True)
     while (place := find_checkpoint(folder.checkpoint)) is not None:

@@ -55,7 +55,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What the pool measured on one task holds on another, over all seeds and epochs.
+    """How well the pool of one task serves another, over all seeds and epochs.
 
     Attributes:
         measured_on: The task whose pool it is.
@@ -76,7 +76,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Stability:
-    """All of it.
+    """All statistics of stability.
 
     Attributes:
         units: Names of the rows and columns of ``matrix``.
@@ -104,7 +104,7 @@ def stability(records: Records) -> Stability:
     """Compare rankings of layers, and of channels within layers, over all that was recorded."""
     rgn = {unit: list(records.layer_rgn([unit]).values()) for unit in records.units}
     means = {unit: records.mean([unit]) for unit in records.units}
-    whole = {dataset: records.layer_rgn(records.of(dataset)) for dataset in records.datasets}
+    rgn_of = {dataset: records.layer_rgn(records.of(dataset)) for dataset in records.datasets}
 
     def channels(left: Unit, right: Unit) -> float:
         return channel_agreement(records.table, means[left], means[right])
@@ -114,11 +114,11 @@ def stability(records: Records) -> Stability:
         matrix=tuple(tuple(spearman(rgn[a], rgn[b]) for b in records.units) for a in records.units),
         layers=_agreements(records.units, lambda a, b: spearman(rgn[a], rgn[b])),
         channels=_agreements(records.units, channels),
-        layer_rgn=whole,
-        curves={dataset: cumulated(scores.values()) for dataset, scores in whole.items()},
+        layer_rgn=rgn_of,
+        curves={dataset: cumulated(scores.values()) for dataset, scores in rgn_of.items()},
         pools=tuple(_pool(records, dataset, seed) for dataset, seed in records.runs),
         transfers=tuple(
-            _transfer(records, whole, here, there) for here in records.datasets for there in records.datasets
+            _transfer(records, rgn_of, here, there) for here in records.datasets for there in records.datasets
             if here != there
         ),
     )  # fmt: skip
@@ -154,14 +154,14 @@ def _pool(records: Records, dataset: str, seed: int) -> Pool:
     return Pool(dataset, seed, len(layers), layers, channels / records.table.channel_count)
 
 
-def _transfer(records: Records, whole: Mapping[str, Mapping[str, float]], here: str, there: str) -> Transfer:
-    pool, own = top_layers(whole[here], POOL_SHARE), top_layers(whole[there], POOL_SHARE)
+def _transfer(records: Records, rgn_of: Mapping[str, Mapping[str, float]], here: str, there: str) -> Transfer:
+    pool, own = top_layers(rgn_of[here], POOL_SHARE), top_layers(rgn_of[there], POOL_SHARE)
     squared = {name: float(values.sum()) for name, values in records.mean(records.of(there)).items()}
     return Transfer(
         measured_on=here,
         held_on=there,
         k=len(pool),
-        rgn=_held(whole[there], pool),
+        rgn=_held(rgn_of[there], pool),
         squared_norm=_held(squared, pool),
         overlap=len(set(pool) & set(own)) / max(len(pool), len(own)),
     )

@@ -1,4 +1,4 @@
-"""How heavy a tail is: the index of an alpha-stable law, Hill's estimator, the share of the largest."""
+"""How heavy a tail is: the index of an alpha-stable law, Hill's estimator, the share of the largest values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trady.study.estimate import Estimate, Floats, bootstrap_mean
 #: Share of the largest absolute values that counts as the tail, for Hill's estimator and the fits of power laws.
 TAIL_SHARE = 0.05
 
-#: Fewest samples, and fewest values in a tail, that an index is estimated from.
+#: Minimum number of samples, and of values in a tail, for an estimate of an index.
 FEWEST_SAMPLES, FEWEST_IN_TAIL = 160, 10
 
-#: Longest block of the stable estimator, and how many ways samples are cut into blocks.
+#: Longest block of the stable estimator, and in how many ways samples are cut into blocks.
 LONGEST_BLOCK, PARTITIONS = 32, 16
 
-#: Most groups of samples that the bootstrap resamples.
+#: Maximum number of groups of samples that the bootstrap resamples.
 MOST_GROUPS = 100
 
 
@@ -66,8 +66,8 @@ def stable_index(samples: npt.ArrayLike, *, seed: int = 0) -> Estimate | None:
         logs_of_sums += np.log(np.maximum(sums, np.finfo(np.float64).tiny)).mean(1) / PARTITIONS
     inverse = (logs_of_sums - np.log(np.abs(cut)).mean(1)) / math.log(block)
     if inverse.mean() <= 0:
-        return None  # blocks that cancel: samples that are not independent
-    # An end of the interval at or below zero would be an index without bound.
+        return None  # blocks cancel, so the samples are not independent
+    # At or below zero, an end of the interval would mean an unbounded index.
     return bootstrap_mean(
         inverse, seed=seed, transform=lambda mean: 1 / np.maximum(mean, 1e-3), samples=groups * length
     )
@@ -114,7 +114,7 @@ def top_share(squared_norms: npt.ArrayLike, share: float) -> float:
     total = float(values.sum())
     if not total:
         return share
-    # What the user typed, not its neighbour in floating point: a tenth of 30 channels is 3.
+    # The share as it was typed, not its floating-point neighbour: a tenth of 30 channels is 3.
     count = max(1, math.ceil(round(share * len(values), 9)))
     return float(values[:count].sum()) / total
 

@@ -41,6 +41,27 @@ from trady.training.trainer import Trainer
 
 
 @dataclass
+class _Sums:
+    """What an epoch adds up while it trains.
+
+    Attributes:
+        steps: Optimizer steps done since the run began.
+        examples: Training examples of the epoch.
+        loss: Sum of their losses.
+        rate: Learning rate of the last step.
+        peak_bytes: Highest peak of the measured steps.
+        saved_bytes: Most bytes that these kept between forward and backward.
+    """
+
+    steps: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    rate: float = 0.0
+    peak_bytes: int = 0
+    saved_bytes: int = 0
+
+
+@dataclass
 class Loop:
     """One run, from its first step or its last checkpoint to the result.
 
@@ -128,13 +149,43 @@ class Loop:
         return history
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> EpochMetrics:
+        """Measure what the policy needs, train an epoch, and evaluate."""
         started = time.perf_counter()
         self.trainer.set_mode(training=self.settings.mode == "train")
         observing_seconds = self._observe(epoch)
         seed_epoch(self.settings.seed, epoch, self.accelerator.process_index)
         start_epoch(self.batches, epoch)
         self.trainer.start_epoch(epoch)
-        stepper = Stepper(
+        sums = self._train(epoch, self._stepper(optimizer))
+        training_seconds = time.perf_counter() - started - observing_seconds
+        accuracy, evaluation_loss = evaluate(
+            self.trainer.model, self.evaluation, self.loss, self.accelerator, self.settings.mixed_precision
+        )
+        if not evaluation_loss < float("inf"):
+            raise self._stopped(f"the evaluation loss became {evaluation_loss}", epoch, sums.steps - 1, sums.rate)
+        drawn = self.trainer.draw()
+        metrics = EpochMetrics(
+            epoch=epoch,
+            step=sums.steps,
+            train_loss=sums.loss / sums.examples,
+            accuracy=accuracy,
+            seconds=time.perf_counter() - started,
+            peak_bytes=sums.peak_bytes,
+            channels=drawn.channels,
+            selection_hash=drawn.digest,
+            evaluation_loss=evaluation_loss,
+            saved_bytes=sums.saved_bytes,
+            trainable_parameters=drawn.trainable_parameters,
+            lr=sums.rate,
+            samples_per_second=sums.examples * self.accelerator.num_processes / training_seconds,
+            micro_batch=self.trainer.micro_batch,
+            observing_seconds=observing_seconds,
+        )
+        self.display.end_epoch(metrics)
+        return metrics
+
+    def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
+        return Stepper(
             self.accelerator,
             self.trainer,
             optimizer,
@@ -144,56 +195,33 @@ class Loop:
             self.settings.mixed_precision,
             self.trainer.micro_batch,
         )
+
+    def _train(self, epoch: int, stepper: Stepper) -> _Sums:
+        """Train on every batch; measure the memory of the first step after each draw."""
         first = epoch * len(self.batches)
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
-        examples, total, rate = 0, 0.0, 0.0
-        trained_from = time.perf_counter()
-        peak_bytes = saved_bytes = 0
+        sums = _Sums()
+        started = time.perf_counter()
         for step, batch in enumerate(self.batches, start=first):
-            rate = self.schedule.rate(step)
+            sums.steps, sums.rate = step + 1, self.schedule.rate(step)
             try:
                 if step - first in self.redraws:
                     self.trainer.redraw()
                 if step == first or step - first in self.redraws:
-                    result, peak, saved = self._measured(stepper, batch, rate)
-                    peak_bytes, saved_bytes = max(peak_bytes, peak), max(saved_bytes, saved)
+                    result, peak, saved = self._measured(stepper, batch, sums.rate)
+                    sums.peak_bytes, sums.saved_bytes = max(sums.peak_bytes, peak), max(sums.saved_bytes, saved)
                 else:
-                    result = stepper(batch, self.trainer.parameters(), rate)
+                    result = stepper(batch, self.trainer.parameters(), sums.rate)
             except NotFiniteError as error:
-                raise self._stopped(str(error), epoch, step, rate) from error
-            examples += result.examples
-            total += result.loss * result.examples
-            speed = examples / (time.perf_counter() - trained_from)
-            self.display.step(total / examples, speed, peak_bytes)
+                raise self._stopped(str(error), epoch, step, sums.rate) from error
+            sums.examples += result.examples
+            sums.loss += result.loss * result.examples
+            speed = sums.examples / (time.perf_counter() - started)
+            self.display.step(sums.loss / sums.examples, speed, sums.peak_bytes)
             self._interrupts.check()
-        if not examples:
+        if not sums.examples:
             raise DataError("the training data gave no batch")
-        training_seconds = time.perf_counter() - started - observing_seconds
-        accuracy, evaluation_loss = evaluate(
-            self.trainer.model, self.evaluation, self.loss, self.accelerator, self.settings.mixed_precision
-        )
-        if not evaluation_loss < float("inf"):
-            raise self._stopped(f"the evaluation loss became {evaluation_loss}", epoch, step, rate)
-        drawn = self.trainer.draw()
-        metrics = EpochMetrics(
-            epoch=epoch,
-            step=step + 1,
-            train_loss=total / examples,
-            accuracy=accuracy,
-            seconds=time.perf_counter() - started,
-            peak_bytes=peak_bytes,
-            channels=drawn.channels,
-            selection_hash=drawn.digest,
-            evaluation_loss=evaluation_loss,
-            saved_bytes=saved_bytes,
-            trainable_parameters=drawn.trainable_parameters,
-            lr=rate,
-            samples_per_second=examples * self.accelerator.num_processes / training_seconds,
-            micro_batch=self.trainer.micro_batch,
-            observing_seconds=observing_seconds,
-        )
-        self.display.end_epoch(metrics)
-        return metrics
+        return sums
 
     def _observe(self, epoch: int) -> float:
         """Measure what the next draw needs; return the seconds it took."""
