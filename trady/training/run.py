@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,30 @@ from trady.tuner.tuner import Tuner
 FULL = "full"
 #: The policy that needs no budget: only the head trains.
 HEAD = "head"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, beside what is asked of the budget; :func:`finetune` says what each is for."""
+
+    epochs: int
+    out: str | Path | None
+    batch_size: int = 32
+    lr: float = 0.1
+    warmup_epochs: float | None = None
+    channel_clip: float | None = 0.1
+    max_grad_norm: float | None = 2.0
+    resume: bool = False
+    overwrite: bool = False
+    optimizer: str | OptimizerFactory = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    loss: Loss | None = None
+    mode: Literal["train", "eval"] = "train"
+    mixed_precision: Precision = "no"
+    observed_batches: int = OBSERVED_BATCHES
+    draws_per_epoch: int = 1
+    progress: bool | Display = True
 
 
 def finetune(
@@ -146,24 +170,26 @@ def finetune(
         train,
         evaluation,
         request,
-        epochs=epochs,
-        out=out,
-        batch_size=batch_size,
-        lr=lr,
-        warmup_epochs=warmup_epochs,
-        channel_clip=channel_clip,
-        max_grad_norm=max_grad_norm,
-        resume=resume,
-        overwrite=overwrite,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss=loss,
-        mode=mode,
-        mixed_precision=mixed_precision,
-        observed_batches=observed_batches,
-        draws_per_epoch=draws_per_epoch,
-        progress=progress,
+        RunOptions(
+            epochs=epochs,
+            out=out,
+            batch_size=batch_size,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            channel_clip=channel_clip,
+            max_grad_norm=max_grad_norm,
+            resume=resume,
+            overwrite=overwrite,
+            optimizer=optimizer,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            loss=loss,
+            mode=mode,
+            mixed_precision=mixed_precision,
+            observed_batches=observed_batches,
+            draws_per_epoch=draws_per_epoch,
+            progress=progress,
+        ),
     )
 
 
@@ -172,84 +198,66 @@ def run(
     train: Dataset[Any] | DataLoader[Any],
     evaluation: Dataset[Any] | DataLoader[Any],
     request: Request,
-    *,
-    epochs: int,
-    out: str | Path | None,
-    batch_size: int = 32,
-    lr: float = 0.1,
-    warmup_epochs: float | None = None,
-    channel_clip: float | None = 0.1,
-    max_grad_norm: float | None = 2.0,
-    resume: bool = False,
-    overwrite: bool = False,
-    optimizer: str | OptimizerFactory = "sgd",
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    loss: Loss | None = None,
-    mode: Literal["train", "eval"] = "train",
-    mixed_precision: Precision = "no",
-    observed_batches: int = OBSERVED_BATCHES,
-    draws_per_epoch: int = 1,
-    progress: bool | Display = True,
+    options: RunOptions,
 ) -> Result:
-    """Do what :func:`finetune` does, with what is asked of the budget in one value."""
-    if epochs < 1:
-        raise TrainingError(f"epochs is {epochs}; it must be at least 1")
+    """Do what :func:`finetune` does, with what is asked of the budget in one value, and the rest in another."""
+    if options.epochs < 1:
+        raise TrainingError(f"epochs is {options.epochs}; it must be at least 1")
     policy, seed = get_policy(request.policy), request.seed
     if policy.name == FULL:
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
-    loader = training_batches(train, batch_size, seed)
+    loader = training_batches(train, options.batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
-    schedule = make_schedule(lr, epochs, len(batches), warmup_epochs)
+    schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
         budget=None if request.limit is None else str(request.limit),
         ranking=ranking_digest(request.ranking),
-        epochs=epochs,
+        epochs=options.epochs,
         steps=schedule.steps,
         batch_size=loader.batch_size,
-        lr=lr,
+        lr=options.lr,
         warmup_steps=schedule.warmup_steps,
-        channel_clip=channel_clip,
-        max_grad_norm=max_grad_norm,
-        optimizer=optimizer if isinstance(optimizer, str) else "custom",
-        momentum=momentum,
-        weight_decay=weight_decay,
-        mode=mode,
-        mixed_precision=mixed_precision,
+        channel_clip=options.channel_clip,
+        max_grad_norm=options.max_grad_norm,
+        optimizer=options.optimizer if isinstance(options.optimizer, str) else "custom",
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        mode=options.mode,
+        mixed_precision=options.mixed_precision,
         seed=seed,
         recompute=request.recompute,
         fidelity=request.fidelity,
         micro_batch=request.micro_batch,
-        observed_batches=observed_batches if needs_of(policy) else None,
-        draws_per_epoch=draws_per_epoch,
+        observed_batches=options.observed_batches if needs_of(policy) else None,
+        draws_per_epoch=options.draws_per_epoch,
     )
-    redraws = redraw_steps(draws_per_epoch, len(batches))
+    redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
-    factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
+    factory = optimizer_factory(options.optimizer, options.lr, options.momentum, options.weight_decay)
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
-    memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
-    folder = None if out is None else RunFolder(Path(out))
-    resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
+    memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
+    folder = None if options.out is None else RunFolder(Path(options.out))
+    resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
     with own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, memory, loss),
+            trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
-            evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, batch_size)),
-            observed=measured_on(loader, observed_batches, seed, accelerator.device),
+            evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, options.batch_size)),
+            observed=measured_on(loader, options.observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,
             redraws=redraws,
             settings=settings,
-            display=_display(progress, accelerator, settings.policy, request.limit),
-            loss=loss or cross_entropy,
+            display=_display(options.progress, accelerator, settings.policy, request.limit),
+            loss=options.loss or cross_entropy,
             factory=factory,
             folder=folder,
         )

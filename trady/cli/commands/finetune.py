@@ -63,7 +63,7 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
-    from trady.training.run import run
+    from trady.training.run import RunOptions, run
     from trady.training.run_folder import RunFolder
 
     # Everything that can be refused at once is, before minutes go into reading the data.
@@ -86,22 +86,24 @@ def finetune(
             task.data.train,
             task.data.evaluation,
             request,
-            epochs=epochs,
-            out=out,
-            batch_size=batch_size,
-            lr=lr,
-            warmup_epochs=warmup_epochs,
-            channel_clip=channel_clip,
-            max_grad_norm=max_grad_norm,
-            resume=resume,
-            overwrite=overwrite,
-            optimizer=optimizer,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            mode=cast(Mode, mode),
-            mixed_precision=cast(Precision, mixed_precision),
-            observed_batches=observed_batches,
-            draws_per_epoch=draws_per_epoch,
+            RunOptions(
+                epochs=epochs,
+                out=out,
+                batch_size=batch_size,
+                lr=lr,
+                warmup_epochs=warmup_epochs,
+                channel_clip=channel_clip,
+                max_grad_norm=max_grad_norm,
+                resume=resume,
+                overwrite=overwrite,
+                optimizer=optimizer,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                mode=cast(Mode, mode),
+                mixed_precision=cast(Precision, mixed_precision),
+                observed_batches=observed_batches,
+                draws_per_epoch=draws_per_epoch,
+            ),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder.where_it_stands()) from None
