@@ -16,7 +16,7 @@ TEST_ARGS ?=
 WORKERS ?= logical
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types docs setup clean
+.PHONY: help demo test quick check lint format types docs setup clean
 
 help: ## This list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,8 +24,14 @@ help: ## This list.
 demo: $(DEMO_READY) ## EfficientNet-Lite0 learns Fashion-MNIST inside a memory budget (DEMO_ARGS=--short: one minute).
 	$(VENV)/bin/trady demo $(DEMO_ARGS)
 
+# Each worker begins with files of its own, so that what a file computes once is computed once; then they share.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+
 test: $(DEV_READY) ## All tests.
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --maxprocesses=8 $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
+
+quick: $(DEV_READY) ## Some tests of every package, in about a minute (tests/quick.py).
+	$(PYTEST) $$($(PYTHON_IN_VENV) -m tests.quick) $(TEST_ARGS)
 
 check: lint types test ## What continuous integration runs: lint, types, tests, a short demo.
 	$(MAKE) demo DEMO_ARGS=--short
@@ -39,7 +45,7 @@ format: $(DEV_READY) ## ruff: write the format, mend what can be mended.
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-types: $(DEV_READY) ## mypy, strict.
+types: $(DEV_READY) ## mypy, strict, of the tests too.
 	$(VENV)/bin/mypy
 
 docs: $(DOCS_READY) ## The documentation as a site, in site/.

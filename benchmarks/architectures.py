@@ -2,7 +2,7 @@
 
 Every model is built from its configuration with random weights, two layers and 32 features where it has such settings.
 The gradients of a fifth of the channels of every layer are compared with those of the plain model, with everything
-computed anew that can be; then a step is measured that was given 1.1 times the least peak. Models that transformers
+recomputed that can be; then a step is measured that was given 1.1 times the least peak. Models that transformers
 cannot build or run like this are left out, with the reason.
 """
 

@@ -26,7 +26,7 @@ from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task
 from benchmarks.workloads import WORKLOADS, Workload
 from trady.errors import BudgetError, DataError
-from trady.planning.budget import Scope, parse_budget
+from trady.planning.budget import parse_budget
 from trady.report.units import format_bytes
 
 #: A configuration, its limit where none is given, and what the searched length is a multiple of.
@@ -158,7 +158,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     make, usual, unit = MODELS[options.model]
     limit = parse_budget(options.limit or usual)
-    if limit.scope is not Scope.PEAK:
+    if not limit.scope.bounds_peak:
         raise BudgetError(f"--limit is {limit}; it is what a whole step may take, such as 300 MiB")
     if min(options.batch, options.length) < 1:
         raise DataError(f"--batch is {options.batch} and --length {options.length}; both are at least 1")

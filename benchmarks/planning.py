@@ -47,8 +47,8 @@ def run() -> int:
         path.write_text(json.dumps(CONFIG), encoding="utf-8")
         started = time.perf_counter()
         found = skeleton(str(path), 1, tokens=True, length=length, dtype=read_dtype(options.dtype))
-    _, analysis, drawing = Request(budget=options.budget).decide(found.model, token_batch(found, sequences, length, 0))
-    plan = drawing.plan(analysis.head, analysis.head_parameters)
+    decision = Request(budget=options.budget).decide(found.model, token_batch(found, sequences, length, 0))
+    plan = decision.plan(decision.start)
     seconds = time.perf_counter() - started
     peak = resident_peak_bytes()
     parameters = sum(p.numel() for p in found.model.parameters())

@@ -27,9 +27,10 @@ from benchmarks.methods import RATE, full_fine_tuning
 from benchmarks.options import add_json, add_models, add_workloads, console_for, main, models_folder, write_json
 from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS, Workload
-from trady.model.batch import batch_size, part_of
-from trady.planning.budget import Budget, InfeasibleBudgetError, Scope
+from trady.model.batch import Batch
+from trady.planning.budget import Budget, InfeasibleBudgetError
 from trady.planning.request import Request
+from trady.planning.scopes import ELEMENTS, PEAK, SCOPES, UPDATE, BudgetScope
 from trady.report.units import format_bytes
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.optimizers import OptimizerFactory, memory_of
@@ -58,7 +59,7 @@ class Trial:
         budget: As text.
         seed: Of the channels drawn.
         channels: Input channels that trained.
-        recomputed: SegmentsByMode that were computed anew.
+        recomputed: SegmentsByMode that were recomputed.
         predicted_bytes: Peak of a step, before there was one.
         measured_bytes: Peak of the step.
         budget_bytes: What a ``peak:`` budget allows; ``None`` for other budgets.
@@ -86,23 +87,23 @@ class Trial:
 
 def reduced(task: Task) -> Task:
     """A quarter of the batch, two samples at least."""
-    samples = max(2, batch_size(task.batch) // SMALL)
+    samples = max(2, Batch.of(task.batch).samples // SMALL)
     # Copied: a view would keep the memory of the whole batch.
-    part = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, part_of(task.batch, 0, samples))
+    part = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, Batch.of(task.batch).chunk(0, samples).inputs)
     computes_loss = isinstance(task.batch, Mapping) and "labels" in task.batch
     return Task(task.model, part, task.loss if computes_loss else CrossEntropy(torch.zeros(samples, dtype=torch.long)))
 
 
-def limits(workload: Workload, task: Task, optimizer: str = "sgd") -> dict[Scope, tuple[int, int]]:
+def limits(workload: Workload, task: Task, optimizer: str = "sgd") -> dict[BudgetScope, tuple[int, int]]:
     """The least and the largest budget that make a difference, for every kind of budget."""
     with full_fine_tuning(workload, task) as step:
         full = step.ledger().peak_bytes
     everything = trady.plan(task.model, task.batch, policy="full").cost
-    most = {Scope.PEAK: full, Scope.UPDATE: everything.update_bytes, Scope.ELEMENTS: everything.elements}
-    return {scope: (least(task, scope, optimizer), most[scope]) for scope in Scope}
+    most = {PEAK: full, UPDATE: everything.update_bytes, ELEMENTS: everything.elements}
+    return {scope: (least(task, scope, optimizer), most[scope]) for scope in SCOPES.values()}
 
 
-def least(task: Task, scope: Scope, optimizer: str) -> int:
+def least(task: Task, scope: BudgetScope, optimizer: str) -> int:
     """The least budget that a step is possible in."""
     try:
         Request(budget=Budget(scope, 1)).decide(task.model, task.batch, explain=False, optimizer=taken(task, optimizer))
@@ -116,10 +117,10 @@ def taken(task: Task, optimizer: str) -> OptimizerMemory:
     return memory_of(OPTIMIZERS[optimizer], next(task.model.parameters()).device)
 
 
-def draw_budget(scope: Scope, low: int, high: int, random: random.Random) -> Budget:
+def draw_budget(scope: BudgetScope, low: int, high: int, random: random.Random) -> Budget:
     """Draw a budget: peaks evenly, others evenly over orders of magnitude."""
     high = max(low, high)
-    if scope is Scope.PEAK:
+    if scope.bounds_peak:
         return Budget(scope, random.randint(low, high))
     return Budget(scope, min(high, max(low, round(math.exp(random.uniform(math.log(low), math.log(high)))))))
 
@@ -127,11 +128,11 @@ def draw_budget(scope: Scope, low: int, high: int, random: random.Random) -> Bud
 def attempt(name: str, task: Task, budget: Budget, seed: int, chosen: str = "sgd") -> Trial:
     """Plan, predict, run a step, and measure it; the second one where the first makes the optimizer's state."""
     request = Request(budget=budget, seed=seed)
-    model, analysis, drawing = request.decide(task.model, task.batch, optimizer=taken(task, chosen))
-    tuner = Tuner(model, analysis, drawing, example=task.batch)
+    decision = request.decide(task.model, task.batch, optimizer=taken(task, chosen))
+    tuner = Tuner(decision)
     try:
-        predicted = sum(drawing.predicted_parts(tuner.selection).values())
-        model.train()
+        predicted = sum(decision.spending(decision.start).peak_parts(tuner.selection).values())
+        task.model.train()
         optimizer = tuner.attach(OPTIMIZERS[chosen](tuner.parameters()))
 
         def step() -> None:
@@ -139,12 +140,11 @@ def attempt(name: str, task: Task, budget: Budget, seed: int, chosen: str = "sgd
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        channels, recomputed = tuner.selection.count, len(drawing.recomputation.names)
+        channels, recomputed = tuner.selection.count, len(decision.start.recomputation.names)
         measured = max(tuner.ledger(step, inference=False).peak_bytes for _ in range(1 if chosen == "sgd" else 2))
     finally:
         tuner.finish()
-    limit = budget.amount if budget.scope is Scope.PEAK else None
-    return Trial(name, str(budget), seed, channels, recomputed, predicted, measured, limit)
+    return Trial(name, str(budget), seed, channels, recomputed, predicted, measured, budget.peak_bytes)
 
 
 def trials(
@@ -155,7 +155,7 @@ def trials(
     if not budgets + draws:
         return []
     bounds = limits(workload, task, optimizer)
-    scopes = [tuple(Scope)[i % len(Scope)] for i in range(budgets)] + [Scope.PEAK] * draws
+    scopes = [list(SCOPES.values())[i % len(SCOPES)] for i in range(budgets)] + [PEAK] * draws
     found = []
     for number, scope in enumerate(scopes, 1):
         started = time.perf_counter()
@@ -194,7 +194,7 @@ def as_table(found: Sequence[Trial]) -> Table:
     for column in ("steps", "lowest", "mean", "highest", "inside the budget", "fullest"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys(trial.workload for trial in found):
-        for scope in Scope:
+        for scope in SCOPES.values():
             group = [t for t in found if t.workload == name and t.budget.startswith(f"{scope}:")]
             if not group:
                 continue

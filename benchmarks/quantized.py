@@ -3,7 +3,7 @@
 Memory and gradients are of a step on 32×128 random tokens. ``weights`` are all of the model; ``saved`` is what is kept
 between forward and backward, by PyTorch with all plain weights but the embeddings trained, and by TraDy, which trains
 channels of the quantised layers too. The error is that of the channels' gradients against the dense gradients of the
-dequantised model. Then a short training on SST-2 with AdamW, channels drawn anew four times an epoch.
+dequantised model. Then a short training on SST-2 with AdamW, channels drawn again four times an epoch.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def measure(name: str, data: tuple[Sentences, Sentences], epochs: int, seed: int
 
     model = store(copy.deepcopy(task.model)).train()
     weights, pytorch = weight_bytes(model), saved_by_pytorch(copy.deepcopy(model), run)
-    dense = trady.quantized.dequantize(copy.deepcopy(model))
+    dense = trady.dequantize(copy.deepcopy(model))
     tuner = trady.prepare(model, task.batch, budget=BUDGET, seed=seed)
     ledger = tuner.ledger(lambda: run(model).backward(), inference=False)
     for parameter in tuner.parameters():

@@ -1,6 +1,6 @@
 """What a B_mem of 27 946 elements leaves untouched in MobileNetV2-w0.35, seed by seed.
 
-Channels are drawn anew in every epoch, so the sparsities and the reduction of weight-gradient FLOPs that a plan
+Channels are drawn again in every epoch, so the sparsities and the reduction of weight-gradient FLOPs that a plan
 reports are means over the draws of 20 epochs; those of its first draw are shown beside them. One real step is
 measured, and the input channels that it saves must be the plan's to the byte. The pool is that of the
 first epoch (all layers); with labelled images at hand, also that of a measured ranking (top-K layers).

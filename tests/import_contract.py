@@ -28,7 +28,7 @@ MAY_IMPORT: Mapping[str, str] = {
     "model": "errors",
     "optim": "errors",
     "ranking": "channels, records",
-    "memory": "ops, records, report",
+    "memory": "model, ops, records, report",
     "policies": "channels, ranking, records",
     "quantized": "ops, model",
     "calls": "ops, quantized",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,16 @@ from torch.utils.checkpoint import checkpoint
 import trady
 from trady.ops.selected import gather_channels
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+
+def seeded(build: Callable[[], Network], seed: int = 0) -> Network:
     """Build a network with fixed weights and with statistics as training would leave them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
         for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
                 if module.affine:
@@ -38,6 +40,9 @@ def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 class Residual(nn.Module):
     """Basic blocks as in ResNet: the addition hands one gradient tensor to both branches."""
+
+    stem: Any
+    blocks: Any
 
     def __init__(self, width: int = 8, blocks: int = 2, classes: int = 5, inplace: bool = True) -> None:
         super().__init__()
@@ -356,6 +361,12 @@ IMAGE_NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+def in_layout(model: Network, layout: torch.memory_format) -> Network:
+    """``model.to(memory_format=layout)``, which PyTorch's types do not know of."""
+    change: Any = model.to
+    return change(memory_format=layout)
+
+
 def freeze_norms(model: nn.Module) -> None:
     """Put the normalisations into the state that trady trains in: statistics fixed."""
     for module in model.modules():
@@ -405,7 +416,7 @@ def gradient_errors(
     freeze_norms(dense)
     model.train(train)
     if share < 1:
-        table = trady.plan(model, batch, budget=budget, policy="full", fuse=fuse).table
+        table = trady.plan(model, batch, budget=budget, policy="full", fuse=fuse, recompute="none").table
         budget = f"elements:{int(share * sum(layer.channels * layer.elements for layer in table)) + 1}"
     tuner = trady.prepare(model, batch, budget=budget, policy=policy, fuse=fuse, recompute=recompute)
     args, kwargs = ((), batch) if isinstance(batch, dict) else (batch if isinstance(batch, tuple) else (batch,), {})
@@ -438,17 +449,19 @@ def gradient_errors(
     return errors
 
 
-def channels_of(weight: Tensor, layer: trady.Layer, channels: Any, outputs: Any = None) -> Tensor:
+def channels_of(weight: Tensor | None, layer: trady.Layer, channels: Any, outputs: Any = None) -> Tensor:
     """``W[:, c]`` of the given channels (and outputs), as a compact parameter holds them."""
     from trady.ops.selected import select_channels
 
+    assert weight is not None, "no gradient"
     selected = select_channels(channels, layer.groups, layer.channels // layer.groups, weight.device)
     rows = gather_channels(weight, layer.kind, layer.groups, selected)
     return rows if outputs is None else rows[:, torch.from_numpy(outputs.copy())]
 
 
-def relative_error(found: Tensor | None, expected: Tensor) -> float:
+def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     assert found is not None, "no gradient"
+    assert expected is not None, "no gradient to hold it against"
     assert found.shape == expected.shape
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
@@ -457,6 +470,11 @@ def relative_error(found: Tensor | None, expected: Tensor) -> float:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None, "no gradient"
+    return tensor.grad
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

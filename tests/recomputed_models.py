@@ -69,6 +69,8 @@ class TokenBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """timm's vision transformer, in small."""
 
+    blocks: Any
+
     def __init__(self, width: int = 32, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, width, 4, 4)
@@ -200,7 +202,7 @@ RECOMPUTED: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
 }
 
 
-def recomputed_model(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any]:
+def recomputed_model(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """The model of that name and its batch."""
     build, batch, _ = RECOMPUTED[name]
     return seeded(build).to(dtype), cast(batch, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ CLASSES = 3
 
 class SmallNet(nn.Module):
     """Two convolutions with normalisation, dropout, and a classifier."""
+
+    features: Any
 
     def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()
@@ -48,13 +51,13 @@ class StopAfter(Silent):
             raise KeyboardInterrupt
 
 
-def small_net(classes: int = CLASSES) -> nn.Module:
+def small_net(classes: int = CLASSES) -> SmallNet:
     with torch.random.fork_rng():
         torch.manual_seed(11)
         return SmallNet(classes)
 
 
-def smooth_net(classes: int = CLASSES) -> nn.Module:
+def smooth_net(classes: int = CLASSES) -> SmallNet:
     """The same with GELU."""
     net = small_net(classes)
     net.features[2], net.features[5] = nn.GELU(), nn.GELU()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,11 @@ pytest.importorskip("pyarrow")
 
 import torch
 
+from tests.device_workers import told, workplace
 from trady.compare import devices
 from trady.compare.devices import cells_at_a_time, check_share, least_used, seen_by_children, visible_devices
-from trady.compare.execute import Workplace
 from trady.compare.local import LocalEngine
 from trady.errors import MatrixError
-
-#: A module that a worker imports: it notes what the worker sees, and whether torch had looked before.
-TELLS = """
-import os, pathlib, torch
-seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-pathlib.Path(f"{os.getpid()}.tmp").write_text(f"{seen} {torch.cuda.is_initialized()}")
-os.replace(f"{os.getpid()}.tmp", f"{os.getpid()}.seen")
-"""
-
-
-def workplace(folder: Path) -> Workplace:
-    (folder / "tells_what_it_sees.py").write_text(TELLS)
-    return Workplace(folder / "out", "results", 1, ("tells_what_it_sees",), (str(folder),), folder)
-
-
-def told(folder: Path, count: int) -> list[str]:
-    deadline = time.monotonic() + 120
-    while len(found := sorted(folder.glob("*.seen"))) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return sorted(path.read_text() for path in found)
 
 
 def test_local_workers_share_the_devices_out_before_torch_has_looked(
@@ -107,7 +85,7 @@ def test_a_worker_of_ray_sees_the_device_that_it_asked_for(tmp_path: Path) -> No
     script = (
         "import ray, sys\n"
         "from pathlib import Path\n"
-        "from tests.test_compare_devices import told, workplace\n"
+        "from tests.device_workers import told, workplace\n"
         "from trady.compare.on_ray import RayEngine\n"
         "ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)\n"
         "folder = Path(sys.argv[1])\n"

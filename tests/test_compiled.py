@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trady
+from tests.against_dense import armed, dense_gradients, gradients
 from tests.models import Residual, normal, relative_error, same, seeded, snapshot
-from tests.test_interception import armed, dense_gradients, gradients
 from trady.errors import BudgetError, ModelError, TradyWarning
 
 pytestmark = [
@@ -58,7 +59,11 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def around(model: nn.Module) -> nn.Module:
+def backward(model: nn.Module) -> None:
+    squares(model).backward()
+
+
+def around(model: Any) -> Any:
     return torch.compile(model, backend=COMPILER)
 
 
@@ -67,12 +72,12 @@ def in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def inside(model: nn.Module) -> nn.Module:
+def inside(model: Any) -> Any:
     model.blocks[0] = torch.compile(model.blocks[0], backend=COMPILER)
     return model
 
 
-def inside_in_place(model: nn.Module) -> nn.Module:
+def inside_in_place(model: Any) -> Any:
     for block in model.blocks:
         block.compile(backend=COMPILER)
     return model
@@ -165,15 +170,15 @@ def test_plan_and_memory_of_a_compiled_model_are_those_of_the_plain_one(
     tuner = prepared(compiled(plain()), **options)
     assert tuner.plan.predicted_peak_bytes == reference.plan.predicted_peak_bytes
     assert tuner.selection.count == reference.selection.count
-    ours, theirs = (t.ledger(lambda t=t: squares(t.model).backward()) for t in (tuner, reference))
+    ours, theirs = (t.ledger(partial(backward, t.model)) for t in (tuner, reference))
     assert (ours.peak_bytes, ours.saved_bytes) == (theirs.peak_bytes, theirs.saved_bytes)
     assert ours.inference_peak_bytes == theirs.inference_peak_bytes
 
 
 def test_a_plan_copies_no_compiler() -> None:
     backend = Compiler()
-    backend.lock = threading.Lock()  # it cannot be copied
-    model = torch.compile(plain(), backend=backend)
+    vars(backend)["lock"] = threading.Lock()  # it cannot be copied
+    model: Any = torch.compile(plain(), backend=backend)
     model.blocks[0] = torch.compile(model.blocks[0], backend=backend)
     options: dict[str, Any] = {"budget": "peak:60 KiB", "policy": "dynamic-random"}
     assert (
@@ -211,7 +216,7 @@ def test_a_compiled_model_goes_on_from_the_state_of_a_plain_one() -> None:
     optimizer.step()
     second = prepared(around(plain()))
     second.load_state_dict(first.state_dict())
-    assert same(snapshot(second.finish()._orig_mod), snapshot(first.finish()))
+    assert same(snapshot(second.finish().get_submodule("_orig_mod")), snapshot(first.finish()))
 
 
 @pytest.mark.parametrize("compiled", FORMS)
@@ -372,7 +377,7 @@ def test_a_model_that_was_compiled_anew_meanwhile_keeps_the_newer_form() -> None
 
 
 def test_a_whole_run_writes_a_compiled_model_under_its_plain_names(tmp_path: Path) -> None:
-    data = [(image, label % 5) for label, image in enumerate(normal(8, 3, 9, 9))]
+    data: Any = [(image, label % 5) for label, image in enumerate(normal(8, 3, 9, 9))]
     settings: dict[str, Any] = {"budget": "elements:2000", "epochs": 1, "batch_size": 4, "progress": False, "lr": 0.01}
     with pytest.warns(TradyWarning, match="uncompiled"):
         result = trady.finetune(around(seeded(Residual)), data, data, out=tmp_path / "a", **settings)

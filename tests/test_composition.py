@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import trady
+from tests.against_dense import armed, dense_gradients, gradients
 from tests.models import channels_of, normal, relative_error, same, seeded, snapshot
-from tests.test_interception import armed, dense_gradients, gradients
+from tests.neurons import picked
 from trady.analysis.model_analysis import analyse_model, find_recomputable
 from trady.channels.selection import Selection
 from trady.errors import ModelError
@@ -35,7 +37,7 @@ IDS = torch.randint(1, 50, (4, 12), generator=torch.Generator().manual_seed(0))
 PIXELS = normal(4, 3, 16, 16)
 
 
-def bert(width: int = 32, layers: int = 3) -> nn.Module:
+def bert(width: int = 32, layers: int = 3) -> Any:
     config = hf.BertConfig(
         vocab_size=50,
         hidden_size=width,
@@ -51,7 +53,7 @@ def bert(width: int = 32, layers: int = 3) -> nn.Module:
     return seeded(lambda: hf.BertForSequenceClassification(config)).train()
 
 
-def llama() -> nn.Module:
+def llama() -> Any:
     config = hf.LlamaConfig(
         num_hidden_layers=2,
         hidden_size=32,
@@ -65,7 +67,7 @@ def llama() -> nn.Module:
     return seeded(lambda: hf.LlamaForCausalLM(config)).train()
 
 
-def vit() -> nn.Module:
+def vit() -> Any:
     config = hf.ViTConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -136,7 +138,7 @@ def test_checkpointing_switched_off_again_after_prepare_has_the_dense_gradients(
     tuner = armed(model, batch)
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+            vars(module)["gradient_checkpointing"] = False
     expected = dense_gradients(vit().double(), tuner, loss_on(batch))
     loss_on(batch)(model).backward()
     assert_gradients(tuner, expected)
@@ -168,13 +170,13 @@ def test_a_reentrant_checkpoint_needs_inputs_that_require_gradients() -> None:
     switch_on(model, True)
     tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
     name = next(layer.name for layer in tuner.plan.table if layer.name.startswith("vit.layers.0"))
-    tuner._apply(Selection({name: [1, 2]}))
+    tuner._draws.apply(picked({name: [1, 2]}))
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         loss_on(batch)(model).backward()
     tuner.finish()
     model.enable_input_require_grads()
     tuner = trady.prepare(model, batch, budget="elements:3000", policy="dynamic-random")
-    tuner._apply(Selection({name: [1, 2]}))
+    tuner._draws.apply(picked({name: [1, 2]}))
     loss_on(batch)(model).backward()
     assert f"{name}.weight.channels" in gradients(tuner)
 
@@ -264,7 +266,7 @@ def test_transformers_under_bfloat16_autocast_are_as_near_to_float32_as_pytorch(
 # -- PEFT --------------------------------------------------------------------------------------------------------
 
 
-def with_lora(build: Callable[[], nn.Module] = bert) -> nn.Module:
+def with_lora(build: Callable[[], nn.Module] = bert) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value", "q_proj", "v_proj"])
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import struct
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ NO_IMAGES = np.zeros((0, 12, 12, 3), np.uint8)
 
 
 def save_npz(path: Path, **arrays: np.ndarray) -> Path:
-    np.savez(path, **arrays)
+    save: Any = np.savez
+    save(path, **arrays)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import trady
 import trady.interception.deferred_segment
-from tests.models import IMAGE_NETWORKS, Residual, freeze_norms, normal, seeded, tensor_of
+from tests.models import IMAGE_NETWORKS, Residual, freeze_norms, gradient_of, normal, seeded, tensor_of
+from tests.tuned import observed
 from trady.channels.table import ChannelTable
 from trady.ops.gates import Gates
 from trady.ops.selected import select_channels
@@ -43,7 +45,7 @@ def measured(
     tuner = trady.prepare(model, batches[0][0], budget=budget, policy=Fisher(), **options)
     passes: list[int] = []
     found = tuner.observe(batches, loss, progress=lambda _, given: passes.append(given))
-    plan, sweeps = tuner.plan, len(tuner._drawing.sweeps(tuner.selection, tuner.plan.table.batch))
+    plan, sweeps = tuner.plan, len(tuner._decision.sweeps(tuner._draws.moment, tuner.selection, tuner.plan.table.batch))
     tuner.finish()
     assert found is not None
     assert len(passes) >= sweeps * len(batches)
@@ -62,7 +64,7 @@ def of_single_samples(model: nn.Module, table: ChannelTable, batches: list[Batch
             loss(dense(**one) if isinstance(one, dict) else dense(one), targets[i : i + 1]).backward()
             for layer in table:
                 weight = dense.get_parameter(layer.parameter)
-                product = (weight * weight.grad).detach()
+                product = (weight * gradient_of(weight)).detach()
                 if layer.kind != "addmm":
                     product = product.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
                 squares[layer.name].append(product.flatten(1).sum(1).square().numpy())
@@ -118,7 +120,7 @@ def activation_fisher(model: nn.Module, layer: trady.Layer, x: Tensor, y: Tensor
     finally:
         handle.remove()
     (a,) = inputs
-    return (a.detach() * a.grad).sum((0, *range(2, a.dim()))).square().numpy()
+    return (a.detach() * gradient_of(a)).sum((0, *range(2, a.dim()))).square().numpy()
 
 
 def test_gates_are_factors_of_the_input() -> None:
@@ -188,8 +190,8 @@ def test_a_loss_that_weighs_samples_is_that_of_every_sample_alone() -> None:
     for size in (5, 1):
         parts = list(zip(x.split(size), y.split(size), strict=True))
         tuner = trady.prepare(model, x, budget="elements:90000", policy=Fisher())
-        given = torch.cat([weight, weight.new_ones(tuner.model.head.out_features - 3)])
-        found.append(tuner.observe(parts, lambda out, to, w=given: F.cross_entropy(out, to, weight=w))["fisher"])
+        given = torch.cat([weight, weight.new_ones(model.head.out_features - 3)])
+        found.append(observed(tuner, parts, partial(F.cross_entropy, weight=given))["fisher"])
         tuner.finish()
     for name, values in found[0].items():
         np.testing.assert_allclose(values, found[1][name], rtol=1e-9)
@@ -219,10 +221,12 @@ def test_what_is_kept_of_every_sample_is_part_of_an_update_budget() -> None:
     batch = (normal(64, 3, 2, 2), torch.arange(64).remainder(3))
     tuner = trady.prepare(model, batch[0], budget="update:6000 B", policy=Fisher())
     table = tuner.plan.table
-    for selection in tuner._drawing.sweeps(tuner.selection, table.batch):
+    for selection in tuner._decision.sweeps(tuner._draws.moment, tuner.selection, table.batch):
         kept = table.saved_bytes(selection) + 4 * 64 * selection.count + 4 * table.weight_elements(selection)
         assert kept <= 6000
-    assert len(tuner._drawing.sweeps(tuner.selection, 64)) > len(tuner._drawing.sweeps(tuner.selection))
+    assert len(tuner._decision.sweeps(tuner._draws.moment, tuner.selection, 64)) > len(
+        tuner._decision.sweeps(tuner._draws.moment, tuner.selection)
+    )
     tuner.finish()
 
 

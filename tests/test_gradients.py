@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import IMAGE_NETWORKS, Tokens, gradient_errors, normal, seeded
+from tests.models import IMAGE_NETWORKS, Tokens, gradient_errors, gradient_of, in_layout, normal, seeded
 
 #: Relative error that is allowed (issue 2, "Shown by").
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -54,7 +54,7 @@ def test_with_every_channel_selected_and_nothing_fused(name: str) -> None:
 def test_in_channels_last(name: str) -> None:
     model, x = network(name, torch.float64)
     layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    model = model.to(memory_format=layout)
+    model = in_layout(model, layout)
     assert worst(gradient_errors(model, x.contiguous(memory_format=layout)))[0] <= 1e-10
 
 
@@ -80,7 +80,7 @@ def dense_autocast_errors(name: str) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = model(x)
         (y * normal(*y.shape, seed=5, dtype=y.dtype)).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.dim() > 1})
+        gradients.append({n: gradient_of(p).clone() for n, p in model.named_parameters() if p.dim() > 1})
     exact, rounded = gradients
     return max(float((rounded[n] - exact[n]).norm() / exact[n].norm()) for n in exact)
 

@@ -1,19 +1,25 @@
 """LiveBytes: every storage counted once, from when it is seen until it dies."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 
+from tests.models import gradient_of
 from trady.memory import LiveBytes
 
 KIB = 256  # float32 elements in one KiB
 
 
-def allocated_peak(step, already):
+def allocated_peak(step: Callable[[], object], already: int) -> int:
     """What PyTorch's own profiler saw the allocator hand out, on top of what was there already."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -21,7 +27,7 @@ def allocated_peak(step, already):
             step()
     changes = []
 
-    def collect(events):
+    def collect(events: Any) -> None:
         for event in events:
             if "Allocation" in str(event.typed[0]):
                 changes.append((event.start_time_ns, event.typed[1].alloc_size))
@@ -35,7 +41,7 @@ def allocated_peak(step, already):
     return highest
 
 
-def test_a_hand_written_sequence_is_counted_to_the_byte():
+def test_a_hand_written_sequence_is_counted_to_the_byte() -> None:
     with LiveBytes() as live:
         a = torch.zeros(4 * KIB)
         b = a + 1
@@ -49,7 +55,7 @@ def test_a_hand_written_sequence_is_counted_to_the_byte():
     assert live.highest()[0] == live.peak
 
 
-def test_views_and_in_place_operations_count_once():
+def test_views_and_in_place_operations_count_once() -> None:
     with LiveBytes() as live:
         a = torch.zeros(8, 32)
         views = [a.t(), a[2:], a.view(-1), a.detach(), a.expand(5, 8, 32)]
@@ -61,14 +67,14 @@ def test_views_and_in_place_operations_count_once():
     assert live.current == 0
 
 
-def test_a_slice_keeps_its_whole_storage_alive():
+def test_a_slice_keeps_its_whole_storage_alive() -> None:
     with LiveBytes() as live:
         piece = torch.zeros(100 * KIB)[:1]
     assert piece.numel() == 1
     assert live.current == 100 * 1024
 
 
-def test_a_storage_resized_or_swapped_is_counted_at_its_size():
+def test_a_storage_resized_or_swapped_is_counted_at_its_size() -> None:
     plain = torch.UntypedStorage.resize_
     with LiveBytes() as live:
         a = torch.zeros(KIB)
@@ -78,12 +84,12 @@ def test_a_storage_resized_or_swapped_is_counted_at_its_size():
         assert live.current == 0
         a.data = torch.zeros(2 * KIB)
         assert live.current == 2 * 1024
-        a.set_(torch.zeros(3 * KIB))
+        a.set_(torch.zeros(3 * KIB).untyped_storage(), 0, (3 * KIB,), (1,))
         assert live.current == 3 * 1024
     assert torch.UntypedStorage.resize_ is plain
 
 
-def test_tensors_from_before_count_once_they_are_read_or_registered():
+def test_tensors_from_before_count_once_they_are_read_or_registered() -> None:
     read, registered, other = (torch.zeros(KIB) for _ in range(3))
     with LiveBytes() as live:
         live.register([registered, registered.view(-1)], "weights")
@@ -94,7 +100,7 @@ def test_tensors_from_before_count_once_they_are_read_or_registered():
     assert [storage.category for storage in live.log].count("weights") == 1
 
 
-def test_what_was_there_from_the_start_raises_the_peak_that_was_before():
+def test_what_was_there_from_the_start_raises_the_peak_that_was_before() -> None:
     late = torch.zeros(KIB)
     with LiveBytes() as live:
         torch.zeros(10 * KIB)
@@ -103,7 +109,7 @@ def test_what_was_there_from_the_start_raises_the_peak_that_was_before():
     assert live.current == 1024
 
 
-def test_interval_peaks_start_from_what_is_alive():
+def test_interval_peaks_start_from_what_is_alive() -> None:
     with LiveBytes() as live:
         a = torch.zeros(KIB)
         torch.zeros(5 * KIB)
@@ -114,8 +120,8 @@ def test_interval_peaks_start_from_what_is_alive():
     assert a.numel() == KIB
 
 
-def test_peaks_are_reported_as_they_rise():
-    peaks = []
+def test_peaks_are_reported_as_they_rise() -> None:
+    peaks: list[Any] = []
     with LiveBytes(on_peak=peaks.append):
         a = torch.zeros(KIB)
         b = torch.zeros(KIB)
@@ -125,7 +131,7 @@ def test_peaks_are_reported_as_they_rise():
     assert peaks == [1024, 2048]
 
 
-def test_meta_and_fake_tensors_count_what_they_would_take():
+def test_meta_and_fake_tensors_count_what_they_would_take() -> None:
     with LiveBytes() as live:
         a = torch.zeros(KIB, device="meta")
         b = a + 1
@@ -138,7 +144,7 @@ def test_meta_and_fake_tensors_count_what_they_would_take():
     assert live.current == 0
 
 
-def test_wrapper_subclasses_count_what_they_wrap():
+def test_wrapper_subclasses_count_what_they_wrap() -> None:
     with LiveBytes() as live:
         two = TwoTensor(torch.zeros(KIB), torch.zeros(KIB))
         product = two * 2
@@ -147,13 +153,13 @@ def test_wrapper_subclasses_count_what_they_wrap():
     assert live.current == 0
 
 
-def test_sparse_tensors_count_indices_and_values():
+def test_sparse_tensors_count_indices_and_values() -> None:
     with LiveBytes() as live:
         sparse = torch.eye(4).to_sparse()
         assert live.current == sparse._indices().nbytes + sparse._values().nbytes
 
 
-def test_tensors_that_a_backward_frees_are_discounted():
+def test_tensors_that_a_backward_frees_are_discounted() -> None:
     weight = torch.zeros(KIB, requires_grad=True)
     with LiveBytes() as live:
         live.register(weight)
@@ -161,17 +167,17 @@ def test_tensors_that_a_backward_frees_are_discounted():
         kept = live.current
         loss.backward()
         assert live.current < kept
-        assert live.current == weight.nbytes + weight.grad.nbytes + loss.nbytes
+        assert live.current == weight.nbytes + gradient_of(weight).nbytes + loss.nbytes
 
 
 class Twice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x.sin())
         return x * 2
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
         gradient = gradient * 2 + 0 * kept
         return gradient + gradient * 0
@@ -188,10 +194,10 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_peak_of_a_training_step_is_the_allocators(name):
+def test_the_peak_of_a_training_step_is_the_allocators(name: str) -> None:
     x = torch.rand(256 * KIB, requires_grad=True)
 
-    def step():
+    def step() -> None:
         STEPS[name](x).backward()
         x.grad = None
 
@@ -204,14 +210,18 @@ def test_the_peak_of_a_training_step_is_the_allocators(name):
     assert live.highest()[0] == live.peak
 
 
-def test_a_gradient_held_elsewhere_is_counted_beside_the_sum():
+def test_a_gradient_held_elsewhere_is_counted_beside_the_sum() -> None:
     x = torch.rand(256 * KIB, requires_grad=True)
-    held = []
+    held: list[Tensor] = []
 
-    def step():
+    def hold(gradient: Tensor) -> Tensor:
+        held.append(gradient * 1)
+        return held[-1]
+
+    def step() -> None:
         y = x * 2
         branch = y * 3
-        branch.register_hook(lambda gradient: held.append(gradient * 1) or held[-1])
+        branch.register_hook(hold)
         (branch + y.clone()).sum().backward()
         x.grad = None
         held.clear()
@@ -223,7 +233,7 @@ def test_a_gradient_held_elsewhere_is_counted_beside_the_sum():
     assert live.peak == pytest.approx(allocated_peak(step, x.nbytes), abs=512)
 
 
-def test_nested_and_unseen_blocks_keep_their_own_counts():
+def test_nested_and_unseen_blocks_keep_their_own_counts() -> None:
     with LiveBytes() as outer:
         a = torch.zeros(KIB)
         with LiveBytes() as inner:
@@ -234,7 +244,7 @@ def test_nested_and_unseen_blocks_keep_their_own_counts():
     assert a.numel() == b.numel() == c.numel()
 
 
-def test_after_forget_the_figures_stand_still():
+def test_after_forget_the_figures_stand_still() -> None:
     with LiveBytes() as live:
         a = torch.zeros(KIB)
     live.forget()

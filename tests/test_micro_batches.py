@@ -16,12 +16,12 @@ from torch import nn
 import trady
 from tests.small_task import SmallNet, StopAfter, small_data, small_net
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.model.batch import part_of, parts_of, waiting_bytes
-from trady.planning.micro_batch import samples_at_once
+from trady.model.batch import Batch
+from trady.planning.micro_batch import check_micro_batch, chunk_sizes
 from trady.training.run import finetune
 
 
-def without_dropout(classes: int = 3) -> nn.Module:
+def without_dropout(classes: int = 3) -> SmallNet:
     model = small_net(classes)
     assert isinstance(model, SmallNet)
     model.dropout.p = 0.0
@@ -39,21 +39,21 @@ def run(out: Path | None, **options: Any) -> Any:
 def test_the_parts_of_a_batch_are_the_batch(samples: int, size: int, mapping: bool) -> None:
     tensors = (torch.arange(samples * 2).view(samples, 2), torch.arange(samples))
     batch: Any = {"ids": tensors[0], "labels": tensors[1], "flag": True} if mapping else tensors
-    parts = list(parts_of(batch, size))
+    parts = [(chunk.inputs, share) for chunk, share in Batch.of(batch).chunks(size)]
     assert sum(share for _, share in parts) == pytest.approx(1)
     for key in ("ids", "labels") if mapping else (0, 1):
         assert torch.equal(torch.cat([part[key] for part, _ in parts]), batch[key])
         assert all(len(part[key]) <= size for part, _ in parts)
-    first = part_of(batch, 0, 1)
-    assert waiting_bytes(batch, first) == (samples - 1) * 24
+    first = Batch.of(batch).chunk(0, 1)
+    assert Batch.of(batch).nbytes - first.nbytes == (samples - 1) * 24
 
 
 def test_auto_halves_down_to_one_sample() -> None:
-    assert samples_at_once(torch.zeros(20, 3), "auto") == (20, 10, 5, 3, 2, 1)
-    assert samples_at_once(torch.zeros(20, 3), 64) == (20,)
+    assert chunk_sizes(Batch.of(torch.zeros(20, 3)), "auto") == (20, 10, 5, 3, 2, 1)
+    assert chunk_sizes(Batch.of(torch.zeros(20, 3)), 64) == (20,)
     for wrong in (0, -1, True, 1.5, "some"):
         with pytest.raises(BudgetError, match="micro_batch"):
-            samples_at_once(torch.zeros(20, 3), wrong)  # type: ignore[arg-type]
+            check_micro_batch(wrong)
 
 
 @pytest.mark.parametrize("policy", ["trady", "head", "full"])
@@ -72,7 +72,8 @@ def test_accumulated_gradients_of_the_channels_are_those_of_the_whole_batch() ->
     gradients = []
     for size in (None, 4):
         tuner = trady.prepare(without_dropout(), images, budget="elements:2000", micro_batch=size)
-        for (x, y), share in parts_of((images, labels), size):
+        for chunk, share in Batch.of((images, labels)).chunks(size):
+            x, y = chunk.inputs
             (F.cross_entropy(tuner.model(x), y) * share).backward()
         gradients.append([p.grad for p in tuner.parameters()])
         tuner.finish()
@@ -83,7 +84,7 @@ def test_accumulated_gradients_of_the_channels_are_those_of_the_whole_batch() ->
 
 def test_a_micro_batch_stays_in_a_budget_that_the_whole_batch_does_not_fit_in(tmp_path: Path) -> None:
     budget = "150 KiB"
-    with pytest.raises(BudgetError, match="below the least") as refused:
+    with pytest.raises(BudgetError, match="below the minimum") as refused:
         run(None, budget=budget)
     assert "with 8 samples a step" in str(refused.value)
     result = run(tmp_path, budget=budget, micro_batch="auto")
@@ -135,11 +136,11 @@ def test_what_cannot_be_done_in_parts_is_refused() -> None:
         with pytest.raises(TrainingError, match=f"every backward pass.*take {name}"):
             run(None, optimizer=f"{name}-in-backward", micro_batch=8)
     for wrong in (0, "some", True, 2.0):
-        with pytest.raises(TrainingError, match="give a number of samples"):
+        with pytest.raises(BudgetError, match="neither a number of samples nor auto"):
             run(None, micro_batch=wrong)
     model = without_dropout()
-    model.features[1] = nn.BatchNorm2d(8, track_running_stats=False)  # type: ignore[index,operator]
+    model.features[1] = nn.BatchNorm2d(8, track_running_stats=False)
     with pytest.raises(ModelError, match=r"features\.1 normalises with the statistics of the batch"):
         run(None, model=model, policy="full", micro_batch=8)
-    with pytest.raises(TrainingError, match="recompute is 'some'"):
+    with pytest.raises(BudgetError, match="recompute='some' is not known"):
         run(None, recompute="some")

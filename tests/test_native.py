@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tests.models import relative_error
+from tests.plain_kernels import without_native_kernels
 from trady.ops import bits, native, pooling
 from trady.ops.native import depthwise, library
 from trady.ops.operators import Convolution
@@ -79,16 +82,12 @@ def test_max_pooling_has_pytorchs_values_ties_and_nans(case: tuple[Tensor, Windo
     expected = pytorchs_pool(x, window)
     upstream = normal(*expected.shape, seed=2, dtype=x.dtype)
     wanted = torch.autograd.grad(expected, x, upstream)[0]
-    original = pooling.library
-    for replaced in (original, lambda: None):
-        pooling.library = replaced
-        try:
+    for plain in (False, True):
+        with without_native_kernels(pooling) if plain else nullcontext():
             found = max_pool(x, window)
             gradient = torch.autograd.grad(found, x, upstream)[0]
             with torch.no_grad():
                 alone = max_pool(x, window)
-        finally:
-            pooling.library = original
         for pooled in (found, alone):
             assert torch.equal(pooled.isnan(), expected.isnan())
             assert torch.equal(pooled.nan_to_num(7), expected.nan_to_num(7))
@@ -105,7 +104,8 @@ def test_max_pooling_of_rows_longer_than_a_strip(kernels: str, last: bool) -> No
         assert torch.equal(found, expected)
         assert found.is_contiguous(memory_format=torch.channels_last) == last or kernels != "native"
         upstream = normal(*found.shape)
-        assert torch.allclose(*(torch.autograd.grad(t, x, upstream)[0] for t in (found, expected)), atol=1e-5)
+        mine, theirs = (torch.autograd.grad(t, x, upstream)[0] for t in (found, expected))
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [Window((3, 2), (2, 1), (1, 1), (1, 2), True), Window((3,), (2,), (1,), (1,))])
@@ -155,16 +155,12 @@ def test_a_depthwise_convolution_of_any_geometry_is_pytorchs(
     wanted = torch.autograd.grad(expected, wide[:2], upstream.double())
     channels = np.arange(0, c.groups, 2 if some else 1)
     selected = select_channels(channels, c.groups, 1, torch.device("cpu"))
-    original = depthwise.library
-    for replaced in (original, lambda: None):
-        depthwise.library = replaced
-        try:
+    for plain in (False, True):
+        with without_native_kernels(depthwise) if plain else nullcontext():
             y = c.forward(x, weight, bias)
             gradient = c.input_gradient(upstream.to(x.dtype), weight, x.shape)
             out = torch.ones(len(channels), 1, *weight.shape[2:], dtype=x.dtype)
             c.weight_gradient(upstream.to(x.dtype), x[:, channels].contiguous(), selected, out)
-        finally:
-            depthwise.library = original
         exact = 1e-9 if x.dtype == torch.float64 else 2e-5
         pairs = ((y, expected), (gradient, wanted[0]), (out - 1, wanted[1][channels]))
         for found, truth in pairs:
@@ -288,6 +284,6 @@ def test_a_user_without_a_home_has_the_kernels_in_the_temporary_folder(
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", no_home)
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     (folder,) = native._cache_folders()
     assert folder.parent == tmp_path

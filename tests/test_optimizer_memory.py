@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import trady
 from tests.models import normal, seeded
+from tests.tight_budget import predicted_peak
 from trady.memory import LiveBytes
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.planning.budget import InfeasibleBudgetError, parse_budget
@@ -67,7 +68,7 @@ def test_no_step_of_an_optimizer_exceeds_a_tight_budget(name: str, budget: str) 
     model, x = wide(), normal(SAMPLES, WIDTH)
     tuner = trady.prepare(model, x, budget=budget, policy="dynamic-random")
     optimizer = tuner.attach(OPTIMIZERS[name](tuner.parameters()))
-    predicted, found = tuner.plan.predicted_peak_bytes, ledgers(tuner, optimizer, x)
+    predicted, found = predicted_peak(tuner.plan), ledgers(tuner, optimizer, x)
     limit = parse_budget(budget).amount
     assert max(ledger.peak_bytes for ledger in found) <= limit
     assert abs(predicted / found[-1].peak_bytes - 1) < 0.005
@@ -110,7 +111,7 @@ def test_what_is_known_beforehand_is_what_is_measured_when_it_is_attached(name: 
     before = memory_of(factory, torch.device("cpu"))
     tuner = trady.prepare(wide(), normal(SAMPLES, WIDTH), budget="peak:2 MiB", policy="dynamic-random")
     tuner.attach(factory(tuner.parameters()))
-    assert tuner._drawing.optimizer == before
+    assert tuner._draws.moment.optimizer == before
     assert before.copies == (1 if "sgd" in name else 2)
     assert (before.in_backward is None) == ("in-backward" not in name)
 
@@ -152,7 +153,7 @@ def test_a_state_that_follows_no_known_form_is_taken_at_its_most() -> None:
     class TwoSided(torch.optim.SGD):
         """Keeps a square of each side, as Shampoo does."""
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             for parameter in self.param_groups[0]["params"]:
                 sides = parameter.flatten(1).shape
                 self.state[parameter].update({str(i): torch.zeros(n, n) for i, n in enumerate(sides)})
@@ -183,8 +184,8 @@ def test_convolutions_are_predicted_too(name: str, share: float) -> None:
         optimizer.zero_grad()
 
     measured = [tuner.ledger(step, inference=False).peak_bytes for _ in range(2)][-1]
-    predicted = sum(tuner._drawing.predicted_parts(tuner.selection).values())
-    bound = tuner._drawing._peak(tuner._drawing.timeline, tuner.selection)
+    predicted = sum(tuner._decision.spending(tuner._draws.moment).peak_parts(tuner.selection).values())
+    bound = tuner._decision.spending(tuner._draws.moment).peak(tuner.selection)
     assert 0.995 * measured <= predicted <= 1.03 * measured
     assert measured <= bound
 
@@ -199,12 +200,12 @@ def test_a_restart_knows_what_the_optimizer_takes_before_it_is_attached() -> Non
         json.loads(json.dumps({"meta": tuner.state_dict()["meta"]})) | {"tensors": tuner.state_dict()["tensors"]}
     )
     assert twin.resample(1) == tuner.resample(1)
-    assert twin._drawing.optimizer.amounts == tuner._drawing.optimizer.amounts
+    assert twin._draws.moment.optimizer.amounts == tuner._draws.moment.optimizer.amounts
 
 
 def test_an_optimizer_that_cannot_be_tried_out_is_taken_to_need_as_much_as_it_keeps() -> None:
     class Stubborn(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             raise RuntimeError("not on these")
 
     assert optimizer_memory(Stubborn([nn.Parameter(torch.zeros(2, 2))])) == OptimizerMemory(copies=2, every=2)

@@ -15,55 +15,23 @@ from torch import Tensor, nn
 
 import trady
 from tests.models import IMAGE_NETWORKS, Tokens, freeze_norms, gradient_errors, normal, relative_error, seeded, snapshot
+from tests.neurons import Fixed, Neurons, picked
 from tests.recomputed_models import VisionTransformer, bert, loss_of, tokens
+from trady.analysis.model_analysis import analyse_model
 from trady.channels.cost import cost_of
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import CheckpointError, ModelError, PolicyError
 from trady.optim.clipping import clip_by_output, clip_channels_
 from trady.policies import Draw, draw_selection
-from trady.policies.neurons import costs, fill_neurons, one_of_each, unit_count, unit_selection
+from trady.policies.output_channels import costs, fill_output_channels, one_of_each, unit_count, unit_selection
 from trady.simulation.simulator import Simulator
 
 EVERYTHING = "elements:100000000000"
 
 
-class Neurons:
-    """Random neurons until the budget is full, anew in each epoch; of ``share`` of the units at most."""
-
-    name = "neurons"
-    uses_ranking = False
-
-    def __init__(self, share: float = 0.4, rectangle: bool = False) -> None:
-        self.share, self.rectangle = share, rectangle
-
-    def select(self, draw: Draw) -> Selection:
-        random = np.random.default_rng([draw.seed, draw.epoch])
-        layers = draw.table.layers
-        counts = [unit_count(layer) for layer in layers]
-        starts = np.cumsum([0, *counts[:-1]])
-        kept = [
-            start + random.permutation(count)[: max(1, round(self.share * count))]
-            for start, count in zip(starts, counts, strict=True)
-        ]
-        selection = fill_neurons(draw, layers, random.permutation(np.concatenate(kept)))
-        if not self.rectangle:
-            return selection
-        fewer = {n: c if len(c) < 2 else random.permutation(c)[: len(c) // 2] for n, c in selection.items()}
-        return Selection(fewer, selection.outputs)
-
-
-class Fixed:
-    """The selections it is given, one an epoch."""
-
-    name = "fixed"
-    uses_ranking = False
-
-    def __init__(self, *selections: Callable[[ChannelTable], Selection]) -> None:
-        self.selections = selections
-
-    def select(self, draw: Draw) -> Selection:
-        return self.selections[draw.epoch % len(self.selections)](draw.table)
+def constant(selection: Selection) -> Callable[[ChannelTable], Selection]:
+    return lambda table: selection
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
@@ -158,25 +126,25 @@ def test_hashes_of_selections_by_input_channel_are_what_they_were() -> None:
     digest = hashlib.sha256()
     for name, indices in (("a", [1, 4]), ("b", [0])):
         digest.update(name.encode() + b"\0" + np.array(indices).astype("<i8").tobytes())
-    selection = Selection({"b": [0], "a": [4, 1]})
+    selection = picked({"b": [0], "a": [4, 1]})
     assert selection.digest == digest.hexdigest()[:16]
     assert selection.to_json() == {"a": [1, 4], "b": [0]} == Selection.from_json(selection.to_json()).to_json()
 
 
 def test_outputs_are_part_of_a_selection() -> None:
     inputs = {"a": [0, 1], "b": [2]}
-    plain, chosen = Selection(inputs), Selection(inputs, {"a": [3, 1, 3]})
-    assert plain != chosen != Selection(inputs, {"b": [1, 3]})
-    assert chosen == Selection(inputs, {"a": [1, 3]})
+    plain, chosen = picked(inputs), picked(inputs, {"a": [3, 1, 3]})
+    assert plain != chosen != picked(inputs, {"b": [1, 3]})
+    assert chosen == picked(inputs, {"a": [1, 3]})
     assert Selection.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
     assert chosen.output_count("a") == 2
     assert chosen.output_count("b") is None
-    assert Selection(inputs, {"a": []}) == Selection({"b": [2]})
+    assert picked(inputs, {"a": []}) == picked({"b": [2]})
 
 
 def test_outputs_without_inputs_are_refused() -> None:
     with pytest.raises(ModelError, match=r"output channels of b are selected.*trady\.by_output"):
-        Selection({"a": [0]}, {"b": [1]})
+        picked({"a": [0]}, {"b": [1]})
 
 
 @pytest.mark.parametrize("damaged", [[1], {"a": {"channels": [1]}}, {"a": {"channels": [1], "outputs": [0], "x": 1}}])
@@ -186,9 +154,9 @@ def test_a_damaged_selection_is_refused(damaged: Any) -> None:
 
 
 def test_both_of_two_selections() -> None:
-    left = Selection({"a": [0, 1], "b": [0], "c": [5]}, {"a": [1], "c": [2]})
-    right = Selection({"a": [3], "b": [1], "d": [0]}, {"a": [0], "b": [7], "d": [4]})
-    both = Selection({"a": [0, 1, 3], "b": [0, 1], "c": [5], "d": [0]}, {"a": [0, 1], "c": [2], "d": [4]})
+    left = picked({"a": [0, 1], "b": [0], "c": [5]}, {"a": [1], "c": [2]})
+    right = picked({"a": [3], "b": [1], "d": [0]}, {"a": [0], "b": [7], "d": [4]})
+    both = picked({"a": [0, 1, 3], "b": [0, 1], "c": [5], "d": [0]}, {"a": [0, 1], "c": [2], "d": [4]})
     assert left | right == both == right | left
 
 
@@ -225,7 +193,8 @@ def test_a_policy_that_selects_outputs_that_are_not_there_is_refused() -> None:
         (plain, [-1], "output channel -1 of layer"),
         (grouped, [0], f"output channels of layer '{grouped.name}', a convolution of {grouped.groups} groups"),
     ):
-        wrong = Fixed(lambda _, layer=layer, outputs=outputs: Selection({layer.name: [0]}, {layer.name: outputs}))
+        selection = picked({layer.name: [0]}, {layer.name: outputs})
+        wrong = Fixed(constant(selection))
         with pytest.raises(PolicyError, match="policy 'fixed' selected ") as refused:
             draw_selection(wrong, Draw(table, table.names, prices, None, 0, 0))
         assert said in str(refused.value)
@@ -304,7 +273,7 @@ def test_the_peak_of_a_drawn_selection_is_below_what_the_budget_is_held_against(
     build, batch = PLANNED["ViT"]
     model = seeded(build)
     plan = trady.plan(model, batch, budget=EVERYTHING, policy=Neurons())
-    simulator = Simulator(model, batch, head=plan.head)
+    simulator = Simulator(model, batch, analyse_model(model, batch))
     bound = simulator.timeline(layers=plan.table.names).predicted_peak
     for share in (0.05, 0.3, 0.8):
         draw = Draw(plan.table, plan.table.names, dict.fromkeys(plan.table.names, 1), None, 0, 0)
@@ -333,7 +302,7 @@ def trained(tuner: trady.Tuner, optimizer: torch.optim.Optimizer, steps: int = 1
 
 def test_a_neuron_that_stays_keeps_its_momentum_and_one_that_joins_has_none() -> None:
     model = seeded(perceptron)
-    policy = Fixed(of_outputs(0, 2, 5), of_outputs(1, 2, 5), lambda table: Selection({"0": [1, 3]}), of_outputs(5))
+    policy = Fixed(of_outputs(0, 2, 5), of_outputs(1, 2, 5), lambda table: picked({"0": [1, 3]}), of_outputs(5))
     tuner = trady.prepare(model, normal(4, 5), budget=EVERYTHING, policy=policy)
     optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=0.01))
     compact = dict(tuner.named_parameters())["0.weight.channels"]
@@ -490,9 +459,10 @@ def test_neurons_fill_the_budget_and_the_first_of_a_layer_pays_for_its_input(see
     draw = Draw(table, table.names, prices, capacity, seed, 0, weight_price=2)
     counts = [unit_count(layer) for layer in layers]
     order = random.permutation(sum(counts))
-    found = fill_neurons(draw, layers, order)
+    found = fill_output_channels(draw, layers, order)
 
-    left, units = capacity, [[] for _ in layers]
+    left = capacity
+    units: list[list[int]] = [[] for _ in layers]
     owner = np.repeat(np.arange(5), counts)
     for position in order:
         layer = int(owner[position])

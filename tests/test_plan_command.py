@@ -28,7 +28,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 176,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 500,
     "max_position_embeddings": 64,
@@ -91,7 +91,7 @@ def test_a_plan_says_what_trains_what_is_kept_and_what_is_computed_anew(llama: P
         "of the channels that train",
         "segments of the forward pass",
         "of a forward pass",
-        "least budget",
+        "minimum budget",
         "Predicted peak of a step",
         "weights",
         "saved activations",
@@ -107,7 +107,7 @@ def test_the_parts_of_a_predicted_peak_sum_up_to_it_and_the_least_budget_is_the_
     least = plan["least_budget_bytes"]
     assert least <= plan["least_peak_bytes"]
     assert figures(llama, *TOKENS, "--budget", f"{least} B")["predicted_peak_bytes"] <= least
-    assert "below the least possible" in refused(llama, *TOKENS, "--budget", f"{least - 1} B")
+    assert "below the minimum" in refused(llama, *TOKENS, "--budget", f"{least - 1} B")
 
 
 @pytest.mark.parametrize("budget", ["update:20 KiB", "elements:3000"])
@@ -126,21 +126,21 @@ def test_a_written_plan_is_the_printed_one_and_can_be_prepared(llama: Path, tmp_
 
 
 def test_a_curve_shows_the_peak_from_no_channel_to_all_of_them(llama: Path) -> None:
-    curve = figures(llama, *TOKENS, "--budget", "4 MiB", "--curve")["curve"]
+    curve = figures(llama, *TOKENS, "--budget", "2 MiB", "--curve")["curve"]
     assert [point["share"] for point in curve] == list(SHARES)
     for peak in ("channels", "kept_peak_bytes", "recomputed_peak_bytes"):
         assert [point[peak] for point in curve] == sorted(point[peak] for point in curve)
     assert all(point["recomputed_peak_bytes"] < point["kept_peak_bytes"] for point in curve if point["share"])
-    text = shown(llama, *TOKENS, "--budget", "4 MiB", "--curve")
-    assert "all computed anew" in text
+    text = shown(llama, *TOKENS, "--budget", "2 MiB", "--curve")
+    assert "all recomputed" in text
     assert text.count("◆") == len(SHARES) + 1
 
 
 def test_a_model_with_nothing_to_compute_anew_has_one_curve() -> None:
     text = shown("tests.small_task:small_net", "--image-size", 12, "--budget", "1 MiB", "--classes", 3, "--curve")
-    assert "all computed anew" not in text
+    assert "all recomputed" not in text
     assert "segments" not in text
-    assert "trains always" in text
+    assert "always trained" in text
     assert "◆" not in text, "the budget lies beyond the last bar"
 
 
@@ -160,7 +160,7 @@ def test_a_sweep_is_a_plan_for_every_budget_and_batch_size(llama: Path, tmp_path
     for (budget, size), cell in cells.items():
         if not cell["possible"]:
             assert budget == "peak:1 MiB"
-            with pytest.raises(trady.BudgetError, match="below the least"):
+            with pytest.raises(trady.BudgetError, match="below the minimum"):
                 trady.plan(real_llama(), batch(size), budget=budget)
             assert trady.plan(real_llama(), batch(size), budget=cell["predicted_peak_bytes"])
             continue

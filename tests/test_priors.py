@@ -1,8 +1,6 @@
 """Rankings that are known before training: by structure, for any input size, and never another structure's."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import trady
+from tests.command import trady_here
 from trady.analysis.model_analysis import analyse_model
 from trady.errors import RankingError
 from trady.ranking.online import OnlineRanking
@@ -115,7 +114,7 @@ def test_an_unknown_word_is_refused_with_those_that_are_known() -> None:
 
 def test_a_prior_of_ones_own_goes_before_a_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking = measured(Net())
-    backwards = replace(ranking, scores=dict(zip(ranking.scores, reversed(ranking.scores.values()), strict=True)))
+    backwards = replace(ranking, scores=dict(zip(ranking.scores, reversed(list(ranking.scores.values())), strict=True)))
     monkeypatch.setattr("trady.ranking.priors.shipped_priors", lambda: {"net": ranking})
     table = analyse_model(Net(), batches()[0][0]).table
     found = find_prior(table)
@@ -169,7 +168,7 @@ def test_a_layer_that_was_never_seen_gets_its_share_of_the_guess() -> None:
     assert scores["mix"] / scores["stem"] == pytest.approx(guess["mix"] / guess["stem"])
 
 
-def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path) -> None:
+def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net_of_mine.py").write_text(SRC, encoding="utf-8")
     rng = np.random.default_rng(0)
     np.savez(
@@ -180,11 +179,10 @@ def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path) -> None
         y_test=np.arange(8) % 4,
     )
 
+    monkeypatch.chdir(tmp_path)
+
     def trady_cli(*words: str) -> str:
-        code = "from trady.cli.app import app; app()"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = trady_here(*words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import trady
-from benchmarks.quantized import weight_bytes
-from tests.models import normal, relative_error, same, seeded, snapshot
+from tests.against_dense import armed, dense_gradients, gradients
+from tests.models import gradient_of, normal, relative_error, same, seeded, snapshot
+from tests.quantised_network import (
+    KINDS,
+    OPTIMIZERS,
+    WIDTH,
+    X,
+    Y,
+    assert_gradients,
+    dequantised,
+    loss,
+    network,
+    quantised,
+    quantised_layers,
+    train,
+)
 from tests.small_task import StopAfter
-from tests.test_interception import armed, dense_gradients, gradients
 from trady.channels.selection import Selection
 from trady.channels.table import by_output
-from trady.errors import CheckpointError, ModelError, RankingError, TradyWarning
+from trady.errors import CheckpointError, ModelError, TradyWarning
 from trady.policies import Draw
 from trady.quantized.formats import stored_in
-from trady.ranking.ranking import structure_digest
 from trady.training.run import finetune
 
 pytestmark = [
@@ -34,102 +44,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
-
-KINDS = ["torchao-8", "torchao-4", "bitsandbytes-8", "bitsandbytes-4"]
-WIDTH = 64
-X, Y = normal(12, 5, WIDTH), torch.arange(12) % 3
-
-
-class Block(nn.Module):
-    """The addition hands one gradient tensor to both branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Network(nn.Module):
-    """Plain layers in front of and behind blocks that will be quantised."""
-
-    def __init__(self, checkpoints: bool = False) -> None:
-        super().__init__()
-        self.stem, self.last, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.checkpoints = checkpoints
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
-        return self.head(torch.relu(self.last(x)).mean(1))
-
-
-def network(checkpoints: bool = False) -> nn.Module:
-    return seeded(lambda: Network(checkpoints))
-
-
-def quantised(kind: str, model: nn.Module) -> nn.Module:
-    """The blocks of a model stored in 8 or 4 bits."""
-    library, bits = kind.split("-")
-    if library == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
-        config = quantization.Int8WeightOnlyConfig()
-        if bits == "4":
-            group = quantization.PerGroup(16)
-            config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
-        quantization.quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and "blocks" in name)
-        return model
-    modules = pytest.importorskip("bitsandbytes").nn
-    for parent in [m for name, m in model.named_modules() if isinstance(m, Block)]:
-        for name in ("up", "down"):
-            plain, options = getattr(parent, name), {"bias": getattr(parent, name).bias is not None}
-            sizes = plain.in_features, plain.out_features
-            if bits == "8":
-                stored = modules.Linear8bitLt(*sizes, has_fp16_weights=False, **options)
-            else:
-                stored = modules.Linear4bit(*sizes, quant_type="nf4", **options)
-                stored.support_avx512bf16_for_cpu = False
-            stored.to(plain.weight.dtype).load_state_dict(plain.state_dict())
-            setattr(parent, name, stored.to("cpu"))
-    return model
-
-
-def dequantised(model: nn.Module) -> nn.Module:
-    """A plain network with the values that the weights stand for, made without trady."""
-    dense = network().to(next(model.head.parameters()).dtype)
-    with torch.no_grad():
-        for (name, plain), stored in zip(dense.named_modules(), model.modules(), strict=True):
-            if not isinstance(plain, nn.Linear):
-                continue
-            if type(stored) is nn.Linear and type(stored.weight) is nn.Parameter:
-                plain.weight.copy_(stored.weight)
-            elif type(stored) is nn.Linear:
-                plain.weight.copy_(stored.weight.dequantize())
-            else:  # the library's own product of the unit vectors
-                bias = 0 if stored.bias is None else stored.bias.float()
-                eye = torch.eye(plain.in_features, dtype=plain.weight.dtype)
-                plain.weight.copy_((stored.train()(eye).float() - bias).t())
-            assert name
-    return dense.train(model.training)
-
-
-def loss(x: Tensor = X, y: Tensor = Y) -> Callable[[nn.Module], Tensor]:
-    return lambda model: F.cross_entropy(model(x).float(), y)
-
-
-def quantised_layers(tuner: trady.Tuner) -> list[str]:
-    return [layer.name for layer in tuner.plan.table if layer.quantized]
-
-
-def assert_gradients(tuner: trady.Tuner, expected: dict[str, Tensor], error: float) -> None:
-    found = gradients(tuner)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert relative_error(found[name].float(), gradient.float()) < error, name
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------
@@ -205,45 +119,20 @@ def test_output_channels_can_be_chosen_in_quantised_layers_too(kind: str) -> Non
     loss()(model).backward()
     found = gradients(tuner)
     for name in quantised_layers(tuner):
-        whole = dense.get_submodule(name).weight.grad
+        whole = gradient_of(dense.get_parameter(f"{name}.weight"))
         chosen = torch.from_numpy(tuner.selection.outputs[name].copy())
         assert relative_error(found[f"{name}.weight.channels"], whole[chosen].t()) < 1e-5
     optimizer.step()
     tuner.resample(1)
     with torch.no_grad():
         for name in quantised_layers(tuner):
-            weight, rows = dense.get_submodule(name).weight, torch.arange(0, len(dense.get_submodule(name).weight), 7)
-            weight[rows] -= 0.1 * weight.grad[rows]
-            plain = (
-                trady.quantized.dequantize(copy.deepcopy(tuner.finish()))
-                if name == quantised_layers(tuner)[-1]
-                else None
-            )
+            weight = dense.get_parameter(f"{name}.weight")
+            rows = torch.arange(0, len(weight), 7)
+            weight[rows] -= 0.1 * gradient_of(weight)[rows]
+            plain = trady.dequantize(copy.deepcopy(tuner.finish())) if name == quantised_layers(tuner)[-1] else None
     assert plain is not None
     for name in [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]:
         assert relative_error(plain.get_parameter(name), dense.get_parameter(name)) < 1e-5
-
-
-# -- training ----------------------------------------------------------------------------------------------------
-
-
-def train(model: nn.Module, tuner: trady.Tuner, optimizer: torch.optim.Optimizer, epochs: range, parts: int) -> None:
-    for epoch in epochs:
-        tuner.resample(epoch)
-        for _ in range(2):
-            for x, y in zip(X.chunk(parts), Y.chunk(parts), strict=True):
-                (loss(x, y)(model) / parts).backward()
-            if not isinstance(optimizer, trady.optim.SGD | trady.optim.AdamW):
-                tuner.clip_gradients(0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
-    "in backward": lambda p: trady.optim.AdamW(p, lr=1e-2, weight_decay=0.1, channel_clip=0.5),
-}
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -257,7 +146,7 @@ def test_training_over_several_draws_ends_where_the_dense_model_does(kind: str, 
         tuner = trady.prepare(net, X, budget="elements:4000", policy="dynamic-random", recompute="none")
         optimizer = tuner.attach(OPTIMIZERS[name](tuner.parameters()))
         train(net, tuner, optimizer, range(3), parts)
-        ended.append(trady.quantized.dequantize(tuner.finish()))
+        ended.append(trady.dequantize(tuner.finish()))
     left, right, before = (snapshot(net) for net in (*ended, dequantised(quantised(kind, network()))))
     assert left.keys() == right.keys()
     for key in (key for key in left if "blocks" in key and "up.weight" in key):
@@ -315,7 +204,7 @@ def test_float_channels_are_in_the_state_and_a_base_without_them_refuses_it(
     trained: tuple[str, nn.Module, trady.Tuner],
 ) -> None:
     kind, _, tuner = trained
-    drawn = tuner._touched["blocks.0.up"]
+    drawn = tuner._draws.touched["blocks.0.up"]
     state = tuner.finish().state_dict()
     assert np.array_equal(state["blocks.0.up.float_channels"].numpy(), drawn)
     assert state["blocks.0.up.float_values"].shape == (len(drawn), 2 * WIDTH)
@@ -368,7 +257,7 @@ def test_a_delta_puts_the_trained_channels_into_a_base_in_floating_point(
 def test_dequantising_gives_plain_layers_that_compute_the_same(trained: tuple[str, nn.Module, trady.Tuner]) -> None:
     _, model, tuner = trained
     with pytest.raises(trady.StateError, match="is prepared already"):
-        trady.quantized.dequantize(model)
+        trady.dequantize(model)
     expected = model.eval()(X)
     plain = tuner.finish(dequantize=True)
     assert plain is model
@@ -381,7 +270,7 @@ def test_a_finished_model_can_be_prepared_again_and_trains_on(trained: tuple[str
     _, model, tuner = trained
     before = tuner.delta()
     tuner.finish()
-    dense = trady.quantized.dequantize(copy.deepcopy(model))
+    dense = trady.dequantize(copy.deepcopy(model))
     again = armed(model, X)
     expected = dense_gradients(dense, again, loss())
     loss()(model).backward()
@@ -421,142 +310,6 @@ def _delta_of(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "delta.safetensors")
-
-
-# -- budgets -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_peak_is_predicted_with_quantised_weights_and_float_channels(kind: str) -> None:
-    model = quantised(kind, network()).train()
-    tuner = trady.prepare(model, X, budget="elements:6000", policy="static-random", recompute="none")
-    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
-    predicted = sum(tuner._drawing.predicted_parts(tuner.selection).values())
-    train(model, tuner, optimizer, range(1), 1)
-
-    def step() -> None:
-        loss()(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    measured = tuner.ledger(step).peak_bytes
-    # One layer's weight more: kernels of bitsandbytes dequantise out of the ledger's sight, one of torchao does not.
-    assert 0.97 * measured < predicted < 1.03 * measured + 4 * 2 * WIDTH * WIDTH
-
-
-@pytest.mark.parametrize("kind", ["torchao-8", "bitsandbytes-4"])
-def test_nothing_between_forward_and_backward_holds_a_float_copy_of_a_weight(kind: str) -> None:
-    saved = {}
-    for name, model in (("float", network()), ("quantised", quantised(kind, network()))):
-        tuner = trady.prepare(model, X, budget="elements:3000", policy="dynamic-random", recompute="none")
-        saved[name] = tuner.ledger(lambda: loss()(model).backward()).saved_bytes  # noqa: B023
-        tuner.finish()
-    assert saved["quantised"] <= saved["float"] * 1.01
-
-
-def test_a_peak_budget_is_kept_over_many_draws_until_its_room_is_full() -> None:
-    model = quantised("bitsandbytes-4", network()).train()
-    with pytest.raises(trady.BudgetError) as refused:
-        trady.plan(model, X, budget="peak:1 KiB", policy="dynamic-random", recompute="none")
-    budget = refused.value.least_amount + 60_000
-    options = {"policy": "dynamic-random", "recompute": "none"}
-    tuner = trady.prepare(model, X, budget=f"peak:{budget} B", **options)
-    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
-    reserved = tuner.cost().float_bytes
-    assert reserved == 10 * tuner.plan.table.float_bytes(tuner.selection)
-    drawn: list[str] = []
-
-    def step() -> None:
-        loss()(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def run() -> None:
-        for epoch in range(24):
-            tuner.resample(epoch)
-            drawn.append(tuner.selection.digest)
-            step()
-            if epoch % 5 == 0:
-                assert tuner.ledger(step, inference=False).peak_bytes <= budget
-
-    with pytest.warns(TradyWarning, match="have filled the budget: from epoch") as warned:
-        run()
-    assert len(warned) == 1
-    assert len(set(drawn)) >= 10
-    assert len(set(drawn[-3:])) == 1
-    assert len(tuner._armed.float_channels["blocks.0.up"]) < WIDTH
-
-
-def test_an_update_budget_counts_the_float_channels_of_ten_draws_and_of_one_where_there_is_only_one() -> None:
-    model, budget = quantised("torchao-8", network()), "update:100 KiB"
-    dynamic = trady.plan(model, X, budget=budget, policy="dynamic-random", recompute="none")
-    static = trady.plan(model, X, budget=budget, policy="static-random")
-    plain = trady.plan(network(), X, budget=budget, policy="static-random")
-    assert dynamic.cost.float_bytes == 10 * dynamic.table.float_bytes(dynamic.selection)
-    assert static.cost.float_bytes == static.table.float_bytes(static.selection) > 0
-    assert plain.cost.float_bytes == 0
-    assert dynamic.cost.channels < static.cost.channels < plain.cost.channels
-    for plan in (dynamic, static, plain):
-        assert 90 * 1024 < plan.cost.update_bytes <= 100 * 1024
-    assert "float channels" in str(dynamic)
-    assert trady.Plan.from_json(dynamic.to_json()).table == dynamic.table
-
-
-def test_a_budget_in_bytes_has_no_room_for_a_ranking_that_is_learnt_by_redrawing() -> None:
-    model = quantised("torchao-8", network())
-    assert trady.plan(model, X, budget="update:300 KiB").ranking == "structural"
-    assert trady.plan(model, X, budget="elements:3000").ranking == "online"
-    with pytest.raises(RankingError, match="no budget in bytes has room for that"):
-        trady.plan(model, X, budget="update:300 KiB", ranking="online")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_model_has_the_structure_of_the_plain_one(kind: str) -> None:
-    tables = [trady.plan(m, X, budget="elements:3000").table for m in (network(), quantised(kind, network()))]
-    assert structure_digest(tables[0]) == structure_digest(tables[1])
-    assert [layer.elements for layer in tables[0]] == [layer.elements for layer in tables[1]]
-    assert tables[0].parameters == tables[1].parameters
-
-
-def test_a_ranking_is_measured_on_a_quantised_model_and_leaves_it_as_it_was() -> None:
-    model = quantised("bitsandbytes-4", network())
-    before = model.eval()(X)
-    found = trady.rank(model, [(X, Y)], F.cross_entropy, budget="elements:20000")
-    dense = trady.rank(dequantised(model), [(X, Y)], F.cross_entropy, budget="elements:20000")
-    assert list(found.top(1.0)) == list(dense.top(1.0))
-    assert torch.equal(model(X), before)
-    assert model.state_dict().keys() == quantised("bitsandbytes-4", network()).state_dict().keys()
-
-
-@pytest.mark.parametrize("policy", ["fisher", "velocity"])
-def test_policies_measure_on_a_quantised_model_what_they_measure_on_the_dense_one(policy: str) -> None:
-    model = quantised("bitsandbytes-4", network())
-    measured = []
-    for net in (model, dequantised(model)):
-        tuner = trady.prepare(net, X, budget="elements:20000", policy=policy, recompute="none")
-        optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.5))
-        for _ in range(2):
-            tuner.observe([(X, Y)], F.cross_entropy)
-            loss()(net).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found = tuner.observe([(X, Y)], F.cross_entropy)
-        assert found is not None
-        measured.append(found[policy])
-        tuner.finish()
-    for name, values in measured[1].items():
-        assert np.abs(values).max() > 0
-        assert np.abs(measured[0][name] - values).max() < 1e-3 * np.abs(values).max() + 1e-6
-
-
-def test_the_benchmark_counts_weights_with_the_scales_of_their_quantisation() -> None:
-    plain, stored = network(), quantised("bitsandbytes-4", network())
-    elements = 2 * WIDTH * WIDTH
-    # Half a byte an element, a byte for every 64 of them, tables of 16 and 256 numbers, and two numbers.
-    a_layer = elements // 2 + elements // 64 + 4 * (16 + 256 + 2)
-    expected = weight_bytes(plain) - 6 * 4 * elements + 6 * a_layer
-    assert weight_bytes(plain) == sum(p.nbytes for p in plain.parameters())
-    assert weight_bytes(stored) == expected
 
 
 # -- what cannot train -------------------------------------------------------------------------------------------

@@ -39,7 +39,12 @@ class Read(HTMLParser):
 @pytest.fixture
 def text() -> str:
     drawing = svg()
-    parts = [Text("a < b"), Code("$ x"), Figure(drawing, 'one "line"'), Figure(drawing, "the same")]
+    parts: list[Text | Code | Figure | Table] = [
+        Text("a < b"),
+        Code("$ x"),
+        Figure(drawing, 'one "line"'),
+        Figure(drawing, "the same"),
+    ]
     return page(
         "Title & more", "Lead", [Section("First", parts), Section("Second", [Table(["a", "b"], [["1", "<2>"]])])]
     )

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import trady
 from tests.models import gradient_errors, normal, seeded
 from trady.ops import rows
-from trady.ops.rows import multiply_rows, rows_that_count
+from trady.ops.rows import multiply_rows, nonzero_rows
 
 ROWS, OUT, IN = 256, 24, 40
 
@@ -41,7 +41,7 @@ def test_no_row_that_counts_is_left_out_and_none_is_computed_twice(
     single: list[int], runs: list[tuple[int, int]]
 ) -> None:
     counting = sorted({*single, *(row for start, n in runs for row in range(start, min(ROWS, start + n)))})
-    parts = rows_that_count(gradient(counting))
+    parts = nonzero_rows(gradient(counting))
     if parts is None:
         return
     found = computed(parts)
@@ -61,24 +61,24 @@ def test_no_row_that_counts_is_left_out_and_none_is_computed_twice(
     ],
     ids=["one token of every sample", "another token", "padding", "runs that lie close together", "one row", "nothing"],
 )
-def test_rows_that_count_are_runs_or_every_nth(counting: Any, parts: list[slice]) -> None:
-    assert rows_that_count(gradient(counting)) == parts
+def test_nonzero_rows_are_runs_or_every_nth(counting: Any, parts: list[slice]) -> None:
+    assert nonzero_rows(gradient(counting)) == parts
 
 
 def test_where_little_is_zero_everything_is_computed() -> None:
     dense = gradient(slice(0, ROWS))
-    assert rows_that_count(dense) is None
-    assert rows_that_count(dense.relu()) is None, "zeros, but no row of them"
-    assert rows_that_count(gradient(slice(0, 200))) is None
-    assert rows_that_count(gradient(slice(0, ROWS, 2))) is not None
+    assert nonzero_rows(dense) is None
+    assert nonzero_rows(dense.relu()) is None, "zeros, but no row of them"
+    assert nonzero_rows(gradient(slice(0, 200))) is None
+    assert nonzero_rows(gradient(slice(0, ROWS, 2))) is not None
     random = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) < 0.4
-    assert rows_that_count(gradient(random)) is None, "hardly any two of them lie apart"
+    assert nonzero_rows(gradient(random)) is None, "hardly any two of them lie apart"
 
 
 def test_a_row_counts_for_a_single_number_and_for_nan() -> None:
     lonely = torch.zeros(ROWS, OUT)
     lonely[3, OUT - 1], lonely[200, 1] = -1e-38, float("nan")
-    assert rows_that_count(lonely) == [slice(3, 201, 197)]
+    assert nonzero_rows(lonely) == [slice(3, 201, 197)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_row_counts_for_a_single_number_and_for_nan() -> None:
     ids=["another layout", "no values", "a subclass", "few", "none", "a vector"],
 )
 def test_other_gradients_are_computed_as_they_are(other: Tensor) -> None:
-    assert rows_that_count(other) is None
+    assert nonzero_rows(other) is None
     matrix = torch.ones(other.shape[-1], 3, device=other.device)
     assert multiply_rows(other, matrix).shape == (*other.shape[:-1], 3)
 
@@ -132,13 +132,13 @@ def left_out(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     shares: list[float] = []
 
     def noted(gradient: Tensor) -> list[slice] | None:
-        parts = rows_that_count(gradient)
+        parts = nonzero_rows(gradient)
         if parts is not None:
             count = gradient.numel() // gradient.shape[-1]
             shares.append(1 - sum(len(range(*part.indices(count))) for part in parts) / count)
         return parts
 
-    monkeypatch.setattr(rows, "rows_that_count", noted)
+    monkeypatch.setattr(rows, "nonzero_rows", noted)
     return shares
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import trady
+from tests.command import trady_here
 from tests.models import same, snapshot
 from tests.small_task import small_data, small_net, write_npz
 from trady.channels.table import ChannelTable, Layer
@@ -26,6 +27,7 @@ from trady.policies import Scheme
 from trady.search import contributions
 from trady.search.contributions import Analysis, Contributions, analyse, candidates, find_scheme
 from trady.search.evolution import Evolution
+from trady.training.run import finetune
 
 
 def table_of(channels: list[int]) -> ChannelTable:
@@ -135,14 +137,18 @@ def test_a_killed_analysis_trains_nothing_twice_and_leaves_the_model(
     with pytest.raises(KeyboardInterrupt):
         analyse(**setting(), file=file, told=stop)
     runs: list[Any] = []
-    original = contributions.finetune
-    monkeypatch.setattr(contributions, "finetune", lambda *a, **k: runs.append(k["policy"]) or original(*a, **k))
+
+    def counted(*given: Any, **options: Any) -> Any:
+        runs.append(options["policy"])
+        return finetune(*given, **options)
+
+    monkeypatch.setattr(contributions, "finetune", counted)
     assert analyse(**setting(), file=file).accuracies == unbroken.accuracies
     assert len(runs) == 2
     with pytest.raises(CheckpointError, match=r"lr was 0\.1, is now 0\.2"):
         analyse(**{**setting(), "analysis": Analysis(ratios=(1.0,), batch_size=8, lr=0.2)}, file=file)
     file.write_text("{}")
-    with pytest.raises(CheckpointError, match="no analysis"):
+    with pytest.raises(CheckpointError, match="analysis of trady search is damaged"):
         analyse(**setting(), file=file)
 
 
@@ -186,7 +192,7 @@ def test_a_scheme_is_searched_and_trained_from_the_command_line(tmp_path: Path) 
         "--out",
         str(tmp_path / "run"),
     )
-    trained = command("finetune", *arguments, "--scheme", str(out))
+    trained = trady_here("finetune", *arguments, "--scheme", str(out))
     assert trained.returncode == 0, trained.stderr
 
 
@@ -197,7 +203,7 @@ def test_what_the_command_line_cannot_search_or_train_is_refused(tmp_path: Path)
         (("search", "m", "d", "--budget", "elements:9", "--ratios", "half"), "type shares such as"),
         (("finetune", "m", "d", "--policy", "sparse-update", "--budget", "elements:9"), "needs a scheme"),
         (("finetune", "m", "d", "--scheme", "x.json", "--budget", "elements:9"), "--scheme is for"),
-        (("plan", "m", "--policy", "sparse-update", "--scheme", "x.json", "--budget", "elements:9"), "x.json cannot"),
+        (("plan", "m", "--policy", "sparse-update", "--scheme", "x.json", "--budget", "elements:9"), "scheme x.json:"),
     ):
         found = app.invoke(cli, arguments)
         assert found.exit_code == 2

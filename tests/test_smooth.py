@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.autograd import gradcheck
 
 import trady
 from tests.models import normal, relative_error, seeded
+from tests.tight_budget import predicted_peak
 from trady.errors import BudgetError
 from trady.memory import LiveBytes
 from trady.ops import loss as loss_module
@@ -222,14 +224,14 @@ class Speaks(nn.Module):
 def test_a_model_with_its_loss_inside_has_the_dense_gradients(
     recompute: str, tempered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(loss_module, "_MINIMUM_BYTES", 0)
     called: list[bool] = []
 
     def counted(*args: object, overwrite: bool = False, **options: object) -> Tensor:
         called.append(overwrite)
         return row_losses(*args, overwrite=overwrite, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("trady.ops.loss.row_losses", counted)
+    monkeypatch.setattr("trady.calls.kinds.loss.row_losses", counted)
     model = seeded(lambda: Speaks(tempered))
     ids, labels = torch.randint(0, 30, (6, 5)), torch.randint(0, 50, (6, 5))
     labels[:, 0] = -100
@@ -276,8 +278,8 @@ def test_the_derivatives_that_are_rounded_pass_gradcheck(kind: Smooth) -> None:
             return kind.value(x)
 
         @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-            return gradient * kind.derivative(ctx.saved_tensors[0])  # type: ignore[attr-defined]
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * kind.derivative(ctx.saved_tensors[0])
 
     assert gradcheck(Exact.apply, x.requires_grad_())
 
@@ -430,8 +432,7 @@ def test_an_armed_model_keeps_codes_only_where_it_was_asked_to() -> None:
     gradients = {}
     saved = {}
     for fidelity in ("exact", "8bit"):
-        tuner = trady.prepare(model, x, budget="elements:100000000", policy="full", recompute="none")
-        tuner._armed.interceptor.fidelity = fidelity
+        tuner = trady.prepare(model, x, budget="elements:100000000", policy="full", recompute="none", fidelity=fidelity)
         try:
             model.zero_grad()
             ledger = tuner.ledger(lambda: model(x).square().sum().backward())
@@ -447,10 +448,11 @@ def test_an_armed_model_keeps_codes_only_where_it_was_asked_to() -> None:
 
 
 def test_tables_that_are_made_once_are_no_part_of_a_predicted_step() -> None:
-    for made in (codes_of, derivative_error, smooth_module._coding):
+    tables: list[Any] = [codes_of, derivative_error, smooth_module._coding]
+    for made in tables:
         made.cache_clear()
     model, x = seeded(Gated), normal(4, 5, 16)
     tuner = trady.prepare(model, x, budget="peak:1 MiB", policy="full", recompute="none", fidelity="8bit")
     ledger = tuner.ledger(lambda: model(x).square().sum().backward(), inference=False)
-    assert ledger.peak_bytes <= tuner.plan.predicted_peak_bytes < 1.1 * ledger.peak_bytes
+    assert ledger.peak_bytes <= predicted_peak(tuner.plan) < 1.1 * ledger.peak_bytes
     tuner.finish()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.command import MODEL, trady_command, trady_here
 from tests.small_task import write_npz
-from tests.test_cli import MODEL, trady_command
 from trady.cli.app import app
 from trady.cli.commands.study import short_names
 from trady.errors import DataError
@@ -42,7 +42,7 @@ def test_a_study_shows_its_runs_and_figures_are_drawn_again_from_the_records_alo
     whole = (out / "study.json").read_text()
     shutil.rmtree(out / "figures")
     (out / "index.html").unlink()
-    again = trady_command("study", "--figures-only", out)
+    again = trady_here("study", "--figures-only", out)
     assert again.returncode == 0, again.stderr
     assert "epoch" not in again.stderr
     assert (out / "index.html").read_text() == page

@@ -185,7 +185,7 @@ def test_budgets_of_the_simulation_are_in_elements_and_large_enough(dependent: R
     assert len(budgets_of(dependent, [])) == 3
     with pytest.raises(BudgetError, match=r"type e\.g\. elements:27946"):
         budgets_of(dependent, ["300 MiB"])
-    with pytest.raises(BudgetError, match="the least is elements:10"):
+    with pytest.raises(BudgetError, match="the minimum is elements:10"):
         budgets_of(dependent, ["elements:9"])
 
 

@@ -24,6 +24,7 @@ from tests.models import (
     snapshot,
 )
 from trady.analysis.model_analysis import analyse_model
+from trady.calls.actions import InPlace
 from trady.errors import BudgetError, ModelError
 from trady.trace.recorder import trace_forward
 
@@ -73,7 +74,7 @@ def test_costs_of_a_channel(name: str) -> None:
     layer = only(module, shape)
     found = (layer.kind, layer.channels, layer.weight_elements, layer.activation_elements, layer.flops, layer.groups)
     assert found == expected
-    assert layer.channels * layer.weight_elements == module.weight.numel()
+    assert layer.channels * layer.weight_elements == module.get_parameter("weight").numel()
     assert layer.elements == expected[2] + expected[3]
 
 
@@ -378,7 +379,9 @@ def test_what_is_computed_together_is_what_nobody_else_reads() -> None:
     chain[1].register_forward_hook(lambda module, args, output: module.__dict__.__setitem__("kept", output))
     steps = analyse_model(chain, torch.zeros(2, 3, 5, 5)).plans[True].steps
     assert [type(step.action).__name__ for step in steps[:3]] == ["WithLayer", "Done", "InPlace"]
-    assert steps[2].action.overwrite is False
+    action = steps[2].action
+    assert isinstance(action, InPlace)
+    assert action.overwrite is False
 
 
 def test_a_trace_does_not_let_a_model_believe_that_it_has_changed_its_weights() -> None:

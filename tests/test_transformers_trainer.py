@@ -39,7 +39,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.rows[index]
 
 
-def bert(dropout: float = 0.0) -> nn.Module:
+def bert(dropout: float = 0.0) -> Any:
     config = transformers.BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2,
@@ -49,7 +49,7 @@ def bert(dropout: float = 0.0) -> nn.Module:
         return transformers.BertForSequenceClassification(config)
 
 
-def gpt2() -> nn.Module:
+def gpt2() -> Any:
     config = transformers.GPT2Config(
         vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0,
@@ -191,7 +191,9 @@ def test_a_language_model_with_batches_of_many_lengths_is_planned_at_the_largest
 
 
 def test_a_trainer_with_a_loss_of_its_own_takes_the_mixin(tmp_path: Path) -> None:
-    class Weighted(TradyMixin, transformers.Trainer):
+    base: Any = transformers.Trainer
+
+    class Weighted(TradyMixin, base):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             labels = inputs.pop("labels")
             output = model(**inputs)
@@ -209,7 +211,9 @@ def test_a_trainer_with_a_loss_of_its_own_takes_the_mixin(tmp_path: Path) -> Non
 def test_gradients_do_not_add_up_from_step_to_step_and_are_clipped_together(tmp_path: Path) -> None:
     norms: list[float] = []
 
-    class Watch(transformers.TrainerCallback):
+    base: Any = transformers.TrainerCallback
+
+    class Watch(base):  # type: ignore[misc]
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             found = [p.grad for p in given.tuner.parameters() if p.grad is not None]
             norms.append(float(torch.cat([g.flatten() for g in found]).norm()))

@@ -20,7 +20,7 @@ from trady.errors import StateError
 from trady.evidence.velocity import MOMENTUM
 from trady.planning.budget import InfeasibleBudgetError
 from trady.policies import Draw, Evidence, draw_selection, get_policy
-from trady.policies.neurons import by_unit, costs, unit_weights
+from trady.policies.output_channels import by_unit, costs, unit_weights
 
 BUDGET = "elements:2500"
 
@@ -71,7 +71,8 @@ def test_the_velocity_is_the_papers() -> None:
         tuner._armed.write_back()
         maps.append(maps_of(copy.deepcopy(_plain(tuner)), data))
         epoch(tuner, number, optimizer, data)
-        velocities.append(tuner._drawing.evidence)
+        assert tuner._draws.moment.evidence is not None
+        velocities.append(tuner._draws.moment.evidence)
     names = [layer.name for layer in tuner.plan.table if layer.name in maps[0]]
     assert len(names) > 3
     for name in names:
@@ -104,14 +105,15 @@ def test_a_neuron_that_does_not_move_has_no_velocity() -> None:
 
 
 def test_a_layer_over_vectors_is_compared_over_the_samples() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    first = nn.Linear(5, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
     data = [(normal(6, 5), torch.zeros(6, dtype=torch.long))]
     tuner = trady.prepare(model, data[0][0], budget="elements:1000", policy="velocity")
     tuner.observe(data)
-    before = model[0](data[0][0]).detach()
+    before = first(data[0][0]).detach()
     tuner.resample(0)
     with torch.no_grad():
-        model[0].weight.add_(normal(4, 5, seed=3))
+        first.weight.add_(normal(4, 5, seed=3))
     found = tuner.observe(data)
     assert found is not None
     expected = F.cosine_similarity(model[0](data[0][0]).detach(), before, dim=0) - 1
@@ -222,7 +224,7 @@ def test_looking_back_leaves_the_bits_of_every_weight() -> None:
         epoch(tuner, number, optimizer, data)
     before = snapshot(tuner.model)
     seen: list[dict[str, Tensor]] = []
-    restored = tuner._earlier.restored  # type: ignore[union-attr]
+    restored = tuner._snapshot.restored  # type: ignore[union-attr]
     with restored():
         seen.append(snapshot(tuner.model))
     after = snapshot(tuner.model)
@@ -241,11 +243,13 @@ def test_several_draws_between_two_looks_are_all_taken_back(head: str | None) ->
     tuner.resample(0)
     then = snapshot(tuner.model)
     for number in range(3):
-        tuner._apply(tuner._drawing.draw(number, 0))  # overlapping neurons, none of them measured in between
+        tuner._draws.apply(
+            tuner._decision.draw(tuner._draws.moment, number, 0)
+        )  # overlapping neurons, none of them measured in between
         F.cross_entropy(tuner.model(data[0][0]), data[0][1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with tuner._earlier.restored():  # type: ignore[union-attr]
+    with tuner._snapshot.restored():  # type: ignore[union-attr]
         back = snapshot(tuner.model)
     assert all(torch.equal(back[name], tensor) for name, tensor in then.items())
     assert any(not torch.equal(snapshot(tuner.model)[name], tensor) for name, tensor in then.items())

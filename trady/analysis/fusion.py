@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trady.calls.kinds import ActivationCall, MaxPoolCall, NormCall, PadCall, RecurrentCall, WeightCall
-from trady.ops.bits import Clamp
+from trady.calls.actions import Action, Done, InPlace, Leave, WithLayer
+from trady.calls.kinds import ActivationCall, NormCall, PadCall, RecurrentCall, WeightCall
+from trady.calls.recognize import kind_of
 from trady.ops.quantized import is_quantized
 from trady.trace.trace import Trace, TracedCall
 
@@ -34,44 +34,6 @@ _OUTPUT_NOT_SAVED = {
     operator.add,
     operator.iadd,
 }
-
-
-@dataclass(frozen=True)
-class Done:
-    """This call was computed with an earlier one: hand its input on."""
-
-
-@dataclass(frozen=True)
-class WithLayer:
-    """A weight layer computed with its neighbours.
-
-    Attributes:
-        pad: Zero padding in front of it that was put off until here.
-        norm: The frozen normalisation behind it.
-        clamp: The activation behind that.
-        operation: The names of what is computed together.
-    """
-
-    pad: tuple[int, ...] = ()
-    norm: NormCall | None = None
-    clamp: Clamp | None = None
-    operation: str = ""
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """A call that may overwrite its first input; ``clamp`` comes with a normalisation."""
-
-    overwrite: bool
-    clamp: Clamp | None = None
-
-
-@dataclass(frozen=True)
-class Leave:
-    """Leave this call to PyTorch: it is recomputed where nothing is intercepted, or inside a custom function."""
-
-
-Action = Done | WithLayer | InPlace | Leave
 
 
 @dataclass(frozen=True)
@@ -135,7 +97,7 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
                 _fuse_layer(trace, index, plain, actions, saved_shapes)
             elif isinstance(entry.call, NormCall):
                 _fuse_norm(trace, index, actions)
-            elif isinstance(entry.call, ActivationCall):
+            elif entry.call is not None and kind_of(entry.call).overwrites_input:
                 actions[index] = InPlace(_may_overwrite(trace, entry))
     return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes)
 
@@ -220,7 +182,7 @@ def _fuse_layer(
     if follower is not None and _scales_outputs(trace.calls[follower], call, plain):
         found = trace.calls[follower].call
         assert isinstance(found, NormCall)
-        norm, last = found, follower
+        norm, last = found.norm, follower
         actions[follower] = Done()
         names.append("batch_norm")
     follower = _next_call(trace, last, ActivationCall)
@@ -287,23 +249,8 @@ def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:
         return False
     value = trace.values[entry.reads[0]]
     producer = trace.calls[value.producer]
-    recognised = isinstance(producer.call, (WeightCall, NormCall, PadCall, MaxPoolCall))
-    if isinstance(producer.call, RecurrentCall):
-        recognised = False  # its own backward reads what it returned
-    if isinstance(producer.call, WeightCall) and is_quantized(producer.call.weight):
-        recognised = False  # and so may this one's
-    safe = recognised or producer.function in _OUTPUT_NOT_SAVED
+    free = producer.call is not None and kind_of(producer.call).frees_result(producer.call)
+    safe = free or producer.function in _OUTPUT_NOT_SAVED
     reader = _only_reader(trace, entry.reads[0])
     near = producer.container == entry.container and producer.scope == entry.scope
     return safe and near and reader is not None and trace.calls[reader] is entry
-
-
-def frozen_norm(norm: NormCall) -> tuple[Tensor, Tensor]:
-    """Turn fixed statistics into ``scale`` and ``shift``, one of each a channel."""
-    # Made once and kept, maybe during an evaluation: tensors of inference mode could not be trained with.
-    with torch.inference_mode(False), torch.no_grad():
-        scale = torch.rsqrt(norm.variance + norm.epsilon)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.mean * scale
-        return scale, shift if norm.bias is None else shift + norm.bias

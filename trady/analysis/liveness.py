@@ -9,7 +9,7 @@ import torch
 from trady.calls.kinds import WeightCall
 from trady.trace.trace import Trace, Value
 
-#: A value that so many weight layers read is a context for all of them (an encoder's output): it may cross.
+#: A value that at least this many weight layers read is a context for all of them (an encoder's output): it may cross.
 _CONTEXT_READERS = 5
 
 

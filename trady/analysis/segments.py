@@ -1,6 +1,6 @@
-"""SegmentsByMode of a forward pass between two points that a single activation crosses: what can be recomputed.
+"""Segments of a forward pass between two points that a single activation crosses: what can be recomputed.
 
-Of such a segment only the activation that enters it has to be kept: the backward pass computes it anew, a
+Of such a segment only the activation that enters it has to be kept: the backward pass recomputes it, a
 few samples at a time where its calls treat samples one by one (Chen et al., arXiv 1604.06174, checkpoint
 whole segments; here the points are found in the trace, and no segment is ever alive as a whole).
 """
@@ -17,22 +17,20 @@ import torch
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.liveness import Crossing
 from trady.analysis.sample_axes import CallSamples
-from trady.calls.kinds import (
-    ActivationCall,
-    AveragePoolCall,
-    DropoutCall,
-    LossCall,
-    MaxPoolCall,
-    NormCall,
-    PadCall,
-    RecurrentCall,
-    WeightCall,
+from trady.calls.kind import Keeps
+from trady.calls.kinds import WeightCall
+from trady.calls.names import (
+    BACKWARD_READS_BOTH,
+    BACKWARD_READS_NOTHING,
+    BACKWARD_READS_RESULT,
+    PRODUCT_NAMES,
+    name_of,
 )
-from trady.calls.names import BACKWARD_READS_NOTHING, name_of
+from trady.calls.recognize import kind_of
 from trady.trace.trace import Trace, TracedCall
 
 #: A segment is worth it if it keeps this many times what has to be kept instead.
-_LEAST_GAIN = 1.5
+_MINIMUM_GAIN = 1.5
 
 #: Of what the model still holds when its forward pass has ended.
 ALWAYS = sys.maxsize
@@ -40,54 +38,44 @@ ALWAYS = sys.maxsize
 #: Of calls that do not belong to a segment.
 _NO_SAMPLES = CallSamples((), (), ())
 
-#: Calls that keep (almost) nothing anyway.
-_LEAN = (WeightCall, ActivationCall, NormCall, PadCall, MaxPoolCall, AveragePoolCall, DropoutCall)
-
-#: What a function's backward reads, where it is not the inputs.
-_KEEP_RESULT = {"tanh", "sigmoid", "exp", "softmax", "log_softmax", "sqrt", "rsqrt", "reciprocal"}
-
-_KEEP_BOTH = {"scaled_dot_product_attention", "recurrence"}
-
-_PRODUCTS = {"mul", "div", "truediv", "matmul", "bmm"}
-
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment of calls that can be computed anew as a whole.
+    """A segment of calls that can be recomputed as a whole.
 
     Attributes:
         start: Its first call.
         end: One past its last call.
-        made: What it hands on: pairs of a call and the place among what that call returns.
+        outputs: What it hands on: pairs of a call and the place among what that call returns.
         needed_until: For each of these the last call that reads it; :data:`ALWAYS` if the model keeps it.
-        samples: Where the samples lie, one entry a call; empty if it cannot be computed in parts.
-        kept_bytes: About what it keeps for its backward pass if it is not computed anew, for the traced batch.
+        samples: Where the samples lie, one entry a call; empty if it cannot be computed in chunks.
+        kept_bytes: About what it keeps for its backward pass if it is not recomputed, for the traced batch.
         entry_bytes: The activation that crosses its start, which is kept instead.
         work: Multiply-adds of its forward pass.
         name: The module it belongs to.
-        aside: Calls between that do not belong to it: what they make of ids and masks is handed in.
+        auxiliary: Calls between that do not belong to it: what they make of ids and masks is handed in.
     """
 
     start: int
     end: int
-    made: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
     needed_until: tuple[int, ...]
     samples: tuple[CallSamples, ...]
     kept_bytes: int
     entry_bytes: int
     work: int
     name: str
-    aside: frozenset[int] = frozenset()
+    auxiliary: frozenset[int] = frozenset()
 
     @property
     def first(self) -> int:
-        """Its first call that is not aside."""
-        return next(index for index in range(self.start, self.end) if index not in self.aside)
+        """Its first call that is not auxiliary."""
+        return next(index for index in range(self.start, self.end) if index not in self.auxiliary)
 
     @property
     def last(self) -> int:
-        """Its last call that is not aside."""
-        return next(index for index in reversed(range(self.start, self.end)) if index not in self.aside)
+        """Its last call that is not auxiliary."""
+        return next(index for index in reversed(range(self.start, self.end)) if index not in self.auxiliary)
 
 
 def find_segments(
@@ -113,7 +101,7 @@ def find_segments(
 
 
 def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -> tuple[Segment, ...]:
-    """Join up to ``count`` neighbours into one: fewer activations are kept, more is computed anew.
+    """Join up to ``count`` neighbours into one: fewer activations are kept, more is recomputed.
 
     Args:
         segments: The segments, in order.
@@ -138,25 +126,25 @@ def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -
 def _may_join(first: Segment, second: Segment) -> bool:
     if bool(first.samples) != bool(second.samples):
         return False
-    # A loss is summed up over the parts, which has to be the last call.
-    return not first.samples or all(first.samples[c - first.start].made[p] is not None for c, p in first.made)
+    # A loss is summed up over the chunks, which has to be the last call.
+    return not first.samples or all(first.samples[c - first.start].outputs[p] is not None for c, p in first.outputs)
 
 
 def _join(first: Segment, second: Segment) -> Segment:
     """One segment of two: it no longer hands on what only the second one reads."""
     handed_on = [
-        *((m, until) for m, until in zip(first.made, first.needed_until, strict=True) if until >= second.end),
-        *zip(second.made, second.needed_until, strict=True),
+        *((o, until) for o, until in zip(first.outputs, first.needed_until, strict=True) if until >= second.end),
+        *zip(second.outputs, second.needed_until, strict=True),
     ]
     return replace(
         first,
         end=second.end,
-        made=tuple(made for made, _ in handed_on),
+        outputs=tuple(output for output, _ in handed_on),
         needed_until=tuple(until for _, until in handed_on),
         samples=first.samples + second.samples,
         kept_bytes=first.kept_bytes + second.kept_bytes + second.entry_bytes,
         work=first.work + second.work,
-        aside=first.aside | second.aside,
+        auxiliary=first.auxiliary | second.auxiliary,
     )
 
 
@@ -165,7 +153,7 @@ def _inside_fused(plan: FusionPlan, position: int) -> bool:
 
 
 def _segments_between(trace: Trace, cuts: list[int], crossing: Crossing) -> list[tuple[int, int]]:
-    """Join what lies between cuts until every segment is worth computing anew.
+    """Join what lies between cuts until every segment is worth recomputing.
 
     A point counts if more is alive inside of the segment than crosses its ends: chains of calls between
     activations of one size have nothing to gain.
@@ -202,31 +190,31 @@ def _segment(
     has_weights = any(isinstance(c.call, WeightCall) and isinstance(c.call.weight, torch.nn.Parameter) for c in calls)
     if not has_weights or any(c.scope != "" for c in calls) or not crossing.at(start):
         return None
-    if any(_writes_outside(trace, entry, start, crossing.sources) for entry in calls if not entry.aside):
+    if any(_writes_outside(trace, entry, start, crossing.sources) for entry in calls if not entry.auxiliary):
         return None
-    if _aside_writes_what_is_read(calls, crossing.sources):
+    if _auxiliary_writes_what_is_read(calls, crossing.sources):
         return None
-    made: dict[tuple[int, int], int] = {}
-    for value in (value for entry in calls if not entry.aside for value in entry.makes):
+    outputs: dict[tuple[int, int], int] = {}
+    for value in (value for entry in calls if not entry.auxiliary for value in entry.makes):
         until = ALWAYS if trace.values[value].kept else max(trace.values[value].readers, default=-1)
         if until >= end:
             first = _first_made(trace, value, start)
-            made[first] = max(until, made.get(first, 0))
-    if not made or any(index < start for index, _ in made):
+            outputs[first] = max(until, outputs.get(first, 0))
+    if not outputs or any(index < start for index, _ in outputs):
         return None
-    aside = frozenset(index for index in range(start, end) if trace.calls[index].aside)
-    found = [_NO_SAMPLES if index in aside else samples[index] for index in range(start, end)]
+    auxiliary = frozenset(index for index in range(start, end) if trace.calls[index].auxiliary)
+    found = [_NO_SAMPLES if index in auxiliary else samples[index] for index in range(start, end)]
     by_sample = tuple(entry for entry in found if entry is not None)
-    if len(by_sample) < len(calls) or not _made_by_sample(trace, list(made), samples, start, end):
+    if len(by_sample) < len(calls) or not _handed_on_by_sample(trace, list(outputs), samples, start, end):
         by_sample = ()
     kept = _kept_bytes(trace, start, end, crossing, element_bytes)
     entry = crossing.size(start) * element_bytes
-    if kept < _LEAST_GAIN * entry:
+    if kept < _MINIMUM_GAIN * entry:
         return None
     work = sum(work_of(trace, entry) for entry in calls)
-    handed_on, needed_until = zip(*sorted(made.items()), strict=True)
+    handed_on, needed_until = zip(*sorted(outputs.items()), strict=True)
     return Segment(
-        start, end, handed_on, needed_until, by_sample, kept, entry, work, name=calls[0].container, aside=aside
+        start, end, handed_on, needed_until, by_sample, kept, entry, work, name=calls[0].container, auxiliary=auxiliary
     )
 
 
@@ -234,20 +222,26 @@ def _kept_bytes(trace: Trace, start: int, end: int, crossing: Crossing, element_
     """About what PyTorch's own operations in a segment keep, each memory once."""
     kept: set[int] = set()
     for entry in trace.calls[start:end]:
-        name = name_of(entry.function)
-        lean = isinstance(entry.call, _LEAN) and not isinstance(entry.call, RecurrentCall)
-        if lean or name in BACKWARD_READS_NOTHING:
-            continue
-        if name in _PRODUCTS:  # each factor for the gradient of the other
+        if entry.call is None and name_of(entry.function) in PRODUCT_NAMES:
             carried = [v for v in entry.reads if crossing.carries[v]]
             kept |= {crossing.sources[v] for v in entry.reads if any(other != v for other in carried)}
             continue
-        values = {
-            *(() if name in _KEEP_RESULT else entry.reads),
-            *(entry.makes if name in _KEEP_RESULT | _KEEP_BOTH else ()),
-        }
+        keeps = _keeps(entry)
+        values = {*(entry.reads if keeps.inputs else ()), *(entry.makes if keeps.result else ())}
         kept |= {crossing.sources[v] for v in values}
     return sum(math.prod(trace.values[v].shape) for v in kept if trace.values[v].producer >= start) * element_bytes
+
+
+def _keeps(entry: TracedCall) -> Keeps:
+    """What the backward pass of a call keeps: as its kind declares, or by the name of a function that has none."""
+    if entry.call is not None:
+        return kind_of(entry.call).keeps(entry.call)
+    name = name_of(entry.function)
+    if name in BACKWARD_READS_NOTHING:
+        return Keeps.NOTHING
+    if name in BACKWARD_READS_RESULT:
+        return Keeps.RESULT
+    return Keeps.BOTH if name in BACKWARD_READS_BOTH else Keeps.INPUTS
 
 
 def work_of(trace: Trace, entry: TracedCall) -> int:
@@ -269,30 +263,34 @@ def _first_made(trace: Trace, value: int, start: int) -> tuple[int, int]:
     return (-1, 0) if same is not None else (producer, trace.calls[producer].makes.index(value))
 
 
-def _made_by_sample(
-    trace: Trace, made: list[tuple[int, int]], samples: list[CallSamples | None], start: int, end: int
+def _handed_on_by_sample(
+    trace: Trace, outputs: list[tuple[int, int]], samples: list[CallSamples | None], start: int, end: int
 ) -> bool:
-    """Whether all that a segment hands on can be put together from parts; a loss at its end is summed up."""
-    for index, place in made:
+    """Whether all that a segment hands on can be put together from chunks; a loss at its end is summed up."""
+    for index, place in outputs:
         found = samples[index]
         if found is None:
             return False
-        if found.made[place] is None and not (index == end - 1 and isinstance(trace.calls[index].call, LossCall)):
+        if found.outputs[place] is None and not (index == end - 1 and _sums(trace.calls[index])):
             return False
-    losses = [i for i in range(start, end) if isinstance(trace.calls[i].call, LossCall)]
+    losses = [i for i in range(start, end) if _sums(trace.calls[i])]
     return losses in ([], [end - 1])
 
 
+def _sums(entry: TracedCall) -> bool:
+    return entry.call is not None and kind_of(entry.call).sums_samples
+
+
 def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[int]) -> bool:
-    """Whether a call overwrites what was there before the segment: computed anew, it would do so twice."""
+    """Whether a call overwrites what was there before the segment: recomputed, it would be overwritten twice."""
     return any(value is None or _shows_older(trace, sources[value], start) for value in entry.written)
 
 
-def _aside_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
+def _auxiliary_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
     """Whether ids or masks change after a call of the segment has read them: it is computed later than that."""
     read: set[int | None] = set()
     for entry in calls:
-        if not entry.aside:
+        if not entry.auxiliary:
             read.update(sources[value] for value in entry.reads)
         elif any(value is None or sources[value] in read for value in entry.written):
             return True
@@ -303,5 +301,5 @@ def _shows_older(trace: Trace, value: int, start: int) -> bool:
     """Whether the memory of a value was there before the segment: made by an earlier call, or by none."""
     made = trace.values[value]
     producer = trace.calls[made.producer]
-    older = made.producer < start or producer.aside
+    older = made.producer < start or producer.auxiliary
     return older or (made.view and not isinstance(producer.call, WeightCall))

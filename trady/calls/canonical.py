@@ -1,7 +1,7 @@
-"""The same call in the words that trady reads: a linear layer is one however its author has written it.
+"""One form for calls that mean the same: a linear layer is recognised however its author has written it.
 
-``x @ weight.T`` shows the weight in a view that knows nothing of layers; here it becomes ``linear(x, weight)``. Sizes
-that are tensors become numbers, since tensors lose their values where others have no memory.
+``x @ weight.T`` reads the weight through a view that knows nothing of layers; here it becomes ``linear(x, weight)``.
+Sizes that are tensors become numbers, since fake tensors have no values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SIZED = frozenset(
 
 
 def transposes_weight(function: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call shows a weight transposed: what is then done with the view says what it is for."""
+    """Whether a call transposes a weight: what is done with the view afterwards says what it is for."""
     return function in _TRANSPOSITIONS and bool(args) and type(args[0]) is nn.Parameter and args[0].dim() == 2
 
 
@@ -49,7 +49,7 @@ def transposed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return view
 
 
-def shown_parameter(tensor: Tensor) -> Tensor:
+def untransposed(tensor: Tensor) -> Tensor:
     """Return the weight of which a tensor is the transpose, or else the tensor."""
     return getattr(tensor, "trady_transposes", tensor)
 
@@ -68,9 +68,9 @@ def _einsum(equation: Any, x: Any = None, weight: Any = None, *others: Any) -> t
     terms, arrow, out = equation.replace(" ", "").partition("->")
     of_x, _, of_weight = terms.partition(",")
     rest, summed = of_x[:-1], of_x[-1:]
-    made = of_weight.replace(summed, "", 1)
-    plain = arrow and len(of_weight) == 2 and len(made) == 1 and summed not in rest + made and made not in rest
-    if not plain or out != rest + made or len({*rest.replace("...", "")}) != len(rest.replace("...", "")):
+    kept = of_weight.replace(summed, "", 1)
+    plain = arrow and len(of_weight) == 2 and len(kept) == 1 and summed not in rest + kept and kept not in rest
+    if not plain or out != rest + kept or len({*rest.replace("...", "")}) != len(rest.replace("...", "")):
         return None
     return (F.linear if of_weight[1] == summed else torch.matmul), (x, weight)
 
@@ -78,9 +78,13 @@ def _einsum(equation: Any, x: Any = None, weight: Any = None, *others: Any) -> t
 def canonical(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return the same call with the weight itself where its transpose was given, with numbers where sizes are tensors.
+    """Return the same call with the weight itself in place of its transpose, and numbers in place of sizes in tensors.
 
-    Tensors lose their values where others have no memory.
+    Args:
+        function: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
     """
     if function in _SIZED:
         return function, (*args[:1], *map(_as_number, args[1:])), {k: _as_number(v) for k, v in kwargs.items()}
@@ -88,8 +92,8 @@ def canonical(
         linear = _einsum(*args)
         return (function, args, kwargs) if linear is None else (*linear, kwargs)
     place = _WEIGHT_AT.get(function)
-    given = args[place] if place is not None and len(args) == place + 1 and not kwargs else None
-    weight = getattr(given, "trady_transposes", None)
+    factor = args[place] if place is not None and len(args) == place + 1 and not kwargs else None
+    weight = getattr(factor, "trady_transposes", None)
     if weight is None:
         return function, args, kwargs
     if function is F.linear:

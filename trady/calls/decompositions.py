@@ -1,10 +1,14 @@
-"""PyTorch functions that trady runs in other words than PyTorch does.
+"""PyTorch functions that trady does not run as PyTorch does.
 
-Some are read call by call, though PyTorch hands them over as one:
+:data:`DECOMPOSITIONS` are composites whose calls a mode must see one by one, though PyTorch hands them over as one.
 ``torch.nn.functional.multi_head_attention_forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoder``) asks whether
-a function mode wants to handle it as a whole. Its linear layers and its attention are what matters here: the same code
-runs without that question. Recurrent layers are kernels that show no linear layer: they are written anew
-(:mod:`trady.calls.recurrent`). Others PyTorch cannot run on tensors without memory.
+a function mode wants to handle it as a whole; its linear layers and its attention are what matters here, so the same
+code runs without that question. Recurrent layers are kernels that contain no linear layer: they are written as linear
+layers and steps (:mod:`trady.calls.recurrent`). Packing has no kernel for fake tensors.
+
+:data:`META_KERNELS` replace functions that PyTorch cannot run on fake tensors, or where it takes other memory there.
+
+A new composite is an entry of one of these tables; a long one is a file whose table is joined in here.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ def _without_asking(function: Any) -> Callable[..., Any]:
     return twin
 
 
-#: By function, the same function whose calls are seen one by one; a mode runs it inside of itself.
+#: By function, the same computation in calls that are seen one by one; a mode runs it inside of itself.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _without_asking(F.multi_head_attention_forward),
     **RECURRENT,
@@ -39,9 +43,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **options: Any) -> Tensor:
-    """Products with a matrix a group (experts): in memory, kept and made, like the product with one of them.
+    """Multiply with one matrix a group (experts): it keeps and returns as much memory as the product with one of them.
 
-    PyTorch's own takes nothing but bfloat16 where tensors have no memory.
+    PyTorch's own meta kernel takes nothing but bfloat16.
     """
     if mat_a.dim() != 2 or mat_b.dim() != 3 or options.get("bias") is not None:
         return torch._grouped_mm(mat_a, mat_b, **options)
@@ -49,15 +53,15 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, **options: Any) -> Tensor:
 
 
 def _group_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Group normalisation in the layout of its input, as the CPU does it; without memory PyTorch copies to another."""
+    """Group normalisation in the layout of its input, as the CPU does it; PyTorch's meta kernel copies to another."""
     if device_type(input) != "cpu" or memory_format(input) is torch.contiguous_format:
         return F.group_norm(input, *args, **kwargs)
     channels_last = input.movedim(1, -1)
-    made = F.group_norm(channels_last.view(input.shape), *args, **kwargs)
-    return made.view(channels_last.shape).movedim(-1, 1)
+    out = F.group_norm(channels_last.view(input.shape), *args, **kwargs)
+    return out.view(channels_last.shape).movedim(-1, 1)
 
 
-#: By function, what takes its place where tensors have no memory.
+#: By function, what takes its place on fake tensors.
 META_KERNELS: dict[Any, Callable[..., Any]] = {
     F.group_norm: _group_norm,
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),

@@ -35,6 +35,22 @@ _ELEMENTWISE_NAMES = """
 
 ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
+_TAKES_SIZES_NAMES = """
+    view reshape expand unflatten _unsafe_view broadcast_to view_as reshape_as new_empty new_zeros new_ones new_full
+"""
+
+#: Functions that take shapes as numbers, which may grow with the batch.
+TAKES_SIZES = frozenset(_TAKES_SIZES_NAMES.split())
+
+#: Functions whose backward reads their result in place of their inputs.
+BACKWARD_READS_RESULT = frozenset(["tanh", "sigmoid", "exp", "softmax", "log_softmax", "sqrt", "rsqrt", "reciprocal"])
+
+#: Functions whose backward reads both.
+BACKWARD_READS_BOTH = frozenset(["scaled_dot_product_attention"])
+
+#: Functions whose backward reads each factor, for the gradient of the other one.
+PRODUCT_NAMES = frozenset(["mul", "div", "truediv", "matmul", "bmm"])
+
 #: Functions whose backward reads neither their inputs nor their result.
 _READS_NOTHING_NAMES = """
     add sub rsub neg view reshape flatten unflatten transpose permute movedim contiguous clone unsqueeze

@@ -1,6 +1,6 @@
-"""Packed sequences in other words: ``pack_padded_sequence`` and its inverse as reading and writing rows.
+"""Packed sequences decomposed: ``pack_padded_sequence`` and its inverse as reading and writing rows.
 
-PyTorch's own pack no tensor without memory. Lengths are whole numbers, and those keep their values.
+PyTorch's own functions pack no fake tensor. Lengths are whole numbers, and those keep their values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _pad(rows: Tensor, sizes: Tensor, batch_first: bool, value: float, total_len
     return padded.unflatten(0, (sequences, steps) if batch_first else (steps, sequences)), lengths
 
 
-#: By function, the same in calls that are seen one by one.
+#: By function, the same computation in calls that are seen one by one.
 PACKING: dict[Any, Callable[..., Any]] = {
     torch._pack_padded_sequence: _pack,
     torch._pad_packed_sequence: _pad,

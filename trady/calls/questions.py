@@ -29,7 +29,7 @@ def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def answer_about_device(function: Any, device: torch.device) -> Any:
     """What a tensor on ``device`` answers when it is asked where it is; ``None`` for other questions.
 
-    Tensors without memory stand in for real ones, and models make further tensors where those are.
+    Fake tensors stand for real ones, and models make further tensors where those are.
     """
     answer = _DEVICE_QUESTIONS.get(function)
     return None if answer is None else answer(device)

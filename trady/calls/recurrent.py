@@ -1,4 +1,4 @@
-"""Recurrent layers in other words: ``torch.lstm`` and its like as linear layers and steps that depend on each other.
+"""Recurrent layers decomposed: ``torch.lstm`` and its like as linear layers and steps that depend on each other.
 
 PyTorch hands a whole ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` over as one call. Here the products with the inputs are
 linear layers over all steps at once, those with the hidden states belong to
@@ -20,7 +20,7 @@ from trady.ops.recurrent.steps import Steps
 
 
 def _layer(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Any of ``torch.lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu``, in both of their forms.
+    """Any of ``torch.lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu``, in both of their signatures.
 
     ``x, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first``, or of packed sequences
     ``rows, batch_sizes, states, weights, has_biases, layers, dropout, train, bidirectional``.
@@ -38,15 +38,15 @@ def _layer(cell: str, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     count = len(weights) // (layers * directions)
     ends = []
     for layer in range(layers):
-        made = []
+        outputs = []
         for place in range(layer * directions, (layer + 1) * directions):
             starts = [state[place] for state in states]
             own = weights[place * count : (place + 1) * count]
             reverse = place % directions == 1
             out, *end = _direction(x, starts, own, has_biases, steps(reverse=reverse))
-            made.append(out)
+            outputs.append(out)
             ends.append(end)
-        x = torch.cat(made, -1) if bidirectional else made[0]
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and train and layer < layers - 1:
             x = F.dropout(x, dropout, True)
     return (x, *(torch.cat([end.unsqueeze(0) for end in of_all]) for of_all in zip(*ends, strict=True)))
@@ -74,10 +74,11 @@ def _cell(
     """``torch.lstm_cell`` and its like: a single step."""
     starts = list(states) if isinstance(states, (list, tuple)) else [states]
     _, *ends = recurrence(F.linear(x, weight, bias), starts, hidden_weight, hidden_bias, None, Steps(cell))
-    return tuple(ends) if cell == "lstm" else ends[0]
+    return tuple(ends) if len(ends) > 1 else ends[0]
 
 
-#: By function, the same in calls that are seen one by one.
+#: By function, the same computation in calls that are seen one by one. A new cell is its name here, and its steps in
+#: :data:`trady.ops.recurrent.cells.CELLS`.
 RECURRENT: dict[Any, Callable[..., Any]] = {
     function: partial(_layer, cell)
     for cell, function in {

@@ -12,12 +12,12 @@ from trady.channels.table import ChannelTable
 
 @dataclass(frozen=True)
 class Cost:
-    """What a selection takes and what it saves, held against updating every channel of every layer.
+    """What a selection takes, and what it saves compared with updating every channel of every layer.
 
     Attributes:
         channels: Selected input channels.
         elements: Sum of C^W + C^A, elements for one sample (B_mem).
-        saved_channel_bytes: Activations of the selected channels, for the whole batch.
+        saved_channel_bytes: Activations of the selected channels, for the full batch.
         compact_bytes: Weight elements of the selected channels in bytes: the size of the compact
             parameters, and again of their gradients.
         update_bytes: What updating adds to a frozen forward and backward: saved channels, compact
@@ -43,12 +43,13 @@ class Cost:
 
 
 def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0, float_bytes: int = 0) -> Cost:
-    """Account for a selection (DESIGN of the method: arXiv 2510.19675, section 3 and table 1).
+    """Account for a selection (arXiv 2510.19675, section 3 and table 1).
 
     Args:
         table: The layers.
         selection: Channels that train.
-        state_copies: Copies of a parameter that are kept beside it: the optimizer's, and a policy's that looks back.
+        state_copies: Copies of a parameter kept beside it: the optimizer's state, and the snapshot of a policy that
+            compares with earlier weights.
         float_bytes: What the float channels of quantised layers take.
 
     """
@@ -56,8 +57,8 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0, fl
     flops, saved = table.flops(selection), table.saved_bytes(selection)
     compact = weights * table.weight_element_bytes
 
-    def sparsity(part: int, whole: int) -> float:
-        return 1.0 - part / whole if whole else 1.0
+    def sparsity(kept: int, total: int) -> float:
+        return 1.0 - kept / total if total else 1.0
 
     return Cost(
         channels=selection.count,
@@ -75,10 +76,10 @@ def cost_of(table: ChannelTable, selection: Selection, state_copies: int = 0, fl
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What a training leaves out, over the draws of its epochs: channels change, so one draw says little.
+    """What a training leaves out, averaged over draws: channels change, so one draw says little.
 
     Attributes:
-        draws: Draws that were looked at, from epoch 0 on.
+        draws: Number of draws, from epoch 0 on.
         weight: Mean share of weight elements without a gradient.
         activation: Mean share of layer inputs that is not saved.
         flops: Mean share of the weight-gradient multiply-adds that is not executed.

@@ -11,7 +11,7 @@ from trady.channels.table import ChannelTable, Layer
 
 
 def cut(table: ChannelTable, fits: Callable[[Selection], bool]) -> Iterator[Selection]:
-    """Cut all channels, in order of execution, into selections that fit, each as long as it can be.
+    """Cut all channels, in order of execution, into selections that fit, each as large as possible.
 
     A layer of which not one channel fits is left out.
     """
@@ -37,7 +37,7 @@ def _with(current: Mapping[str, Channels], layer: Layer, start: int, count: int)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``limit`` that fits, or 0; what fits stays fitting with less."""
+    """The largest count up to ``limit`` that fits, or 0. If a count fits, all smaller ones do."""
     if fits(limit):
         return limit
     low, high = 0, limit

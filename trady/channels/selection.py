@@ -27,9 +27,9 @@ class Selection(Mapping[str, Channels]):
 
     Attributes:
         channels: Input channels by layer.
-        outputs: In these layers only these output channels (neurons) train, ``W[outputs][:, channels]``; in the
-            others all do. It is weight gradients that they save: of an input channel the whole map is kept
-            however few output channels read it. Not for grouped convolutions (:func:`by_output`).
+        outputs: In these layers only these output channels train, ``W[outputs][:, channels]``; in the others all
+            do. That saves weight gradients only: the full feature map of an input channel is kept, however few
+            output channels read it. Not for grouped convolutions (:func:`by_output`).
     """
 
     channels: Mapping[str, Channels] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Selection(Mapping[str, Channels]):
         return hash(self.digest)
 
     def __or__(self, other: Selection) -> Selection:
-        """Both: in each layer the channels of either, and of output channels those of either."""
+        """The union: in each layer the input channels of either, and the output channels of either."""
         channels = {n: _union(self.channels, other.channels, n) for n in {*self.channels, *other.channels}}
         outputs = {
             name: _union(self.outputs, other.outputs, name)
@@ -99,7 +99,7 @@ class Selection(Mapping[str, Channels]):
         return digest.hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, for checkpoints; of a layer with chosen output channels a mapping of two lists."""
+        """Plain lists, for checkpoints; for a layer with chosen output channels a mapping of two lists."""
         return {
             name: {"channels": indices.tolist(), "outputs": self.outputs[name].tolist()}
             if name in self.outputs
@@ -138,16 +138,16 @@ def _union(left: Mapping[str, Channels], right: Mapping[str, Channels], name: st
 
 
 def channel_indices(name: str, indices: Any) -> Channels:
-    """Read channel numbers.
+    """Read channel indices.
 
     Raises:
-        ModelError: They are no list of numbers.
+        ModelError: They are not a list of integers.
 
     """
     given = np.asarray(indices)
     if given.dtype.kind not in "iu" or given.ndim != 1:
         raise ModelError(
-            f"channels of {name!r} must be a list of channel numbers, not {given.ndim}-dimensional {given.dtype}; "
-            "np.flatnonzero turns a mask into numbers"
+            f"channels of {name!r} must be a list of channel indices, not {given.ndim}-dimensional {given.dtype}; "
+            "np.flatnonzero turns a mask into indices"
         )
     return given.astype(np.int64)

@@ -17,8 +17,8 @@ import numpy as np
 from trady.channels.selection import Channels, Selection, channel_indices
 from trady.errors import ModelError
 
-#: The number of a channel.
-_NUMBER_BYTES = 8
+#: Bytes of the index of a channel.
+_INDEX_BYTES = 8
 
 __all__ = ["ChannelTable", "Channels", "FrozenLayer", "Layer", "Selection", "by_output"]
 
@@ -41,8 +41,8 @@ class Layer:
         input_shapes: Shape of the input of each call, before padding that the module does itself.
         output_shapes: Shape of the output of each call.
         groups: Groups of the convolution; 1 for linear layers.
-        quantized: Whether the weight is stored quantised: channels that have trained stay beside it, in floating
-            point and with all their output channels.
+        quantized: Whether the weight is stored quantised. Channels that have trained then stay beside it, in
+            floating point and with all their output channels.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Layer:
         return self.weight_shape[1 if self.kind == "addmm" else 0]
 
     def share(self, whole: int, outputs: int | None) -> int:
-        """What ``outputs`` of the output channels take of an amount that all of them take (``None`` is all)."""
+        """What ``outputs`` of the output channels take, if all of them take ``whole`` (``None`` is all)."""
         return whole if outputs is None else whole * outputs // self.outputs
 
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """A weight that stays as it is (or, in the head, always trains), and why."""
+    """A weight outside the table: it stays as it is, or always trains (in the head), and why."""
 
     name: str
     parameter: str
@@ -92,7 +92,7 @@ class ChannelTable:
         batch: Samples in the example the costs were taken from.
         element_bytes: Bytes of one saved activation element (4 for float32).
         weight_element_bytes: Bytes of one weight element.
-        parameters: Number of weight and bias elements of the whole model.
+        parameters: Number of weight and bias elements of the model.
     """
 
     layers: tuple[Layer, ...]
@@ -130,7 +130,7 @@ class ChannelTable:
         return sum(layer.channels for layer in self.layers)
 
     def mistake(self, selection: Selection) -> str | None:
-        """What of a selection this model does not have; ``None`` if it has all of it."""
+        """The first layer or channel of a selection that this model does not have; ``None`` if it has them all."""
         for name, channels in selection.items():
             layer = self.by_name.get(name)
             if layer is None:
@@ -142,8 +142,8 @@ class ChannelTable:
                 continue
             if layer.groups > 1:
                 return (
-                    f"output channels of layer {name!r}, a convolution of {layer.groups} groups, which train as a "
-                    "whole: trady.by_output(table, outputs) selects those"
+                    f"output channels of layer {name!r}, a convolution of {layer.groups} groups, each of which "
+                    "trains with all its output channels: trady.by_output(table, outputs) selects those"
                 )
             if (wrong := _out_of_range(outputs, layer.outputs)) is not None:
                 return f"output channel {wrong} of layer {name!r}, which has output channels 0 to {layer.outputs - 1}"
@@ -157,16 +157,16 @@ class ChannelTable:
         )
 
     def float_bytes(self, selection: Selection) -> int:
-        """Bytes of the float channels of quantised layers, once these have trained, with their numbers."""
+        """Bytes of the float channels of quantised layers, once these have trained, with their indices."""
         return sum(len(c) * self.float_channel_bytes(name) for name, c in selection.items())
 
     def float_channel_bytes(self, name: str) -> int:
         """Bytes of one float channel of a layer; 0 if it is not quantised."""
         layer = self[name]
-        return layer.weight_elements * self.weight_element_bytes + _NUMBER_BYTES if layer.quantized else 0
+        return layer.weight_elements * self.weight_element_bytes + _INDEX_BYTES if layer.quantized else 0
 
     def activation_elements(self, selection: Selection) -> int:
-        """Activation elements that a selection saves of one sample, whatever its output channels."""
+        """Activation elements that a selection keeps of one sample, whatever its output channels."""
         return sum(len(channels) * self[name].activation_elements for name, channels in selection.items())
 
     def flops(self, selection: Selection) -> int:
@@ -182,23 +182,23 @@ class ChannelTable:
         return sum(layer.channels * layer.elements for layer in self.layers)
 
     def saved_bytes(self, selection: Selection) -> int:
-        """Bytes of the activations a selection saves, for the whole batch of the example."""
+        """Bytes of the activations that a selection keeps, for the full batch of the example."""
         return self.activation_elements(selection) * self.batch * self.element_bytes
 
     def elements(self, selection: Selection) -> int:
         """What a selection takes of B_mem, elements for one sample: the sum of C^W + C^A over channels.
 
-        Of a layer with chosen output channels C^W counts for these only, C^A in full.
+        In a layer with chosen output channels, C^W counts these alone and C^A counts in full.
         """
         return self.weight_elements(selection) + self.activation_elements(selection)
 
 
 def by_output(table: ChannelTable, outputs: Mapping[str, Any]) -> Selection:
-    """Select by output channel (neuron): in each layer these output channels, and all input channels they read.
+    """Select by output channel: in each layer these output channels, and all input channels they read.
 
-    A group of a grouped convolution trains as a whole, all of its output channels, if one of them is selected.
-    In a depthwise convolution such a group is one channel, of which nothing but its own map is saved; of any
-    other layer the whole input is.
+    In a grouped convolution all output channels of a group train if one of them is selected. In a depthwise
+    convolution such a group is one channel, and only its own feature map is kept; of any other layer the full
+    input is kept.
 
     Args:
         table: The layers.
@@ -228,5 +228,5 @@ def by_output(table: ChannelTable, outputs: Mapping[str, Any]) -> Selection:
 
 
 def _out_of_range(indices: Channels, count: int) -> int | None:
-    """A channel number that is none; ``indices`` are sorted."""
+    """An index that is out of range, if there is one; ``indices`` are sorted."""
     return next((int(i) for i in (indices[0], indices[-1]) if not 0 <= i < count), None)

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from trady.ranking.priors import Known
-    from trady.ranking.ranking import LayerRanking
     from trady.training.data.datasets import DataSplit
 
 
@@ -75,10 +73,12 @@ def make_planned(
 
     from trady.errors import ModelError
     from trady.training.models.from_config import read_dtype, read_tokens, skeleton, token_batch
-    from trady.training.models.load import EFFICIENTNET_LITE0, load_model
+    from trady.training.models.from_transformers import TRANSFORMERS
+    from trady.training.models.load import load_model
+    from trady.training.models.source import source_of
 
     wanted = read_dtype(dtype)
-    if name.lower() == EFFICIENTNET_LITE0 or ":" in name:
+    if source_of(name) is not TRANSFORMERS:
         if tokens is not None:
             raise ModelError(f"--tokens is for models of transformers; {name} takes images")
         loaded = load_model(name, classes, seed=seed)
@@ -132,10 +132,3 @@ def load_task(
         count = f"{len(data.skipped)} unreadable image{'s' if len(data.skipped) > 1 else ''}"
         typer.echo(f"skipped {count}: {', '.join(data.skipped[:5])}", err=True)
     return Task(load_model(model, len(data.classes), seed=seed).model, data)
-
-
-def load_ranking(given: str | None) -> LayerRanking | Known | None:
-    """Load a ranking, if a file is named; a word that stands for one is passed on."""
-    from trady.ranking.priors import read_ranking
-
-    return None if given is None else read_ranking(given)

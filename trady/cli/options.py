@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from trady.planning.request import Request
     from trady.policies import Policy as PolicyObject
 
 Model = Annotated[
@@ -40,7 +41,7 @@ Scheme = Annotated[
 Recompute = Annotated[
     str,
     typer.Option(
-        help="What the backward pass computes anew instead of keeping it: as little as the budget allows (auto), "
+        help="What the backward pass recomputes instead of keeping it: as little as the budget allows (auto), "
         "all, or none."
     ),
 ]
@@ -76,7 +77,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 
 Classes = Annotated[int, typer.Option(min=1, help="Outputs of the head.")]
 
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images, drawn with the seed, a part.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Up to n images, drawn with the seed, a part.")]
 
 OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: refuse it, or skip it.")]
 
@@ -105,26 +106,37 @@ def read_policy(name: str, scheme: str | None) -> str | PolicyObject:
     return name
 
 
-def check_kept(recompute: str, fidelity: str) -> None:
-    """Refuse what ``--recompute`` and ``--fidelity`` do not know."""
-    from trady.errors import BudgetError
-    from trady.ops.smooth import FIDELITIES
-    from trady.planning.recomputation import MODES
+def read_request(
+    *,
+    budget: str | None = None,
+    policy: str = "trady",
+    scheme: str | None = None,
+    ranking: str | None = None,
+    seed: int = 0,
+    recompute: str = "auto",
+    fidelity: str = "exact",
+    micro_batch: str | None = None,
+) -> Request:
+    """Read what is asked for, from the words of a command line.
 
-    for option, text, known in (("--recompute", recompute, MODES), ("--fidelity", fidelity, FIDELITIES)):
-        if text not in known:
-            raise BudgetError(f"{option} {text!r} is not known; type one of {', '.join(known)}")
+    Raises:
+        BudgetError: The budget cannot be read, or a word is not known.
+        PolicyError: See :func:`read_policy`.
+        RankingError: The ranking cannot be read.
 
+    """
+    from trady.planning.request import Request
+    from trady.ranking.priors import read_ranking
 
-def read_micro_batch(text: str | None) -> int | str | None:
-    """Read a number of samples, or ``auto``."""
-    if text is None or text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        from trady.errors import BudgetError
-
-        raise BudgetError(f"--micro-batch {text!r} is neither a number of samples nor auto")
-    return int(text)
+    return Request(
+        budget=budget,
+        policy=read_policy(policy, scheme),
+        ranking=None if ranking is None else read_ranking(ranking),
+        seed=seed,
+        recompute=recompute,
+        fidelity=fidelity,
+        micro_batch=int(micro_batch) if micro_batch is not None and micro_batch.isdecimal() else micro_batch,
+    )
 
 
 def print_json(value: Any) -> None:

@@ -11,14 +11,12 @@ import torch
 
 from trady.training.batch import cross_entropy, forward
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner.prepare import prepare
+from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
     from trady.cli.example import Example
     from trady.memory import Ledger
-    from trady.planning.budget import Budget
-    from trady.ranking.priors import Known
-    from trady.ranking.ranking import LayerRanking
+    from trady.planning.request import Request
 
 #: Small enough that repeated steps on one batch leave the weights where they are.
 RATE = 1e-6
@@ -57,28 +55,9 @@ def full_step(example: Example) -> Step:
     return Step(FullTrainer(example.model), example)
 
 
-def tuned_step(
-    example: Example,
-    *,
-    budget: str | Budget | None,
-    policy: str,
-    ranking: LayerRanking | Known | None,
-    seed: int,
-    recompute: str = "auto",
-    fidelity: str = "exact",
-) -> Step:
+def tuned_step(example: Example, request: Request) -> Step:
     """Return a step inside a budget."""
-    tuner = prepare(
-        example.model,
-        example.images,
-        budget=budget,
-        policy=policy,
-        ranking=ranking,
-        seed=seed,
-        recompute=recompute,
-        fidelity=fidelity,
-    )
-    return Step(TunerTrainer(tuner), example)
+    return Step(TunerTrainer(Tuner(request.decide(example.model, example.images))), example)
 
 
 def step_seconds(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:

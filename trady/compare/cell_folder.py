@@ -1,4 +1,4 @@
-"""A cell on disk: what it is, how it stands, and that only one process works in it."""
+"""A cell on disk: its identity, its status, and a lock so that one process at a time works in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trady.training.run_folder import RunFolder
 
 
 class Status(str, Enum):
-    """How a cell stands."""
+    """The status of a cell."""
 
     DONE = "done"
     INFEASIBLE = "infeasible"
@@ -65,7 +65,7 @@ class CellFolder:
         return self.path / "error.json"
 
     def status(self) -> Status:
-        """Return how the cell stands."""
+        """Return the status of the cell."""
         if not self._is_mine():
             return Status.MISSING
         if self.run.result.exists():
@@ -80,7 +80,7 @@ class CellFolder:
         return self.path / "cell.json"
 
     def begin(self, machine: Mapping[str, Any]) -> None:
-        """Say whose folder it is and what the cell runs on, and forget an earlier error."""
+        """Write which cell this is and what it runs on, and remove an earlier error."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.error.unlink(missing_ok=True)
         write_json(self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine)})
@@ -96,7 +96,7 @@ class CellFolder:
         return Outcome(status, text)
 
     def drop_weights(self) -> None:
-        """Keep what the tables need, and nothing that takes space."""
+        """Remove weights and checkpoints, which the tables do not need."""
         for path in (self.run.model, self.run.delta):
             path.unlink(missing_ok=True)
         for path in self.path.glob("checkpoint*"):
@@ -109,7 +109,7 @@ class CellFolder:
         return 0
 
     def read(self, path: Path) -> dict[str, Any] | None:
-        """Return what a JSON file holds; ``None`` where there is none, or it is no object."""
+        """Return what a JSON file holds; ``None`` where there is none, or it is not an object."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -118,9 +118,10 @@ class CellFolder:
 
     @contextlib.contextmanager
     def alone(self, patience_seconds: float) -> Iterator[bool]:
-        """Hold the folder against other processes; give whether that worked.
+        """Lock the folder against other processes; yield whether that worked.
 
-        The system frees it when a process ends, however it ends. Where it has no such locks, all may work.
+        The system frees the lock when the process ends, however it ends. On systems without such locks nothing is
+        locked.
         """
         try:
             import fcntl

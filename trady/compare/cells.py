@@ -1,4 +1,4 @@
-"""The cells of a matrix: what each is to be trained with, and the folder it has."""
+"""The cells of a matrix: the settings of each, and its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cell:
         dataset: The data set's name in the file.
         budget: The budget's name in the file; ``None`` for a policy that takes none.
         amount: The budget as text, e.g. ``elements:27946``.
-        policy: Where to update.
+        policy: Name of the policy.
         seed: Seed of everything random.
         settings: Those that the file gives; all others are the defaults of ``trady finetune``.
         sources: The model and the data set as the file has them; a digest of the ranking and
@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Ten digits that stand for everything above; the same on every machine."""
+        """Ten hexadecimal digits that identify everything above; the same on every machine."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -65,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell with what it takes to run it on this machine.
+    """A cell, and what is needed to run it on this machine.
 
     Attributes:
         cell: The cell.
@@ -85,8 +85,8 @@ class Job:
 def make_jobs(read: ReadMatrix) -> list[Job]:
     """Return all cells, in the order in which they are run.
 
-    Seeds are outermost, then models and data sets, then budgets and policies: a matrix that stopped half-way
-    has all policies of the models and data sets that it has, and all of those of the first seeds.
+    Seeds are outermost, then models and data sets, then budgets and policies. So a matrix that was stopped has all
+    policies for the models and data sets that it has reached, and everything for the first seeds.
     """
     matrix = read.matrix
     jobs = []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from trady.errors import MatrixError
 
-#: Which devices a process sees, the driver's own variable: read once, when the first tensor goes there.
+#: The driver's variable for the devices that a process sees; read once, with the first tensor on a device.
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -29,7 +29,7 @@ def least_used(devices: Sequence[str], in_use: Sequence[str | None]) -> str | No
 
 @contextmanager
 def seen_by_children(device: str | None) -> Iterator[None]:
-    """Let processes that are started meanwhile see this device alone; ``None`` leaves them what this one sees."""
+    """Let processes started inside the context see this device alone; ``None`` changes nothing."""
     before = os.environ.get(VARIABLE)
     if device is not None:
         os.environ[VARIABLE] = device
@@ -54,13 +54,13 @@ def check_share(gpus_per_cell: float | None) -> None:
 
 
 def cells_at_a_time(gpus: float, gpus_per_cell: float, workers: int | None, wanted: int) -> int:
-    """How many cells may run at a time on so many GPUs.
+    """How many cells may run at a time on these GPUs.
 
     Args:
         gpus: GPUs that there are.
         gpus_per_cell: What each cell takes of one.
         workers: What the user asked for.
-        wanted: How many it would be without a limit, if the user did not.
+        wanted: How many to run if the user did not ask for a number.
 
     Raises:
         MatrixError: There is no GPU, or more workers are asked for than fit.

@@ -1,4 +1,4 @@
-"""How a matrix shows where it is: a live line on a terminal, a line a cell elsewhere."""
+"""The progress of a matrix: a live line on a terminal, a line for each cell elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trady.compare.cells import Job
 
 
 class Display:
-    """Cells done and left, those that run, and how long it may still take.
+    """Shows the cells done, left and running, and an estimate of the time left.
 
     Args:
         console: Standard error by default.
@@ -29,7 +29,7 @@ class Display:
         self._live: Live | None = None
 
     def begin(self, total: int, left: int) -> None:
-        """Tell how many cells there are, and how many are to be run."""
+        """Report how many cells there are, and how many are to be run."""
         self.total, self.left, self._started = total, left, time.monotonic()
         self.say(f"{total} cells, {total - left} settled, {left} to run")
         if self.console.is_terminal and left:
@@ -37,7 +37,7 @@ class Display:
             self._live.start()
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        """Tell how a cell ended."""
+        """Report how a cell ended."""
         self.left -= 1
         self._ended += 1
         said = outcome.message.splitlines()[0] if outcome.message else f"{outcome.seconds:.0f} s"
@@ -45,7 +45,7 @@ class Display:
         self.say(f"{count} {job.cell.title}: {outcome.status}, {said}{self._time_left()}")
 
     def update(self, running: Sequence[tuple[Job, int]]) -> None:
-        """Tell which cells run, and how many epochs each has done."""
+        """Report which cells run, and how many epochs each has done."""
         if self._live is not None:
             cells = "; ".join(f"{job.cell.title} ({epochs}/{job.cell.settings['epochs']})" for job, epochs in running)
             self._live.update(
@@ -57,7 +57,7 @@ class Display:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Leave the screen as the next line needs it."""
+        """Clear the live line."""
         if self._live is not None:
             self._live.stop()
             self._live = None

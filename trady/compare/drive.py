@@ -1,4 +1,4 @@
-"""Handing out the cells that are left, until all are done or the time is up."""
+"""Starts the cells that are left, until all are done or the time is up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trady.compare.display import Display
 from trady.compare.engine import Ended, Engine
 from trady.compare.execute import Workplace
 
-#: A cell whose worker died is resumed so many times.
+#: How often a cell whose worker died is resumed.
 RESUMES = 1
 _POLL_SECONDS = 1.0
 
@@ -24,9 +24,9 @@ class Drive:
 
     Attributes:
         place: Where the folders are.
-        engine: Who runs cells.
-        display: Told of every cell.
-        max_minutes: No cell starts after that, and those that run are stopped to be resumed.
+        engine: Runs cells.
+        display: Shows every cell.
+        max_minutes: No cell starts after this time, and running cells are stopped, to be resumed later.
     """
 
     place: Workplace
@@ -61,7 +61,7 @@ class Drive:
         self.engine.start(job)
 
     def _end(self, ended: Ended) -> list[Job]:
-        """Note how a cell ended; return it if it is to be resumed."""
+        """Record how a cell ended; return it if it is to be resumed."""
         self._running.remove(ended.job)
         if ended.outcome is not None:
             self.display.ended(ended.job, ended.outcome)

@@ -1,4 +1,4 @@
-"""Where cells are run: the one interface that the local processes and Ray have in common."""
+"""Where cells are run: the common interface of local processes and Ray."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Ended:
 
     Attributes:
         job: The cell.
-        outcome: How it ended; ``None`` where its worker died under it.
-        death: What the worker died of.
+        outcome: How it ended; ``None`` if its worker died.
+        death: Why the worker died.
     """
 
     job: Job
@@ -25,7 +25,7 @@ class Ended:
 
 
 class Engine(Protocol):
-    """Workers that live on from cell to cell."""
+    """Workers that run one cell after another."""
 
     def free(self) -> int:
         """Return how many cells could be started now."""
@@ -37,4 +37,4 @@ class Engine(Protocol):
         """Return the cells that ended, as soon as there is one; dead workers are replaced."""
 
     def close(self) -> None:
-        """Stop all workers at once; what they were at can be resumed."""
+        """Stop all workers at once; their cells can be resumed."""

@@ -1,4 +1,4 @@
-"""One cell, from its folder to its outcome, in whatever process an engine has made."""
+"""One cell, from its folder to its outcome, in the process of a worker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
 from trady.errors import BudgetError, CheckpointError
@@ -19,17 +21,20 @@ from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
 from trady.records.version import __version__
 from trady.training.data.datasets import DataSplit, Normalization
+from trady.training.data.load import load_data
+from trady.training.models.load import image_format, load_model
 from trady.training.result import Result
+from trady.training.run import finetune
 
 Keep = Literal["results", "weights"]
 
-#: How long a cell waits for a process that was told to stop and still holds its folder.
+#: How long a cell waits for a process that is stopping and still locks its folder.
 PATIENCE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every worker is told once.
+    """What every worker receives once.
 
     Attributes:
         out: Where the cells' folders are.
@@ -49,8 +54,6 @@ class Workplace:
 
     def enter(self) -> None:
         """Make this process a worker."""
-        import torch
-
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.search_path if entry not in sys.path)
@@ -65,7 +68,7 @@ class Workplace:
 
 
 def run_cell(job: Job, place: Workplace) -> Outcome:
-    """Train a cell, or go on with it; an error becomes its outcome and is written in its folder."""
+    """Train or resume a cell; an error becomes its outcome and is written to its folder."""
     folder = place.cell_folder(job)
     with folder.alone(PATIENCE_SECONDS) as alone:
         if not alone:
@@ -86,8 +89,6 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
 
 def machine() -> dict[str, object]:
     """Return what a result may depend on, besides its cell."""
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "device": device,
@@ -101,18 +102,15 @@ def _train(job: Job, folder: CellFolder) -> Result:
     try:
         return _finetune(job, folder, resume=True)
     except CheckpointError:
-        # Left by another version of the model or of trady: what it says cannot be gone on with.
+        # The checkpoint is of another version of the model or of trady, so it cannot be resumed.
         return _finetune(job, folder, resume=False)
 
 
 def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
-    from trady.training.models.load import load_model
-    from trady.training.run import finetune
-
     cell = job.cell
     settings = dict(cell.settings)
     image_size, limits = settings.pop("image_size", None), _limits(settings)
-    normalization, usual_size = _format(job.model)
+    normalization, usual_size = _image_format(job.model)
     data = _data(job.dataset, image_size or usual_size, limits, normalization, cell.seed)
     for name in ("channel_clip", "max_grad_norm"):
         if settings.get(name) is False:
@@ -140,9 +138,7 @@ def _limits(settings: dict[str, object]) -> tuple[int | None, int | None]:
 
 
 @lru_cache(maxsize=8)
-def _format(model: str) -> tuple[Normalization, int]:
-    from trady.training.models.load import image_format
-
+def _image_format(model: str) -> tuple[Normalization, int]:
     return image_format(model)
 
 
@@ -151,6 +147,4 @@ def _data(
     source: str, image_size: int, limits: tuple[int | None, int | None], normalization: Normalization, seed: int
 ) -> DataSplit:
     """Read a data set once a worker; neighbouring cells mostly share it."""
-    from trady.training.data.load import load_data
-
     return load_data(source, image_size=image_size, limit=limits, normalization=normalization, seed=seed)

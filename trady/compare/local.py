@@ -1,4 +1,4 @@
-"""Processes of this machine."""
+"""Cells in processes on this machine."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class _Worker:
 
 
 class LocalEngine:
-    """Spawned processes, each with its share of the cores and, where there are CUDA devices, with one of its own.
+    """Spawned processes, each with its share of the cores and, where there are CUDA devices, with one of them.
 
     Args:
         workers: How many.
-        place: What each of them is told.
-        devices: CUDA devices, as ``CUDA_VISIBLE_DEVICES`` names them; each worker sees one, shared out evenly.
+        place: What each of them receives.
+        devices: CUDA devices, as ``CUDA_VISIBLE_DEVICES`` names them; each worker sees one, distributed evenly.
     """
 
     def __init__(self, workers: int, place: Workplace, devices: Sequence[str] = ()) -> None:
@@ -45,11 +45,11 @@ class LocalEngine:
         return self._limit - sum(worker.job is not None for worker in self._workers)
 
     def start(self, job: Job) -> None:
-        """Send a cell to a worker that waits, or to a new one."""
+        """Send a cell to an idle worker, or to a new one."""
         waiting = [worker for worker in self._workers if worker.job is None]
         worker = waiting[0] if waiting else self._hire()
         worker.job = job
-        with contextlib.suppress(OSError):  # it died while it waited: wait() will say so
+        with contextlib.suppress(OSError):  # it died while it was idle: wait() reports that
             worker.pipe.send(job)
 
     def wait(self, timeout_seconds: float) -> list[Ended]:
@@ -59,7 +59,7 @@ class LocalEngine:
         return [self._collect(worker) for worker in busy if worker.pipe in ready]
 
     def close(self) -> None:
-        """Kill the workers: a run folder is whole at every instant."""
+        """Kill the workers: run folders survive that at every instant."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -100,7 +100,7 @@ def _death(code: int | None) -> str:
 
 def _work(pipe: Connection, place: Workplace) -> None:
     """Run cells until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     place.enter()
     while True:
@@ -112,7 +112,7 @@ def _work(pipe: Connection, place: Workplace) -> None:
 
 
 def _end_with_parent() -> None:
-    """Leave at once when the parent is gone, so that nobody else finds the folder in use."""
+    """Exit as soon as the parent is gone, so that the folder does not stay locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

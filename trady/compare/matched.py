@@ -1,4 +1,4 @@
-"""Cells that differ in nothing but the policy."""
+"""Cells that differ only in the policy."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ class Task:
 class Scores:
     """The accuracies of one policy, by task and seed.
 
-    A policy that takes no budget has its one result under every budget, since that is what it reaches whatever the
-    budget is.
+    A policy that takes no budget has the same result under every budget.
 
     Attributes:
         policy: Its name.
@@ -44,7 +43,7 @@ class Scores:
     by_task: dict[Task, dict[int, float]]
 
     def without_budgets(self) -> Scores:
-        """Return the same with each result once, if the policy takes no budget."""
+        """Return the scores with each result once, if the policy takes no budget."""
         if self.takes_budget:
             return self
         return Scores(
@@ -64,7 +63,7 @@ def policies_of(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def score(rows: Sequence[Row], policy: str, metric: Metric) -> Scores:
-    """Collect what a policy reached, of the cells that are done."""
+    """Collect the accuracies of a policy, from the cells that are done."""
     mine = [row for row in rows if row.policy == policy]
     takes_budget = any(row.budget is not None for row in mine)
     by_task: dict[Task, dict[int, float]] = {}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from trady.compare.names import Names, Surroundings
 from trady.compare.training import Training
 
-#: Policies that one cell serves for every budget.
+#: Policies whose one cell serves for every budget.
 WITHOUT_BUDGET = ("head", "full")
 
 
@@ -18,14 +18,14 @@ def _as_list(value: object) -> object:
 
 
 def _by_themselves(value: object) -> object:
-    """Let a list of sources stand for a table in which each is its own name."""
+    """Turn a list of sources into a table in which each is its own name."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return {item: item for item in value}
     return value
 
 
 def _for_all_models(value: object, info: ValidationInfo) -> object:
-    """Let one amount stand for a table with the same amount for every model."""
+    """Turn one amount into a table with the same amount for every model."""
     if isinstance(value, str) and isinstance(info.context, Surroundings):
         return dict.fromkeys(info.context.declared["model"], value)
     return value
@@ -42,7 +42,7 @@ class Override(Training):
         dataset: Names of data sets.
         budget: Names of budgets.
         policy: Policies.
-        amount: Another amount than the budget's, for a rule that can only be taken whole.
+        amount: Another amount than the budget's, for a policy whose selection cannot be made smaller.
     """
 
     model: Annotated[list[Names.DeclaredModel], BeforeValidator(_as_list)] | None = None
@@ -58,13 +58,13 @@ class Override(Training):
 
 
 class Matrix(BaseModel):
-    """The whole file.
+    """The content of a matrix file.
 
     Attributes:
         models: Sources by name, as ``trady finetune`` takes them; a list makes each source its own name.
-        datasets: The same of data sets. Paths start at the file's folder, ``${NAME}`` is the environment's.
+        datasets: The same for data sets. Paths start at the file's folder; ``${NAME}`` is read from the environment.
         budgets: Amounts by name: one for all models, or one by model.
-        policies: Where to update. ``head`` and ``full`` take no budget and are run once for all.
+        policies: Names of policies. ``head`` and ``full`` take no budget and are run once for all budgets.
         seeds: Seeds of everything random.
         training: Settings of every cell.
         override: Settings of some cells.

@@ -1,4 +1,4 @@
-"""Kinds of names in a matrix file, each checked where it stands, so that all mistakes are found at once."""
+"""Kinds of names in a matrix file, each checked in its place, so that all mistakes are found at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a matrix file is read in.
+    """The context in which a matrix file is read.
 
     Attributes:
         folder: The file's folder; paths in the file start there.
@@ -40,7 +40,7 @@ class Surroundings:
     check_sources: bool = True
 
     def expand(self, text: str) -> str:
-        """Put the values of the environment in place of ``${NAME}``.
+        """Replace ``${NAME}`` by the values of the environment.
 
         Raises:
             ValueError: A variable is not set.
@@ -51,18 +51,18 @@ class Surroundings:
         return _VARIABLE.sub(lambda found: self.environment[found[1]], text)
 
     def path(self, text: str) -> str:
-        """Return where a path of the file leads."""
+        """Return the full path of a path in the file."""
         return str(self.folder / Path(self.expand(text)).expanduser())
 
     def dataset(self, text: str) -> str:
-        """Return a data set's source as ``trady.finetune`` reads it: a known name, or a whole path."""
-        from trady.training.data.fashion_mnist import matches
+        """Return a data set's source as ``trady.finetune`` reads it: a known name, or a full path."""
+        from trady.training.data.source import is_name
 
         expanded = self.expand(text)
-        return expanded if matches(expanded) else self.path(text)
+        return expanded if is_name(expanded) else self.path(text)
 
     def ranking(self, text: str) -> str:
-        """Return a word that stands for a ranking, or a whole path."""
+        """Return a word that stands for a ranking, or a full path."""
         return text if text in KNOWN else self.path(text)
 
 
@@ -75,7 +75,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _with_message(call: Callable[[], T]) -> T:
-    """Call, with an error of trady's as the mistake's text."""
+    """Call, and turn an error of trady into the text of a mistake."""
     try:
         return call()
     except TradyError as error:

@@ -85,7 +85,7 @@ class RayEngine:
         return [self._collect(answer) for answer in ready]
 
     def close(self) -> None:
-        """Kill the actors: a run folder is whole at every instant."""
+        """Kill the actors: run folders survive that at every instant."""
         for actor in [*self._waiting, *(running.actor for running in self._running.values())]:
             self._ray.kill(actor)
         self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Reading a matrix file: refused whole, with all its mistakes, or taken whole."""
+"""Reading a matrix file: it is accepted, or refused with a list of all its mistakes."""
 
 from __future__ import annotations
 

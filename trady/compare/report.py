@@ -21,7 +21,7 @@ WINS_CAPTION = (
 )
 BUDGET_CAPTION = (
     "Accuracy by budget. Dashed lines are policies that take none; dots are single seeds. A point is drawn where every "
-    "task it stands for has a result."
+    "task it averages has a result."
 )
 
 

@@ -14,12 +14,12 @@ from trady.records.files import write_lines, write_whole
 
 LINES = "results.jsonl"
 TABLE = "results.parquet"
-#: Rows of cells that are done and not in the matrix of the last call: another matrix may want them again.
+#: Rows of cells that are done and not in the matrix of the last call; another matrix may need them again.
 OTHERS = "other_cells.jsonl"
 
 
 def collect(jobs: Sequence[Job], place: Workplace) -> list[Row]:
-    """Return a row for every cell: what its folder says, or what was written of it when it had one."""
+    """Return a row for every cell, from its folder, or from earlier results if the folder is gone."""
     known = _done_rows(place.out)
     rows = []
     for job in jobs:
@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def done_digests(out: Path) -> set[str]:
-    """Return the cells that the written results have: they need no folder, and are not run again."""
+    """Return the cells in the written results, which need no folder and are not run again."""
     return set(_done_rows(out))
 
 

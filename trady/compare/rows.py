@@ -1,4 +1,4 @@
-"""One row a cell: what its folder says."""
+"""One row for each cell, from its folder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from trady.compare.cell_folder import CellFolder, Status
 
 @dataclass(frozen=True)
 class Row:
-    """A cell and what came out; fields that its status leaves open are ``None``.
+    """A cell and its results; fields that do not apply to its status are ``None``.
 
     Attributes:
         model: Its name in the matrix.
         dataset: Its name in the matrix.
         budget: Its name; ``None`` for a policy that takes none.
         amount: As text, e.g. ``elements:27946``.
-        policy: Where it was updated.
+        policy: Name of the policy.
         seed: Of everything random.
         status: ``done``, ``infeasible``, ``failed``, ``started`` or ``missing``.
-        digest: Stands for the cell's settings.
+        digest: Digest of the cell's settings.
         message: Why it is not done.
         accuracy: Top-1 after the last epoch, 0 to 1.
         best_accuracy: The highest after any epoch.
@@ -34,7 +34,7 @@ class Row:
         step_seconds: Median over the epochs of an epoch's mean step.
         peak_bytes: The highest measured peak of a step.
         saved_bytes: The most that a measured step kept between forward and backward.
-        trainable_parameters: The most elements updated at a time.
+        trainable_parameters: The most elements that an epoch updated.
         weight_sparsity: Share of the weights' gradient not computed, mean over the draws.
         activation_sparsity: Share of the activations not kept.
         flops_reduction: Share of the weight gradients' operations not done.
@@ -44,7 +44,7 @@ class Row:
         threads: Of torch.
         torch: Version of torch.
         trady: Version of trady.
-        settings: Those that the matrix gives, as JSON has them.
+        settings: Those that the matrix gives, as JSON values.
     """
 
     model: str
@@ -95,7 +95,7 @@ class Row:
 
 
 def make_row(folder: CellFolder) -> Row:
-    """Return what a cell's folder says."""
+    """Return the row of a cell, from its folder."""
     cell, status = folder.cell, folder.status()
     row = Row(
         model=cell.model,

@@ -28,7 +28,7 @@ EngineName = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class Table:
-    """What a matrix has given so far.
+    """The results of a matrix so far.
 
     Attributes:
         rows: One a cell, in the order in which they are run.
@@ -59,18 +59,18 @@ def compare(
     metric: Metric = "accuracy",
     display: Display | None = None,
 ) -> Table:
-    """Run the cells of a matrix that are left, and write the table of all.
+    """Run the cells of a matrix that are left, and write the table of all cells.
 
     Args:
         matrix: The matrix file.
-        out: Folder of the cells and the table. Called again with the same, it goes on.
+        out: Folder of the cells and the table. Another call with the same folder resumes.
         engine: ``local`` processes, or ``ray``.
         workers: Cells at a time; one a processor by default.
-        threads: Of torch in each worker; the processors shared out by default. Another number of threads can
-            change the last digits of a result.
-        gpus_per_cell: Share of a GPU that a cell takes: no more cells at a time than fit. Without it, local workers
-            share the CUDA devices out evenly, and Ray's see what their machine shows them.
-        max_minutes: No cell starts after so long, and those that run then are stopped to be resumed.
+        threads: Threads of torch in each worker; by default the processors are shared evenly. Another number of
+            threads can change the last digits of a result.
+        gpus_per_cell: Share of a GPU that a cell takes; only as many cells run at a time as fit. Without it, local
+            workers are distributed evenly over the CUDA devices, and Ray's workers see those of their machine.
+        max_minutes: No cell starts after this time, and running cells are stopped, to be resumed later.
         retry_failed: Run cells again that failed or were infeasible.
         summary_only: Run nothing.
         keep: ``weights`` keeps each cell's weights and checkpoint, ``results`` only what the table needs.

@@ -9,7 +9,7 @@ from trady.compare import tables
 from trady.compare.summary import Summary
 from trady.report.page import Table as Values
 
-#: So many missing cells are named; the report has all.
+#: Maximum number of missing cells that are named; the report lists all.
 GAPS = 8
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from trady.compare.matched import Scores, Task, pairs
 
-#: Where a difference counts as significant, and the intervals' complement.
+#: Level of significance, and one minus the coverage of intervals.
 LEVEL = 0.05
 
 
@@ -23,7 +23,7 @@ class Mean:
         mean: Over the tasks, each being the mean over its seeds. ``None`` where no cell is done.
         spread: Standard deviation between the seeds of a task, pooled over the tasks; ``None`` with one seed.
         cells: How many are done.
-        expected: How many there are to be.
+        expected: How many there will be.
     """
 
     policy: str
@@ -72,7 +72,7 @@ class Wins:
         column: The one that loses.
         tasks: On how many both have results.
         in_mean: On how many its mean over the seeds is higher.
-        significant: On how many a paired t-test over the seeds says so too.
+        significant: On how many the lead is significant by a paired t-test over the seeds.
     """
 
     row: str
@@ -161,7 +161,7 @@ def _is_significant(values: Sequence[tuple[float, float]]) -> bool:
 
 
 def _spread(differences: Sequence[float]) -> float | None:
-    """Return the standard deviation; zero where only rounding tells the differences apart."""
+    """Return the standard deviation; zero where the differences differ by rounding alone."""
     if len(differences) < 2:
         return None
     spread = statistics.stdev(differences)

@@ -1,4 +1,4 @@
-"""Everything that is said of a table of cells, as values."""
+"""The statistics of a table of cells, as values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cost:
         policy: Its name.
         budget: Its name; ``None`` for a policy that takes none.
         step_seconds: Median over cells.
-        seconds: Median over cells of a whole run.
+        seconds: Median over cells of a complete run.
         peak_bytes: Mean.
         saved_bytes: Mean.
         weight_sparsity: Mean; ``None`` where the policy has none.

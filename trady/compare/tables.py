@@ -1,4 +1,4 @@
-"""The tables of a comparison: values as people read them."""
+"""The tables of a comparison, for people."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def wins_table(summary: Summary) -> Table:
         cells = [wins.get((row, column)) for column in summary.policies]
         texts = [_NONE if cell is None or not cell.tasks else f"{cell.in_mean} ({cell.significant})" for cell in cells]
         rows.append([row, *texts])
-    most = max((found.tasks for found in summary.wins), default=0)
+    tasks = max((found.tasks for found in summary.wins), default=0)
     caption = (
-        f"On how many of {_count(most, 'task')} (model, data set, budget) the row's mean beats the column's, and in "
+        f"On how many of {_count(tasks, 'task')} (model, data set, budget) the row's mean beats the column's, and in "
         "brackets on how many of them significantly (paired t-test over the seeds, p < 0.05)."
     )
     return Table(["policy", *summary.policies], rows, caption)

@@ -29,16 +29,16 @@ class Training(BaseModel):
         weight_decay: For every optimizer.
         mode: Dropout in training: on (``train``) or off (``eval``).
         mixed_precision: ``no`` or ``bf16``.
-        recompute: What the backward pass computes anew.
+        recompute: What is recomputed in the backward pass.
         micro_batch: Images a forward and backward pass, or ``auto``.
         image_size: Height and width; the model's own where it is not given.
-        train_limit: At most so many images to train on, drawn with the seed.
-        evaluation_limit: At most so many to evaluate on.
+        train_limit: Maximum number of images to train on, drawn with the seed.
+        evaluation_limit: Maximum number of images to evaluate on.
         ranking: Of the layers, for the policies that use one: ``online``, ``structural``, or a file that ``trady
-            rank`` has written. By default the shipped prior of the structure, else ``online``. A prior of the
-            user's own is not looked for, since another machine might have another: name its file.
+            rank`` has written. By default the shipped prior of the structure, else ``online``. A user's own
+            prior is not used, since another machine might have another one: name its file.
         scheme: A file that ``trady search`` has written, for the policy ``sparse-update``.
-        observed_batches: Batches that a policy which measures before it draws is measured on.
+        observed_batches: Batches that policies are measured on if they measure before they draw.
         fidelity: How exactly smooth activations are differentiated.
         draws_per_epoch: How often channels are drawn in an epoch.
     """

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trady.channels.selection import Selection
-from trady.evidence.sweeps import Means, Sweeper, put_aside
-from trady.model.batch import as_arguments, batch_size, loss_of, part_of, parts_of, split
+from trady.evidence.sweeps import Means, Sweeper, set_aside
+from trady.model.batch import Batch, loss_of, split
+from trady.model.python_state import seed_generators
+from trady.model.untouched import untouched
 from trady.ops.gates import NotBySampleError
 from trady.policies.evidence import Floats
 
@@ -34,7 +36,7 @@ Found = Mapping[str, Tensor]
 def fisher_information(sweeper: Sweeper, batches: Iterable[Any]) -> Means:
     """Measure Δ_c of the input of every layer, averaged over all samples of the batches.
 
-    What is not finite counts as 0, and what :func:`trady.evidence.sweeps.put_aside` names is left as it was.
+    What is not finite counts as 0, and what :func:`trady.evidence.sweeps.set_aside` names is left as it was.
 
     Args:
         sweeper: The model, its loss, and what to measure at a time; its progress is told of every pass.
@@ -56,28 +58,28 @@ class _Measurement:
         self._samples = self._done = self._batches = 0
 
     def of(self, batches: Iterable[Any]) -> Means:
-        with put_aside(self._armed, self._sweeper.head):
+        with set_aside(self._armed, self._sweeper.head):
             for batch in batches:
                 self._batches += 1
-                for part, _ in parts_of(batch, self._sweeper.micro_batch):
+                for chunk, _ in Batch.of(batch).chunks(self._sweeper.micro_batch):
                     for place, selection in enumerate(self._sweeper.selections):
                         self._armed.select(selection)
-                        self._add(place, selection, part)
-                    self._samples += batch_size(split(part)[0])
+                        self._add(place, selection, chunk)
+                    self._samples += _count(chunk)
         return Means({name: sums / max(self._samples, 1) for name, sums in self._sums.items()}, self._batches)
 
-    def _add(self, place: int, selection: Selection, part: Any) -> None:
-        count = batch_size(split(part)[0])
+    def _add(self, place: int, selection: Selection, chunk: Batch) -> None:
+        count = _count(chunk)
         if count > 1 and place not in self._apart:
-            self._apart[place] = self._are_apart(selection, part_of(part, 0, 2))
+            self._apart[place] = self._are_apart(selection, chunk.chunk(0, 2).inputs)
         if count > 1 and self._apart[place]:
             try:
-                self._take(selection, self._pass(part, count, count, self._samples))
+                self._take(selection, self._pass(chunk.inputs, count, count, self._samples))
                 return
             except NotBySampleError:  # another shape than that of the first batch
                 self._apart[place] = False
-        for number, (sample, _) in enumerate(parts_of(part, 1)):
-            self._take(selection, self._pass(sample, 1, 1, self._samples + number))
+        for number, (sample, _) in enumerate(chunk.chunks(1)):
+            self._take(selection, self._pass(sample.inputs, 1, 1, self._samples + number))
 
     def _take(self, selection: Selection, found: Found) -> None:
         for name, gradient in found.items():
@@ -100,11 +102,11 @@ class _Measurement:
         """Run some samples forward, and the losses of the first few of them backward."""
         with (
             self._armed.gated(samples) as gates,
-            torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []),
+            untouched(self._armed.model, self._sweeper.loss_module, part) as writes,
         ):
-            torch.manual_seed(self._sweeper.seed + number)
+            seed_generators(self._sweeper.seed + number)
             value = self._loss(part, samples, losses)
-            with torch.autocast(self._device.type, enabled=False):
+            with writes.paused(), torch.autocast(self._device.type, enabled=False):
                 value.backward()
             return {name: gate.grad for name, gate in gates.items() if gate.grad is not None}
 
@@ -115,9 +117,14 @@ class _Measurement:
             return loss_of(self._armed.model, part, loss)
         if loss is None:
             raise NotBySampleError("the model computes its loss of the whole batch")
-        args, kwargs = as_arguments(inputs)
+        args, kwargs = Batch.of(inputs).arguments
         by_sample = zip(_cut(self._armed.model(*args, **kwargs), samples), _cut(targets, samples), strict=True)
         return torch.stack([loss(output, target) for output, target in list(by_sample)[:losses]]).sum()
+
+
+def _count(chunk: Batch) -> int:
+    """The number of samples among the inputs of a pair, or of a mapping."""
+    return Batch.of(split(chunk.inputs)[0]).samples
 
 
 def _cut(tree: Any, samples: int) -> list[Any]:

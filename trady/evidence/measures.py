@@ -44,7 +44,7 @@ class MeasureContext:
 
     Attributes:
         armed: The armed model.
-        sweeper: Runs batches through it, in sweeps that fit in the budget, with room for so many numbers a channel
+        sweeper: Runs batches through it, in sweeps that fit in the budget, with room for this many numbers a channel
             beside its activations, or for its weight gradient if that is larger.
         batches: Pairs (inputs, targets), or mappings that the model computes a loss from.
         loss: From (outputs, targets) to a scalar; ``None`` for the model's own.

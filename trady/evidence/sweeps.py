@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from trady.channels.selection import Channels, Selection
 from trady.interception.armed import Armed
-from trady.model.batch import Loss, loss_of, parts_of
+from trady.model.batch import Batch, Loss, loss_of
+from trady.model.python_state import seed_generators
+from trady.model.untouched import untouched
 from trady.policies.evidence import Floats
 
 #: From the gradient of the selected slices ``W[:, c]`` [n, weight elements of a channel] to [n].
@@ -66,7 +68,7 @@ class Sweeper:
         sums = {layer.name: np.zeros(layer.channels) for layer in self.armed.table}
         device = next(iter(self.armed.model.parameters())).device
         done = given = 0
-        with put_aside(self.armed, self.head):
+        with set_aside(self.armed, self.head):
             for batch in batches:
                 given += 1
                 for selection in self.selections:
@@ -90,7 +92,7 @@ class Sweeper:
 
         """
         device = next(iter(self.armed.model.parameters())).device
-        with put_aside(self.armed, self.head):
+        with set_aside(self.armed, self.head):
             for selection in self.selections:
                 self.armed.select(selection)
                 self._backward(batch, seed, device)
@@ -100,12 +102,17 @@ class Sweeper:
                         see(name, channels[start : start + len(gradient)], gradient)
                         start += len(gradient)
 
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss, if it is a module: it may keep state, as a model does."""
+        return self.loss if isinstance(self.loss, nn.Module) else None
+
     def _backward(self, batch: Any, seed: int, device: torch.device) -> None:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for part, share in parts_of(batch, self.micro_batch):
-                value = loss_of(self.armed.model, part, self.loss)
-                with torch.autocast(device.type, enabled=False):
+        with untouched(self.armed.model, self.loss_module, batch) as writes:
+            seed_generators(seed)
+            for chunk, share in Batch.of(batch).chunks(self.micro_batch):
+                value = loss_of(self.armed.model, chunk.inputs, self.loss)
+                with writes.paused(), torch.autocast(device.type, enabled=False):
                     (value if share == 1.0 else value * share).backward()
 
     def _reduced(self, name: str, reduce: Reduce) -> Floats:
@@ -140,7 +147,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 @contextmanager
-def put_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
+def set_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
     selection, callbacks = armed.selection, list(armed.on_gradient)
     compacts = [layer.compact for layer in armed.layers.values()]

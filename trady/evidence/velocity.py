@@ -1,4 +1,4 @@
-"""The measure ``velocity``: how fast the output map of every neuron changes its direction from epoch to epoch.
+"""The measure ``velocity``: how fast the output map of every output channel changes its direction from epoch to epoch.
 
 Neurons at equilibrium (Bragagnolo, Tartaglione, Grangetto, NeurIPS 2022, arXiv 2207.09455), section 3. With
 ŷ_{i,ξ} the output map of neuron i on sample ξ over its own norm, t an epoch and Ξ a few fixed samples:
@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter
+from torch import Tensor
 
-from trady.calls.canonical import canonical, transposed, transposes_weight
-from trady.calls.decompositions import DECOMPOSITIONS
 from trady.calls.kinds import RecurrentCall, WeightCall
+from trady.calls.mode import CallMode
 from trady.calls.recognize import recognize
 from trady.channels.table import ChannelTable
 from trady.errors import StateError
 from trady.evidence.measures import MeasureContext, Measured
 from trady.interception.armed import Armed
-from trady.model.batch import as_arguments, batch_size, part_of, split
+from trady.model.batch import Batch, split
+from trady.model.untouched import untouched
 from trady.ops.recurrent.recurrence import states_before
 from trady.policies.evidence import Evidence, Floats
 
@@ -46,7 +43,7 @@ MOMENTUM = 0.5
 #: Samples that are looked at. The paper finds that a single image does nearly as well as hundreds.
 MOST_SAMPLES = 32
 
-#: Name and number of a call of a layer, to what it computes: [output channels, positions].
+#: Name of a layer and index of its call, to what it computes: [output channels, positions].
 Maps = dict[tuple[str, int], Tensor]
 
 #: Shown one of these.
@@ -75,9 +72,8 @@ class Velocity:
         seen, batches = hashlib.sha256(), 0
         for given, sample in islice(_samples(bench.batches), MOST_SAMPLES):
             batches = given
-            for tensor in tree_iter(dict(sample) if hasattr(sample, "keys") else sample):
-                if isinstance(tensor, Tensor):
-                    seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
+            for tensor in sample.tensors:
+                seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
             if bench.before is not None:
                 with bench.earlier():
                     earlier = _maps(bench.armed, sample)
@@ -96,12 +92,12 @@ _OTHER_SAMPLES = (
 )
 
 
-def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Batch]]:
     """Every sample as a batch of one, with the number of batches so far."""
     for number, batch in enumerate(batches, start=1):
         inputs, _ = split(batch)
-        for sample in range(batch_size(inputs)):
-            yield number, part_of(inputs, sample, 1)
+        for sample, _ in Batch.of(inputs).chunks(1):
+            yield number, sample
 
 
 def _velocities(table: ChannelTable, before: Evidence | None, phi: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -114,7 +110,7 @@ def _velocities(table: ChannelTable, before: Evidence | None, phi: Mapping[str, 
 
 
 class _Similarity:
-    """Cosine similarity of each neuron's maps now and an epoch ago, sample by sample."""
+    """Cosine similarity of each output channel's maps now and an epoch ago, sample by sample."""
 
     def __init__(self, outputs: int) -> None:
         self._outputs = outputs
@@ -141,16 +137,18 @@ class _Similarity:
         return mean
 
 
-def _maps(armed: Armed, sample: Any, see: See | None = None) -> Maps:
+def _maps(armed: Armed, sample: Batch, see: See | None = None) -> Maps:
     """Run one sample through the untouched model; return the maps of all calls, or show each and keep none."""
     watching = _Watching(armed, see)
-    args, kwargs = as_arguments(sample)
-    with _evaluating(armed.model), armed.interceptor.off(), torch.no_grad(), watching:
-        armed.model(*args, **kwargs)
+    args, kwargs = sample.arguments
+    with untouched(armed.model, sample.inputs), armed.interceptor.off(), torch.no_grad():
+        armed.model.eval()
+        with watching:
+            armed.model(*args, **kwargs)
     return watching.found
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(CallMode):
     """Looks at what every layer computes; a later operation may overwrite it in place."""
 
     def __init__(self, armed: Armed, see: See | None) -> None:
@@ -160,15 +158,8 @@ class _Watching(TorchFunctionMode):
         self._names = {id(layer.weight): name for name, layer in armed.layers.items()}
         self._calls: dict[str, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do the call, and look at its result."""
-        kwargs = kwargs or {}
-        if func in DECOMPOSITIONS:
-            with self:
-                return DECOMPOSITIONS[func](*args, **kwargs)
-        if transposes_weight(func, args):
-            return transposed(func, args, kwargs)
-        func, args, kwargs = canonical(func, args, kwargs)
         out = func(*args, **kwargs)
         call = recognize(func, args, kwargs)
         name = self._names.get(id(call.weight)) if isinstance(call, WeightCall) else None
@@ -176,23 +167,12 @@ class _Watching(TorchFunctionMode):
             number = self._calls[name] = self._calls.get(name, -1) + 1
             spatial = 0 if call.operator.channel_dim == -1 else call.weight.dim() - 2
             seen = out
-            if isinstance(call, RecurrentCall):  # its neurons are what the hidden states are multiplied to
+            if isinstance(call, RecurrentCall):  # its output channels are what the hidden states are multiplied to
                 before = states_before(out[0].detach(), call.states[0].detach().to(out[0].dtype), call.steps)
                 seen = F.linear(before, call.weight.detach().to(before.dtype))
             maps = seen.detach().movedim(-1 - spatial, 0).flatten(1) if seen.dim() > 1 else seen.detach().unsqueeze(1)
             self._see((name, number), maps)
         return out
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _bytes(tensor: Tensor) -> bytes:

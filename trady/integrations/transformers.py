@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
+from trady.model.batch import Batch
 from trady.planning.budget import Budget
 from trady.planning.plan import Plan
 from trady.planning.request import Request
@@ -29,7 +30,6 @@ from trady.training.randomness import own_randomness
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
-from trady.tuner.batch_check import elements_of
 from trady.tuner.tuner import Tuner
 
 try:
@@ -54,25 +54,15 @@ else:
 
 @dataclass(frozen=True)
 class Options:
-    """What ``TradyTrainer`` is given beside the Trainer's own arguments; see :func:`trady.prepare`.
+    """What ``TradyTrainer`` is given beside the Trainer's own arguments.
 
     Attributes:
-        budget: What a training step may take.
-        policy: Where to update.
-        ranking: Which layers are worth updating.
-        head: Modules that always train.
-        recompute: What the backward pass computes anew.
-        fidelity: How exactly smooth activations are differentiated.
+        request: What is asked of the budget.
         draws_per_epoch: How often channels are drawn in an epoch.
         example: Keyword arguments of the model's ``forward``, of the largest batch that training will see.
     """
 
-    budget: str | int | Budget | None
-    policy: str | Policy
-    ranking: LayerRanking | Known | None
-    head: str | Sequence[str] | None
-    recompute: str
-    fidelity: str
+    request: Request
     draws_per_epoch: int
     example: Mapping[str, Any] | None
 
@@ -89,9 +79,9 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         policy: Where to update.
         ranking: A layer ranking, ``"online"`` or ``"structural"``; without one the prior of this structure, or online.
         head: Modules that always train, outside the budget.
-        recompute: What the backward pass computes anew instead of keeping it.
+        recompute: What the backward pass recomputes instead of keeping it.
         fidelity: ``exact``, ``8bit`` or ``4bit``: how smooth activations are differentiated.
-        draws_per_epoch: An epoch is cut into so many equal parts, and channels are drawn anew before each.
+        draws_per_epoch: An epoch is cut into this many equal parts, and channels are drawn again before each.
         example: Keyword arguments of the model's ``forward`` for the largest batch that training will see. Without
             it the plan is made for the largest of the first 8 batches; a larger one later gives a warning.
         **kwargs: As the Trainer's, but for ``optimizers``: ``args.optim`` names it, or ``optimizer_cls_and_kwargs``.
@@ -118,6 +108,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     ) -> None:
         if draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {draws_per_epoch}; give at least 1")
+        request = Request(budget, policy, ranking, head, recompute=recompute, fidelity=fidelity)
         with _unnoticed_quantization(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.optimizer: torch.optim.Optimizer | None
@@ -127,7 +118,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
                 "TrainingArguments(optim=...) or optimizer_cls_and_kwargs"
             )
         _refuse_wrappers(self)
-        self.options = Options(budget, policy, ranking, head, recompute, fidelity, draws_per_epoch, example)
+        self.options = Options(request, draws_per_epoch, example)
         self.tuner: Tuner | None = None
         self.plan: Plan | None = None
         self._delta: dict[str, Tensor] | None = None
@@ -204,7 +195,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
             parameter.grad = None
 
     def end_step(self, step: int, steps: int, epochs: int) -> None:
-        """Draw other channels where a part of the epoch ends, after so many steps of so many in all."""
+        """Draw other channels where a part of the epoch ends, after ``step`` of ``steps`` steps."""
         an_epoch = -(-steps // max(1, epochs))
         if step % an_epoch in redraw_steps(self.options.draws_per_epoch, an_epoch):
             self._armed().redraw()
@@ -216,22 +207,14 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
             return self.tuner
         options = self.options
         memory = memory_of(lambda p: self._new_optimizer([{"params": list(p)}]), self.args.device)
-        request = Request(
-            budget=options.budget,
-            policy=options.policy,
-            ranking=options.ranking,
-            head=options.head,
-            seed=self.args.seed,
-            recompute=options.recompute,
-            fidelity=options.fidelity,
-        )
+        request = replace(options.request, seed=self.args.seed)
         example = options.example
         if example is None:
-            example = max(self._batches(EXAMPLES), key=elements_of, default=None)
+            example = max(self._batches(EXAMPLES), key=lambda batch: Batch.of(batch).elements, default=None)
         if example is None:
             raise TrainingError("the training data gave no batch")
         self.model.train()
-        self.tuner = Tuner(*request.decide(self.model, example, optimizer=memory), example=example)
+        self.tuner = Tuner(request.decide(self.model, example, optimizer=memory))
         self.plan, self._delta = self.tuner.plan, None
         # The Trainer clips and logs the norm of the model's own parameters, in all its versions through this call.
         original, parameters = self.accelerator.clip_grad_norm_, list(self.tuner.parameters())

@@ -8,26 +8,22 @@ it receives their gradient, the optimizer updates it, and it is written back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import Segment
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
-from trady.errors import StateError
-from trady.interception.deferred_segment import came_too_late
 from trady.interception.interceptor import Interceptor
-from trady.interception.layer import ArmedLayer
+from trady.interception.layer import ArmedLayer, OnGradient
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
-from trady.ops.selected import DenseWeight, select_channels
-from trady.optim.clipping import clip_by_output
+from trady.ops.selected import select_channels
 from trady.quantized.linear import QuantizedLinear, leave, route
 
 
@@ -64,26 +60,24 @@ class Armed:
         refuse_prepared(model)
         self.given, self.model, self.table = model, unwrap_compiled(model), analysis.table
         model = self.model
-        plain = {id(p) for p in analysis.head_parameters.values()}
+        head = {id(p) for p in analysis.head_parameters.values()}
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self._flags:
-            parameter.requires_grad_(id(parameter) in plain)
+            parameter.requires_grad_(id(parameter) in head)
         self._quantized = route(model)
-        self.layers: dict[str, ArmedLayer] = {}
-        self._owners: dict[str, tuple[nn.Module, str]] = {}
-        for layer in self.table:
-            weight = model.get_parameter(layer.parameter)
-            path, _, attribute = layer.parameter.rpartition(".")
-            self._owners[layer.name] = (model.get_submodule(path), attribute)
-            truth = self._quantized.get(id(weight)) or DenseWeight(weight, layer.kind, layer.groups)
-            self.layers[layer.name] = ArmedLayer(layer.name, weight, truth, nn.Parameter(truth.empty()))
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
-        self.on_gradient: list[Callable[[str, nn.Parameter], None]] = []
+        self.on_gradient: list[OnGradient] = []
+        self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
-        self._written: dict[str, tuple[int, int]] = {}
-        self.interceptor = Interceptor(model, list(self.layers.values()), analysis.plans, plain, segments)
-        self.interceptor.fidelity = fidelity
-        self.interceptor.before_forward = self.write_back
+        self.interceptor = Interceptor(
+            model,
+            list(self.layers.values()),
+            analysis.plans,
+            head,
+            segments,
+            fidelity=fidelity,
+            before_forward=self.write_back,
+        )
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
         prepared_modules.update(model.modules())
@@ -98,17 +92,11 @@ class Armed:
             now, columns = _rows_and_columns(selection, layer)
             if np.array_equal(before, now) and np.array_equal(columns_before, columns):
                 continue
+            selected = None
             if len(now):
                 groups, outputs = layer.groups, selection.outputs.get(name)
-                armed.selected = select_channels(now, groups, layer.channels // groups, armed.weight.device, outputs)
-                armed.compact.data = armed.truth.gather(armed.selected)
-            else:
-                armed.selected = None
-                armed.compact.data = armed.truth.empty()
-            armed.compact.grad = None
-            clip_by_output(armed.compact, name in selection.outputs)
-            armed.leaf = self._new_leaf(name) if len(now) else None
-            self._written[name] = armed.versions
+                selected = select_channels(now, groups, layer.channels // groups, armed.weight.device, outputs)
+            armed.select(selected, by_output=name in selection.outputs)
             moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
             changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
@@ -126,24 +114,8 @@ class Armed:
 
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
         """
-        for name, armed in self.layers.items():
-            if armed.selected is None:
-                continue
-            owner, attribute = self._owners[name]
-            now = owner._parameters.get(attribute)
-            if now is not armed.weight or now.device != armed.compact.device:
-                raise StateError(
-                    f"the weight of {name} was moved or replaced after the model had been prepared: "
-                    "do that first, then call trady.prepare and build the optimizer"
-                )
-            if self._written[name] == armed.versions:
-                continue
-            with torch.no_grad():
-                if self._written[name][0] == armed.compact._version:
-                    armed.compact.copy_(armed.truth.gather(armed.selected))
-                else:
-                    armed.truth.scatter_(armed.selected, armed.compact.detach())
-            self._written[name] = armed.versions
+        for armed in self.layers.values():
+            armed.write_back()
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Mapping[str, Tensor]]:
@@ -156,36 +128,9 @@ class Armed:
             Layer name to its gates ``[n, samples]``, which receive their gradient as leaves do.
 
         """
-        before = {name: (armed.leaf, armed.selected) for name, armed in self.layers.items()}
-        gates = {}
-        for name, armed in self.layers.items():
-            if armed.selected is not None:
-                one = armed.compact.detach().new_ones(())
-                armed.leaf = gates[name] = one.expand(len(armed.selected), samples).requires_grad_()
-                armed.selected = replace(armed.selected, gates=samples)
-        try:
-            yield gates
-        finally:
-            for name, armed in self.layers.items():
-                armed.leaf, armed.selected = before[name]
-
-    def _new_leaf(self, name: str) -> Tensor:
-        armed = self.layers[name]
-        leaf = armed.compact.detach().requires_grad_()
-
-        def deliver(leaf: Tensor) -> None:
-            if armed.leaf is not leaf:
-                raise StateError(came_too_late(name))
-            gradient, leaf.grad, compact = leaf.grad, None, armed.compact
-            if compact.grad is None:
-                compact.grad = gradient
-            elif gradient is not None:
-                compact.grad.add_(gradient)
-            for callback in self.on_gradient:
-                callback(name, compact)
-
-        leaf.register_post_accumulate_grad_hook(deliver)
-        return leaf
+        with ExitStack() as stack:
+            gates = {name: stack.enter_context(armed.gated(samples)) for name, armed in self.layers.items()}
+            yield {name: gate for name, gate in gates.items() if gate is not None}
 
     def disarm(self) -> None:
         """Write back, take out the hooks, restore the flags."""

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from trady.analysis.fusion import Action, InPlace, Step, WithLayer
+from trady.analysis.fusion import Step
 from trady.analysis.segments import Segment
+from trady.calls.actions import Action, InPlace, WithLayer
+from trady.calls.kind import Keeps
 from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
-from trady.calls.recognize import recognize
+from trady.calls.recognize import kind_of, recognize
 from trady.errors import StateError
+from trady.interception.layer import came_too_late
 from trady.interception.program import Entry, Program, Slot
 from trady.ops.operators import Linear
-from trady.ops.recompute import Part, Recipe, recomputed
+from trady.ops.recompute import Chunk, Recipe, recomputed
 
-#: Computes one call as the interception does: function, arguments, action, whether only its graph is needed.
-Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], Action | None, bool], Any]
 
-#: The largest tensor of a part takes about as many bytes: small enough for caches, large enough for matrix products.
-_PART_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
+class Compute(Protocol):
+    """Computes one call as the interception does."""
 
-_PART_BYTES_ELSEWHERE = 64 << 20
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], action: Action | None, *, graph_only: bool
+    ) -> Any:
+        """Compute it; ``graph_only`` where nobody reads its values."""
+
+
+#: The largest tensor of a chunk takes about as many bytes: small enough for caches, large enough for matrix products.
+_CHUNK_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
+
+_CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
 class DeferredSegment:
@@ -54,6 +64,7 @@ class DeferredSegment:
         self._compute, self._trains = compute, trains
         self._actions = [step.action for step in steps[segment.start : segment.last + 1]]
         self._weights: dict[int, WeightCall] = {}
+        self._keeping: set[int] = set()
         self._loss: LossCall | None = None
 
     @property
@@ -66,10 +77,12 @@ class DeferredSegment:
         call = recognize(function, args, kwargs)
         if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
             self._weights[len(self.program.entries)] = call
+        if call is not None and kind_of(call).keeps(call) is not Keeps.NOTHING:
+            self._keeping.add(len(self.program.entries))
         self._loss = call if isinstance(call, LossCall) else None
         here, last = self.next_call, self.next_call == self.segment.last
-        shown = [place for call, place in self.segment.made if call == here and not last]
-        result = self.program.write(function, args, kwargs, shown)
+        held = [place for call, place in self.segment.outputs if call == here and not last]
+        result = self.program.write(function, args, kwargs, held)
         if not last:
             return result
         return self._finish(result)
@@ -82,43 +95,43 @@ class DeferredSegment:
     def _finish(self, result: Any) -> Any:
         """Compute all; put what was missing into the last call's result."""
         program, segment = self.program, self.segment
-        slots = program.close([(call - segment.start, place) for call, place in segment.made])
-        shown = [program.shown.get(slot) for slot in slots]
-        stood_for = {id(program.standing[slot]): place for place, slot in enumerate(slots)}
+        slots = program.close([(call - segment.start, place) for call, place in segment.outputs])
+        held = [program.held.get(slot) for slot in slots]
+        places = {id(program.fakes[slot]): place for place, slot in enumerate(slots)}
         identities = {id(call.weight) for call in self._weights.values()}
         trained = {identity: found for identity in identities if (found := self._trains(identity)) is not None}
-        in_parts = not program.whole
-        averages = self._loss is not None and self._loss.mean and in_parts
-        along = [program.made_along.get(slot) if in_parts else None for slot in slots]
+        in_chunks = not program.full_batch
+        averages = self._loss is not None and self._loss.mean and in_chunks
+        axes = [program.output_axes.get(slot) if in_chunks else None for slot in slots]
         recipe = Recipe(
-            run=self._runner(slots, set(trained), in_parts),
-            along=list(program.along),
-            made=[*along, None] if averages else along,
+            run=self._runner(slots, set(trained), in_chunks),
+            input_axes=list(program.input_axes),
+            output_axes=[*axes, None] if averages else axes,
             batch=max(program.batch, 1),
-            samples_at_once=_samples_at_once(program) if in_parts else max(program.batch, 1),
+            samples_at_once=_samples_at_once(program) if in_chunks else max(program.batch, 1),
             averages=averages,
             leaves=[leaf for _, leaf in trained.values()],
             draws=any(draws_numbers(entry.function, entry.args, entry.kwargs) for entry in program.entries),
             check=_check(trained, self._trains),
         )
-        given = program.given
+        inputs = program.inputs
         program.let_go()
         self._weights.clear()
         self._loss = None
-        real = recomputed(recipe, given, shown)
-        return tree_map(lambda leaf: real[stood_for[id(leaf)]] if id(leaf) in stood_for else leaf, result)
+        real = recomputed(recipe, inputs, held)
+        return tree_map(lambda leaf: real[places[id(leaf)]] if id(leaf) in places else leaf, result)
 
     def _runner(
-        self, slots: tuple[int, ...], trained: set[int], in_parts: bool
-    ) -> Callable[[list[Tensor], Part, bool], list[Tensor]]:
+        self, slots: tuple[int, ...], trained: set[int], in_chunks: bool
+    ) -> Callable[[list[Tensor], Chunk, bool], list[Tensor]]:
         program, compute = self.program, self._compute
         actions = [_inside(action, entry) for action, entry in zip(self._actions, program.entries, strict=True)]
-        graph_only = _without_values(program, slots, self._weights, trained, actions)
-        sums_up = self._loss is not None and in_parts
-        averages = self._loss is not None and self._loss.mean and in_parts
+        graph_only = _without_values(program, slots, self._weights, self._keeping, trained, actions)
+        sums_up = self._loss is not None and in_chunks
+        averages = self._loss is not None and self._loss.mean and in_chunks
         alone = sums_up and _scores_are_read_by_the_loss_alone(program, slots, self._weights, actions)
 
-        def run(given: list[Tensor], part: Part, backward: bool) -> list[Tensor]:
+        def run(inputs: list[Tensor], chunk: Chunk, backward: bool) -> list[Tensor]:
             counts: list[Tensor] = []
 
             def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
@@ -128,19 +141,19 @@ class DeferredSegment:
                     if averages:
                         counts.append(loss.count())
                     return loss.total(overwrite=backward and alone, graph_only=backward)
-                return compute(function, args, kwargs, actions[index], backward and index in graph_only)
+                return compute(function, args, kwargs, actions[index], graph_only=backward and index in graph_only)
 
-            made = program.run(given, part.samples, call)
-            return [*(made[slot] for slot in slots), *counts]
+            values = program.run(inputs, chunk.samples, call)
+            return [*(values[slot] for slot in slots), *counts]
 
         return run
 
 
 def _samples_at_once(program: Program) -> int:
     device = program.device.type if program.device is not None else "cpu"
-    largest = max((t.numel() * t.element_size() for t in program.standing), default=1)
-    parts = -(-largest // _PART_BYTES.get(device, _PART_BYTES_ELSEWHERE))
-    return -(-program.batch // max(1, min(parts, program.batch)))
+    largest = max((t.numel() * t.element_size() for t in program.fakes), default=1)
+    chunks = -(-largest // _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE))
+    return -(-program.batch // max(1, min(chunks, program.batch)))
 
 
 def _inside(action: Action | None, entry: Entry) -> Action | None:
@@ -153,6 +166,7 @@ def _without_values(
     program: Program,
     slots: tuple[int, ...],
     weights: dict[int, WeightCall],
+    keeping: set[int],
     trained: set[int],
     actions: list[Action | None],
 ) -> set[int]:
@@ -162,7 +176,7 @@ def _without_values(
     for index in reversed(range(len(program.entries))):
         entry = program.entries[index]
         call = weights.get(index)
-        value_needed = any(slot in needed for slot in entry.made)
+        value_needed = any(slot in needed for slot in entry.outputs)
         linear = call is not None and isinstance(call.operator, Linear) and not _computes_more(actions[index])
         linear = linear and not isinstance(call, RecurrentCall)
         if linear and call is not None and not call.weight.requires_grad:
@@ -170,10 +184,10 @@ def _without_values(
                 found.add(index)
             if id(call.weight) in trained:
                 needed.update(entry.reads)
-        elif value_needed or name_of(entry.function) not in BACKWARD_READS_NOTHING:
+        elif value_needed or index in keeping or name_of(entry.function) not in BACKWARD_READS_NOTHING:
             needed.update(entry.reads)
         elif in_place(entry.function):  # it writes, if not reads
-            needed.update(set(entry.reads) & set(entry.made))
+            needed.update(set(entry.reads) & set(entry.outputs))
     return found
 
 
@@ -187,16 +201,16 @@ def _scores_are_read_by_the_loss_alone(
     """
     scores = program.entries[-1].args[:1]
     while scores and isinstance(scores[0], Slot):
-        slot = scores[0].number
-        makers = [i for i, entry in enumerate(program.entries) if slot in entry.made]
+        slot = scores[0].index
+        makers = [i for i, entry in enumerate(program.entries) if slot in entry.outputs]
         readers = [entry for entry in program.entries for read in entry.reads if read == slot]
         if slot in slots or len(makers) != 1 or len(readers) != 1:
             return False
         maker = program.entries[makers[0]]
         if makers[0] in weights:
             linear = isinstance(weights[makers[0]].operator, Linear)
-            return linear and len(maker.made) == 1 and not _computes_more(actions[makers[0]])
-        if name_of(maker.function) not in _SHOWS_THE_SAME or len(maker.made) != 1 or len(maker.reads) != 1:
+            return linear and len(maker.outputs) == 1 and not _computes_more(actions[makers[0]])
+        if name_of(maker.function) not in _SHOWS_THE_SAME or len(maker.outputs) != 1 or len(maker.reads) != 1:
             return False
         scores = tuple(Slot(read) for read in maker.reads)
     return False
@@ -224,11 +238,3 @@ def _check(
                 raise StateError(came_too_late(name))
 
     return check
-
-
-def came_too_late(layer: str) -> str:
-    """Say that a backward pass came too late."""
-    return (
-        f"a backward pass reached {layer} after its channels were drawn anew: run backward() before "
-        "resample(), and before the optimizer step of another batch"
-    )

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trady.analysis.fusion import frozen_norm
-from trady.calls.kinds import NormCall
+from trady.ops.frozen_norm import FrozenNorm
 
 
 class FrozenNorms:
-    """Scale and shift of every frozen normalisation, made anew only when its statistics have changed.
+    """Scale and shift of every frozen normalisation, computed again only when its statistics have changed.
 
     A plan names a normalisation's buffers as they were when it was traced; ``model.to(...)`` replaces
     buffers, so they are looked up by their place in the model.
@@ -22,17 +21,17 @@ class FrozenNorms:
         self._places = {
             id(tensor): (module, name) for module in model.modules() for name, tensor in module._buffers.items()
         }
-        self._made: dict[int, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
+        self._known: dict[int, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
 
-    def of(self, norm: NormCall) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
         """Return scale and shift, one of each a channel."""
         mean, variance = self._now(norm.mean), self._now(norm.variance)
         sources = (mean, variance, norm.weight, norm.bias)
         state = tuple((id(t), t._version, t.device) if t is not None else None for t in sources)
-        known = self._made.get(id(norm.mean))
+        known = self._known.get(id(norm.mean))
         if known is None or known[0] != state:
-            known = (state, frozen_norm(replace(norm, mean=mean, variance=variance)))
-            self._made[id(norm.mean)] = known
+            known = (state, replace(norm, mean=mean, variance=variance).scale_and_shift())
+            self._known[id(norm.mean)] = known
         return known[1]
 
     def _now(self, buffer: Tensor) -> Tensor:

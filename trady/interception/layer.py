@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
+from trady.channels.table import Layer
+from trady.errors import StateError
 from trady.ops.selected import DenseWeight, SelectedChannels
+from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
+
+#: Called with a layer's name and compact parameter when the gradient of its channels has arrived.
+OnGradient = Callable[[str, nn.Parameter], None]
 
 
 class ArmedLayer:
     """The channels of one layer that train now, and where their gradient goes.
+
+    Args:
+        layer: Its row of the channel table.
+        model: The model that it belongs to.
+        quantized: By the identity of a weight, the quantised layers of the model.
+        on_gradient: Called when the gradient of its channels has arrived.
 
     Attributes:
         weight: The frozen weight.
@@ -21,16 +38,114 @@ class ArmedLayer:
         selected: The channels; ``None`` when none trains.
     """
 
-    __slots__ = ("compact", "leaf", "name", "selected", "truth", "weight")
+    __slots__ = ("_attribute", "_on_gradient", "_owner", "_written", "compact", "leaf", "name", "selected", "truth",
+                 "weight")  # fmt: skip
 
     def __init__(
-        self, name: str, weight: nn.Parameter, truth: DenseWeight | QuantizedLinear, compact: nn.Parameter
+        self,
+        layer: Layer,
+        model: nn.Module,
+        quantized: dict[int, QuantizedLinear],
+        on_gradient: Sequence[OnGradient],
     ) -> None:
-        self.name, self.weight, self.truth, self.compact = name, weight, truth, compact
+        path, _, self._attribute = layer.parameter.rpartition(".")
+        self._owner, self._on_gradient = model.get_submodule(path), on_gradient
+        self.name, self.weight = layer.name, model.get_parameter(layer.parameter)
+        self.truth: DenseWeight | QuantizedLinear
+        self.truth = quantized.get(id(self.weight)) or DenseWeight(self.weight, layer.kind, layer.groups)
+        self.compact = nn.Parameter(self.truth.empty())
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
+        self._written = self._versions
 
     @property
-    def versions(self) -> tuple[int, int]:
+    def _versions(self) -> tuple[int, int]:
         """How often compact parameter and weight have been written to."""
         return self.compact._version, self.truth.version
+
+    def select(self, selected: SelectedChannels | None, *, by_output: bool) -> None:
+        """Make these the channels that train.
+
+        Args:
+            selected: The channels; ``None`` is none.
+            by_output: Whether gradients are clipped by output channel, since not all of them train.
+
+        """
+        self.selected = selected
+        self.compact.data = self.truth.empty() if selected is None else self.truth.gather(selected)
+        self.compact.grad = None
+        clip_by_output(self.compact, by_output)
+        self.leaf = None if selected is None else self._new_leaf()
+        self._written = self._versions
+
+    def write_back(self) -> None:
+        """Copy the compact parameter into the weight if an optimizer has changed it.
+
+        Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
+
+        Raises:
+            StateError: The weight was moved or replaced.
+
+        """
+        if self.selected is None:
+            return
+        now = self._owner._parameters.get(self._attribute)
+        if now is not self.weight or now.device != self.compact.device:
+            raise StateError(
+                f"the weight of {self.name} was moved or replaced after the model had been prepared: "
+                "do that first, then call trady.prepare and build the optimizer"
+            )
+        if self._written == self._versions:
+            return
+        with torch.no_grad():
+            if self._written[0] == self.compact._version:
+                self.compact.copy_(self.truth.gather(self.selected))
+            else:
+                self.truth.scatter_(self.selected, self.compact.detach())
+        self._written = self._versions
+
+    @contextmanager
+    def gated(self, samples: int) -> Iterator[Tensor | None]:
+        """Put gates (:mod:`trady.ops.gates`) in the place of the selected channels' weights for a while.
+
+        Args:
+            samples: Samples of the batches that follow.
+
+        Yields:
+            The gates ``[n, samples]``, which receive their gradient as leaves do; ``None`` if no channel trains.
+
+        """
+        leaf, selected, gates = self.leaf, self.selected, None
+        if selected is not None:
+            one = self.compact.detach().new_ones(())
+            self.leaf = gates = one.expand(len(selected), samples).requires_grad_()
+            self.selected = replace(selected, gates=samples)
+        try:
+            yield gates
+        finally:
+            self.leaf, self.selected = leaf, selected
+
+    def _new_leaf(self) -> Tensor:
+        leaf = self.compact.detach().requires_grad_()
+
+        def deliver(leaf: Tensor) -> None:
+            if self.leaf is not leaf:
+                raise StateError(came_too_late(self.name))
+            gradient, leaf.grad, compact = leaf.grad, None, self.compact
+            if compact.grad is None:
+                compact.grad = gradient
+            elif gradient is not None:
+                compact.grad.add_(gradient)
+            for callback in self._on_gradient:
+                callback(self.name, compact)
+
+        leaf.register_post_accumulate_grad_hook(deliver)
+        return leaf
+
+
+def came_too_late(layer: str) -> str:
+    """Say that a backward pass came too late."""
+    return (
+        f"a backward pass reached {layer} after its channels were drawn again: run backward() before "
+        "resample(), and before the optimizer step of another batch"
+    )

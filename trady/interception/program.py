@@ -1,6 +1,6 @@
 """A segment of a model's calls, written down while the model runs, to be computed when it is complete.
 
-While a segment is written down the model goes on with tensors without memory; what they stand for exists
+While a segment is written down the model goes on with fake tensors, which take no memory; what they stand for exists
 when the last call has come. The same program is computed again in the backward pass.
 """
 
@@ -16,10 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.analysis.sample_axes import CallSamples
-from trady.calls.canonical import shown_parameter
-from trady.calls.decompositions import META_KERNELS
-from trady.calls.kinds import NormCall
-from trady.calls.recognize import recognize
+from trady.calls.canonical import untransposed
+from trady.calls.recognize import run_on_meta
 from trady.model.batch import without_memory
 from trady.ops.sample_axis import SampleAxis
 
@@ -33,15 +31,15 @@ Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Any]
 class Slot:
     """Stands for a tensor that an earlier call of the program makes."""
 
-    number: int
+    index: int
 
 
 @dataclass(frozen=True)
-class Given:
-    """Stands for a tensor from outside of the program, where its samples lie in ``along``."""
+class Input:
+    """Stands for a tensor from outside of the program, where its samples lie along ``axis``."""
 
-    number: int
-    along: SampleAxis | None
+    index: int
+    axis: SampleAxis | None
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,21 @@ class Sizes:
 
 @dataclass
 class Entry:
-    """One call: tensors and sizes among its arguments are replaced by :class:`Slot`, :class:`Given`, :class:`Sizes`.
+    """One call: tensors and sizes among its arguments are replaced by :class:`Slot`, :class:`Input`, :class:`Sizes`.
 
     Attributes:
         function: The torch function; ``None`` for a call that does not belong to the program.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        made: Numbers of the slots for what it returns.
-        reads: Numbers of the slots that it reads.
-        gone: Numbers of slots that nobody reads after it.
+        outputs: Slots of what it returns.
+        reads: Slots that it reads.
+        gone: Slots that nobody reads after it.
     """
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    made: tuple[int, ...]
+    outputs: tuple[int, ...]
     reads: tuple[int, ...] = ()
     gone: tuple[int, ...] = ()
 
@@ -76,38 +74,38 @@ class Program:
     """The calls of one segment in one forward pass.
 
     Args:
-        samples: Where the samples lie in each call; empty if it cannot be computed in parts.
+        samples: Where the samples lie in each call; empty if it cannot be computed in chunks.
         before: The program of the same segment in an earlier forward pass: as long as all is as it was then,
-            its stand-ins serve again.
+            its fake tensors serve again.
 
     Attributes:
         entries: The calls.
-        given: The tensors from outside that they read.
-        along: Where the samples lie in those.
-        made_along: By slot, where they lie in what the program makes.
-        batch: Samples in the batch, where it can be computed in parts.
-        whole: Whether it can only be computed on the whole batch at once.
+        inputs: The tensors from outside that they read.
+        input_axes: Where the samples lie in those.
+        input_layouts: Shape, strides and type of those.
+        output_axes: By slot, where samples lie in what the program makes.
+        batch: Samples in the batch, where it can be computed in chunks.
+        full_batch: Whether it can only be computed on the full batch at once.
         device: Where it is computed.
-        results: What the calls returned to the model, in tensors without memory.
-        forms: Shape, strides and type of the tensors from outside.
-        standing: By slot, the tensor without memory that stands for what the program makes.
-        shown: By slot, the tensor with memory that the model has been given instead.
+        results: What the calls returned to the model, in fake tensors.
+        fakes: By slot, the fake tensor that stands for what the program makes.
+        held: By slot, the tensor with memory that the model holds instead.
     """
 
     def __init__(self, samples: tuple[CallSamples, ...], before: Program | None = None) -> None:
         self.samples = samples
         self.results: list[Any] = []
-        self.forms: list[tuple[Any, ...]] = []
+        self.input_layouts: list[tuple[Any, ...]] = []
         self._before = before
         self.entries: list[Entry] = []
-        self.given: list[Tensor] = []
-        self.along: list[SampleAxis | None] = []
-        self.made_along: dict[int, SampleAxis | None] = {}
+        self.inputs: list[Tensor] = []
+        self.input_axes: list[SampleAxis | None] = []
+        self.output_axes: dict[int, SampleAxis | None] = {}
         self.batch = 0
-        self.whole = not samples
+        self.full_batch = not samples
         self.device: torch.device | None = None
-        self.standing: list[Tensor] = []
-        self.shown: dict[int, Tensor] = {}
+        self.fakes: list[Tensor] = []
+        self.held: dict[int, Tensor] = {}
         self._slots: dict[int, int] = {}
         self._twins: dict[int, Tensor] = {}
 
@@ -122,79 +120,74 @@ class Program:
         self.entries.append(Entry(None, (), {}, ()))
         self.results.append(None)
 
-    def along_now(self, tensor: Tensor, along: SampleAxis | None) -> SampleAxis | None:
+    def axis_now(self, tensor: Tensor, axis: SampleAxis | None) -> SampleAxis | None:
         """Where samples lie in a tensor of this batch, whose samples may have other sizes than the traced ones."""
-        if along is None or self.whole:
+        if axis is None or self.full_batch:
             return None
-        size = tensor.shape[along.dim] if along.dim < tensor.dim() else 0
+        size = tensor.shape[axis.dim] if axis.dim < tensor.dim() else 0
         if size == 1 < self.batch:
             return None  # the same for all samples
-        batch = self.batch or size // along.per_sample
-        if batch and size % batch == 0 and (along.per_sample > 1 or size == batch):
+        batch = self.batch or size // axis.per_sample
+        if batch and size % batch == 0 and (axis.per_sample > 1 or size == batch):
             self.batch = batch
-            return SampleAxis(along.dim, size // batch)
-        self.whole = True
+            return SampleAxis(axis.dim, size // batch)
+        self.full_batch = True
         return None
 
-    def write(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: Iterable[int] = ()) -> Any:
-        """Add a call; return tensors without memory in place of its results.
+    def write(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Iterable[int] = ()) -> Any:
+        """Add a call; return fake tensors in place of its results.
 
         Args:
             function: The torch function.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            shown: Places among its results of tensors that the model goes on holding when the segment has
+            held: Places among its results of tensors that the model goes on holding when the segment has
                 ended: they have memory from the start.
 
         """
         index = len(self.entries)
         reader = _Reader(self, self.samples[index] if self.samples else None)
         entry = Entry(function, reader.read(args), reader.read(kwargs), ())
-        self.forms += [_form(tensor) for tensor in self.given[len(self.forms) :]]
+        self.input_layouts += [_layout(tensor) for tensor in self.inputs[len(self.input_layouts) :]]
         out = self._as_before(entry) if self._before is not None else None
         if out is None:
             self._before = None
-            out = self._stand_in(function, args, kwargs)
+            out = self._fake_run(function, args, kwargs)
         self.results.append(out)
-        made = []
+        outputs = []
         for place, tensor in enumerate(t for t in tree_iter(out) if isinstance(t, Tensor)):
             slot = self._slots.get(id(tensor))
             if slot is None:
-                slot = self._slots[id(tensor)] = len(self.standing)
-                self.standing.append(tensor)
-                known = self.samples[index].made if self.samples else ()
-                self.made_along[slot] = self.along_now(tensor, known[place] if place < len(known) else None)
-            if place in shown and slot not in self.shown:
-                held = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-                self.shown[slot] = held
-                self._slots[id(held)], self._twins[id(held)] = slot, tensor
-            made.append(slot)
-        entry.made, entry.reads = tuple(made), tuple(reader.reads)
+                slot = self._slots[id(tensor)] = len(self.fakes)
+                self.fakes.append(tensor)
+                known = self.samples[index].outputs if self.samples else ()
+                self.output_axes[slot] = self.axis_now(tensor, known[place] if place < len(known) else None)
+            if place in held and slot not in self.held:
+                real = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                self.held[slot] = real
+                self._slots[id(real)], self._twins[id(real)] = slot, tensor
+            outputs.append(slot)
+        entry.outputs, entry.reads = tuple(outputs), tuple(reader.reads)
         self.entries.append(entry)
-        return tree_map(self._as_held, out) if self.shown else out
+        return tree_map(self._as_held, out) if self.held else out
 
     def _as_before(self, entry: Entry) -> Any:
         """What stood for the result of this call in the forward pass before; ``None`` if something differs."""
         index, before = len(self.entries), self._before
         assert before is not None
-        if index >= len(before.entries) or self.forms != before.forms[: len(self.forms)]:
+        if index >= len(before.entries) or self.input_layouts != before.input_layouts[: len(self.input_layouts)]:
             return None
         then = before.entries[index]
         same = then.function == entry.function and then.args == entry.args and then.kwargs == entry.kwargs
         return before.results[index] if same else None
 
-    def _stand_in(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _fake_run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _disable_current_modes():  # nobody is to count what takes no memory
-            bare, named = self._without_memory(args), self._without_memory(kwargs)
-            call = recognize(function, bare, named)
-            # A normalisation with fixed statistics: PyTorch would refuse one sample with batch statistics.
-            if isinstance(call, NormCall):
-                return torch.empty_like(call.x)
-            return META_KERNELS.get(function, function)(*bare, **named)
+            return run_on_meta(function, self._without_memory(args), self._without_memory(kwargs))
 
     def _as_held(self, value: Any) -> Any:
         slot = self._slots.get(id(value)) if isinstance(value, Tensor) else None
-        return value if slot is None else self.shown.get(slot, value)
+        return value if slot is None else self.held.get(slot, value)
 
     def _without_memory(self, value: Any) -> Any:
         """The same arguments with tensors, and devices, that take no memory."""
@@ -216,34 +209,34 @@ class Program:
 
     def close(self, wanted: list[tuple[int, int]]) -> tuple[int, ...]:
         """End writing; return the slots of what is wanted, given as pairs of call and place."""
-        slots = tuple(self.entries[call].made[place] for call, place in wanted)
+        slots = tuple(self.entries[call].outputs[place] for call, place in wanted)
         last: dict[int, int] = {}
         for index, entry in enumerate(self.entries):
-            last.update(dict.fromkeys((*entry.reads, *entry.made), index))
+            last.update(dict.fromkeys((*entry.reads, *entry.outputs), index))
         gone: dict[int, list[int]] = {}
         for slot, index in last.items():
             if slot not in slots:
                 gone.setdefault(index, []).append(slot)
-        for index, numbers in gone.items():
-            self.entries[index].gone = tuple(numbers)
+        for index, last_read in gone.items():
+            self.entries[index].gone = tuple(last_read)
         return slots
 
     def let_go(self) -> None:
-        """Drop the stand-ins and the tensors from outside: they are handed in from now on."""
+        """Drop the fake tensors and the tensors from outside: they are handed in from now on."""
         self._slots.clear()
-        self.standing.clear()
-        self.shown = {}
+        self.fakes.clear()
+        self.held = {}
         self._twins.clear()
-        self.given = []
+        self.inputs = []
         self._before = None
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def run(self, given: list[Tensor], samples: int, compute: Compute) -> dict[int, Tensor]:
-        """Compute the calls on (a part of) the batch.
+    def run(self, inputs: list[Tensor], samples: int, compute: Compute) -> dict[int, Tensor]:
+        """Compute the calls on the full batch or a chunk of it.
 
         Args:
-            given: The tensors from outside, for these samples.
+            inputs: The tensors from outside, for these samples.
             samples: How many they are.
             compute: Computes one call.
 
@@ -251,45 +244,45 @@ class Program:
             What was asked for in :meth:`close`, by slot.
 
         """
-        made: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for index, entry in enumerate(self.entries):
             if entry.function is None:
                 continue
-            args, kwargs = (_fill(part, made, given, samples) for part in (entry.args, entry.kwargs))
+            args, kwargs = (_fill(each, values, inputs, samples) for each in (entry.args, entry.kwargs))
             out = compute(entry.function, args, kwargs, index)
             tensors = [out] if isinstance(out, Tensor) else [t for t in tree_iter(out) if isinstance(t, Tensor)]
-            made.update(zip(entry.made, tensors, strict=True))
+            values.update(zip(entry.outputs, tensors, strict=True))
             del out, tensors, args, kwargs
             for slot in entry.gone:
-                made.pop(slot, None)
-        return made
+                values.pop(slot, None)
+        return values
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _fill(value: Any, made: dict[int, Tensor], given: list[Tensor], samples: int) -> Any:
+def _fill(value: Any, values: dict[int, Tensor], inputs: list[Tensor], samples: int) -> Any:
     """Arguments with tensors and sizes in them again."""
     kind = type(value)
     if kind is Slot:
-        return made[value.number]
-    if kind is Given:
-        return given[value.number]
+        return values[value.index]
+    if kind is Input:
+        return inputs[value.index]
     if kind is Sizes:
         return value.per_sample * samples
     if kind is tuple or kind is list:
-        return kind(_fill(v, made, given, samples) for v in value)
+        return kind(_fill(v, values, inputs, samples) for v in value)
     if kind is dict:
-        return {k: _fill(v, made, given, samples) for k, v in value.items()}
+        return {k: _fill(v, values, inputs, samples) for k, v in value.items()}
     if kind is slice:
-        return slice(*(_fill(v, made, given, samples) for v in (value.start, value.stop, value.step)))
+        return slice(*(_fill(v, values, inputs, samples) for v in (value.start, value.stop, value.step)))
     return value
 
 
 def _constant(tensor: Tensor, traced: tuple[int, ...] | None) -> bool:
     """Whether a tensor has no dimension that may be one of samples, where the traced one had none."""
-    if isinstance(shown_parameter(tensor), nn.Parameter):
+    if isinstance(untransposed(tensor), nn.Parameter):
         return True
     known = traced is not None and len(traced) == tensor.dim()
     return known and all(now <= 1 or then > 1 for now, then in zip(tensor.shape, traced or (), strict=True))
@@ -300,7 +293,7 @@ class _Reader:
 
     def __init__(self, program: Program, samples: CallSamples | None) -> None:
         self._program = program
-        known = zip(samples.tensors, samples.shapes, strict=True) if samples is not None else ()
+        known = zip(samples.inputs, samples.shapes, strict=True) if samples is not None else ()
         self._tensors: Iterator[tuple[SampleAxis | None, tuple[int, ...]]] = iter(known)
         self._numbers: Iterator[bool] = iter(samples.numbers if samples is not None else ())
         self.reads: list[int] = []
@@ -311,32 +304,32 @@ class _Reader:
         if isinstance(value, int) and not isinstance(value, bool):
             return self._number(value)
         if isinstance(value, (tuple, list)):
-            made = [self.read(v) for v in value]
-            return made if isinstance(value, list) else tuple(made)
+            read = [self.read(v) for v in value]
+            return read if isinstance(value, list) else tuple(read)
         if isinstance(value, dict):
             return {k: self.read(v) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(self.read(value.start), self.read(value.stop), self.read(value.step))
         return value
 
-    def _tensor(self, tensor: Tensor) -> Slot | Given:
+    def _tensor(self, tensor: Tensor) -> Slot | Input:
         program = self._program
-        along, shape = next(self._tensors, (None, None))
-        if along is None and not _constant(tensor, shape):
-            program.whole = True  # in the trace it did not depend on the sample, maybe it does now
+        axis, shape = next(self._tensors, (None, None))
+        if axis is None and not _constant(tensor, shape):
+            program.full_batch = True  # in the trace it did not depend on the sample, maybe it does now
         slot = program._slots.get(id(tensor))
         if slot is not None:
             self.reads.append(slot)
             return Slot(slot)
-        along = program.along_now(tensor, along)
-        for number, known in enumerate(program.given):
+        axis = program.axis_now(tensor, axis)
+        for index, known in enumerate(program.inputs):
             if known is tensor:
-                return Given(number, program.along[number])
+                return Input(index, program.input_axes[index])
         if program.device is None or isinstance(tensor, nn.Parameter):
             program.device = tensor.device
-        program.given.append(tensor)
-        program.along.append(along)
-        return Given(len(program.given) - 1, along)
+        program.inputs.append(tensor)
+        program.input_axes.append(axis)
+        return Input(len(program.inputs) - 1, axis)
 
     def _number(self, number: int) -> int | Sizes:
         grows = next(self._numbers, False)
@@ -344,6 +337,6 @@ class _Reader:
             return number
         batch = self._program.batch
         if not batch or number % batch:
-            self._program.whole = True
+            self._program.full_batch = True
             return number
         return Sizes(number // batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,30 +20,31 @@ from trady.errors import TradyError
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.report.units import format_bytes
 
-_FORMAT = "trady ledger 1"
+_FORMAT = Format("trady ledger 1", "ledger", TradyError, "measure again", version=None)
 
 
 @dataclass(frozen=True)
 class Ledger:
     """The tensor memory of one training step, in bytes.
 
-    All figures are storages that PyTorch's operations read and wrote, labels from when the loss reads them;
-    workspaces inside a kernel are not among them (on CUDA, ``allocator_peak_bytes`` has those too).
-    Memory papers state peaks without weights and batch: those are the ``working_…`` figures.
+    All figures count storages that PyTorch's operations read and wrote (labels count from when the loss reads
+    them). Workspaces inside a kernel are not included; on CUDA, ``allocator_peak_bytes`` has those too. Papers on
+    memory often state peaks without weights and batch: those are the ``working_…`` figures.
 
     Attributes:
-        peak_bytes: The most that was alive at one time in the step, weights and batch included.
+        peak_bytes: The most bytes alive at one time in the step, weights and batch included.
         weight_bytes: Parameters and buffers of the model.
-        input_bytes: The batch, as the model was given it.
+        input_bytes: The batch, as the model received it.
         inference_peak_bytes: The same for one pass of the untouched model in eval mode without
             gradients; ``None`` if it was not or could not be measured.
         saved: What autograd kept between forward and backward, largest first: storages that are
             not parameters or buffers, each once, summed over all forwards of the step.
-        gradient_bytes: All ``.grad`` at their highest.
-        optimizer_state_bytes: State of the optimizers that stepped, at its highest.
-        parts: What the peak was made of, at that moment; sums to ``peak_bytes``.
+        gradient_bytes: All ``.grad`` together, at their peak.
+        optimizer_state_bytes: State of the optimizers that stepped, at its peak.
+        parts: What the peak consisted of, at that moment; sums to ``peak_bytes``.
         allocator_peak_bytes: On CUDA, the peak of the caching allocator in the step.
         remarks: What could not be measured, and why.
     """
@@ -109,7 +109,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_json` takes them, with the totals beside them."""
         return {
-            "format": _FORMAT,
+            **_FORMAT.header(),
             **asdict(self),
             "saved": [asdict(saved) for saved in self.saved],
             "parts": dict(self.parts),
@@ -124,19 +124,15 @@ class Ledger:
         Raises:
             TradyError: If the data are not a ledger's.
         """
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            given = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise TradyError(f"not a ledger: its format is {given!r}, expected {_FORMAT!r}; measure again")
-        try:
-            values = {field.name: data[field.name] for field in fields(cls)}
+        checked = _FORMAT.check(data)
+        with _FORMAT.reading():
+            values = {field.name: checked[field.name] for field in fields(cls)}
             values["saved"] = tuple(Saved(**saved) for saved in values["saved"])
             values["remarks"] = tuple(values["remarks"])
             return cls(**values)
-        except (KeyError, TypeError) as damage:
-            raise TradyError(f"a damaged ledger ({damage}); measure again") from damage
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, all of it or nothing."""
+        """Write JSON; a file of that name is replaced completely or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.to_json())
@@ -146,12 +142,9 @@ class Ledger:
         """Read what :meth:`save` wrote.
 
         Raises:
-            TradyError: If the file is not a ledger.
+            TradyError: If the file cannot be read, or is not a ledger.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TradyError, ValueError) as damage:
-            raise TradyError(f"{path}: {damage}") from damage
+        return _FORMAT.load(path, cls.from_json)
 
     def _peaks(self) -> Table:
         table = Table("at the peak", title="Tensor memory of a training step", title_justify="left")
@@ -201,8 +194,8 @@ def measure(
 ) -> Ledger:
     """Run one training step and account for its tensor memory.
 
-    The step trains: it is run once, as it would be without a ledger. A state that an
-    optimizer holds is counted if that optimizer steps in it.
+    The step trains: it runs once, as it would without a ledger. The state of an optimizer is counted if that
+    optimizer steps in it.
 
     Args:
         step: Forward, backward and, as wanted, the optimizer's step and ``zero_grad``.
@@ -210,11 +203,11 @@ def measure(
             among those that the step calls.
         inference: Whether to run the model once more, as an inference pass, on the step's
             batch. Floating-point inputs that are gone by then are replaced by zeros.
-        untouched: Makes the context for that pass in which the model is as its author wrote it.
-        compact: Leaf tensors that are trained in place of (parts of) the model's weights;
+        untouched: Makes the context for that pass, in which the model is as its author wrote it.
+        compact: Leaf tensors that are trained in place of channels of the model's weights;
             their gradients are ``compact gradients``.
-        early: Optimizers that update before their ``step()`` (:mod:`trady.optim`): their state is there from the
-            start, and not from where the first update reads it.
+        early: Optimizers that update before their ``step()`` (:mod:`trady.optim`): their state counts from the
+            start, not from the first update that reads it.
 
     Returns:
         The ledger. What could not be measured is in its ``remarks``.

@@ -1,4 +1,4 @@
-"""Live tensor memory: every storage counted once, from when it is seen until it dies."""
+"""Live tensor memory: every storage is counted once, from when it is seen until it is freed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENGINE = graph._engine_run_backward.__code__
 
 
 class Storage:
-    """One storage while it lived, or one size of it if it was resized in place.
+    """One storage while it was alive, or one size of it if it was resized in place.
 
     Attributes:
         nbytes: Its size in bytes.
@@ -63,12 +63,10 @@ class LiveBytes(TorchDispatchMode):
 
     A storage is counted from the first operation that reads or writes it (or from
     :meth:`register`) until PyTorch frees it, once however many tensors share it. Meta and
-    fake tensors count as what they would take. Out of sight are workspaces that a kernel
-    allocates and frees by itself.
+    fake tensors count as what they would take. Workspaces that a kernel allocates and frees by itself are not seen.
 
-    Watching does not change what is measured, but for one thing that is set right here:
-    under a dispatch mode, autograd adds up the gradients of a tensor with several readers
-    out of place, which it does in place otherwise. The extra copy is not counted.
+    Watching changes one thing, which is corrected here: under a dispatch mode, autograd adds up the gradients of a
+    tensor with several readers out of place, and otherwise in place. The extra copy is not counted.
 
     Args:
         on_peak: Called with the new highest bytes each time there are more than ever before.
@@ -92,8 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self._references: dict[int, _Reference] = {}
         self._left_out: dict[int, _Reference] = {}
         self._blind = 0
-        # A sum of gradients that plain autograd would have written into this storage: decided
-        # by whether that storage is the next to die.
+        # The storage that plain autograd would have written a sum of gradients into, if it is the next to be freed.
         self._handover: Storage | None = None
         self._unobserved: set[int] = set()
         self._resize: list[Shrink] = []
@@ -129,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
                 known = untyped._cdata in self._references
                 storage = self._follow(untyped)
                 if since_start and not known:
-                    # It was there all along: all that was counted so far grows by as much.
+                    # It was there from the start, so everything counted so far grows by its size.
                     storage.birth = 0
                     self.peak = max(self.peak + storage.nbytes, self.current)
                     self._interval_peak = max(self._interval_peak + storage.nbytes, self.current)
@@ -139,11 +136,11 @@ class LiveBytes(TorchDispatchMode):
         return list(found.values())
 
     def highest(self, select: Callable[[Storage], bool] | None = None) -> tuple[int, int]:
-        """The most bytes that some storages took at one time, and the event it was after.
+        """The most bytes that some storages took at one time, and the event after which they did.
 
         Args:
-            select: Which storages to count; all by default. For them, at the event that is
-                returned, :meth:`Storage.alive_at` says who they were.
+            select: Which storages to count; all by default. :meth:`Storage.alive_at` tells which of them were alive
+                at the event that is returned.
         """
         self._settle(None)
         change = [0] * (self._event + 1)
@@ -161,7 +158,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Do not count what is made in here."""
+        """Do not count what is made inside the context."""
         self._blind += 1
         try:
             yield
@@ -169,14 +166,14 @@ class LiveBytes(TorchDispatchMode):
             self._blind -= 1
 
     def drop(self, tensor: torch.Tensor) -> None:
-        """Count a tensor no longer: something else stands for it from now on."""
+        """Stop counting a tensor: something else takes its place from now on."""
         for untyped in _storages(tensor):
             reference = self._references.pop(untyped._cdata, None)
             if reference is not None:
                 self._ended(reference.storage)
 
     def leave_out(self, tensor: torch.Tensor) -> None:
-        """Do not count a tensor: it stands for one that is counted."""
+        """Do not count a tensor: it is a fake tensor for one that is counted."""
         for untyped in _storages(tensor):
             reference = _Reference(untyped, self._left)
             reference.key, reference.storage = untyped._cdata, Storage(untyped.nbytes(), untyped.device.type, 0)
@@ -188,7 +185,7 @@ class LiveBytes(TorchDispatchMode):
         self._references.clear()
 
     def __enter__(self) -> LiveBytes:
-        # FSDP and others free a storage in place by a method that no dispatch mode sees.
+        # FSDP and others free storages with ``resize_``, which no dispatch mode sees: so it is wrapped.
         plain: Shrink = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
@@ -315,7 +312,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages behind a tensor of any kind; none for one that hides them."""
+    """The storages of a tensor of any kind; none for one that hides them."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             inner = getattr(tensor, name)
@@ -324,11 +321,11 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices().untyped_storage(), tensor._values().untyped_storage())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-        yield from (part.untyped_storage() for part in parts)
+        inner = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        yield from (t.untyped_storage() for t in inner)
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        parts = (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-        yield from (part.untyped_storage() for part in parts)
+        inner = (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+        yield from (t.untyped_storage() for t in inner)
     else:
         try:
             yield tensor.untyped_storage()
@@ -337,11 +334,11 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def _sums_gradients() -> bool:
-    """Whether the addition under way is the autograd engine's own, of a tensor with several readers."""
+    """Whether the running addition is the autograd engine's own sum of gradients."""
     if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
         return False
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
         frame = frame.f_back
-    # On a device's own backward thread there is no Python below.
+    # On the backward thread of a device there is no Python frame below.
     return frame is None or frame.f_code is _ENGINE

@@ -1,4 +1,4 @@
-"""Which module is running, which one is the model, and how it was called."""
+"""Which module is running, which one is the model, and how the model was called."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LOSS = "(loss)"
 
 
 class _Recalled:
-    """A plain tensor of a batch that may be freed meanwhile: it is remembered, not kept alive."""
+    """A plain tensor of a batch, remembered without keeping it alive."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._alive = weakref.ref(tensor)
         self._like = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        # Token ids and masks are small and steer the model; pixels are large and do not.
+        # Token ids and masks are small and decide what the model computes; pixels are large and do not.
         steers = not (tensor.is_floating_point() or tensor.is_complex())
         self._copy = tensor.detach().clone() if steers else None
 
     def __call__(self) -> torch.Tensor:
-        """The tensor, or one that takes its place."""
+        """The tensor, or another one of the same shape in its place."""
         alive = self._alive()
         if alive is not None:
             return alive.detach()
@@ -102,7 +102,7 @@ class ModuleStack:
             self._learn(model)
 
     def layer(self) -> tuple[nn.Module | None, str]:
-        """The innermost module that runs: whose it is, and its name there."""
+        """The innermost running module: its root module, and its name there."""
         if not self._running:
             return None, LOSS if self._ran else OUTSIDE
         innermost = self._running[-1]
@@ -128,7 +128,7 @@ class ModuleStack:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-            # PyTorch leaves this behind.
+            # PyTorch does not remove this entry with the hook.
             module_registry._global_forward_hooks_with_kwargs.pop(handle.id, None)
         self._running.clear()
 
@@ -174,5 +174,5 @@ def _size(module: nn.Module) -> int:
 
 
 def given_tensors(batch: Any) -> list[torch.Tensor]:
-    """The tensors that a model was given, without those that another model computed for it."""
+    """The tensors that a model received, without those that another model computed for it."""
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is None]

@@ -1,4 +1,4 @@
-"""Watches one training step from every side at once: storages, modules, autograd, optimizers."""
+"""Watches one training step: its storages, modules, autograd and optimizers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Saver = tuple[nn.Module | None, str, str, str]
 
 
 class Recorder:
-    """Records a training step inside ``with``; the questions are for afterwards.
+    """Records a training step inside ``with``; its methods are called afterwards.
 
     Args:
         model: The model, if it is known.
-        compact: Leaf tensors trained in place of (parts of) the model's weights.
+        compact: Leaf tensors trained in place of channels of the model's weights.
         early: Optimizers that update before their ``step()``.
 
     Attributes:
@@ -78,7 +78,7 @@ class Recorder:
             stack.callback(optimizers.register_optimizer_step_pre_hook(self._optimizer_steps).remove)
             stack.callback(optimizers.register_optimizer_step_post_hook(self._optimizer_stepped).remove)
             stack.enter_context(self._modules)
-            # The hooks of all modules are ours, and tell a module from what torch.compile has put around it.
+            # The global hooks here tell a module from its torch.compile wrapper, so this warning does not apply.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Using `torch.compile")
             self._saved_remarks = stack.enter_context(saved_tensors(self._saved))
@@ -99,7 +99,7 @@ class Recorder:
         self._conclude()
 
     def inference_peak(self, untouched: Callable[[], AbstractContextManager[object]]) -> int | None:
-        """The peak of an inference pass on the step's batch; ``None`` with a remark if there is none."""
+        """The peak of an inference pass on the step's batch; ``None``, with a remark, if that is not possible."""
         model, call = self._modules.model, self._modules.call
         if model is None:
             return None
@@ -142,7 +142,7 @@ class Recorder:
     def _conclude(self) -> None:
         model = self._modules.model
         devices = set() if model is None else {storage.device for storage in self._weights.get(model, ())}
-        if len(devices) == 1:  # what waits elsewhere, as a batch in host memory does, is not counted
+        if len(devices) == 1:  # tensors elsewhere, such as a batch in host memory, are not counted
             self._device = devices.pop()
         self.remarks += self._saved_remarks
         if model is None:
@@ -156,7 +156,7 @@ class Recorder:
         return self._device in (None, storage.device)
 
     def _adopt(self, module: nn.Module) -> None:
-        """Weights, and the gradients that there are and will be."""
+        """Register a module's weights and gradients, and watch for new gradients."""
         parameters = list(module.parameters())
         weights = [*parameters, *module.buffers()]
         self._weights[module] = self._live.register(weights, "weights", since_start=True)
@@ -168,7 +168,7 @@ class Recorder:
         self._live.register(tensors, "inputs")
 
     def _watch_gradient(self, leaf: torch.Tensor) -> None:
-        """See the gradient when it is made: an update inside the backward frees it at once."""
+        """See the gradient as soon as it exists: an update inside the backward pass frees it at once."""
         if id(leaf) in self._watched or not (leaf.is_leaf and leaf.requires_grad):
             return
         self._watched.add(id(leaf))
@@ -176,7 +176,7 @@ class Recorder:
         handle = see(lambda owner: self._gradients((owner,)))
         self._stack.callback(handle.remove)
         hooks: Any = leaf._post_accumulate_grad_hooks
-        for key in [key for key in hooks if key != handle.id]:  # the hook that updates goes behind
+        for key in [key for key in hooks if key != handle.id]:  # an updating hook must run after this one
             hooks[key] = hooks.pop(key)
 
     def _gradients(self, owners: Iterable[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward, and who saved it."""
+"""What autograd keeps between forward and backward, and which operation saved it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Saved:
     Attributes:
         layer: Innermost module that ran, as in ``named_modules()``; ``(model)``, ``(loss)``, ``(outside)``.
         operation: What saved it, e.g. ``conv2d``, or an intercepted ``conv2d+batch_norm+relu``.
-        kind: ``activations``, or what a lean operation says it is: ``channels``, ``bits``, ``indices``.
+        kind: ``activations``, or as a lean operation labels it: ``channels``, ``bits``, ``indices``.
         bytes: Bytes of storage; a storage saved twice belongs to its first saver.
         tensors: Number of storages.
     """
@@ -42,14 +42,14 @@ class _Packed(NamedTuple):
 
 
 class OperationNames(TorchFunctionMode):
-    """Remembers the torch function under way, the outermost one; passes every call through."""
+    """Remembers the torch function that is running; passes every call through."""
 
     def __init__(self) -> None:
         super().__init__()
         self._function: Any = None
 
     def name(self, saver: Any) -> str:
-        """What is running now; ``saver`` is the frame that a pack hook was called from."""
+        """Name of the running operation; ``saver`` is the frame that a pack hook was called from."""
         labelled = current_operation.get()
         if labelled is not None:
             return labelled
@@ -63,7 +63,7 @@ class OperationNames(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the function as if nobody watched."""
+        """Remember the function and run it."""
         before, self._function = self._function, func
         try:
             return func(*args, **(kwargs or {}))
@@ -75,8 +75,8 @@ class OperationNames(TorchFunctionMode):
 def saved_tensors(see: Callable[[torch.Tensor, str, Any], object]) -> Iterator[list[str]]:
     """Call ``see(tensor, kind, frame)`` with every tensor that a forward saves, inside ``with``.
 
-    What a backward saves (recomputation) is not reported, nor what an inner pair of hooks
-    takes over: a checkpointed region reports the inputs it keeps.
+    What is saved during a backward pass (recomputation) is not reported, nor what an inner pair of hooks takes
+    over: a checkpointed region reports the inputs it keeps.
 
     Yields:
         Remarks on what could not be seen, filled in as it happens.
@@ -90,7 +90,7 @@ def saved_tensors(see: Callable[[torch.Tensor, str, Any], object]) -> Iterator[l
         return _Packed(tensor.detach(), tensor._version)
 
     def unpack(packed: _Packed) -> torch.Tensor:
-        # Under hooks autograd does not look for this mistake itself.
+        # With hooks, autograd does not check versions itself.
         if packed.tensor._version != packed.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
@@ -119,7 +119,7 @@ def saved_tensors(see: Callable[[torch.Tensor, str, Any], object]) -> Iterator[l
 def _hooks_may_be_disabled(
     hooks: saved_tensors_hooks, remarks: list[str], gone: list[saved_tensors_hooks]
 ) -> Iterator[None]:
-    """Let the step disable hooks, as torch.func does, although there are some; PyTorch refuses."""
+    """Let the step disable hooks, as torch.func does; PyTorch refuses that while there are some."""
     autograd: Any = torch._C._autograd
     plain = autograd._saved_tensors_hooks_disable
 
@@ -128,7 +128,7 @@ def _hooks_may_be_disabled(
             remarks.append(HOOKS_DISABLED)
         try:
             plain(message, False)
-        except TypeError:  # PyTorch 2.6 and 2.7 know no such argument: the hooks go, for good
+        except TypeError:  # PyTorch 2.6 and 2.7 lack this argument, so the hooks are removed for good
             if not gone:
                 hooks.__exit__()
                 gone.append(hooks)

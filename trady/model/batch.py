@@ -1,8 +1,10 @@
-"""A batch: its arguments, samples, tensors, parts, and its copy without memory."""
+"""A batch: its arguments, samples, tensors, chunks, and its copy without memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,57 +14,114 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.errors import ModelError
 
 
-def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn a batch into positional and keyword arguments of the model."""
-    if isinstance(example, Mapping) or hasattr(example, "keys"):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a model is called with, measured once.
 
-
-def batch_size(example: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor.
-
-    Raises:
-        ModelError: The batch holds no tensor, or an empty one.
-
+    Attributes:
+        inputs: A tensor, a tuple (positional arguments) or a dict (keyword arguments).
     """
-    sizes = [
-        t.shape[0]
-        for t in tree_iter(dict(example) if hasattr(example, "keys") else example)
-        if isinstance(t, Tensor) and t.dim()
-    ]
-    if not sizes or sizes[0] == 0:
-        raise ModelError(f"the example batch holds no samples ({describe(example)}); pass one batch of training data")
-    return int(sizes[0])
+
+    inputs: Any
+
+    @classmethod
+    def of(cls, given: Any) -> Batch:
+        """Make a batch of what a loader gives; anything with ``keys`` (``BatchEncoding``) is a mapping."""
+        if isinstance(given, cls):
+            return given
+        return cls(dict(given) if hasattr(given, "keys") else given)
+
+    @cached_property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the model."""
+        if isinstance(self.inputs, dict):
+            return (), self.inputs
+        return (tuple(self.inputs), {}) if isinstance(self.inputs, (tuple, list)) else ((self.inputs,), {})
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in it."""
+        return tuple(t for t in tree_iter(self.inputs) if isinstance(t, Tensor))
+
+    @cached_property
+    def samples(self) -> int:
+        """The number of samples: the first dimension of the first tensor that has one.
+
+        Raises:
+            ModelError: There is no such tensor, or it is empty.
+
+        """
+        sizes = [t.shape[0] for t in self.tensors if t.dim()]
+        if not sizes or sizes[0] == 0:
+            raise ModelError(f"the example batch holds no samples ({self.shapes}); pass one batch of training data")
+        return int(sizes[0])
+
+    @property
+    def shapes(self) -> str:
+        """Shapes and types, for messages."""
+        return str(tree_map(_shape, self.inputs)).replace("'", "")
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of its tensors."""
+        return sum(t.numel() for t in self.tensors)
+
+    @cached_property
+    def meta(self) -> Batch:
+        """The batch without its memory; ids and masks keep their values, since models look at them."""
+        return self._mapped(lambda t: without_memory(t) if t.is_floating_point() else t)
+
+    @cached_property
+    def doubled(self) -> Batch:
+        """The batch with every sample in it twice; floating-point values without memory."""
+        return self._mapped(lambda t: torch.cat([_bare(t)] * 2) if self._holds_samples(t) else t)
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Convert floating-point tensors."""
+        return self._mapped(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def chunk(self, start: int, samples: int) -> Batch:
+        """Take some samples: a view of every tensor that holds them."""
+        return self._mapped(lambda t: t[start : start + samples] if self._holds_samples(t) else t)
+
+    def chunks(self, samples: int | None) -> Iterator[tuple[Batch, float]]:
+        """Cut the batch; yield each chunk with its share of the samples.
+
+        Args:
+            samples: Up to this many a chunk; ``None`` is the full batch, as it is.
+
+        """
+        if samples is None or samples >= self.samples:
+            yield self, 1.0
+            return
+        for start in range(0, self.samples, samples):
+            count = min(samples, self.samples - start)
+            yield self.chunk(start, count), count / self.samples
+
+    def _holds_samples(self, tensor: Tensor) -> bool:
+        return bool(tensor.dim()) and tensor.shape[0] == self.samples
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, self.inputs))
+
+    def dtype_in(self, model: nn.Module) -> torch.dtype:
+        """The floating type that activations of ``model`` will have: its own, or that of the weights for token ids."""
+        return next((t.dtype for t in (*self.tensors, *model.parameters()) if t.is_floating_point()), torch.float32)
+
+    def device_in(self, model: nn.Module) -> torch.device | None:
+        """Where ``model`` runs, or else where the batch is; ``None`` if neither has memory."""
+        return next((t.device for t in (*model.parameters(), *self.tensors) if not t.is_meta), None)
 
 
-def describe(example: Any) -> str:
-    """Name the shapes in a batch, for messages."""
-    shapes = tree_map(
-        lambda t: (
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if isinstance(t, Tensor) else type(t).__name__
-        ),
-        dict(example) if hasattr(example, "keys") else example,
-    )
-    return str(shapes).replace("'", "")
-
-
-def real_device(model: nn.Module, example: Any) -> torch.device | None:
-    """Where the model runs, or else its batch; ``None`` if neither has memory."""
-    tensors = [*model.parameters(), *(t for t in tree_iter(as_arguments(example)) if isinstance(t, Tensor))]
-    return next((t.device for t in tensors if not t.is_meta), None)
-
-
-def twice(example: Any) -> Any:
-    """Return the batch with every sample in it twice; floating-point values without memory."""
-    batch = batch_size(example)
-
-    def double(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
-            return leaf
-        return torch.cat([_bare(leaf)] * 2)
-
-    return tree_map(double, dict(example) if hasattr(example, "keys") else example)
+def _shape(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
 
 
 def _bare(tensor: Tensor) -> Tensor:
@@ -97,58 +156,6 @@ def numbers_among(arguments: Iterable[Any]) -> Iterator[int]:
             yield from numbers_among((value.start, value.stop, value.step))
 
 
-def activation_dtype(model: nn.Module, example: Any) -> torch.dtype:
-    """The floating type that activations will have: the example's, or that of the weights for token ids."""
-    tensors = [*tensors_of(example), *model.parameters()]
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-def tensors_of(example: Any) -> list[Tensor]:
-    """List the tensors in a batch."""
-    tree = dict(example) if hasattr(example, "keys") else example
-    return [t for t in tree_iter(tree) if isinstance(t, Tensor)]
-
-
-def meta_batch(example: Any) -> Any:
-    """Copy a batch without its memory; ids and masks keep their values."""
-    tree = dict(example) if hasattr(example, "keys") else example
-    return tree_map(lambda t: without_memory(t) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
-
-
-def part_of(batch: Any, start: int, samples: int) -> Any:
-    """Take some samples of a batch: a view of every tensor that holds them."""
-    whole = batch_size(batch)
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != whole:
-            return leaf
-        return leaf[start : start + samples]
-
-    return tree_map(part, dict(batch) if hasattr(batch, "keys") else batch)
-
-
-def parts_of(batch: Any, samples: int | None) -> Iterator[tuple[Any, float]]:
-    """Cut a batch; yield each part with its share of the samples.
-
-    Args:
-        batch: The inputs of the model, labels among them or not.
-        samples: At most so many a part; ``None`` is the whole batch, as it is.
-
-    """
-    whole = 0 if samples is None else batch_size(batch)
-    if samples is None or samples >= whole:
-        yield batch, 1.0
-        return
-    for start in range(0, whole, samples):
-        count = min(samples, whole - start)
-        yield part_of(batch, start, count), count / whole
-
-
-def waiting_bytes(batch: Any, part: Any) -> int:
-    """Bytes of a batch that are there beside the part that the model works on."""
-    return sum(t.nbytes for t in tensors_of(batch)) - sum(t.nbytes for t in tensors_of(part))
-
-
 #: ``loss(outputs, targets)``; the model's own loss is taken where there is none.
 Loss = Callable[[Any, Any], Tensor]
 
@@ -161,7 +168,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
     """
     inputs, targets = split(batch)
-    args, kwargs = as_arguments(inputs)
+    args, kwargs = Batch.of(inputs).arguments
     output = model(*args, **kwargs)
     if loss is not None:
         return loss(output, targets)

@@ -89,7 +89,7 @@ class Uncompiled:
                 module.forward = plain
 
     def put_back(self) -> None:
-        """Let the modules run compiled again; what was compiled anew meanwhile stays."""
+        """Let the modules run compiled again; what was compiled again meanwhile stays."""
         for module, call in self._calls:
             if module._compiled_call_impl is None:
                 module._compiled_call_impl = call

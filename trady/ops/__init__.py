@@ -1,4 +1,4 @@
-"""Autograd operations that keep less: sparse weight gradients, lean activations, norms and pooling.
+"""Autograd functions that keep less: sparse weight gradients, lean activations, normalisation and pooling.
 
 Nothing here knows of policies, budgets or models: tensors and plain options in, tensors out.
 """

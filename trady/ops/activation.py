@@ -1,4 +1,6 @@
-"""Activations and frozen normalisation that stand on their own: one bit an element, or nothing."""
+"""Activations and frozen normalisation outside a weight layer: they keep one bit an element, or nothing."""
+
+# N samples, C channels; bits are [N, ceil(elements of a sample / 8)]
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ def clamp(x: Tensor, kind: Clamp, *, in_place: bool) -> Tensor:
     Args:
         x: Any shape.
         kind: The activation.
-        in_place: Overwrite ``x``. Only where nobody reads ``x`` afterwards, or the model asked for it.
+        in_place: Overwrite ``x``; only where nobody reads ``x`` afterwards, or the model itself works in place.
 
     """
     in_place = in_place and is_dense(x)

@@ -4,6 +4,8 @@ For a clamp ``y = min(max(x, low), high)`` (ReLU, ReLU6, Hardtanh) or a leaky Re
 has two values, so one bit an element is all that the backward pass needs.
 """
 
+# N rows (the samples), L elements a row, in the order of memory: rows_NL, bits_NB with B = ceil(L / 8) bytes.
+
 from __future__ import annotations
 
 import math
@@ -33,7 +35,7 @@ class Clamp:
 
     @property
     def bound(self) -> float:
-        """What lies at or above it has no gradient: NaN, which no comparison reaches, where there is no ``high``."""
+        """Values from here on have no gradient; NaN, which no comparison reaches, where there is no ``high``."""
         return math.nan if self.high == math.inf else self.high
 
     @property
@@ -77,7 +79,7 @@ def clamp_(x: Tensor, clamp: Clamp, *, keep_bits: bool) -> Tensor | None:
 
 
 def select(gradient: Tensor, bits: Tensor, clamp: Clamp, out: Tensor) -> Tensor:
-    """Write the gradient before the activation to ``out``: the gradient behind it where its bit is 1.
+    """Write the gradient of the activation's input to ``out``: that of its output where the bit is 1.
 
     ``gradient`` and ``out`` have the shape and layout of the activation (``out`` may be ``gradient``).
     """
@@ -95,7 +97,7 @@ def select(gradient: Tensor, bits: Tensor, clamp: Clamp, out: Tensor) -> Tensor:
 
 
 def _takes_no_memory(rows: Tensor) -> bool:
-    """Whether it is a simulated step that is computed, for a processor: the C kernels have no temporaries."""
+    """Whether this is a simulated step for a CPU, where the C kernels make no temporaries."""
     return rows.is_meta and device_type(rows) == "cpu"
 
 

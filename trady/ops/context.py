@@ -1,4 +1,4 @@
-"""What operations and those who run them tell each other: who keeps what, and what stands for what."""
+"""What operations and their callers tell each other: who keeps a tensor, and what a fake tensor stands for."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 #: The operation under way in an intercepted call, e.g. ``conv2d+batch_norm+relu``; ``None`` outside.
 current_operation: ContextVar[str | None] = ContextVar("current_operation", default=None)
 
-#: Whether it is trady that asks a tensor where it is: a model is told that stand-ins are on the real device.
+#: Whether trady itself asks a tensor for its device: a model is told that fake tensors are on the real device.
 internal_query: ContextVar[bool] = ContextVar("internal_query", default=False)
 
-#: The part of a batch that is computed anew: its first sample and how many they are; ``None`` is the whole batch.
+#: The chunk of a batch that is recomputed: its first sample and how many they are; ``None`` is the full batch.
 samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_under_way", default=None)
 
-#: Type of the device that tensors without memory stand for, while a step is simulated.
+#: Type of the device that fake tensors stand for, while a step is simulated.
 simulated_device_type: ContextVar[str] = ContextVar("simulated_device_type", default="cpu")
 
-#: Storages that are followed at present, by address: each is a Python object, which counts as one owner more.
+#: Addresses of storages that are followed at present. Each is a Python object, which counts as one more owner.
 followed_storages: list[Container[int]] = []
 
 T = TypeVar("T", bound=torch.Tensor)
 
 
 def device_type(tensor: torch.Tensor) -> str:
-    """Type of the device that a tensor is on; of one without memory, that it stands for."""
+    """Type of the device that a tensor is on, or that a fake tensor stands for."""
     return simulated_device_type.get() if tensor.is_meta else tensor.device.type
 
 

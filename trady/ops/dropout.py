@@ -11,7 +11,7 @@ from trady.ops.bits import Clamp, pack_mask, select
 from trady.ops.context import label_saved
 from trady.ops.layout import memory_format
 
-#: A mask is the derivative of an activation whose bits are given.
+#: A mask acts as the derivative of an activation whose bits are known.
 _MASK = Clamp(0.0)
 
 

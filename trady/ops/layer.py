@@ -1,11 +1,14 @@
 """A weight layer whose weight gradient exists for the selected channels only.
 
-Computes ``y = clamp(scale * (W x + b) + shift)`` in one node of the graph: the normalisation behind
-the layer (statistics fixed) is folded into the weight and saves nothing, the activation behind it is
+Computes ``y = clamp(scale * (W x + b) + shift)`` in one node of the graph: the normalisation after
+the layer (statistics fixed) is folded into the weight and saves nothing, the activation after it is
 applied in place and saves one bit an element. For the weight it keeps the selected channels of ``x``
 and yields ``dL/dW[:, c]`` for those alone (TraDy, arXiv 2510.19675, section 3), of some of the output
 channels if only these train.
 """
+
+# N samples, C input channels, O output channels, n selected input channels, m selected output channels
+# a group (O / groups if all train), K the kernel's dimensions, P positions: x_NCP, weight_OCK, compact_nmK.
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class LayerCall:
     Attributes:
         operator: Convolution or linear geometry.
         selected: The channels that train; ``None`` when none does.
-        clamp: The activation behind the layer, if it is computed with it.
+        clamp: The activation after the layer, if it is computed with it.
         dtype: What the products are computed in (autocast); ``None`` is the input's own dtype.
         graph_only: Make the graph, not the values: nobody reads them. For linear layers.
     """
@@ -59,12 +62,12 @@ def layer(
     Args:
         x: Input, batch first.
         compact: Leaf of shape [n, selected output channels a group, *kernel] that receives the gradient of
-            the selected channels (its values are not read: ``weight`` holds the truth). Where they have gates, it
-            receives the gradient of these, [n, samples].
+            the selected channels; its values are not read, those of ``weight`` count. Where the channels have gates,
+            it receives the gradient of the gates, [n, samples].
         call: Geometry, selected channels, activation.
         weight: The frozen weight.
         bias: Bias of the layer.
-        scale: One factor an output channel, of the normalisation behind the layer.
+        scale: One factor an output channel, of the normalisation after the layer.
         shift: One summand an output channel, added after scaling.
 
     Returns:
@@ -159,23 +162,23 @@ class _Layer(torch.autograd.Function):
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
         sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
-        in_parts = call.operator.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
-        parts = _parts(gradient, sizes) if in_parts else [slice(None)]
-        for part in parts:
-            whole = len(parts) == 1
-            g = gradient if whole else gradient[part]
+        in_chunks = call.operator.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
+        slices = _chunks(gradient, sizes) if in_chunks else [slice(None)]
+        for chunk in slices:
+            full = len(slices) == 1
+            g = gradient if full else gradient[chunk]
             if bits is not None:
-                g = _before_activation(g, bits if whole else bits[part], call, ctx.format, owned)
+                g = _before_activation(g, bits if full else bits[chunk], call, ctx.format, owned)
             if weight_gradient is not None and gates is None:
-                add_weight_gradient(weight_gradient, g, inputs if whole else inputs[part], call)
+                add_weight_gradient(weight_gradient, g, inputs if full else inputs[chunk], call)
             if folded is not None:
-                shape = ctx.input_shape if whole else torch.Size((g.shape[0], *ctx.input_shape[1:]))
+                shape = ctx.input_shape if full else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.operator.input_gradient(g, folded, shape)
                 layout = memory_format(g)
                 del g
                 if gates is not None and weight_gradient is not None:
-                    gates.add_gradient(weight_gradient, made, inputs, part)
-                if wants_input and whole:
+                    gates.add_gradient(weight_gradient, made, inputs, chunk)
+                if wants_input and full:
                     dense = made if is_dense(made) else made.contiguous(memory_format=layout)
                     input_gradient = dense.to(ctx.input_dtype)
                 elif wants_input:
@@ -183,14 +186,14 @@ class _Layer(torch.autograd.Function):
                         input_gradient = torch.empty(
                             ctx.input_shape, dtype=ctx.input_dtype, device=made.device, memory_format=layout
                         )
-                    input_gradient[part].copy_(made)
+                    input_gradient[chunk].copy_(made)
                 del made
         if weight_gradient is not None and scale is not None and gates is None:
             weight_gradient = _scale_gradient(weight_gradient, scale, call)
         return input_gradient, weight_gradient, None, None, None, None, None
 
 
-def _parts(gradient: Tensor, total_bytes: int) -> list[slice]:
+def _chunks(gradient: Tensor, total_bytes: int) -> list[slice]:
     """Slices of the batch, so that a second copy of what they hold stays small."""
     if total_bytes <= CHUNK_BYTES or gradient.dim() < 2:
         return [slice(None)]
@@ -206,9 +209,9 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: L
         return
     dim = call.operator.channel_dim
     read = gradient.numel() // gradient.shape[dim] * len(selected.outputs) * gradient.element_size()
-    for part in _parts(gradient, read):
-        narrow = take(gradient[part], dim, selected.outputs)
-        call.operator.weight_gradient(narrow, inputs[part], selected, total)
+    for chunk in _chunks(gradient, read):
+        narrow = take(gradient[chunk], dim, selected.outputs)
+        call.operator.weight_gradient(narrow, inputs[chunk], selected, total)
 
 
 def _before_activation(

@@ -46,7 +46,7 @@ def rows_of(x: Tensor) -> Tensor:
 def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """Copy the slices ``index`` (int64) of one dimension.
 
-    ``index_select`` first copies the whole of a tensor that is not contiguous, such as a channels_last one.
+    ``index_select`` first copies all of a tensor that is not contiguous, such as a channels_last one.
     """
     return x.index_select(dim, index) if x.is_contiguous() else x[(slice(None),) * (dim % x.dim()) + (index,)]
 
@@ -58,10 +58,10 @@ def chunks(samples: int, bytes_a_sample: int) -> Iterator[slice]:
         yield slice(start, min(samples, start + step))
 
 
-def empty_like_batch(part: Tensor, samples: int) -> Tensor:
-    """An uninitialised batch of ``samples`` samples like those of ``part``, in the same layout."""
+def empty_like_batch(chunk: Tensor, samples: int) -> Tensor:
+    """An uninitialised batch of ``samples`` samples like those of ``chunk``, in the same layout."""
     return torch.empty(
-        (samples, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=memory_format(part)
+        (samples, *chunk.shape[1:]), dtype=chunk.dtype, device=chunk.device, memory_format=memory_format(chunk)
     )
 
 
@@ -70,7 +70,7 @@ def is_owned(gradient: Tensor, references: int) -> bool:
 
     Autograd hands the same tensor to both branches of a residual addition, a hook may keep it, a
     view may share its memory. All of these hold a further reference to the tensor, its Python
-    object or its storage; what an unshared gradient shows is measured once, in a graph that is known.
+    object or its storage. The counts of an unshared gradient are measured once, in a known graph.
 
     Args:
         gradient: As ``backward`` received it.
@@ -85,8 +85,8 @@ def is_owned(gradient: Tensor, references: int) -> bool:
 
 
 def _references(tensor: Tensor) -> tuple[int, int]:
-    # Not through untyped_storage(): a storage that has once been a Python object is counted once more for good, and
-    # then autograd copies where it would add to this gradient in place.
+    # Not through untyped_storage(): once a storage has been a Python object it counts as one more owner for good,
+    # and autograd then copies where it would add to this gradient in place.
     address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
     followed = any(address in storages for storages in followed_storages)
     return tensor._use_count(), torch._C._storage_Use_Count(address) - followed  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class _Probe(torch.autograd.Function):
 @cache
 def _references_when_alone() -> tuple[int, int, int] | None:
     """Count the references to a gradient that is not shared; ``None`` where sharing does not show."""
-    # A mode may look at storages: it is not to be taken for what is normal.
+    # Modes that are active now may hold storages, which would spoil what is taken for normal.
     with torch.enable_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
         try:
             _Probe.seen = []
@@ -133,7 +133,7 @@ def _references_when_alone() -> tuple[int, int, int] | None:
 
 
 def count_write(x: Tensor) -> None:
-    """Tell autograd's version counter of a write that went past PyTorch."""
+    """Tell autograd's version counter of a write that PyTorch did not see."""
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
 
@@ -141,6 +141,6 @@ def count_write(x: Tensor) -> None:
 def unviewed(x: Tensor) -> Tensor:
     """The same memory as a tensor of its own.
 
-    What an autograd function returns must be no view, or the model may not write into it (``out += x``).
+    An autograd function must not return a view, or the model could not write into it (``out += x``).
     """
     return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x

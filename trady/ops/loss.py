@@ -1,9 +1,11 @@
-"""Cross-entropy that keeps the scores and nothing beside them, computed a few rows at a time.
+"""Cross-entropy that keeps the scores and nothing else, computed a few rows at a time.
 
 PyTorch's own keeps a second tensor of the scores' size between forward and backward (the log-softmax), makes a
 third one on the way (the gradient of the log-softmax) and a fourth for the gradient. Here the probabilities are
-computed anew in the backward pass, straight into the gradient, which can take the memory of the scores itself.
+recomputed in the backward pass, directly into the gradient, which can take the memory of the scores themselves.
 """
+
+# N rows (samples or tokens), K classes: logits_NK, target_N, losses_N.
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from trady.ops.context import device_type
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
 from trady.ops.native import library, on_a_processor, unwritten
 
-#: Scores of fewer bytes are left to PyTorch: there is little to save, and a call costs more than its arithmetic.
-_LEAST_BYTES = 2 << 20
+#: Smaller scores are left to PyTorch: there is little to save, and a call costs more than its arithmetic.
+_MINIMUM_BYTES = 2 << 20
 
 #: On an accelerator temporaries may be larger: a short kernel costs more to start than to run.
 _CHUNK_BYTES_ELSEWHERE = 64 << 20
@@ -36,7 +38,7 @@ def cross_entropy(
     model's scores (tokens times vocabulary) are often the largest tensor of a training step.
 
     Args:
-        logits: Scores [N, classes], in any floating-point type; computed in float32 at least. For scores
+        logits: Scores [N, classes], in any floating-point dtype; computed in float32 or wider. For scores
             [batch, tokens, classes] pass ``logits.flatten(0, 1)``, a view.
         target: int64 [N], the class of each row.
         ignore_index: Rows with this target have no loss and no gradient.
@@ -80,14 +82,14 @@ def row_losses(
 def pays(logits: Tensor, target: Tensor) -> bool:
     """Whether :func:`row_losses` fits these tensors, saves memory and is as fast as PyTorch's own."""
     shaped = logits.dim() == 2 and target.shape == logits.shape[:1] and target.dtype == torch.int64
-    large = logits.numel() * logits.element_size() >= _LEAST_BYTES
-    # Of narrow types PyTorch's own is faster on a processor, but where autocast makes it copy them to float32.
+    large = logits.numel() * logits.element_size() >= _MINIMUM_BYTES
+    # For narrow dtypes PyTorch's own is faster on a CPU, except where autocast makes it copy them to float32.
     fast = device_type(logits) == "cuda" or _result(logits) == _wide(logits.dtype)
     return shaped and large and fast and logits.is_floating_point() and type(logits) is Tensor
 
 
 def _is_leaf(logits: Tensor) -> bool:
-    """Whether these are values that a caller goes on holding: their memory cannot be that of a gradient."""
+    """Whether a caller keeps these values, so that a gradient may not take their memory."""
     return logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
 
 
@@ -160,25 +162,25 @@ def _write_gradient(logits: Tensor, target: Tensor, ignore_index: int, factor: T
     place = torch.where(counted, target, 0).unsqueeze(1)
     less = torch.full((), -1.0, dtype=wide, device=logits.device).expand(place.shape)
     for rows in _rows(logits):
-        part = torch.softmax(logits[rows], 1, dtype=wide)
-        part.scatter_add_(1, place[rows], less[rows])
-        out[rows] = part.mul_(factor[rows])
+        chunk = torch.softmax(logits[rows], 1, dtype=wide)
+        chunk.scatter_add_(1, place[rows], less[rows])
+        out[rows] = chunk.mul_(factor[rows])
 
 
 def _kernels(logits: Tensor, target: Tensor) -> Any:
-    """The C kernels, if they can be handed these tensors."""
+    """The C kernels, if they take these tensors."""
     fits = logits.dtype == torch.float32 and target.dtype == torch.int64 and logits.numel() > 0
     dense = logits.is_contiguous() and target.is_contiguous()
     return library() if fits and dense and on_a_processor(logits, target) else None
 
 
 def _all_classes(target: Tensor, ignore_index: int, classes: int) -> bool:
-    """Whether every target is a class or ignored; PyTorch has an error for others."""
+    """Whether every target is a class or ignored; for others, PyTorch raises its own error."""
     return target.is_meta or not bool((((target < 0) | (target >= classes)) & (target != ignore_index)).any())
 
 
 def _result(logits: Tensor) -> torch.dtype:
-    """The type of PyTorch's own loss: autocast computes it in float32, whatever the scores are."""
+    """The dtype of PyTorch's own loss: autocast computes it in float32, whatever the scores are."""
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return _wide(logits.dtype) if autocast else logits.dtype

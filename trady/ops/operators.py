@@ -1,5 +1,8 @@
 """The three products of a weight layer: forward, gradient of the input, gradient of chosen channels."""
 
+# N samples, C input channels, O output channels, P positions (all spatial dimensions), R rows (all dimensions before
+# the last of a linear layer's input), n selected input channels: x_NCP, gradient_NOP, x_RC, gradient_RO, total_nO.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from trady.ops.selected import SelectedChannels
 _convolution_backward = torch.ops.aten.convolution_backward
 
 #: Positions of the output (height times width) from which on a pointwise convolution is computed as a matrix
-#: product. PyTorch's own copies its whole input into another order, which strides make dear.
+#: product. PyTorch's own reorders its full input, which is expensive with strides.
 _MATRIX_POSITIONS = 64
 
 _STRIDED_MATRIX_POSITIONS = 512
@@ -28,7 +31,7 @@ _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
 _CACHED_BYTES = 8 << 20
 
-#: Rows of a kernel up to which oneDNN's weight gradients are right.
+#: Kernel height up to which oneDNN's weight gradients are right (:func:`_without_onednn`).
 _TALLEST_OF_ONEDNN = 32
 
 
@@ -112,13 +115,13 @@ class Convolution:
         if not self.pad:
             return self._convolve(x, weight, bias)
         out: Tensor | None = None
-        for part in chunks(x.shape[0], _bytes_a_sample(x)):
-            made = self._convolve(F.pad(x[part], self.pad), weight, bias)
+        for chunk in chunks(x.shape[0], _bytes_a_sample(x)):
+            made = self._convolve(F.pad(x[chunk], self.pad), weight, bias)
             if made.shape[0] == x.shape[0]:
                 return made
             if out is None:
                 out = empty_like_batch(made, x.shape[0])
-            out[part].copy_(made)
+            out[chunk].copy_(made)
         return out if out is not None else self._convolve(F.pad(x, self.pad), weight, bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,22 +134,22 @@ class Convolution:
         return _laid_out(convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), x, weight)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, positions: torch.Size) -> Tensor:
-        """Compute a pointwise convolution as a matrix product, of every stride-th position."""
+        """Compute a pointwise convolution as a matrix product, at every stride-th position."""
         samples, outputs = x.shape[0], weight.shape[0]
-        out = unwritten(x.new_empty((samples, outputs, positions.numel())))
-        matrix = weight.view(1, *weight.shape[:2])
+        out_NOP = unwritten(x.new_empty((samples, outputs, positions.numel())))
+        weight_1OC = weight.view(1, *weight.shape[:2])
         strided = positions != x.shape[2:]
         read = self._every_stride(x)
-        whole = not strided and (bias is None or out.numel() * out.element_size() <= _CACHED_BYTES)
-        bytes_a_sample = _bytes_a_sample(out) if not strided else _bytes_a_sample(read)
-        for part in [slice(0, samples)] if whole else chunks(samples, bytes_a_sample):
-            rows = read[part].flatten(2)
-            matrices = matrix.expand(rows.shape[0], -1, -1)
+        at_once = not strided and (bias is None or out_NOP.numel() * out_NOP.element_size() <= _CACHED_BYTES)
+        bytes_a_sample = _bytes_a_sample(out_NOP) if not strided else _bytes_a_sample(read)
+        for chunk in [slice(0, samples)] if at_once else chunks(samples, bytes_a_sample):
+            x_NCP = read[chunk].flatten(2)
+            weight_NOC = weight_1OC.expand(x_NCP.shape[0], -1, -1)
             if bias is None:
-                torch.bmm(matrices, rows, out=out[part])
+                torch.bmm(weight_NOC, x_NCP, out=out_NOP[chunk])
             else:
-                torch.baddbmm(bias.view(1, -1, 1), matrices, rows, out=out[part])
-        return out.view(samples, outputs, *positions)
+                torch.baddbmm(bias.view(1, -1, 1), weight_NOC, x_NCP, out=out_NOP[chunk])
+        return out_NOP.view(samples, outputs, *positions)
 
     def _every_stride(self, x: Tensor) -> Tensor:
         """View the positions that a pointwise convolution reads."""
@@ -155,8 +158,8 @@ class Convolution:
     def _is_matrix_product(self, x: Tensor, weight: Tensor) -> bool:
         """Whether a pointwise convolution can be computed as a matrix product.
 
-        On the CPU it should be, where the convolution reorders its whole input and output; measured 1.3 to 4
-        times faster where there are enough positions, slower where not.
+        On the CPU the convolution reorders its full input and output, and the matrix product is 1.3 to 4 times as fast
+        where there are enough positions; with few it is slower.
         """
         return (
             device_type(x) == "cpu"
@@ -186,11 +189,11 @@ class Convolution:
         return made
 
     def _transposed(self, gradient: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
-        """Gradient of the input. PyTorch's own backward pass would copy the input on the CPU, which it never reads."""
+        """Gradient of the input; on the CPU, PyTorch's own backward would copy the input although it never reads it."""
         transpose = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(self.stride) - 1]
         sides = zip(input_shape[2:], gradient.shape[2:], weight.shape[2:], strict=True)
         steps = zip(self.stride, self.padding, self.dilation, strict=True)
-        unreached = tuple(  # positions behind the last one that a strided kernel reads
+        unreached = tuple(  # positions after the last one that a strided kernel reads
             size - ((outputs - 1) * s - 2 * p + d * (k - 1) + 1)
             for (size, outputs, k), (s, p, d) in zip(sides, steps, strict=True)
         )
@@ -198,15 +201,16 @@ class Convolution:
         return _laid_out(made, gradient, weight)
 
     def _multiply_back(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        matrix = weight.view(1, *weight.shape[:2]).transpose(1, 2)
-        rows, samples = gradient.flatten(2), input_shape[0]
+        weight_1CO = weight.view(1, *weight.shape[:2]).transpose(1, 2)
+        gradient_NOP, samples = gradient.flatten(2), input_shape[0]
         made = unwritten(gradient.new_empty(input_shape))
         if input_shape[2:] == gradient.shape[2:]:
-            torch.bmm(matrix.expand(samples, -1, -1), rows, out=made.view(*input_shape[:2], -1))
+            torch.bmm(weight_1CO.expand(samples, -1, -1), gradient_NOP, out=made.view(*input_shape[:2], -1))
             return made
         read = self._every_stride(made.zero_())
-        for part in chunks(samples, _bytes_a_sample(read)):
-            read[part] = torch.bmm(matrix.expand(part.stop - part.start, -1, -1), rows[part]).view_as(read[part])
+        for chunk in chunks(samples, _bytes_a_sample(read)):
+            weight_NCO = weight_1CO.expand(chunk.stop - chunk.start, -1, -1)
+            read[chunk] = torch.bmm(weight_NCO, gradient_NOP[chunk]).view_as(read[chunk])
         return made
 
     def _depthwise(self, inputs: torch.Size, weight: torch.Size) -> tuple[int, ...] | None:
@@ -225,10 +229,10 @@ class Convolution:
         if self.pad:
             inputs = F.pad(inputs, self.pad)
         if self.groups == 1 and self._is_pointwise(out.shape[2:]):
-            x, g = self._every_stride(inputs).flatten(2), gradient.flatten(2).transpose(1, 2)
-            total = out.view(out.shape[:2])
-            for part in chunks(x.shape[0], total.numel() * x.element_size()):
-                total.add_(torch.bmm(x[part], g[part]).sum(0))
+            x_NnP, gradient_NPO = self._every_stride(inputs).flatten(2), gradient.flatten(2).transpose(1, 2)
+            total_nO = out.view(out.shape[:2])
+            for chunk in chunks(x_NnP.shape[0], total_nO.numel() * x_NnP.element_size()):
+                total_nO.add_(torch.bmm(x_NnP[chunk], gradient_NPO[chunk]).sum(0))
             return
         for block in selected.blocks:
             x = inputs if block.positions is None else take(inputs, 1, block.positions)
@@ -275,13 +279,13 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
-        rows, matrix = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
-        out = unwritten(x.new_empty((rows.shape[0], matrix.shape[1])))
+        x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
+        out_RO = unwritten(x.new_empty((x_RC.shape[0], weight_CO.shape[1])))
         if bias is None:
-            torch.mm(rows, matrix, out=out)
+            torch.mm(x_RC, weight_CO, out=out_RO)
         else:
-            torch.addmm(bias, rows, matrix, out=out)
-        return out.view(*x.shape[:-1], matrix.shape[1])
+            torch.addmm(bias, x_RC, weight_CO, out=out_RO)
+        return out_RO.view(*x.shape[:-1], weight_CO.shape[1])
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""
@@ -289,8 +293,8 @@ class Linear:
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
         """Add the gradient of the selected channels to ``out`` [n, out]."""
-        made = inputs.reshape(-1, inputs.shape[-1]).t() @ gradient.reshape(-1, gradient.shape[-1])
-        out.add_(made)
+        x_Rn, gradient_RO = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        out.add_(x_Rn.t() @ gradient_RO)
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output feature by its scale."""
@@ -298,7 +302,7 @@ class Linear:
 
 
 def _laid_out(made: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """What a convolution of ``x`` made; without memory in the layout that it would have with it."""
+    """The result of a convolution of ``x``; a fake tensor in the layout that the real one would have."""
     layout = memory_format(x)
     layout = memory_format(weight) if layout is torch.contiguous_format else layout
     if not made.is_meta or layout is torch.contiguous_format or memory_format(made) is layout:
@@ -308,10 +312,10 @@ def _laid_out(made: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _without_onednn(tensor: Tensor, kernel: torch.Size) -> Tensor:
-    """The tensor, in float64 where oneDNN, which has no float64, must not compute with it.
+    """The tensor in float64 where oneDNN must not compute with it, which does not take float64.
 
-    Its weight gradients of depthwise convolutions are off by a tenth for kernels of 41 rows and more, and it reads
-    memory that is not its own (PyTorch 2.13 with AVX-512).
+    oneDNN's weight gradients of depthwise convolutions are off by a tenth for kernels of 41 rows and more, and it
+    reads memory that is not its own (PyTorch 2.13 with AVX-512).
     """
     wrong = max(kernel) > _TALLEST_OF_ONEDNN and device_type(tensor) == "cpu"
     return tensor.double() if wrong else tensor

@@ -1,5 +1,8 @@
 """Pooling that keeps its input's shape and, for maxima, one byte an output."""
 
+# N samples, C channels, spatial dimensions of the input and of the output. A place is the index of a maximum: local in
+# its window (uint8), or in the flattened spatial dimensions of the input (int64).
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -97,7 +100,7 @@ def _places_in_input(local: Tensor, window: Window, inputs: torch.Size) -> Tenso
 
 
 def _native_geometry(shape: torch.Size, window: Window, last: bool) -> tuple[int, ...] | None:
-    """Geometry as the C kernels read it; a 1d pooling is a 2d one of height 1; ``None`` for what they do not know."""
+    """Geometry as the C kernels read it; 1d pooling is 2d of height 1; ``None`` for what they do not take."""
     w, dimensions = window, len(window.kernel)
     if dimensions > 2 or len(shape) != dimensions + 2 or w.size > 256 or min(shape, default=0) < 1:
         return None
@@ -126,7 +129,7 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 
 def _kernels(x: Tensor) -> Any:
-    """The C kernels if they can pool ``x``; tensors without memory are treated like those that they stand for."""
+    """The C kernels if they can pool ``x``; a fake tensor is treated like the one it stands for."""
     return library() if x.dtype in (torch.float32, torch.float64) and on_a_processor(x) else None
 
 
@@ -175,13 +178,13 @@ class _MaxPool(torch.autograd.Function):
             return native[0]
         out: Tensor | None = None
         local: Tensor | None = None
-        for part in chunks(x.shape[0], 2 * x.element_size() * x[0].numel() if x.shape[0] else 1):
-            values, places = _max_pool(x[part], window)
+        for chunk in chunks(x.shape[0], 2 * x.element_size() * x[0].numel() if x.shape[0] else 1):
+            values, places = _max_pool(x[chunk], window)
             if out is None or local is None:
                 out = empty_like_batch(values, x.shape[0])
                 local = torch.empty((x.shape[0], *values.shape[1:]), dtype=torch.uint8, device=x.device)
-            out[part].copy_(values)
-            local[part].copy_(_places_in_window(places, window, x.shape[2:]))
+            out[chunk].copy_(values)
+            local[chunk].copy_(_places_in_window(places, window, x.shape[2:]))
         if out is None or local is None:
             return _max_pool(x, window)[0]
         ctx.window, ctx.shape = window, x.shape
@@ -197,14 +200,14 @@ class _MaxPool(torch.autograd.Function):
             return native, None
         made = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
         flat = made.flatten(2)
-        for part in chunks(ctx.shape[0], 4 * 8 * local[0].numel()):
-            places = _places_in_input(local[part], ctx.window, ctx.shape[2:]).flatten(2)
-            flat[part].scatter_add_(2, places, gradient[part].flatten(2))
+        for chunk in chunks(ctx.shape[0], 4 * 8 * local[0].numel()):
+            places = _places_in_input(local[chunk], ctx.window, ctx.shape[2:]).flatten(2)
+            flat[chunk].scatter_add_(2, places, gradient[chunk].flatten(2))
         return made, None
 
 
 def average_pool(x: Tensor, pool: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Pooling that is linear in its input: backward needs the input's shape alone.
+    """Pooling that is linear in its input: backward needs only the input's shape.
 
     Args:
         x: The input.

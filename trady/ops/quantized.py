@@ -1,14 +1,16 @@
 """Linear layers whose weight is stored quantised, and some of whose input channels are in floating point.
 
-The weight ``W`` that such a layer stands for is the dequantised one with the float channels ``V`` in it:
+The weight ``W`` of such a layer is the dequantised one with the float channels ``V`` in it:
 
     y = Q (x with the channels of V set to zero) + V x[..., channels] + b,    dL/dx = W^T dL/dy,
     dL/dV = dL/dy x[..., channels]^T
 
-``Q`` is the library's own product. From forward to backward only the quantised weight is kept, and the selected
-channels of ``x``; backward makes ``W`` of one layer at a time. PyTorch's own graph of a weight-only quantised product
-(torchao) saves the weight as the product read it, converted to floating point, of every layer.
+``Q`` is the library's own product. From forward to backward only the quantised weight and the selected channels of
+``x`` are kept; backward makes ``W`` of one layer at a time. PyTorch's own graph of a weight-only quantised product
+(torchao) keeps the weight of every layer as the product read it, converted to floating point.
 """
+
+# n selected input channels of C, O output channels: x [..., C], y [..., O], W [O, C], V [n, O] (transposed).
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class Quantized(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that it stands for: [out, in]."""
+        """Of the dequantised weight: [out, in]."""
         ...
 
     def product(self, x: Tensor, *, trains: bool = False) -> Tensor:
@@ -42,13 +44,13 @@ class Quantized(Protocol):
         ...
 
     def dense(self) -> Tensor:
-        """Make the weight that it stands for, in memory of its own."""
+        """Make the dequantised weight, float channels included, in memory of its own."""
         ...
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A quantised weight of torchao that is called without a module that trady could read."""
+    """A quantised weight of torchao that is used outside a module that trady could read."""
 
     weight: Tensor
     bias: Tensor | None
@@ -68,13 +70,13 @@ class Alone:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is not a dense tensor of numbers, so that no channel of it can be written to."""
-    numbers = weight.is_floating_point() or weight.is_complex()
-    return not numbers or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    """Whether a weight is not a dense tensor in floating point, so that its channels cannot be written to."""
+    dense_dtype = weight.is_floating_point() or weight.is_complex()
+    return not dense_dtype or type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_linear_in_its_input(weight: Tensor) -> bool:
-    """Whether a weight of torchao is dequantised in a product, and nothing else is done to the input."""
+    """Whether torchao dequantises this weight in a product and leaves the input as it is."""
     quantises_input = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
     return type(weight).dequantize is not Tensor.dequantize and not any(
         getattr(weight, name, None) is not None for name in quantises_input
@@ -82,7 +84,7 @@ def is_linear_in_its_input(weight: Tensor) -> bool:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply a quantised weight [out, in] of torchao of which no channel trains.
+    """Apply a quantised weight [out, in] of torchao that stays as it is.
 
     Raises:
         ModelError: No gradient passes through the weight's class, and one is needed.

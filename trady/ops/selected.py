@@ -1,4 +1,7 @@
-"""The selected channels of one layer, as the gradient kernels want them."""
+"""The selected channels of one layer, as the gradient kernels take them."""
+
+# n selected input channels, m selected output channels, G groups: W is [O, C / G, *kernel], its channel-major view
+# [G, C / G, O / G, *kernel], selected slices are [n, O / G or m, *kernel].
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Block:
-    """Groups of a convolution with equally many selected channels: one dense grouped convolution.
+    """Groups of a convolution with the same number of selected channels: one dense grouped convolution.
 
     Attributes:
         positions: Which of the selected channels belong here, in order; ``None`` for all.
@@ -33,16 +36,16 @@ class Block:
 
 @dataclass(frozen=True)
 class SelectedChannels:
-    """Sorted input channels of one layer and how they fall into its groups, and maybe some of its output channels.
+    """Sorted input channels of one layer, how they fall into its groups, and which output channels train.
 
     Attributes:
         index: int64 [n], the channels.
         group: int64 [n], the group each is read by.
         channel: int64 [n], its place inside that group.
         blocks: The groups by number of selected channels: at most sqrt(2 n) of them.
-        outputs: int64 [m], the output channels that train; ``None`` for all. Of layers with one group.
-        gates: Samples of the batch, where the leaf of the layer holds no weights but gates: factors of 1 that the
-            input is multiplied by, one a channel and sample, ``[n, gates]``. Else ``None``.
+        outputs: int64 [m], the output channels that train; ``None`` for all. Only in layers with one group.
+        gates: Samples of the batch where the layer's leaf holds gates ``[n, samples]`` instead of weights (factors
+            of 1 on the input, :mod:`trady.ops.gates`); ``None`` elsewhere.
     """
 
     index: Tensor
@@ -91,7 +94,7 @@ def select_channels(
 
 
 def numbers_on(device: torch.device, values: Indices) -> Tensor:
-    """Copy numbers to a device without waiting for what it is doing."""
+    """Copy indices to a device without waiting for what it is doing."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
@@ -116,7 +119,7 @@ def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: Selected
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A plain weight, of which channels are read and written: where a layer's trained channels go."""
+    """A plain weight whose channels are read and written."""
 
     weight: Tensor
     kind: str

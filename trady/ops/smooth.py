@@ -1,11 +1,13 @@
 """Smooth activations (GELU, SiLU, ...) that keep their derivative in a few bits an element, not their input.
 
 The forward pass is PyTorch's own, bit for bit. The backward pass multiplies with the derivative, which lies between
-two known bounds: it is kept as the nearest of 256 (16, 4) evenly spaced numbers, 0 and, where it is reached, 1 among
-them, so that where an activation is flat or saturated nothing is lost at all. This is not exact; what it costs is
-measured by :func:`derivative_error`. Keeping compressed activations for the backward pass: ActNN (arXiv 2104.14129),
-GACT (2206.11357); keeping a quantised derivative of the activation: Few-bit backward (2202.00441).
+two known bounds. It is kept as the nearest of 256 (16, 4) evenly spaced numbers; 0 and, where it is reached, 1 are
+among them, so that nothing is lost where an activation is flat or linear. This is not exact;
+:func:`derivative_error` measures the error. Keeping compressed activations for the backward pass: ActNN (arXiv
+2104.14129), GACT (2206.11357); keeping a quantised derivative of the activation: Few-bit backward (2202.00441).
 """
+
+# E elements of a dense tensor in the order of memory, 8 / bits codes a byte: codes_E (one a byte), packed_B.
 
 from __future__ import annotations
 
@@ -32,22 +34,22 @@ _aten = torch.ops.aten
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-#: How well gradients are kept, and in how many bits an element the derivative is: ``None`` is PyTorch's own.
+#: By fidelity, the bits an element that the derivative is kept in; ``None`` is PyTorch's own backward pass.
 FIDELITIES: dict[str, int | None] = {"exact": None, "8bit": 8, "4bit": 4, "2bit": 2}
 
-#: No derivative is kept in so few bits that its relative error (:func:`derivative_error`) is larger.
+#: Largest relative error (:func:`derivative_error`) that a derivative may be kept with.
 LARGEST_ERROR = 0.1
 
-#: Entries of the table in which the C kernel looks codes up: small enough for the fastest cache.
+#: Entries of the table in which the C kernel looks up codes: small enough for the fastest cache.
 _ENTRIES = 1 << 13
 
-#: What the C kernel computes from input and output, in the order of its numbers; it looks up the rest.
+#: Derivatives that the C kernel computes from input and output, in the order of its enum; it looks up the rest.
 _FORMS = ("table", "sigmoid", "tanh", "silu", "hardswish", "elu", "gelu", "gelu_tanh")
 
 
 #: Forward and backward on the CPU, 8 bits against PyTorch's own (3 million elements of float32): GELU takes
 #: 0.9 to 1.1, its tanh form 0.7 to 1.0, Mish 0.6 to 0.8, SiLU 1.04 to 1.2. Others are left to PyTorch: Hardswish takes
-#: 1.4 times as long and more, Softplus 1.2, and tanh and sigmoid keep their output as it is.
+#: at least 1.4 times as long, Softplus 1.2, and tanh and sigmoid keep only their output anyway.
 _FAST = {
     torch.float32: frozenset({"gelu", "gelu_tanh", "mish", "silu"}),
     torch.bfloat16: frozenset({"gelu", "gelu_tanh", "mish"}),
@@ -71,7 +73,7 @@ class Smooth:
         return _VALUES[self.name](x, *self.numbers)  # type: ignore[no-any-return]
 
     def write(self, x: Tensor, out: Tensor) -> Tensor:
-        """Compute it into memory that is there already."""
+        """Compute it into ``out``."""
         return _VALUES[self.name](x, *self.numbers, out=out)  # type: ignore[no-any-return]
 
     def derivative(self, x: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class Codes:
 
     Attributes:
         bits: Bits of a code.
-        per_unit: Codes in an interval of length 1, a whole number: 0 and 1 are among the numbers.
+        per_unit: Codes in an interval of length 1, an integer, so that 0 and 1 are among the numbers.
         zero: The code of 0.
     """
 
@@ -122,7 +124,7 @@ class Codes:
 
     @property
     def step(self) -> float:
-        """Distance of neighbours; what is rounded is at most half of it off."""
+        """Distance of neighbours; rounding is off by half of it at most."""
         return 1 / self.per_unit
 
     def encode(self, derivative: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class Codes:
 
 
 def _once(make: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Make something once a process: it is no part of the step, or of the simulated step, that asks for it first."""
+    """Make something once a process, outside the memory of whichever step, real or simulated, needs it first."""
 
     @lru_cache(maxsize=256)
     @wraps(make)
@@ -151,22 +153,22 @@ def _once(make: Callable[_P, _T]) -> Callable[_P, _T]:
 def codes_of(kind: Smooth, bits: int) -> Codes:
     """Spread codes over the range of a derivative, as densely as they fit."""
     derivative = kind.derivative(torch.linspace(-_reach(kind), _reach(kind), 200_001, dtype=torch.float64))
-    low, high, most = float(derivative.min()), float(derivative.max()), 2**bits - 1
-    for per_unit in range(int((most + 1) / (high - low)), 0, -1):
+    low, high, last = float(derivative.min()), float(derivative.max()), 2**bits - 1
+    for per_unit in range(int((last + 1) / (high - low)), 0, -1):
         zero = max(0, math.ceil(-low * per_unit - 0.5))
-        if zero <= most - high * per_unit + 0.5:
+        if zero <= last - high * per_unit + 0.5:
             return Codes(bits, per_unit, zero)
     raise ValueError(f"the derivative of {kind.name}{kind.numbers} is too large for {bits} bits")
 
 
 def _reach(kind: Smooth) -> float:
-    """Beyond it the derivative does not change any more, as far as 8 bits can tell."""
+    """Distance from 0 beyond which the derivative is constant, as far as 8 bits can tell."""
     return 4.0 if kind.name == "hardswish" else 12 / kind.numbers[0] if kind.name == "softplus" else 12.0
 
 
 @_once
 def derivative_error(kind: Smooth, bits: int) -> float:
-    """Relative error of the gradient behind this activation, measured on 65 536 standard normal inputs.
+    """Relative error of the gradient of this activation's input, measured on 65 536 standard normal inputs.
 
     ``|g (q - f')| / |g f'|`` for a gradient ``g`` that does not depend on the input, with ``q`` the derivative as kept.
     """
@@ -177,14 +179,14 @@ def derivative_error(kind: Smooth, bits: int) -> float:
 
 
 def bits_for(kind: Smooth, fidelity: str) -> tuple[int | None, str | None]:
-    """How many bits an element a fidelity comes to, and a remark where it is more than was asked for.
+    """Bits an element that a fidelity takes for an activation, and a remark where they are more than asked for.
 
     Args:
         kind: The activation.
         fidelity: One of :data:`FIDELITIES`.
 
     Returns:
-        Bits, ``None`` for PyTorch's own; the remark, ``None`` if there is nothing to say.
+        Bits, ``None`` for PyTorch's own; the remark, ``None`` if there is none.
 
     Raises:
         BudgetError: An unknown fidelity.
@@ -244,7 +246,7 @@ def smooth(x: Tensor, kind: Smooth, bits: int, *, in_place: bool = False) -> Ten
         x: Any shape, floating-point.
         kind: The activation.
         bits: 8, 4 or 2 bits an element are kept.
-        in_place: Overwrite ``x`` (where it is dense); only where the model asked for it.
+        in_place: Overwrite ``x`` (where it is dense); only where the model itself works in place.
 
     """
     out: Tensor = _Smooth.apply(x, kind, bits, in_place and is_dense(x))
@@ -256,7 +258,7 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: Smooth, bits: int, in_place: bool) -> Tensor:
         dense = x if is_dense(x) else x.contiguous()
         codes = codes_of(kind, bits)
-        _coding(kind, codes)  # while the step is simulated, before there is one
+        _coding(kind, codes)  # also while a step is simulated, so that a real step finds it made
         y = dense if in_place else torch.empty_like(dense)
         if in_place:
             ctx.mark_dirty(x)
@@ -277,7 +279,7 @@ class _Smooth(torch.autograd.Function):
 
 
 def _forward(x: Tensor, y: Tensor, kind: Smooth, codes: Codes) -> Tensor:
-    """Write the activation to ``y`` (it may be ``x``), part by part, so that each part is read in the cache again.
+    """Write the activation to ``y`` (it may be ``x``) in chunks, so that each is still in the cache when it is encoded.
 
     Returns:
         The codes of the derivatives at every element of a dense tensor, in the order of its memory.
@@ -287,10 +289,10 @@ def _forward(x: Tensor, y: Tensor, kind: Smooth, codes: Codes) -> Tensor:
     packed = torch.empty(-(-x.numel() // a_byte), dtype=torch.uint8, device=x.device)
     if x.is_meta:
         return packed
-    for part in _parts(inputs):
-        source, target = inputs[part], outputs[part]
+    for chunk in _chunks(inputs):
+        source, target = inputs[chunk], outputs[chunk]
         value = kind.value(source) if x is y else kind.write(source, target)
-        _encode(source, value, kind, codes, packed[part.start // a_byte : -(-part.stop // a_byte)])
+        _encode(source, value, kind, codes, packed[chunk.start // a_byte : -(-chunk.stop // a_byte)])
         if x is y:
             target.copy_(value)
     return packed
@@ -306,15 +308,15 @@ def _multiply(gradient: Tensor, packed: Tensor, codes: Codes, out: Tensor) -> No
     """Write the gradient times the derivative to ``out``, dense in the same layout (it may be the gradient)."""
     flat, target, a_byte = rows_of(gradient).reshape(-1), rows_of(out).reshape(-1), 8 // codes.bits
     if not gradient.is_meta and not _multiply_natively(flat, packed, codes, target):
-        for part in _parts(flat):
-            found = _unpack(packed[part.start // a_byte : -(-part.stop // a_byte)], codes.bits)
-            derivative = codes.decode(found[: part.stop - part.start], flat.dtype)
-            torch.mul(flat[part], derivative, out=target[part])
+        for chunk in _chunks(flat):
+            found = _unpack(packed[chunk.start // a_byte : -(-chunk.stop // a_byte)], codes.bits)
+            derivative = codes.decode(found[: chunk.stop - chunk.start], flat.dtype)
+            torch.mul(flat[chunk], derivative, out=target[chunk])
     count_write(out)
 
 
-def _parts(flat: Tensor) -> list[slice]:
-    """Cut so that temporaries stay small; each part begins on a byte of its own."""
+def _chunks(flat: Tensor) -> list[slice]:
+    """Cut so that temporaries stay small; each chunk begins on a byte of its own."""
     size = CHUNK_BYTES // max(4, flat.element_size())
     return [slice(i, min(flat.numel(), i + size)) for i in range(0, flat.numel(), size)]
 

@@ -1,8 +1,8 @@
 """Clipping that lets one learning rate serve every network.
 
-Frozen normalisation makes the rate delicate: nothing rescales a weight whose update was too large. What is
-too large depends on the weight, so the gradient of a channel is held against the channel itself (adaptive
-gradient clipping, Brock et al. 2021, arXiv 2102.06171, there per output unit, here per input channel):
+Frozen normalisation makes the learning rate delicate: nothing rescales a weight whose update was too large. What is
+too large depends on the weight, so the gradient of a channel is compared with the channel itself (adaptive gradient
+clipping, Brock et al. 2021, arXiv 2102.06171, there per output unit, here per input channel):
 
     g_c <- g_c * min(1, ratio * max(||W[:, c]||, 1e-3) / ||g_c||)
 
@@ -18,8 +18,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-#: Channels whose norm is below this count as this large, so that zero weights can learn.
-_LEAST_NORM = 1e-3
+#: Minimum norm that a channel counts as having, so that zero weights can learn.
+_MINIMUM_NORM = 1e-3
 
 _BY_OUTPUT = "_trady_by_output"
 
@@ -37,14 +37,14 @@ def clip_channels_(compact: Iterable[nn.Parameter], ratio: float) -> None:
         if parameter.grad is None or parameter.numel() == 0:
             continue
         unit = int(getattr(parameter, _BY_OUTPUT, False))
-        limit = ratio * _norms(parameter.detach(), unit).clamp_(min=_LEAST_NORM)
+        limit = ratio * _norms(parameter.detach(), unit).clamp_(min=_MINIMUM_NORM)
         factor = (limit / _norms(parameter.grad, unit).clamp_(min=torch.finfo(torch.float32).tiny)).clamp_(max=1.0)
         factor = factor.view([-1 if dim == unit else 1 for dim in range(parameter.dim())])
         parameter.grad.mul_(factor.to(parameter.dtype))
 
 
 def clip_by_output(compact: nn.Parameter, yes: bool) -> None:
-    """Say whether a compact parameter holds chosen output channels, which are then clipped each by itself."""
+    """Mark whether a compact parameter holds chosen output channels, each of which is then clipped by itself."""
     setattr(compact, _BY_OUTPUT, yes)
 
 

@@ -4,10 +4,10 @@ An update needs nothing but its own gradient, so the gradients of all layers nee
 
     for each layer, in the order of the backward pass:   (W_c, s) <- update(W_c, s, dL/dW_c),   free dL/dW_c
 
-(LOMO, Lv et al. 2023, arXiv 2306.09782; AdaLomo, Lv et al. 2023, arXiv 2310.10195, with second moments.) It
-disturbs nothing, for the backward pass reads the frozen ``weight``, into which compact parameters are written
-only before the next forward pass. The head has no such second copy: it waits for ``step()``, where its gradients
-are all there, so that it can be clipped by their common norm.
+(LOMO, Lv et al. 2023, arXiv 2306.09782; AdaLomo, Lv et al. 2023, arXiv 2310.10195, with second moments.) That is safe:
+the backward pass reads the frozen ``weight``, into which compact parameters are written only before the next forward
+pass. The head has no such second copy. It waits for ``step()``, when all of its gradients exist, so that it can be
+clipped by their common norm.
 
 The arithmetic is that of ``torch.optim``, called with one parameter, and so are state and ``state_dict``.
 """
@@ -39,7 +39,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
 
     @property
     def update_forms(self) -> int:
-        """Tensors of a gradient's size that an update needs for a moment, beside the gradient and the state."""
+        """Number of temporary tensors of a gradient's size that an update needs, beside the gradient and the state."""
         raise NotImplementedError
 
     _compact: set[int] | None = None
@@ -67,14 +67,14 @@ class UpdatesInBackward(torch.optim.Optimizer):
         """Update these parameters when their gradient arrives, and all others in ``step()``.
 
         Args:
-            compact: Parameters that the backward pass does not read; those of others are passed over.
+            compact: Parameters that the backward pass does not read; parameters of other optimizers are ignored.
         """
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         self._compact = (self._compact or set()) | {id(p) for p in compact if id(p) in mine}
 
     @property
     def gradient_norms(self) -> tuple[float, ...]:
-        """Norm of every gradient, before clipping, that has been used up since the last ``step()``."""
+        """Norm before clipping of every gradient that has been applied since the last ``step()``."""
         return tuple(self._norms)
 
     def clips_channels(self, ratio: float) -> bool:
@@ -85,7 +85,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradient_arrived(self, parameter: nn.Parameter) -> None:
-        """Update a parameter of :meth:`take` and free its gradient; any other is left alone.
+        """Update a parameter of :meth:`take` and free its gradient; ignore any other parameter.
 
         Raises:
             StateError: It is the second gradient since the last ``step()``.
@@ -95,7 +95,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
         if id(parameter) in self._updated:
             parameter.grad = None
             raise StateError(
-                "a second gradient of a layer arrived before optimizer.step(), and the first has been used up: one "
+                "a second gradient of a layer arrived before optimizer.step(), and the first has been applied: one "
                 f"backward pass a step. To add up the gradients of several, use torch.optim.{self.outer.__name__}; "
                 "also where a layer is shared between segments of checkpoint(use_reentrant=True)"
             )
@@ -108,7 +108,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """End the step: update what still has its gradient (the head), and run the hooks.
+        """End the step: update the parameters that still have their gradient (the head), and run the hooks.
 
         Args:
             closure: Computes the loss and its gradients; called first.
@@ -149,7 +149,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
         return loss
 
     def _measure(self, group: dict[str, Any], parameter: nn.Parameter) -> bool:
-        """Clip the channels of a gradient and note its norm; one that is not finite is dropped."""
+        """Clip the channels of a gradient and note its norm; drop a gradient that is not finite."""
         norm = _norm(parameter)
         self._norms.append(norm)
         if not math.isfinite(norm):
@@ -169,8 +169,8 @@ class UpdatesInBackward(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[Any]) -> None:
         """Run torch.optim's own step over a few parameters of one group."""
         step: Any = self.outer.step
-        # torch.optim wraps the step of a class in hooks when the first optimizer of that class is made; they
-        # belong to our own step.
+        # torch.optim wraps the step of a class in hooks when its first optimizer is made. Here they belong to the
+        # step of this class, and would run twice.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         groups, self.param_groups = self.param_groups, [{**group, "params": parameters}]
         try:
@@ -180,16 +180,16 @@ class UpdatesInBackward(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # Read by GradScaler.step alone: the one moment at which it shows itself.
+        # GradScaler.step alone reads this, so it is the one place to detect a scaler.
         raise StateError(
-            "torch.amp.GradScaler cannot be used with updates inside the backward pass: they are made before it "
-            "could unscale the gradient. The channels have been updated with the scaled one: load a checkpoint, and "
-            f"train with bfloat16 (which needs no scaler) or torch.optim.{self.outer.__name__}"
+            "torch.amp.GradScaler cannot be used with updates inside the backward pass, which come before it "
+            "could unscale the gradient. The channels have been updated with the scaled gradient: load a checkpoint, "
+            f"and train with bfloat16 (which needs no scaler) or torch.optim.{self.outer.__name__}"
         )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Set by torch.optim for ``fused``; it holds for its own step only."""
+        """Ignore what torch.optim sets for ``fused``: it concerns its own step only."""
 
 
 def _norm(parameter: Tensor) -> float:
@@ -201,7 +201,7 @@ def _norm(parameter: Tensor) -> float:
 
 
 def update_forms(optimizers: Iterable[torch.optim.Optimizer], compact: Iterable[nn.Parameter]) -> int | None:
-    """Tensors of a gradient's size that the updates of all these parameters need; ``None`` if one waits for a step."""
+    """Number of temporary tensors of a gradient's size for these updates; ``None`` if a parameter waits for a step."""
     inside = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
     theirs = {id(p) for optimizer in inside for group in optimizer.param_groups for p in group["params"]}
     if not inside or not all(id(parameter) in theirs for parameter in compact):
@@ -224,8 +224,8 @@ class SGD(UpdatesInBackward, torch.optim.SGD):
         fused: As in ``torch.optim``.
         channel_clip: Largest gradient norm of a channel over the channel's own norm, as in
             :meth:`trady.Tuner.clip_gradients`; exact, for it needs no other gradient.
-        max_norm: Largest norm of all gradients together, by what is known of it in the middle of a backward
-            pass: the running norm of past steps and the gradients that have arrived (docs/optimizers.md).
+        max_norm: Largest norm of all gradients together, estimated during the backward pass from the running norm of
+            past steps and the gradients that have arrived (docs/optimizers.md).
 
     Raises:
         TrainingError: ``channel_clip`` or ``max_norm`` is not positive.
@@ -236,7 +236,7 @@ class SGD(UpdatesInBackward, torch.optim.SGD):
 
     @property
     def update_forms(self) -> int:
-        """Weight decay, Nesterov's momentum and the other sign make a tensor each."""
+        """One each for weight decay, Nesterov's momentum and maximising."""
         options = ("weight_decay", "nesterov", "maximize")
         return max(sum(bool(group[name]) for name in options) for group in self.param_groups)
 
@@ -286,7 +286,7 @@ class AdamW(UpdatesInBackward, torch.optim.AdamW):
 
     @property
     def update_forms(self) -> int:
-        """The root of the second moment and its quotient, and the other sign."""
+        """The root of the second moment, the quotient, and one for maximising."""
         return max(2 + bool(group["maximize"]) for group in self.param_groups)
 
     def __init__(

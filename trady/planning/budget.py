@@ -1,20 +1,15 @@
-"""What may be spent: the three kinds of budget, read from text and written back.
-
-``peak`` bounds the tensor memory of a whole training step, weights included; ``update``
-bounds what updating adds to a frozen forward and backward; ``elements`` is the paper's
-B_mem (arXiv 2510.19675): weight plus activation elements, for one sample.
-"""
+"""What may be spent: a budget, read from text and written back. :mod:`trady.planning.scopes` has its kinds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from fractions import Fraction
 from numbers import Integral
 
 from trady.errors import BudgetError
+from trady.planning.scopes import PEAK, SCOPES, BudgetScope
 from trady.report.units import BINARY_UNITS, format_bytes
 
 _DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
@@ -40,28 +35,6 @@ _LONGEST = 64
 
 _LARGEST = 2**63 - 1
 
-_POSSIBLE = (
-    'possible are "300 MiB" or "peak:300 MiB" (tensor memory of a whole training step), '
-    '"update:1 MiB" (what updating adds) and "elements:27946" (B_mem of the paper), '
-    f"with the units {', '.join(reversed(_UNITS))}"
-)
-
-
-class Scope(str, Enum):
-    """What a budget bounds."""
-
-    PEAK = "peak"
-    UPDATE = "update"
-    ELEMENTS = "elements"
-
-    def __str__(self) -> str:
-        return self.value
-
-    @property
-    def in_bytes(self) -> bool:
-        """Whether amounts of this scope are bytes; if not, they are elements for one sample."""
-        return self is not Scope.ELEMENTS
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -75,7 +48,7 @@ class Budget:
         BudgetError: For an unknown scope, and an amount that is no whole number from 1 to 2**63 - 1.
     """
 
-    scope: Scope
+    scope: BudgetScope
     amount: int
 
     def __post_init__(self) -> None:
@@ -87,6 +60,11 @@ class Budget:
             raise _refusal(self.amount, "is not more than zero", self.scope)
         if self.amount > _LARGEST:
             raise _refusal(self.amount, "is more than any machine holds", self.scope)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The bytes that a whole training step may take; ``None`` where something else is bounded."""
+        return self.amount if self.scope.bounds_peak else None
 
     def __str__(self) -> str:
         return f"{self.scope}:{_exact_bytes(self.amount) if self.scope.in_bytes else self.amount}"
@@ -108,10 +86,10 @@ def parse_budget(text: str | int | Budget) -> Budget:
         return text
     if not isinstance(text, str):
         if not _is_whole(text):
-            raise _refusal(text, "is neither a text nor a number of bytes", Scope.PEAK)
-        return Budget(Scope.PEAK, int(text))
+            raise _refusal(text, "is neither a text nor a number of bytes", PEAK)
+        return Budget(PEAK, int(text))
     before, colon, after = text.partition(":")
-    scope = _read_scope(before, text) if colon else Scope.PEAK
+    scope = _read_scope(before, text) if colon else PEAK
     return Budget(scope, _read_amount(after if colon else before, scope, text))
 
 
@@ -120,16 +98,15 @@ class InfeasibleBudgetError(BudgetError):
 
     Attributes:
         budget: What was asked for.
-        least_amount: The least possible, in the unit of ``budget.scope``.
+        least_amount: The minimum, in the unit of ``budget.scope``.
     """
 
     def __init__(self, budget: Budget, least_amount: int, alternatives: Mapping[str, int]) -> None:
         self.budget, self.least_amount = budget, least_amount
         text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
         least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
-        message = (
-            f'budget "{budget}" is below the least possible; the least is {least}: type budget="{text}"'
-            + _less_with(alternatives)
+        message = f'budget "{budget}" is below the minimum, which is {least}: type budget="{text}"' + _less_with(
+            alternatives
         )
         super().__init__(message)
 
@@ -141,8 +118,8 @@ def infeasible_budget(
 
     Args:
         budget: What was asked for.
-        least_amount: The least possible, in the unit of ``budget.scope``.
-        alternatives: What would take less, and the least bytes with it.
+        least_amount: The minimum, in the unit of ``budget.scope``.
+        alternatives: What would take less, and the minimum bytes with it.
     """
     return InfeasibleBudgetError(budget, least_amount, alternatives or {})
 
@@ -153,9 +130,18 @@ def _less_with(alternatives: Mapping[str, int]) -> str:
     return ". Less would do: " + ", ".join(f"{_rounded_up(least)} {what}" for what, least in alternatives.items())
 
 
-def _refusal(given: object, problem: str, scope: Scope, example: str | None = None) -> BudgetError:
-    usual = {Scope.PEAK: "300 MiB", Scope.UPDATE: "update:1 MiB", Scope.ELEMENTS: "elements:27946"}
-    return BudgetError(f'budget {_shown(given)} {problem}; {_POSSIBLE}; type e.g. budget="{example or usual[scope]}"')
+def _refusal(given: object, problem: str, scope: BudgetScope, example: str | None = None) -> BudgetError:
+    return BudgetError(
+        f'budget {_shown(given)} {problem}; {_possible()}; type e.g. budget="{example or scope.example}"'
+    )
+
+
+def _possible() -> str:
+    kinds = []
+    for scope in SCOPES.values():
+        text = scope.example if ":" in scope.example else f'{scope.example}" or "{scope}:{scope.example}'
+        kinds.append(f'"{text}" ({scope.meaning})')
+    return f"possible are {', '.join(kinds[:-1])} and {kinds[-1]}, with the units {', '.join(reversed(_UNITS))}"
 
 
 def _shown(given: object) -> str:
@@ -171,14 +157,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _read_scope(text: str, given: object) -> Scope:
+def _read_scope(text: str, given: object) -> BudgetScope:
     try:
-        return Scope(text.strip().lower())
-    except ValueError:
-        raise _refusal(given, f"names no scope that exists ({', '.join(Scope)})", Scope.PEAK) from None
+        return SCOPES[text.strip().lower()]
+    except KeyError:
+        raise _refusal(given, f"names no scope that exists ({', '.join(SCOPES)})", PEAK) from None
 
 
-def _read_amount(text: str, scope: Scope, given: str) -> int:
+def _read_amount(text: str, scope: BudgetScope, given: str) -> int:
     text = text.strip()
     if _NOT_FINITE.match(text):
         raise _refusal(given, "is not a finite amount", scope)
@@ -186,7 +172,7 @@ def _read_amount(text: str, scope: Scope, given: str) -> int:
     if match is None:
         raise _refusal(given, "cannot be read", scope)
     number = match["number"]
-    grouped = scope is Scope.ELEMENTS and _THOUSANDS.fullmatch(number)
+    grouped = not scope.in_bytes and _THOUSANDS.fullmatch(number)
     if "," in number and scope.in_bytes:
         raise _refusal(given, "has a comma; decimals take a point", scope)
     if not grouped and not _UNDERSCORED.fullmatch(number):
@@ -195,7 +181,7 @@ def _read_amount(text: str, scope: Scope, given: str) -> int:
     if match["sign"] == "-" or value == 0:
         raise _refusal(given, "is not more than zero", scope)
     size = _read_unit(match["unit"], text, scope, given)
-    if scope is Scope.ELEMENTS and value.denominator != 1:
+    if not scope.in_bytes and value.denominator != 1:
         raise _refusal(given, "is not a whole number of elements", scope)
     amount = int(value * size)
     if amount == 0:
@@ -205,15 +191,15 @@ def _read_amount(text: str, scope: Scope, given: str) -> int:
     return amount
 
 
-def _read_unit(unit: str, amount: str, scope: Scope, given: str) -> int:
-    if scope is Scope.ELEMENTS:
+def _read_unit(unit: str, amount: str, scope: BudgetScope, given: str) -> int:
+    if not scope.in_bytes:
         if unit:
             raise _refusal(given, "has a unit, and elements have none", scope)
         return 1
     if not unit:
         raise _refusal(given, "has no unit", scope, f"{scope}:{amount} MiB")
     if unit.lower() == "elements":
-        raise _refusal(given, "counts elements behind the number", Scope.ELEMENTS)
+        raise _refusal(given, "counts elements behind the number", SCOPES["elements"])
     if _BITS.fullmatch(unit):
         raise _refusal(given, f"has the unit {unit}, which is bits", scope)
     if unit.lower() not in _UNIT_BYTES:

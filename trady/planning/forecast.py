@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from trady.channels.selection import Selection
-from trady.planning.budget import Budget, InfeasibleBudgetError, Scope, parse_budget
+from trady.planning.budget import Budget, InfeasibleBudgetError, parse_budget
 from trady.planning.decision import Decision
 from trady.planning.plan import Plan
 from trady.planning.request import Request
@@ -26,8 +26,8 @@ class Point:
     Attributes:
         share: Of the input channels.
         channels: As many are they.
-        kept_peak_bytes: With nothing computed anew.
-        recomputed_peak_bytes: With all segments computed anew that are worth it; the same if there are none.
+        kept_peak_bytes: With nothing recomputed.
+        recomputed_peak_bytes: With all segments recomputed that are worth it; the same if there are none.
     """
 
     share: float
@@ -42,7 +42,7 @@ class Forecast:
 
     Attributes:
         plan: The plan, with its predicted peak.
-        least_budget_bytes: The least ``peak:`` budget that is possible.
+        least_budget_bytes: The minimum ``peak:`` budget.
         curve: Peaks over shares of channels; empty where they were not asked for.
     """
 
@@ -69,7 +69,7 @@ class Cell:
         possible: Whether a step is possible in it.
         channels: Input channels that train.
         channel_share: Of all input channels.
-        predicted_peak_bytes: Of a step, weights included; where it is impossible, the least budget.
+        predicted_peak_bytes: Of a step, weights included; where it is impossible, the minimum budget.
         recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
     """
@@ -94,12 +94,12 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
         shares: Shares of channels to predict the peak of.
 
     Raises:
-        BudgetError: The budget cannot be read or is below the least possible.
+        BudgetError: The budget cannot be read or is below the minimum.
 
     """
-    _, analysis, drawing = request.decide(model, example)
-    plan = _with_peak(drawing.plan(analysis.head, analysis.head_parameters), drawing)
-    return Forecast(plan, drawing.least_peak(), tuple(_point(drawing, share) for share in shares))
+    decision = request.decide(model, example)
+    points = tuple(_point(decision, share) for share in shares)
+    return Forecast(_with_peak(decision), decision.minimum_peak(decision.start), points)
 
 
 def sweep(
@@ -130,10 +130,10 @@ def sweep(
 
 def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cell:
     try:
-        _, analysis, drawing = request.decide(model, example, explain=False)
+        decision = request.decide(model, example, explain=False)
     except InfeasibleBudgetError as error:
         return Cell(str(error.budget), samples, False, 0, 0.0, error.least_amount, 0.0)
-    plan = _with_peak(drawing.plan(analysis.head, analysis.head_parameters), drawing)
+    plan = _with_peak(decision)
     assert plan.predicted_peak_bytes is not None
     return Cell(
         budget=str(plan.budget),
@@ -147,21 +147,21 @@ def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cel
     )
 
 
-def _with_peak(plan: Plan, drawing: Decision) -> Plan:
-    if plan.budget is not None and plan.budget.scope is Scope.PEAK:
+def _with_peak(decision: Decision) -> Plan:
+    plan = decision.plan(decision.start)
+    if decision.scope.bounds_peak:
         return plan
-    parts = drawing.predicted_parts(plan.selection)
+    parts = decision.spending(decision.start).peak_parts(plan.selection)
     return replace(plan, predicted_parts=parts, predicted_peak_bytes=sum(parts.values()))
 
 
-def _point(drawing: Decision, share: float) -> Point:
-    counts = {name: round(share * drawing.table[name].channels) for name in drawing.pool}
+def _point(decision: Decision, share: float) -> Point:
+    counts = {name: round(share * decision.table[name].channels) for name in decision.start.pool}
     least = 1 if share > 0 else 0
     selection = Selection(
         {name: np.arange(max(count, least), dtype=np.int64) for name, count in counts.items() if count or least}
     )
-    kept, recomputed = (
-        sum(drawing.predicted_parts(selection, choice).values()) if choice is not None else 0
-        for choice in drawing.extremes
-    )
-    return Point(share, selection.count, kept, recomputed or kept)
+    spending, planner = decision.spending(decision.start), decision.planner
+    kept = sum(spending.peak_parts(selection, planner.nothing).values())
+    recomputed = sum(spending.peak_parts(selection, planner.everything).values()) if planner.has_choice else kept
+    return Point(share, selection.count, kept, recomputed)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def curve_view(points: Sequence[Point], budget_bytes: int | None) -> RenderableType:
-    """Show peaks over shares of channels, with a bar of the least and the most for each."""
+    """Show peaks over shares of channels, with a bar from the lowest to the highest for each."""
     choice = any(point.kept_peak_bytes != point.recomputed_peak_bytes for point in points)
     table = Table(title="Peak of a step, by the share of channels that trains in every layer", title_justify="left")
     table.add_column("trains", justify="right")
     table.add_column("channels", justify="right")
-    for heading in ("all computed anew", "all kept") if choice else ("peak",):
+    for heading in ("all recomputed", "all kept") if choice else ("peak",):
         table.add_column(heading, justify="right", no_wrap=True)
     top = max(max(p.kept_peak_bytes, p.recomputed_peak_bytes) for p in points)
     limit = ", ◆ where the budget is" if budget_bytes is not None and budget_bytes <= top else ""
@@ -45,7 +45,7 @@ def sweep_view(cells: Sequence[Cell], unit: str) -> RenderableType:
     )
     found = {(cell.budget, cell.batch_size): cell for cell in cells}
     table = Table(
-        title="Channels that train, predicted peak of a step, and what is computed anew of a forward pass",
+        title="Channels that train, predicted peak of a step, and what is recomputed of a forward pass",
         title_justify="left",
         show_lines=True,
     )
@@ -61,10 +61,10 @@ def _cell(cell: Cell) -> str:
     if not cell.possible:
         in_bytes = parse_budget(cell.budget).scope.in_bytes
         least = format_bytes(cell.predicted_peak_bytes) if in_bytes else f"{cell.predicted_peak_bytes} elements"
-        return f"impossible\nleast {least}"
+        return f"impossible\nminimum {least}"
     lines = [f"{format_percent(cell.channel_share)} of the channels", format_bytes(cell.predicted_peak_bytes)]
     if cell.recomputed_share:
-        lines.append(f"{format_percent(cell.recomputed_share)} computed anew")
+        lines.append(f"{format_percent(cell.recomputed_share)} recomputed")
     if cell.micro_batch is not None:
         lines.append(f"{cell.micro_batch} at a time")
     return "\n".join(lines)

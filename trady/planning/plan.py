@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,9 +18,10 @@ from trady.errors import CheckpointError
 from trady.memory.recorder import PARTS
 from trady.planning.budget import Budget
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.report.units import BAR_WIDTH, format_bytes, format_count, format_fine_percent, format_percent
 
-FORMAT, VERSION = "trady-plan", 1
+FORMAT = Format("trady-plan", "plan", CheckpointError, "make one with trady.plan(...).save(path)")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Plan:
         sparsity: What a training leaves out, over the draws of its epochs; ``None`` is that draw alone.
         predicted_peak_bytes: Peak of a training step, weights included; ``None`` where it was not measured.
         least_peak_bytes: The same with one channel a layer.
-        recomputed: Modules whose calls the backward pass computes anew instead of keeping what they need.
-        recomputable: How many segments could be computed anew.
+        recomputed: Modules whose calls the backward pass recomputes instead of keeping what they need.
+        recomputable: How many segments could be recomputed.
         recomputed_share: Multiply-adds executed a second time, over those of a forward pass, at most.
         fidelity: How exactly smooth activations that are kept are differentiated.
         predicted_parts: What the predicted peak is made of, in bytes, named as in the ledger.
@@ -90,8 +90,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values; :meth:`from_json` reads it back."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header(),
             "model": self.model,
             "budget": None if self.budget is None else str(self.budget),
             "policy": self.policy,
@@ -137,11 +136,8 @@ class Plan:
         """
         from trady.planning.budget import parse_budget
 
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CheckpointError("this is no trady plan; make one with trady.plan(...).save(path)")
-        if data.get("version") != VERSION:
-            raise CheckpointError(f"the plan is of version {data.get('version')}, this trady reads version {VERSION}")
-        try:
+        data = FORMAT.check(data)
+        with FORMAT.reading():
             table = ChannelTable(
                 layers=tuple(Layer(**_tuples(layer)) for layer in data["layers"]),
                 frozen=tuple(FrozenLayer(**frozen) for frozen in data["frozen"]),
@@ -176,8 +172,6 @@ class Plan:
                 needs_each_epoch=data.get("needs_each_epoch", False),
                 observed=data.get("observed", True),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the plan is damaged ({type(error).__name__}: {error}); make it anew") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced as a whole or not at all."""
@@ -191,10 +185,7 @@ class Plan:
             CheckpointError: The file cannot be read, is damaged, or is of another version.
 
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        return FORMAT.load(path, cls.from_json)
 
     def __rich__(self) -> RenderableType:
 
@@ -219,7 +210,7 @@ def _tuples(layer: dict[str, Any]) -> dict[str, Any]:
     return {name: freeze(value) for name, value in layer.items()}
 
 
-#: So many layers are shown one by one.
+#: The number of layers shown one by one.
 ROWS = 24
 
 
@@ -228,8 +219,8 @@ def view(plan: Plan, *, least_budget_bytes: int | None = None, rows: int | None 
 
     Args:
         plan: The plan.
-        least_budget_bytes: The least peak budget that is possible, if it is known.
-        rows: Show at most so many layers; ``None`` shows all, 0 none.
+        least_budget_bytes: The minimum ``peak:`` budget, if it is known.
+        rows: Show up to n layers; ``None`` shows all, 0 none.
 
     """
     parts: list[RenderableType] = [_choice(plan, least_budget_bytes)]
@@ -264,11 +255,11 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
         f"in {drawn} of {len(plan.table)} layers" + _neurons(plan),
     )
     if plan.head:
-        yield "trains always", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
+        yield "always trained", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
     yield "draws from", _pool(plan)
     if plan.needs:
         when = "before every epoch" if plan.needs_each_epoch else "once, before the first epoch"
-        so_far = "" if plan.observed else "; until then, channels drawn uniformly (or the first ones) stand in here"
+        so_far = "" if plan.observed else "; until then, a uniform draw (or the first channels) is shown instead"
         yield "measures", f"{', '.join(plan.needs)}, {when}{so_far}"
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
@@ -287,7 +278,7 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
         + (f" (mean of {without.draws} epochs' draws)" if without.draws > 1 else ""),
     )
     if least_budget_bytes is not None:
-        yield "least budget", f"peak:{format_bytes(least_budget_bytes)}"
+        yield "minimum budget", f"peak:{format_bytes(least_budget_bytes)}"
 
 
 def _neurons(plan: Plan) -> str:
@@ -315,7 +306,7 @@ def _recomputation(plan: Plan) -> Iterable[tuple[str, str]]:
     chosen = len(plan.recomputed)
     first = ", ".join(dict.fromkeys(name or "the model" for name in plan.recomputed[:4]))
     names = f" ({first}{', …' if chosen > 4 else ''})" if chosen else ""
-    yield "computes anew", f"{format_count(chosen)} of {plan.recomputable} segments of the forward pass{names}"
+    yield "recomputed", f"{format_count(chosen)} of {plan.recomputable} segments of the forward pass{names}"
     yield "extra time", f"at most {format_percent(plan.recomputed_share)} of a forward pass"
 
 

@@ -1,4 +1,4 @@
-"""What is kept and what is computed anew: the least extra time with which a step stays inside its budget."""
+"""What is kept and what is recomputed: the least extra time with which a step stays inside its budget."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trady.simulation.timeline import Timeline
 #: How ``recompute`` may be given to :func:`trady.prepare`.
 MODES = ("auto", "all", "none")
 
-#: How many neighbouring segments are joined, in turn, when computing all of them anew is not enough.
+#: How many neighbouring segments are joined, in turn, when recomputing all of them is not enough.
 _JOINED = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """Which segments of the forward pass are computed anew in the backward pass.
+    """Which segments of the forward pass are recomputed in the backward pass.
 
     Attributes:
         segments: Those of the training and the evaluation pass.
@@ -55,7 +55,7 @@ class Planner:
 
     @property
     def has_choice(self) -> bool:
-        """Whether there is anything that could be computed anew."""
+        """Whether there is anything that could be recomputed."""
         return bool(self._found.get(True))
 
     @property
@@ -65,7 +65,7 @@ class Planner:
 
     @property
     def everything(self) -> Recomputation:
-        """Compute every segment anew."""
+        """Recompute every segment."""
         return self._choose(list(self._found.get(True, ())), 1)
 
     def least_time(

@@ -1,4 +1,4 @@
-"""From what was asked for to a decision: how large a part of the batch, and what else would do if nothing fits."""
+"""What is asked for, and how that becomes a decision."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable
-from trady.errors import BudgetError, ModelError
-from trady.model.batch import batch_size, part_of, waiting_bytes
+from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable, trace_modes
+from trady.errors import BudgetError, ModelError, RankingError
+from trady.evidence.measures import needs_snapshot
+from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.ops.smooth import FIDELITIES
 from trady.planning.alternatives import alternatives
-from trady.planning.budget import Budget, InfeasibleBudgetError, Scope, infeasible_budget, parse_budget
-from trady.planning.decision import Decision
-from trady.planning.micro_batch import samples_at_once
+from trady.planning.budget import Budget, InfeasibleBudgetError, infeasible_budget, parse_budget
+from trady.planning.decision import POOL_SHARE, Decision
+from trady.planning.micro_batch import check_micro_batch, chunk_sizes
+from trady.planning.peaks import Peaks
 from trady.planning.plan import Plan
 from trady.planning.recomputation import MODES, Planner
-from trady.planning.rules import Rules
-from trady.policies import Policy, get_policy
+from trady.planning.reserve import Reserve, reserve_for
+from trady.planning.scopes import PEAK
+from trady.planning.spending import Moment
+from trady.policies import Policy, get_policy, needs_of
+from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.simulation.simulator import ExampleLoss
+from trady.simulation.simulator import ExampleLoss, Simulator
 
 #: A peak that everything fits in.
-_BOUNDLESS = Budget(Scope.PEAK, 2**62)
+_BOUNDLESS = Budget(PEAK, 2**62)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of :func:`trady.prepare`, without the model and its batch; see there."""
+    """What a user asks for, beside the model and its batch: the one list of options.
+
+    :func:`trady.prepare` says what each is for. Words and budgets are checked here, wherever they were said.
+
+    Raises:
+        BudgetError: A budget that cannot be read, or a word that is not known.
+        PolicyError: There is no such policy.
+
+    """
 
     budget: str | int | Budget | None = None
     policy: str | Policy = "trady"
@@ -43,86 +56,175 @@ class Request:
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | str | None = None
-    loss: Callable[[Any], Tensor] | ExampleLoss | None = None
+    loss: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
+            if given not in known:
+                raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(map(repr, known))}")
+        check_micro_batch(self.micro_batch)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", parse_budget(self.budget))
+        get_policy(self.policy)
+
+    # -- an earlier plan goes before ---------------------------------------------------------------------
+
+    @property
+    def limit(self) -> Budget | None:
+        """What may be spent."""
+        if self.budget is None and self.plan is not None:
+            return self.plan.budget
+        return None if self.budget is None else parse_budget(self.budget)
+
+    @property
+    def rule(self) -> Policy:
+        """What draws the channels."""
+        if self.plan is not None and getattr(self.policy, "name", None) != self.plan.policy:
+            return get_policy(self.plan.policy)
+        return get_policy(self.policy)
 
     def decide(
-        self, model: nn.Module, example: Any, *, optimizer: OptimizerMemory | None = None, explain: bool = True
-    ) -> tuple[nn.Module, ModelAnalysis, Decision]:
-        """Examine the model and decide; nothing is changed yet.
+        self,
+        model: nn.Module,
+        example: Batch | Any,
+        *,
+        optimizer: OptimizerMemory | None = None,
+        explain: bool = True,
+    ) -> Decision:
+        """Analyse the model and decide; nothing is changed yet.
 
         Args:
             model: The model.
-            example: A whole batch.
+            example: A full batch.
             optimizer: What the optimizer will take, as far as it is known.
             explain: Whether a refusal says what would take less, which has to be simulated.
 
         Raises:
-            BudgetError: The budget cannot be read, or is below the least possible.
+            BudgetError: The budget is below the minimum.
+            ModelError: The model cannot be traced, or has nothing to update.
+            RankingError: The ranking is of another model.
 
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-        given, model = model, unwrap_compiled(model)
-        if self.loss is not None and not isinstance(self.loss, ExampleLoss):
-            told = replace(self, loss=ExampleLoss(self.loss, batch_size(example)))
-            return told.decide(given, example, optimizer=optimizer, explain=explain)
+        batch = Batch.of(example)
         refused: InfeasibleBudgetError | None = None
-        sizes = (None,) if self.micro_batch is None else samples_at_once(example, self.micro_batch)
+        sizes = chunk_sizes(batch, self.micro_batch)
         for size in sizes:
             try:
-                analysis, drawing = self._decide(model, example, size, optimizer)
-                drawing.draw(0, 0)  # a policy that trains everything may find only now that it does not fit
-                return given, analysis, drawing
+                decision = replace(self._decide(model, batch, size, optimizer), batch_elements=batch.elements)
+                decision.draw(decision.start, 0, 0)  # a policy that trains everything may find only now: too much
+                return decision
             except InfeasibleBudgetError as error:
                 refused = error
         assert refused is not None
-        if not explain or refused.budget.scope is not Scope.PEAK:
+        if not explain or not refused.budget.scope.bounds_peak:
             raise refused
         less = alternatives(
-            model,
-            example if sizes[-1] is None else part_of(example, 0, sizes[-1]),
+            unwrap_compiled(model),
+            batch if sizes[-1] is None else batch.chunk(0, sizes[-1]),
             self.recompute,
-            lambda model, batch, recompute: self._least_bytes(model, batch, recompute, optimizer),
+            lambda model, batch, recompute: self._minimum_bytes(model, batch, recompute, optimizer),
             refused.least_amount,
         )
         raise infeasible_budget(refused.budget, refused.least_amount, less) from None
 
-    def _decide(
-        self, model: nn.Module, example: Any, size: int | None, optimizer: OptimizerMemory | None
-    ) -> tuple[ModelAnalysis, Decision]:
-        rules = self._rules()
-        whole = size is None or size >= batch_size(example)
-        part = example if size is None or whole else part_of(example, 0, size)
+    def _decide(self, given: nn.Module, batch: Batch, size: int | None, optimizer: OptimizerMemory | None) -> Decision:
+        """Decide for chunks of ``size`` samples."""
+        model = unwrap_compiled(given)
+        full = size is None or size >= batch.samples
+        chunk = batch if size is None or full else batch.chunk(0, size)
         head = self.head if self.plan is None else self.plan.head
-        analysis = analyse_model(model, part, head=head, fuse=self.fuse)
+        traces = trace_modes(model, chunk)
+        analysis = analyse_model(model, chunk, head=head, fuse=self.fuse, traces=traces)
         if self.plan is not None and structure_digest(self.plan.table) != structure_digest(analysis.table):
             raise ModelError(
                 f"the plan is for a {self.plan.model} with other layers than this {type(model).__name__}; "
                 "make a new one with trady.plan"
             )
         recomputes = self.fuse and self.recompute != "none"
-        planner = Planner(*find_recomputable(model, part, analysis)) if recomputes else Planner({}, 0)
-        waiting = 0 if whole else waiting_bytes(example, part)
-        drawing = Decision(model, part, analysis, rules, planner, waiting, optimizer)
-        drawing.micro_batch = None if whole else size
-        return analysis, drawing
-
-    def _rules(self) -> Rules:
-        """Read and check what does not depend on the model; an earlier plan goes before."""
-        for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
-            if given not in known:
-                raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(map(repr, known))}")
-        budget, policy, seed, pool = self.budget, self.policy, self.seed, None
-        if self.plan is not None:
-            budget, seed = self.plan.budget if budget is None else budget, self.plan.seed
-            policy = policy if getattr(policy, "name", None) == self.plan.policy else self.plan.policy
-            pool = self.plan.pool if self.plan.ranking not in ("online", "none") else None
-        asked = None if budget is None else parse_budget(budget)
-        loss = self.loss if isinstance(self.loss, ExampleLoss) else None
-        return Rules(
-            asked, get_policy(policy), self.ranking, pool, seed, self.fuse, self.recompute, self.fidelity, loss
+        planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner({}, 0)
+        simulator = self._simulator(model, chunk, analysis, batch)
+        return self._settle(
+            given,
+            analysis,
+            Peaks(simulator, planner, accumulates=chunk.nbytes < batch.nbytes),
+            optimizer or OptimizerMemory(),
+            None if full else size,
         )
 
-    def _least_bytes(self, model: nn.Module, batch: Any, recompute: str, optimizer: OptimizerMemory | None) -> int:
+    def _simulator(
+        self, model: nn.Module, chunk: Batch, analysis: ModelAnalysis, batch: Batch
+    ) -> Callable[[], Simulator]:
+        """Return what makes a simulator; it holds no memory of the batch."""
+        loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
+        shapes, waiting, fidelity = chunk.meta, batch.nbytes - chunk.nbytes, self.fidelity
+        return lambda: Simulator(model, shapes, analysis, fidelity=fidelity, waiting_bytes=waiting, loss=loss)
+
+    def _settle(
+        self,
+        given: nn.Module,
+        analysis: ModelAnalysis,
+        peaks: Peaks,
+        optimizer: OptimizerMemory,
+        micro_batch: int | None,
+    ) -> Decision:
+        """Settle what channels are drawn from, and fit it to the budget."""
+        limit, policy, table = self.limit, self.rule, analysis.table
+        seed = self.seed if self.plan is None else self.plan.seed
+
+        def reserve(pool: tuple[str, ...]) -> Reserve:
+            whole = bool(getattr(policy, "whole", False))
+            return reserve_for(
+                table, pool, policy, seed, in_bytes=limit is not None and limit.scope.in_bytes, whole=whole
+            )
+
+        pool, source, ranking = self._pool(analysis, reserve(table.names))
+        decision = Decision(
+            given,
+            analysis,
+            limit,
+            policy,
+            seed,
+            source,
+            Moment(
+                pool,
+                peaks.planner.everything if self.recompute != "none" else peaks.planner.nothing,
+                optimizer,
+                ranking,
+            ),
+            peaks.planner,
+            peaks,
+            reserve(pool),
+            self.recompute,
+            self.fidelity,
+            micro_batch,
+            needs_snapshot(needs_of(policy)),
+        )
+        start = decision.fit_to_budget(decision.start, first=True)
+        return replace(decision, start=replace(start, learns=source == "online"))
+
+    def _pool(self, analysis: ModelAnalysis, reserve: Reserve) -> tuple[tuple[str, ...], str, LayerRanking | None]:
+        """The layers that channels are drawn from, where that comes from, and the ranking."""
+        table = analysis.table
+        if not self.rule.uses_ranking:
+            return table.names, "none", None
+        if self.plan is not None and self.plan.ranking not in ("online", "none"):
+            return self.plan.pool, "given", None
+        ranking = ranking_for(table, self.ranking)
+        if ranking is None and reserve.grows:  # learning takes more draws than bytes have room for
+            if self.ranking == "online":
+                raise RankingError(
+                    "ranking='online' draws channels every few steps, and quantised layers keep each of them in "
+                    "floating point: no budget in bytes has room for that. Measure a ranking (trady.rank), or type "
+                    "ranking='structural' or an elements: budget"
+                )
+            ranking = ranking_for(table, "structural")
+        if ranking is None:
+            return table.names, "online", None
+        return ranking.top(POOL_SHARE), ranking.source, ranking
+
+    def _minimum_bytes(self, model: nn.Module, batch: Batch, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)
-        return request._decide(model, batch, None, optimizer)[1].least_peak()
+        decision = request._decide(model, batch, None, optimizer)
+        return decision.minimum_peak(decision.start)

@@ -9,7 +9,7 @@ from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.policies import Draw, Policy, needs_of
 
-#: A budget in bytes leaves room for the float channels of so many draws; then they are drawn no more.
+#: A budget in bytes leaves room for the float channels of this many draws; then they are drawn no more.
 DRAWS = 10
 
 
@@ -19,7 +19,7 @@ class Reserve:
 
     Attributes:
         table: The layers.
-        draws: For so many draws of its size; never more than for all channels that can be drawn.
+        draws: The number of draws of its size; never more than for all channels that can be drawn.
         most_bytes: What all of these take.
     """
 

@@ -12,7 +12,7 @@ from trady.policies.evidence import Evidence, Values
 
 @dataclass(frozen=True)
 class Draw:
-    """All that a policy may look at. Same draw, same selection: on every rank, after a restart.
+    """All that a policy may look at. Equal draws give equal selections: on every rank, and after a restart.
 
     Attributes:
         table: The updatable layers and their costs.
@@ -23,7 +23,8 @@ class Draw:
         epoch: Epoch that the selection is for, from 0.
         redraw: Counts the draws inside one epoch (online ranking), from 0.
         evidence: What was measured for the policy; ``None`` for one that has no :class:`~trady.policies.Needs`.
-        weight_price: What one weight element takes, in the same unit; the rest of a channel's cost is its map.
+        weight_price: What one weight element takes, in the same unit; the rest of a channel's cost is its
+            feature map.
     """
 
     table: ChannelTable
@@ -46,10 +47,10 @@ class Draw:
         return (self.evidence or Evidence())[kind]
 
     def cost(self, name: str, channels: int, outputs: int | None = None) -> int:
-        """What some input channels of a layer take, of which only some output channels train (``None`` is all)."""
-        layer, whole = self.table[name], channels * self.costs[name]
+        """What input channels of a layer take where only ``outputs`` of its output channels train (``None`` is all)."""
+        layer, total = self.table[name], channels * self.costs[name]
         weights = channels * layer.weight_elements
-        return whole - (weights - layer.share(weights, outputs)) * self.weight_price
+        return total - (weights - layer.share(weights, outputs)) * self.weight_price
 
     def total(self, selection: Selection) -> int:
         """What a selection takes of the capacity."""
@@ -62,9 +63,9 @@ class Policy(Protocol):
 
     Optional are the attribute ``needs`` (:class:`~trady.policies.Needs`), what it wants measured before it draws;
     ``whole`` (true: its selection cannot be made smaller, it raises ``BudgetError`` instead); ``options``, what an
-    instance was made with as text, so that a run is not resumed with others; and the method ``typical(draw)``, a
+    instance was made with as text, so that a run is not resumed with others; the method ``typical(draw)``, a
     selection to account for in a plan while nothing is measured (by default channels drawn uniformly in the pool);
-    and ``smallest(draw)``, the least selections it can make, where that is more than a channel.
+    and ``smallest(draw)``, the smallest selections it can make, where that is more than one channel.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Asking a policy for channels, and not taking its word for it: users register their own."""
+"""Asks a policy for channels and checks the answer, since users register policies of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draw_selection(policy: Policy, draw: Draw) -> Selection:
 
 
 def typical_selection(policy: Policy, draw: Draw) -> Selection:
-    """A selection of the size that the policy's own will have, while nothing is measured: for plans.
+    """A selection of the size that the policy's own will have: for plans, while nothing is measured.
 
     Errors are those of :func:`draw_selection`.
     """
@@ -32,9 +32,7 @@ def typical_selection(policy: Policy, draw: Draw) -> Selection:
 
 def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
     if not isinstance(selection, Selection):
-        raise PolicyError(
-            f"policy {policy.name!r} returned {type(selection).__name__}; return trady.channels.selection.Selection"
-        )
+        raise PolicyError(f"policy {policy.name!r} returned {type(selection).__name__}; return a trady.Selection")
     mistake = draw.table.mistake(selection)
     if mistake is not None:
         raise PolicyError(f"policy {policy.name!r} selected {mistake}")

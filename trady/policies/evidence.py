@@ -19,11 +19,11 @@ Values = Mapping[str, Floats]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy wants measured: give it as the class attribute ``needs``.
+    """What a policy wants measured; the class attribute ``needs`` of a policy.
 
     Attributes:
         kinds: Names of measures (:mod:`trady.evidence.measures`): ``"gradients"``, ``"fisher"``, ``"weights"``.
-        each_epoch: Measured anew before every epoch; once, before the first, when false.
+        each_epoch: Whether it is measured again before every epoch, or only once, before the first.
     """
 
     kinds: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Needs:
         return bool(self.kinds)
 
 
-#: What a policy needs that does not say.
+#: The needs of a policy that declares none.
 NOTHING = Needs()
 
 
@@ -57,12 +57,12 @@ def needs_of(policy: object) -> Needs:
 
 @dataclass(frozen=True)
 class Evidence(Mapping[str, Values]):
-    """What was measured, by kind. It cannot be changed, and equal evidence makes equal draws.
+    """What was measured, by kind. It is immutable, and equal evidence makes equal draws.
 
     Attributes:
         kinds: Kind to layer to one float64 a channel, finite, ``[channels]``.
-        carried: What the next measurement needs of this one, arrays of any shape under any name (a digest of
-            the samples that were looked at). Policies do not look at it.
+        carried: What the next measurement needs of this one: arrays of any shape under any name, for example a
+            digest of the samples that were measured on. Policies do not read it.
         batches: Batches that were measured.
     """
 
@@ -77,7 +77,7 @@ class Evidence(Mapping[str, Values]):
 
     @property
     def carried_bytes(self) -> int:
-        """Bytes that are kept for the next measurement; they lie outside of tensors, and of the budget."""
+        """Bytes kept for the next measurement; they are not in tensors, and outside the budget."""
         return sum(array.nbytes for array in self.carried.values())
 
     def __getitem__(self, kind: str) -> Values:

@@ -57,7 +57,7 @@ def _rounds(cost: Integers, capacity: int) -> Iterator[Integers]:
         positions, cost = positions[fits], cost[fits]
         if not positions.size:
             return
-        # Longer runs could overflow the cumulated cost; what lies behind waits for the next round.
+        # Longer runs could overflow the cumulated cost; the remainder waits for the next round.
         run = cost[: _LARGEST // max(int(cost.max()), 1)]
         cumulated = np.cumsum(run)
         count = int(np.searchsorted(cumulated, capacity, side="right"))

@@ -6,13 +6,13 @@
 
 Layers are taken by descending s_i, the channels inside a layer by descending Δ_c, until the budget is full.
 
-Where it departs from the paper: a_c is the input of a layer here, the unit that saves memory, and not its output; the
-paper fixes beforehand how many channels a layer may train and which blocks may at all, to fit a device, where here the
-budget alone decides, so a layer trains whole before the next one begins; and the samples are ordinary batches
-of the training data, not the support set of an episode.
+Where it departs from the paper: a_c is the input of a layer here, the unit that saves memory, and not its output. The
+paper fixes beforehand how many channels a layer may train and which blocks may train at all, to fit a device; here the
+budget alone decides, so all channels of a layer train before the next layer begins. And the samples are ordinary
+batches of the training data, not the support set of an episode.
 
-What it spends that TraDy does not: one forward and backward pass of each observed batch for each selection that all
-channels have to be cut into, once, before training (:mod:`trady.evidence.fisher_information`).
+What it spends that TraDy does not: once, before training, a forward and backward pass over each observed batch for each
+of the selections that all channels have to be cut into (:mod:`trady.evidence.fisher_information`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trady.policies.registry import register_policy
 
 @register_policy
 class Fisher:
-    """Layers by Fisher potential over cost, channels inside by Fisher information; the same in every epoch."""
+    """Layers by Fisher potential over cost, channels inside a layer by Fisher information; the same in every epoch."""
 
     name = "fisher"
     uses_ranking = False

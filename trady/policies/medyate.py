@@ -2,16 +2,16 @@
 
     w_c = RGN_c = sqrt(mean ‖∂L/∂W[:, c]‖₂²) / (C^W_c + C^A_c)      measured once, before training
     pool = the fewest layers that carry 97 % of the layer RGN of the same measurement
-    P(c is drawn next) = w_c / Σ of those not drawn yet, in the pool, anew in each epoch, until B_mem is full
+    P(c is drawn next) = w_c / Σ w of those not drawn yet, in the pool, again in each epoch, until B_mem is full
 
-The paper's observation is that the distribution of channel importances hardly changes during fine-tuning, so one
-measurement before it serves all epochs.
+The paper observes that the distribution of channel importances hardly changes during fine-tuning, so one measurement
+beforehand serves all epochs.
 
 Where it departs from the paper: its layers are chosen by a metric of its own (LaRa), here by the layer RGN that every
 other policy of this library is measured with, so that they differ in the draw alone.
 
-What it spends that TraDy does not: the gradients of all channels, once, in as many sweeps over the observed batches as
-the budget asks for.
+What it spends that TraDy does not: the gradients of all channels, measured once, in as many sweeps over the observed
+batches as the budget requires.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trady.ranking.scores import channel_scores, layer_score, top_layers
 
 @register_policy
 class MeDyate:
-    """c ~ RGN_c of the pool, without replacement, anew in each epoch, until Σ C^W_c + C^A_c = B_mem."""
+    """c ~ RGN_c of the pool, without replacement, again in each epoch, until Σ C^W_c + C^A_c = B_mem."""
 
     name = "medyate"
     uses_ranking = False

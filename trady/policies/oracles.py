@@ -5,11 +5,11 @@ stochastic gradients' squared norms averaged over the observed batches,
 
     RGN_c = sqrt(mean ‖∂L/∂W[:, c]‖₂²) / (C^W_c + C^A_c),    norm_c = sqrt(mean ‖∂L/∂W[:, c]‖₂²)
 
-channels are taken by descending score until B_mem is full.
+are the scores; channels are taken by descending score until B_mem is full.
 
-What they spend that TraDy does not: a forward and backward pass over the observed batches for every selection that
-all channels have to be cut into to fit in the budget, before every epoch (dynamic) or once (static). At tight
-budgets that is many times the training itself, so they say what is possible, not what is worth doing.
+What they spend that TraDy does not: all channels are cut into selections that fit in the budget, and each selection
+takes a forward and backward pass over the observed batches, before every epoch (dynamic) or once (static). At tight
+budgets that is many times the training itself, so they show what is possible, not what is worth doing.
 """
 
 from __future__ import annotations

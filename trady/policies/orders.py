@@ -1,4 +1,4 @@
-"""Random orders of channels that depend on their arguments alone: the same on every rank, after a restart, anywhere."""
+"""Random orders of channels that depend on their arguments alone: the same on every rank, machine and restart."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def random_bits(count: int, seed: int, epoch: int, redraw: int) -> npt.NDArray[n
 
 
 def shuffled(count: int, seed: int, epoch: int, redraw: int) -> Integers:
-    """A uniformly random order of ``range(count)``: that of :func:`random_bits`, whose errors are its own."""
+    """A uniformly random order of ``range(count)``, by :func:`random_bits`, with its errors."""
     return np.argsort(random_bits(count, seed, epoch, redraw), kind="stable").astype(np.int64, copy=False)
 
 
 def weighted_order(weights: Floats, seed: int, epoch: int, redraw: int) -> Integers:
-    """A random order in which the next one is drawn with probability proportional to its weight, of those left.
+    """A random order: the next channel is drawn, of those left, with probability proportional to its weight.
 
-    By the keys of Efraimidis and Spirakis (2006): the smallest -ln(u_c) / w_c first, u_c uniform in (0, 1). What has
-    weight 0 comes last, in uniformly random order.
+    By the keys of Efraimidis and Spirakis (2006): the smallest -ln(u_c) / w_c first, u_c uniform in (0, 1). Channels
+    of weight 0 come last, in uniformly random order.
 
     Args:
         weights: One weight a channel, finite and not negative, ``[n]``; their scale does not matter.

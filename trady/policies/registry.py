@@ -1,4 +1,4 @@
-"""The one place that knows every policy by name; a user's own is added the same way."""
+"""The registry of policies by name; users add their own in the same way."""
 
 from __future__ import annotations
 

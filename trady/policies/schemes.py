@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import PolicyError
 from trady.records.files import write_json
+from trady.records.versioned import Format
 
-FORMAT, VERSION = "trady-scheme", 1
+FORMAT = Format("trady-scheme", "scheme", PolicyError, "search one with trady search")
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Scheme:
     """Layers and channel ratios, as MCUNetV3 publishes them (Lin et al. 2022, arXiv 2206.15472).
 
     Attributes:
-        layers: Places of the layers, from 0, counted from the input; the classifier is not counted.
-        ratios: For each the share of its input channels that trains, 0 to 1. The paper trains the bias alone where
-            it is 0; biases do not train here, so such a layer stays frozen.
-        layer_count: Layers that the network has; 0 is unknown. A network with another number is refused.
+        layers: Indices of the layers, counted from 0 at the input; the classifier is not counted.
+        ratios: Share of the input channels of each that trains, 0 to 1. Where it is 0 the paper trains the bias
+            alone; biases do not train here, so such a layer stays frozen.
+        layer_count: Number of layers of the network; 0 is unknown. A network with another number is refused.
     """
 
     layers: tuple[int, ...]
@@ -74,8 +74,7 @@ class Scheme:
     def to_json(self) -> dict[str, Any]:
         """Plain values; :meth:`from_json` reads them back."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header(),
             "layer_indices": list(self.layers),
             "channel_ratios": list(self.ratios),
             "layer_count": self.layer_count,
@@ -91,17 +90,12 @@ class Scheme:
         """
         if not isinstance(data, Mapping) or not {"layer_indices", "channel_ratios"} <= set(data):
             raise PolicyError("this is no scheme: it lacks layer_indices and channel_ratios; trady search writes one")
-        if data.get("version", VERSION) != VERSION or data.get("format", FORMAT) != FORMAT:
-            raise PolicyError(f"the scheme is of version {data.get('version')}, this trady reads version {VERSION}")
-        try:
+        FORMAT.check({**FORMAT.header(), **data})  # published schemes have no header
+        with FORMAT.reading():
             return cls(tuple(data["layer_indices"]), tuple(data["channel_ratios"]), int(data.get("layer_count", 0)))
-        except (TypeError, ValueError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(f"the scheme is damaged: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file; one of that name is replaced completely or not at all."""
         write_json(Path(path), self.to_json())
 
     @classmethod
@@ -112,14 +106,7 @@ class Scheme:
             PolicyError: It cannot be read, or holds no scheme.
 
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"{path} cannot be read as a scheme: {error}") from error
-        try:
-            return cls.from_json(data)
-        except PolicyError as error:
-            raise PolicyError(f"{path}: {error}") from error
+        return FORMAT.load(path, cls.from_json)
 
 
 def scheme_layers(table: ChannelTable) -> list[Layer]:

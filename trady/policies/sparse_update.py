@@ -3,11 +3,11 @@
     selection = for each layer i of the scheme the round(r_i · channels) input channels with the largest ‖W[:, c]‖₂
 
 W are the pretrained weights, so the same channels train in every epoch. What is left of the budget stays unused, and a
-scheme that is dearer than the budget is refused: it is a whole. The paper also trains the biases of the last layers;
-biases do not train here.
+scheme that does not fit in the budget is refused, not cut. The paper also trains the biases of the last layers; biases
+do not train here.
 
-What it spends that TraDy does not: a search of the scheme beforehand, for this network and budget (``trady search``):
-every candidate layer is trained by itself for a while, and an evolutionary search puts the scheme together.
+What it spends that TraDy does not: a search for the scheme beforehand, for this network and budget (``trady search``).
+It trains every candidate layer by itself for a while, and an evolutionary search then combines them into a scheme.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SparseUpdate:
         return Selection({n: np.argsort(-norms[n], kind="stable")[:count] for n, count in counts.items()})
 
     def typical(self, draw: Draw) -> Selection:
-        """As many channels, the first ones: before the weights are known, and with the same cost."""
+        """Take the first channels instead, as many: the weights are not known yet, and the cost is the same."""
         return Selection({name: np.arange(count) for name, count in self._counts(draw).items()})
 
     def check_scheme(self) -> Scheme:

@@ -1,7 +1,7 @@
 """Channels drawn uniformly at random: TraDy and its three baselines.
 
-They differ in two answers only (arXiv 2510.19675): may channels come from the
-pool of top-K layers or from all layers, and are they drawn anew or once?
+They differ in two things only (arXiv 2510.19675): channels come from the pool of top-K layers or
+from all layers, and they are drawn in each epoch or once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def draw_uniformly(draw: Draw, names: Collection[str], *, once: bool) -> Selecti
 
 @register_policy
 class TraDy:
-    """c ~ U(channels of the top-K layers), anew in each epoch, until Σ C^W_c + C^A_c = B_mem.
+    """c ~ U(channels of the top-K layers), again in each epoch, until Σ C^W_c + C^A_c = B_mem.
 
     The paper's method (arXiv 2510.19675).
     """
@@ -41,13 +41,13 @@ class TraDy:
     uses_ranking = True
 
     def select(self, draw: Draw) -> Selection:
-        """Draw from the pool, anew for this epoch and redraw."""
+        """Draw from the pool for this epoch and redraw."""
         return draw_uniformly(draw, draw.pool, once=False)
 
 
 @register_policy
 class DynamicRandom:
-    """c ~ U(channels of all layers), anew in each epoch, until Σ C^W_c + C^A_c = B_mem.
+    """c ~ U(channels of all layers), again in each epoch, until Σ C^W_c + C^A_c = B_mem.
 
     "D-Full Random" of arXiv 2510.19675.
     """
@@ -56,7 +56,7 @@ class DynamicRandom:
     uses_ranking = False
 
     def select(self, draw: Draw) -> Selection:
-        """Draw from all layers, anew for this epoch and redraw."""
+        """Draw from all layers for this epoch and redraw."""
         return draw_uniformly(draw, draw.table.names, once=False)
 
 

@@ -11,14 +11,14 @@ from trady.quantized.linear import QuantizedLinear, route
 def dequantize(model: nn.Module) -> nn.Module:
     """Turn every quantised linear layer into a ``torch.nn.Linear`` in floating point, float channels in its weight.
 
-    The only way into one plain weight that loses nothing: quantised again, the float channels would be rounded to
-    steps that are larger than what training has changed.
+    This is the only lossless way to a single weight: quantised again, the float channels would be rounded to steps
+    larger than what training has changed.
 
     Args:
-        model: A model, finished or never prepared; its modules are replaced in place.
+        model: A model that is finished, or was never prepared; its modules are replaced in place.
 
     Returns:
-        The model; a new module if it is itself such a layer.
+        The model; a new module if the model is itself such a layer.
 
     Raises:
         StateError: It is prepared: call ``finish()`` on its tuner first.

@@ -1,21 +1,19 @@
-"""How each library keeps a quantised weight, and how it is read: the one place that knows torchao and bitsandbytes.
+"""Storage formats of quantised weights: what each library adds, and the registry of them.
 
-Classes are told apart by what they have; neither library is imported before a weight of it is read. Another library
-is one more class of :class:`Stored` and one more reader.
+A format is one file beside this one and one registration in the package's ``__init__``. Classes of a library are told
+apart by what they have; no library is imported before a weight of it is dequantised.
 """
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trady.errors import TradyWarning
-from trady.ops.quantized import is_linear_in_its_input, is_quantized
+from trady.ops.quantized import is_quantized
 
 
 class Stored(Protocol):
@@ -32,7 +30,7 @@ class Stored(Protocol):
         ...
 
     @property
-    def forms(self) -> int:
+    def copies(self) -> int:
         """Tensors that the library makes of a weight while it dequantises, and of a result while it multiplies."""
         ...
 
@@ -45,109 +43,54 @@ class Stored(Protocol):
         ...
 
 
-def inner_tensors(tensor: Any) -> list[Tensor]:
-    """The plain tensors that one of torchao is made of; any other tensor itself."""
-    if not hasattr(type(tensor), "__tensor_flatten__"):
-        return [tensor]
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    return [inner for part in parts if isinstance(part, Tensor) for inner in inner_tensors(part)]
+def _nothing(model: nn.Module) -> None:
+    """Leave a model as it is."""
 
 
-class _Torchao:
-    """A weight-only quantised tensor of torchao."""
+@dataclass(frozen=True)
+class StorageFormat:
+    """How a library stores quantised weights.
 
-    forms = 2  # before and after the scales
+    Attributes:
+        read: Takes a linear layer and its weight; returns the weight as stored, ``None`` if it is of another format.
+        keep_trainable: Turns off what would keep gradients from passing through such layers of a model.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    read: Callable[[nn.Module, Any], Stored | None]
+    keep_trainable: Callable[[nn.Module], None] = _nothing
 
-    @property
-    def _weight(self) -> Any:
-        return self._module.weight
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._weight.shape)
+_formats: list[StorageFormat] = []
 
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self._weight.dtype
+
+def register_format(storage: StorageFormat) -> None:
+    """Have quantised weights read by this format as well, after those that are registered already."""
+    _formats.append(storage)
+
+
+def stored_in(module: nn.Module) -> Stored | None:
+    """Return the quantised weight of a linear layer; ``None`` for any other module, and one that cannot be read."""
+    weight = module._parameters.get("weight")
+    if weight is None or not is_quantized(weight):
+        return None
+    if isinstance(found := getattr(weight, _META_FORMAT, None), MetaFormat):
         return found
-
-    def dense(self) -> Tensor:
-        found: Tensor = self._weight.dequantize()
-        return found
-
-    def tensors(self) -> Iterable[Tensor]:
-        return inner_tensors(self._weight)
+    readings = (storage.read(module, weight) for storage in _formats)
+    return next((stored for stored in readings if stored is not None), None)
 
 
-class _FourBits:
-    """``Params4bit`` of bitsandbytes: [elements / 2, 1] bytes, and scales in its ``quant_state``."""
-
-    forms = 1
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    @property
-    def _state(self) -> Any:
-        return getattr(self._module.weight, "quant_state", None) or getattr(self._module, "quant_state", None)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._state.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self._state.dtype
-        return found
-
-    def dense(self) -> Tensor:
-        weight: Any = self._module.weight
-        functional = importlib.import_module("bitsandbytes.functional")
-        found: Tensor = functional.dequantize_4bit(weight.data.view(-1, 1), self._state)
-        return found
-
-    def tensors(self) -> Iterable[Tensor]:
-        states = [self._state, self._state.state2]
-        found = [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset")]
-        return [self._module.weight.data, *(t for t in found if isinstance(t, Tensor))]  # type: ignore[list-item]
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep quantised layers from packing their weights in a way that no gradient passes through."""
+    for storage in _formats:
+        storage.keep_trainable(model)
 
 
-class _EightBits:
-    """``Int8Params`` of bitsandbytes: whole numbers, and a scale for each row, which moves at the first forward."""
-
-    forms = 1
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def _part(self, name: str) -> Any:
-        found = getattr(self._module.weight, name, None)
-        return getattr(self._module.state, name, None) if found is None else found
-
-    @property
-    def shape(self) -> torch.Size:
-        weight: Any = self._module.weight
-        return torch.Size(weight.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self._part("SCB").dtype
-        return found
-
-    def dense(self) -> Tensor:
-        scale, numbers = self._part("SCB"), self._part("CB")
-        found: Tensor = numbers.to(scale.dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
-        return found
-
-    def tensors(self) -> Iterable[Tensor]:
-        return [self._module.weight.data, self._part("CB"), self._part("SCB")]
+#: Attribute of a parameter on meta: the format that it stands for.
+_META_FORMAT = "trady_meta_format"
 
 
 class MetaFormat:
-    """Stands for a quantised weight in a copy of the model without memory; it takes as many bytes.
+    """A quantised weight in a copy of the model without memory; it takes as many bytes.
 
     Args:
         like: The weight.
@@ -155,7 +98,7 @@ class MetaFormat:
     """
 
     def __init__(self, like: Stored) -> None:
-        self.shape, self.dtype, self.forms = like.shape, like.dtype, like.forms
+        self.shape, self.dtype, self.copies = like.shape, like.dtype, like.copies
         # Of a weight that is listed twice (bitsandbytes) the bytes count once.
         sizes = {t.untyped_storage()._cdata: t.nbytes for t in like.tensors()}
         self._bytes = sum(sizes.values())
@@ -163,65 +106,22 @@ class MetaFormat:
     def parameter(self) -> nn.Parameter:
         """The parameter that stands for the weight."""
         found = nn.Parameter(torch.empty(self._bytes, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
-        found.trady_outline = self  # type: ignore[attr-defined]
+        setattr(found, _META_FORMAT, self)
         return found
 
     def dense(self) -> Tensor:
         """Take the memory that dequantising takes."""
-        forms = [torch.empty(self.shape, dtype=self.dtype, device="meta") for _ in range(self.forms)]
-        return forms.pop()
+        made = [torch.empty(self.shape, dtype=self.dtype, device="meta") for _ in range(self.copies)]
+        return made.pop()
 
     def tensors(self) -> Iterable[Tensor]:
-        """Nothing: the parameter that stands for it takes all."""
+        """Return nothing: the parameter that stands for it takes all."""
         return ()
 
 
-def _torchao(module: nn.Module, weight: Any) -> Stored | None:
-    traceable = hasattr(type(weight), "__tensor_flatten__") and is_linear_in_its_input(weight)
-    return _Torchao(module) if traceable and type(module).forward is nn.Linear.forward else None
-
-
-def _bitsandbytes(module: nn.Module, weight: Any) -> Stored | None:
-    if not any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__):
-        return None
-    if getattr(weight, "SCB", None) is not None or getattr(getattr(module, "state", None), "SCB", None) is not None:
-        return _EightBits(module)
-    four = _FourBits(module)
-    return four if len(getattr(four._state, "shape", ())) == 2 else None
-
-
-def _outline(module: nn.Module, weight: Any) -> Stored | None:
-    found: MetaFormat | None = getattr(weight, "trady_outline", None)
-    return found
-
-
-_READERS: tuple[Callable[[nn.Module, Any], Stored | None], ...] = (_outline, _torchao, _bitsandbytes)
-
-
-def stored_in(module: nn.Module) -> Stored | None:
-    """The quantised weight of a linear layer; ``None`` for any other module, and one that cannot be read."""
-    weight = module._parameters.get("weight")
-    if weight is None or not is_quantized(weight):
-        return None
-    return next((found for reader in _READERS if (found := reader(module, weight)) is not None), None)
-
-
-def keep_unpacked(model: nn.Module) -> None:
-    """Keep 4-bit layers of bitsandbytes from repacking themselves for inference: no gradient passes afterwards."""
-    kept = False
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
-            continue
-        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            module.state_dict()  # unpacks
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            kept = True
-    if kept:
-        warnings.warn(
-            "bitsandbytes repacks 4-bit weights in evaluation mode on this CPU, and then no gradient passes through "
-            "them: module.support_avx512bf16_for_cpu is False from now on, which turns that off",
-            TradyWarning,
-            stacklevel=2,
-        )
+def inner_tensors(tensor: Any) -> list[Tensor]:
+    """Return the plain tensors that a wrapper subclass (torchao) is made of; of any other tensor itself."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor]
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [inner for part in parts if isinstance(part, Tensor) for inner in inner_tensors(part)]

@@ -1,7 +1,7 @@
 """Linear layers that are stored quantised, with float channels beside their weight.
 
-An update is smaller than a step of the quantisation, so a channel that has trained stays in floating point: in two
-buffers of its module, which computes with them from then on, armed or finished, and which ``state_dict()`` holds.
+An update is smaller than a quantisation step, so a channel that has trained stays in floating point, in two buffers of
+its module. The module computes with them from then on, armed or finished, and ``state_dict()`` holds them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from trady.ops.selected import SelectedChannels
 from trady.quantized.formats import MetaFormat, Stored, stored_in
 
-#: Buffers of a quantised module: numbers of its float channels [k], sorted, and their weights [k, out].
+#: Buffers of a quantised module: indices of its float channels [k], sorted, and their weights [k, out].
 INDEX, VALUES = "float_channels", "float_values"
 
 
 class QuantizedLinear:
-    """The forward of a linear layer whose weight is quantised, some of whose channels may be in floating point.
+    """The forward of a quantised linear layer, some of whose channels may be in floating point.
 
-    It takes the place of the module's own ``forward``, so that every library's product is one call that trace and
-    interception see (:func:`linear`).
+    It replaces the module's own ``forward``, so that trace and interception see every library's product as one call
+    (:func:`linear`).
     """
 
     def __init__(self, module: nn.Module, stored: Stored) -> None:
@@ -50,7 +50,7 @@ class QuantizedLinear:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight that it stands for: [out, in]."""
+        """Of the dequantised weight: [out, in]."""
         return self.stored.shape
 
     @property
@@ -65,14 +65,14 @@ class QuantizedLinear:
 
     @property
     def channels(self) -> tuple[Tensor, Tensor] | None:
-        """Numbers [k] and weights [k, out] of the float channels."""
+        """Indices [k] and weights [k, out] of the float channels."""
         index, values = (self.module._buffers.get(name) for name in (INDEX, VALUES))
         return None if index is None or values is None else (index, values)
 
     def product(self, x: Tensor, *, trains: bool = False) -> Tensor:
         """Apply the layer to ``x`` [..., in], bias included."""
         if x.is_meta:
-            return self._outline_of_product(x, trains)
+            return self._meta_product(x, trains)
         if self.channels is None:
             return self._own_product(x)
         index, values = self.channels
@@ -84,20 +84,20 @@ class QuantizedLinear:
         found: Tensor = type(self.module).forward(self.module, x) if self._before is None else self._before(x)
         return found
 
-    def _outline_of_product(self, x: Tensor, trains: bool) -> Tensor:
-        """Take the memory that the product would: masked input, dequantised weight, results."""
+    def _meta_product(self, x: Tensor, trains: bool) -> Tensor:
+        """Allocate on meta what the product would allocate: masked input, dequantised weight, results."""
         masked = torch.empty_like(x) if trains or self.channels is not None else None
-        forms = [torch.empty(self.shape, dtype=x.dtype, device=x.device) for _ in range(self.stored.forms)]
-        dense = forms.pop()
-        del forms
+        copies = [torch.empty(self.shape, dtype=x.dtype, device=x.device) for _ in range(self.stored.copies)]
+        dense = copies.pop()
+        del copies
         out = x.new_empty((*x.shape[:-1], self.shape[0]))
         del dense
-        others = [torch.empty_like(out) for _ in range(1, self.stored.forms)]
+        others = [torch.empty_like(out) for _ in range(1, self.stored.copies)]
         del masked, others
         return out
 
     def dense(self) -> Tensor:
-        """Make the weight that it stands for, [out, in]: dequantised, with the float channels in it."""
+        """Make the dequantised weight [out, in], float channels included."""
         dense = self.stored.dense()
         if self.channels is not None:
             index, values = self.channels
@@ -114,7 +114,7 @@ class QuantizedLinear:
             return self.dense().t()[selected.index if selected.outputs is None else selected.place[1:]]
 
     def scatter_(self, selected: SelectedChannels, values: Tensor) -> None:
-        """Write slices of :meth:`gather`; their channels are in floating point from now on."""
+        """Write slices of :meth:`gather`; their channels stay in floating point from now on."""
         kept = self.channels or (torch.empty(0, dtype=torch.int64, device=values.device), self.empty())
         index = torch.cat([kept[0], selected.index]).unique()
         with torch.no_grad():
@@ -136,7 +136,7 @@ class QuantizedLinear:
         self._writes += 1
 
     def enter(self) -> None:
-        """Take the place of the module's forward."""
+        """Replace the module's forward."""
         self.module.__dict__["forward"] = self
 
     def leave(self) -> None:
@@ -148,7 +148,7 @@ class QuantizedLinear:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
-    """Apply a quantised linear layer, [..., in] to [..., out], as a torch function that modes see as one call."""
+    """Apply a quantised linear layer, [..., in] to [..., out]; modes see it as one torch function."""
     if has_torch_function_unary(x):
         out: Tensor = handle_torch_function(linear, (x,), x, weight, bias, layer)
         return out
@@ -156,7 +156,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinea
 
 
 def layer_at(module: nn.Module) -> QuantizedLinear | None:
-    """What computes a quantised linear layer, routed or not; ``None`` for any other module."""
+    """Return what computes a quantised linear layer, routed or not; ``None`` for any other module."""
     routed = module.__dict__.get("forward")
     if isinstance(routed, QuantizedLinear):
         return routed
@@ -165,7 +165,7 @@ def layer_at(module: nn.Module) -> QuantizedLinear | None:
 
 
 def route(model: nn.Module) -> dict[int, QuantizedLinear]:
-    """Have every quantised linear layer of a model computed by :class:`QuantizedLinear`; by identity of the weight."""
+    """Have quantised linear layers computed by :class:`QuantizedLinear`; return them by identity of the weight."""
     found = {}
     for module in model.modules():
         layer = layer_at(module)
@@ -176,14 +176,14 @@ def route(model: nn.Module) -> dict[int, QuantizedLinear]:
 
 
 def leave(layers: Mapping[int, QuantizedLinear]) -> None:
-    """Give the modules their own forward back, but for those with float channels."""
+    """Give the modules their own forward back, except those with float channels."""
     for layer in layers.values():
         layer.leave()
 
 
 @contextmanager
 def routed(model: nn.Module) -> Iterator[Mapping[int, QuantizedLinear]]:
-    """Have the quantised layers of a model routed for a while; what was routed before stays so."""
+    """Route the quantised layers of a model inside the context; layers routed before stay so."""
     before = {id(m) for m in model.modules() if isinstance(m.__dict__.get("forward"), QuantizedLinear)}
     layers = route(model)
     try:
@@ -193,11 +193,11 @@ def routed(model: nn.Module) -> Iterator[Mapping[int, QuantizedLinear]]:
 
 
 def meta_formats(model: nn.Module) -> dict[int, Any]:
-    """What to put into a copy of the model that takes no memory, by identity: weights, their scales, the routing.
+    """Return what a copy of the model without memory has in place of these, by identity: weights, scales, routing.
 
-    The copy is to be routed anew: its weights are read in another way.
+    The copy has to be routed again: its weights are read in another way.
     """
-    alive: list[Any] = []  # or something new might get the identity of what is gone
+    alive: list[Any] = []  # keeps identities: a new object could get that of one that is gone
     found: dict[int, Any] = {id(alive): alive}
     for module in model.modules():
         layer = layer_at(module)

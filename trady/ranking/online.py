@@ -11,16 +11,20 @@ import numpy.typing as npt
 
 from trady.channels.table import ChannelTable
 from trady.errors import RankingError
-from trady.ranking.ranking import VERSION, LayerRanking, listed, same_layers, structure_digest, versioned
+from trady.ranking.ranking import LayerRanking, listed, same_layers, structure_digest
 from trady.ranking.scores import Floats, Metric, spearman, top_layers
 from trady.ranking.structural import structural_ranking
+from trady.records.versioned import Format
+
+#: What was learnt so far, as JSON.
+FORMAT = Format("trady-online-ranking", "online ranking", RankingError, "start it again with an empty one")
 
 
 class OnlineRanking:
-    """Learns the ranking from the gradients of the channels that happen to train.
+    """Learns the ranking from the gradients of whichever channels train.
 
     Channels are drawn uniformly in a layer, so the mean of ‖∂L/∂W[:, c]‖₂² over the drawn ones is
-    an unbiased estimate of the layer's mean, however many they were. With it,
+    an unbiased estimate of the layer's mean, however many were drawn. With it,
 
         layer RGN ≈ (Σ_observations mean_c ‖g_c‖₂² / observations) · channels / (channels · (C^W + C^A))
 
@@ -28,8 +32,8 @@ class OnlineRanking:
 
     Args:
         table: The updatable layers.
-        drawable: Layers that the budget lets be drawn at all; all when left out. The others are
-            not waited for.
+        drawable: Layers with a channel that fits in the budget; all when left out. The ranking does not wait
+            for the others.
         metric: ``rgn`` or ``norm``.
         min_observations: Observations that every drawable layer needs before the ranking settles.
         share: Share of the score that makes the pool, see :func:`top_layers`.
@@ -131,8 +135,8 @@ class OnlineRanking:
     def ranking(self) -> LayerRanking:
         """The ranking as it stands.
 
-        A layer that was never observed has a guess from its shapes (:func:`structural_ranking`), to the scale
-        of those that were.
+        A layer that was never observed has a guess from its shapes (:func:`structural_ranking`), on the scale of the
+        observed ones.
         """
         return LayerRanking(
             scores=dict(zip(self._table.names, self._scores().tolist(), strict=True)),
@@ -161,8 +165,7 @@ class OnlineRanking:
     def to_json(self) -> dict[str, Any]:
         """Options and state, exactly: floats survive JSON."""
         return {
-            "format": "trady-online-ranking",
-            "version": VERSION,
+            **FORMAT.header(),
             "layers": list(self._table.names),
             "drawable": [self._table.names[position] for position in np.flatnonzero(self._drawable)],
             "metric": self._metric,
@@ -188,8 +191,8 @@ class OnlineRanking:
         Raises:
             RankingError: When it is something else, of another version, model, or damaged.
         """
-        checked = versioned(data, "trady-online-ranking")
-        try:
+        checked = FORMAT.check(data)
+        with FORMAT.reading():
             if checked["layers"] != list(table.names):
                 same_layers(checked["layers"], table.names, "the online ranking")
                 raise RankingError("the online ranking has the model's layers in another order")
@@ -207,12 +210,6 @@ class OnlineRanking:
             ranking._history.extend(_state(scores, len(table)) for scores in checked["history"])
             ranking._batches = int(checked["batches"])
             ranking._ignored = int(checked["ignored"])
-        except RankingError:
-            raise
-        except KeyError as error:
-            raise RankingError(f"the online ranking lacks {error}") from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RankingError(f"the online ranking is damaged ({error})") from error
         return ranking
 
     @property
@@ -249,5 +246,5 @@ class OnlineRanking:
 def _state(values: object, size: int) -> Floats:
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (size,) or not np.isfinite(array).all() or (array < 0).any():
-        raise RankingError(f"the online ranking is damaged: not {size} finite numbers, one a layer")
+        raise RankingError(f"the online ranking is damaged: it needs {size} finite numbers, one a layer")
     return array

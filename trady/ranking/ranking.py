@@ -1,4 +1,4 @@
-"""Which layers matter: scores from gradients, the top-K pool, and how far to trust them.
+"""Which layers matter: scores from gradients, and the top-K pool.
 
 Observation 2 of TraDy (arXiv 2510.19675): the ranking of layers by reweighted gradient norm
 (RGN) belongs to the architecture, so it is measured once, shipped, or learnt while training.
@@ -20,10 +20,12 @@ from trady.channels.table import ChannelTable
 from trady.errors import RankingError
 from trady.ranking.scores import Metric, spearman, top_layers
 from trady.records.files import write_json
+from trady.records.versioned import Format
 
 Source = Literal["measured", "online", "prior", "structural", "given"]
 
-VERSION = 1
+#: The ranking as JSON.
+FORMAT = Format("trady-ranking", "layer ranking", RankingError, "measure it with trady.rank")
 
 
 def structure_digest(table: ChannelTable) -> str:
@@ -114,8 +116,8 @@ class LayerRanking:
         """Make sure that this ranks the layers of a table: all of them, and no others.
 
         Raises:
-            RankingError: When it does not; the message says which layers are too many or missing,
-                or which layer has another number of channels.
+            RankingError: When it does not; the message names the layers that are missing or unknown, or the layer
+                that has another number of channels.
         """
         same_layers(self.scores, table.names, "the ranking")
         for name, values in self.channels.items():
@@ -128,8 +130,8 @@ class LayerRanking:
     def at(self, table: ChannelTable) -> LayerRanking:
         """This ranking for inputs of the table's size.
 
-        RGN is a gradient norm over C^W + C^A, and C^A grows with the input: the norms are kept (their order
-        hardly changes with the input's size, that of RGN does) and divided by the table's own costs.
+        RGN is a gradient norm over C^W + C^A, and C^A grows with the input. The norms are kept, since their order
+        hardly changes with the input's size, and are divided by the table's own costs.
 
         Raises:
             RankingError: When it is of other layers, see :meth:`check`.
@@ -172,8 +174,7 @@ class LayerRanking:
     def to_json(self) -> dict[str, Any]:
         """Plain values that :meth:`from_json` reads back to an equal ranking."""
         return {
-            "format": "trady-ranking",
-            "version": VERSION,
+            **FORMAT.header(),
             "metric": self.metric,
             "source": self.source,
             "structure": self.structure,
@@ -191,8 +192,8 @@ class LayerRanking:
         Raises:
             RankingError: When it is something else, of another version, or damaged.
         """
-        checked = versioned(data, "trady-ranking")
-        try:
+        checked = FORMAT.check(data)
+        with FORMAT.reading():
             return cls(
                 scores=checked["scores"],
                 metric=checked["metric"],
@@ -203,13 +204,9 @@ class LayerRanking:
                 elements=checked.get("elements", {}),
                 measured_on=checked.get("measured_on", ""),
             )
-        except KeyError as error:
-            raise RankingError(f"the ranking lacks {error}") from error
-        except (TypeError, AttributeError) as error:
-            raise RankingError(f"the ranking is damaged ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON; a file of that name is replaced as a whole or not at all.
+        """Write JSON; a file of that name is replaced completely or not at all.
 
         Raises:
             RankingError: When the file cannot be written.
@@ -226,18 +223,7 @@ class LayerRanking:
         Raises:
             RankingError: When the file cannot be read, is damaged, or is of another version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RankingError(f"cannot read the ranking {path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RankingError(
-                f"{path} is no ranking or is cut short ({error}); measure it again with trady.rank"
-            ) from error
-        try:
-            return cls.from_json(data)
-        except RankingError as error:
-            raise RankingError(f"{path}: {error}") from error
+        return FORMAT.load(path, cls.from_json)
 
 
 def _score(value: object, whose: str) -> float:
@@ -253,7 +239,7 @@ def _score(value: object, whose: str) -> float:
 
 
 def same_layers(given: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Refuse layers that are too many or missing."""
+    """Refuse layers that are missing or unknown."""
     given, expected = set(given), set(expected)
     problems = []
     if given - expected:
@@ -265,18 +251,6 @@ def same_layers(given: Iterable[str], expected: Iterable[str], what: str) -> Non
 
 
 def listed(names: Collection[str], most: int = 8) -> str:
-    """Name a few."""
+    """Return the first ``most`` names as text, and how many more there are."""
     shown = ", ".join(sorted(names)[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def versioned(data: object, expected: str) -> Mapping[str, Any]:
-    """Refuse what is of another format or version."""
-    if not isinstance(data, Mapping) or data.get("format") != expected:
-        raise RankingError(f'no ranking: "format" is not "{expected}"')
-    if data.get("version") != VERSION:
-        raise RankingError(
-            f"version {data.get('version')!r} of the format; this trady reads version {VERSION}: "
-            "update trady, or measure the ranking again with trady.rank"
-        )
-    return data

@@ -1,1 +1,1 @@
-"""Reports: pages that are read without the network."""
+"""HTML pages, figures, and numbers for people (bytes, shares, bars); pages need no network."""

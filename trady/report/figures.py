@@ -1,4 +1,4 @@
-"""How figures of reports look and are written: the same everywhere, and the same file for the same numbers."""
+"""The style of figures in reports, and how they are written: equal numbers give equal files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STYLE: Any = {  # matplotlib's type for it is the list of all its keys
     "svg.hashsalt": "trady",  # the same numbers give the same file
 }
 
-#: Told apart without colour vision too ("muted" of Tol, Colour Schemes, SRON 2021), the strongest first.
+#: Distinguishable without colour vision too ("muted" of Tol, Colour Schemes, SRON 2021), the strongest first.
 COLORS = (
     "#332288", "#cc6677", "#117733", "#88ccee", "#882255", "#44aa99", "#aa4499", "#999933", "#ddcc77",
 )  # fmt: skip
 GREY = "#8a949b"
 
-#: Dashed lines are for what stands beside the series: limits, a reference.
+#: Dashed lines are reserved for limits and references.
 LINES = ("-", ":", "-.")
 MARKERS = "osDv^<>PX*"
 
@@ -38,7 +38,7 @@ class Look:
 
     Attributes:
         color: Of :data:`COLORS`.
-        line: Another one when the colours begin anew.
+        line: Changes when the colours repeat.
         marker: No two series have both colour and marker in common.
     """
 
@@ -48,7 +48,7 @@ class Look:
 
 
 def looks() -> Iterator[Look]:
-    """One look after the other, no two alike as far as anybody would put into one figure (90)."""
+    """Looks, one after the other; the first 90 are all different."""
     for place in count():
         line = LINES[place // len(COLORS) % len(LINES)]
         yield Look(COLORS[place % len(COLORS)], line, MARKERS[place % len(MARKERS)])
@@ -62,7 +62,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_png(figure: Figure, dpi: int) -> bytes:
-    """The figure as PNG, without the version of what drew it."""
+    """The figure as PNG, without the version of matplotlib."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=dpi, metadata={"Software": None})
     return content.getvalue()

@@ -42,7 +42,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """What is typed or printed, as it stands."""
+    """Text that is typed or printed, verbatim."""
 
     text: str
 
@@ -57,7 +57,7 @@ class Figure:
 
     Attributes:
         svg: An SVG document, as matplotlib writes it.
-        caption: What is seen, and how it was measured.
+        caption: What it shows, and how that was measured.
         width: Largest width on a wide screen, in CSS pixels.
     """
 
@@ -66,7 +66,7 @@ class Figure:
     width: int = 900
 
     def html(self, number: int) -> str:
-        """Return the picture, its ids made unlike those of the page's other pictures."""
+        """Return the picture, its ids made unique on the page."""
         drawing = own_ids(self.svg[self.svg.index("<svg") :], f"f{number}-")
         label = escape(self.caption, quote=True)
         drawing = drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
@@ -76,7 +76,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers, as text that is ready to be read.
+    """A table of numbers, formatted for people.
 
     Attributes:
         header: Names of the columns.
@@ -104,19 +104,19 @@ Part = Text | Code | Figure | Table
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and its content."""
 
     heading: str
     parts: Sequence[Part]
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return a whole HTML document.
+    """Return a complete HTML document.
 
     Args:
         title: Of the document, and its first heading.
         lead: The first paragraph.
-        sections: In order; links to them stand below the first paragraph.
+        sections: In order; links to them are below the first paragraph.
     """
     numbers = count()
     links = " ".join(f'<a href="#s{index}">{escape(section.heading)}</a>' for index, section in enumerate(sections))

@@ -29,7 +29,7 @@ _SPECIAL = re.compile("|".join(re.escape(character) for character in _LATEX))
 
 
 def markdown(table: Table) -> str:
-    """Return a pipe table, its columns padded so that it reads as text too; the caption stands above."""
+    """Return a pipe table, its columns padded so that it reads as text too, with the caption above."""
     rows = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in (table.header, *table.rows)]
     widths = [max(3, *(len(text) for text in column)) for column in zip(*rows, strict=True)]
 
@@ -44,7 +44,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a ``table`` environment in the manner of booktabs, which the document must load."""
+    """Return a ``table`` environment for booktabs, which the document must load."""
     columns = "l" + "r" * (len(table.header) - 1)
     body = [" & ".join(escape_latex(text) for text in row) + r" \\" for row in table.rows]
     caption = [rf"\caption{{{escape_latex(table.caption)}}}"] if table.caption else []
@@ -69,5 +69,5 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Write a text so that LaTeX prints it as it stands."""
+    """Escape a text so that LaTeX prints it verbatim."""
     return _SPECIAL.sub(lambda found: _LATEX[found[0]], text)

@@ -1,1 +1,1 @@
-"""Finding a scheme of sparse updates (MCUNetV3, arXiv 2206.15472): what layers contribute, then the best sum of it."""
+"""Searches a scheme of sparse updates (MCUNetV3, arXiv 2206.15472): contributions of layers, then the best sum."""

@@ -2,13 +2,12 @@
 
     gain[i, r] = accuracy(head and the r largest-norm share of layer i's input channels trained) - accuracy(head alone)
 
-each after the same short fine-tuning from the pretrained weights.
+each after the same short fine-tuning, starting from the pretrained weights.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from trady.errors import BudgetError, CheckpointError, PolicyError, TrainingErro
 from trady.policies.schemes import Scheme, scheme_layers
 from trady.policies.sparse_update import SparseUpdate
 from trady.records.files import write_json
+from trady.records.versioned import Format
 from trady.search.evolution import Evolution
 from trady.training.checkpoint import fingerprint
 from trady.training.run import finetune
@@ -33,10 +33,12 @@ Told = Callable[[str, float | None, int, int], None]
 
 HEAD_ALONE = "head"
 
+_FORMAT = Format(None, "analysis of trady search", CheckpointError, "remove it, and search again", version=None)
+
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is tried, and how long each.
+    """What is tried, and for how long.
 
     Attributes:
         ratios: Shares of a layer's channels that are tried, each above 0 and at most 1.
@@ -63,7 +65,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Contributions:
-    """Accuracies that were measured so far.
+    """Accuracies measured so far.
 
     Attributes:
         accuracies: By what was trained: ``head``, or ``<layer index>@<ratio>``.
@@ -89,14 +91,14 @@ def analyse(
     file: Path | None = None,
     told: Told | None = None,
 ) -> Contributions:
-    """Train every candidate by itself. What is in ``file`` is not trained again.
+    """Train every candidate by itself; what is in ``file`` already is not trained again.
 
     Args:
         model: Pretrained, with a head for the data; left as it is.
         train: Examples to train on.
         evaluation: Examples to measure accuracy on: not those that the scheme will be judged by.
         table: Its layers.
-        budget: Elements; a candidate that is dearer by itself is left out.
+        budget: In elements; a candidate that does not fit by itself is left out.
         analysis: What is tried.
         file: Where accuracies are kept after each run; ``None`` keeps nothing.
         told: Told before and after each run.
@@ -132,7 +134,7 @@ def candidates(table: ChannelTable, budget: int, analysis: Analysis) -> list[tup
 def find_scheme(
     table: ChannelTable, budget: int, contributions: Contributions, analysis: Analysis, evolution: Evolution
 ) -> Scheme:
-    """Put together the scheme with the largest summed contribution under the budget.
+    """Combine layers into the scheme with the largest summed contribution within the budget.
 
     Raises:
         BudgetError: Nothing fits in the budget.
@@ -141,8 +143,8 @@ def find_scheme(
     """
     tried = candidates(table, budget, analysis)
     if not tried:
-        least = min(Scheme((i,), (min(analysis.ratios),)).elements(table) for i in range(len(scheme_layers(table))))
-        raise BudgetError(f"not one layer fits in {budget} elements at ratios {analysis.ratios}; give at least {least}")
+        minimum = min(Scheme((i,), (min(analysis.ratios),)).elements(table) for i in range(len(scheme_layers(table))))
+        raise BudgetError(f"no layer fits in {budget} elements at ratios {analysis.ratios}; give at least {minimum}")
     places = sorted({place for place, _ in tried})
     gains = np.zeros((len(places), 1 + len(analysis.ratios)))
     costs = np.zeros(gains.shape, dtype=np.int64)
@@ -190,14 +192,16 @@ def _key(place: int, ratio: float) -> str:
     return f"{place}@{ratio:g}"
 
 
+def _from_json(data: Any) -> Contributions:
+    with _FORMAT.reading():
+        accuracies = {str(key): float(value) for key, value in _FORMAT.check(data)["accuracies"].items()}
+        return Contributions(accuracies, dict(data["settings"]))
+
+
 def _read(file: Path | None, settings: Mapping[str, Any]) -> Contributions:
     if file is None or not file.exists():
         return Contributions({}, settings)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        found = Contributions({str(k): float(v) for k, v in data["accuracies"].items()}, dict(data["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is no analysis of trady search ({error}); remove it, and search anew") from error
+    found = _FORMAT.load(file, _from_json)
     changed = [
         f"{k} was {found.settings.get(k)!r}, is now {v!r}" for k, v in settings.items() if found.settings.get(k) != v
     ]

@@ -2,8 +2,8 @@
 
     maximise Σ_i gain[i, r_i]   with   Σ_i cost[i, r_i] ≤ budget
 
-over one choice r_i for every layer, "not at all" among them. A population starts at random and keeps its best; children
-come of uniform crossover and mutation, and one that is too dear loses layers at random until it fits.
+over one choice r_i for every layer, "not at all" among them. A population starts at random and keeps its best. Children
+come from uniform crossover and mutation, and a child that costs too much loses layers at random until it fits.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Genomes = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Evolution:
-    """How the search goes.
+    """Settings of the search.
 
     Attributes:
         population: Schemes in a generation.
         generations: Generations.
         survivors: Share of a generation that lives on and has children.
-        mutation: Probability that a layer's choice is drawn anew.
+        mutation: Probability that a layer's choice is drawn again.
         seed: Of everything random.
     """
 
@@ -45,7 +45,7 @@ class Evolution:
             budget: What all may take together.
 
         Returns:
-            The choice of each layer, ``[layers]``. The best that was seen; its cost fits.
+            The best choices that were seen, ``[layers]``; their cost fits.
 
         """
         layers, choices = gains.shape
@@ -73,7 +73,7 @@ class Evolution:
 
 
 def _made_to_fit(genomes: Genomes, gains: Floats, costs: Genomes, budget: int, rng: np.random.Generator) -> Genomes:
-    """Take out choices that harm, then layers at random until the rest fits."""
+    """Remove choices that do not gain, then layers at random until the rest fits."""
     rows = np.arange(genomes.shape[1])
     genomes = np.where(gains[rows, genomes] > 0, genomes, 0)
     for genome in genomes:

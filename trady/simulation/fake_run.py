@@ -1,4 +1,4 @@
-"""Runs a model without memory as if it had some: same questions answered, same kernels chosen."""
+"""Runs a model on fake tensors as if they were real: the same answers to questions, the same choice of kernels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trady.calls.canonical import canonical
-from trady.calls.decompositions import DECOMPOSITIONS, META_KERNELS
+from trady.calls.decompositions import META_KERNELS
+from trady.calls.mode import CallMode
 from trady.calls.names import in_place
-from trady.calls.questions import answer_about_device, is_metadata
+from trady.calls.questions import answer_about_device
 from trady.memory.live import LiveBytes
 from trady.model.batch import tensors_among, without_memory
 from trady.ops.context import internal_query, simulated_device_type
@@ -28,17 +27,20 @@ from trady.ops.context import internal_query, simulated_device_type
 _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])
 
 
-class FakeRun(TorchFunctionMode):
-    """Lets a model without memory run with ids and masks that have values.
+class FakeRun(CallMode):
+    """Runs a model of fake tensors on a batch whose ids and masks have values.
 
-    What meets a tensor without memory loses its own, for good where it is written to; asked where they are, all say the
-    real device, so that models put the tensors they make there.
+    A real tensor that meets a fake one loses its values, for good where it is written to. Asked for their device, all
+    tensors name the real one, so that models create further tensors there.
 
     Args:
         device: The real device.
         live: Counts the tensors of the pass, each once: with values or without.
 
     """
+
+    # Calls are simulated as they come; the mode above that recognises layers has remembered the transposes itself.
+    remembers_transposes = False
 
     def __init__(self, device: torch.device, live: LiveBytes | None = None) -> None:
         super().__init__()
@@ -57,17 +59,13 @@ class FakeRun(TorchFunctionMode):
         super().__exit__(*exception)
         simulated_device_type.reset(self._before.pop())
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if is_metadata(func):
-            answer = None if internal_query.get() else answer_about_device(func, self._device)
-            return func(*args, **kwargs) if answer is None else answer
-        if func in DECOMPOSITIONS:
-            with self:
-                return DECOMPOSITIONS[func](*args, **kwargs)
-        func, args, kwargs = canonical(func, args, kwargs)
+    def asked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a model's question about the device for the real one."""
+        answer = None if internal_query.get() else answer_about_device(func, self._device)
+        return func(*args, **kwargs) if answer is None else answer
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do a call as the real device would, as far as memory goes."""
         args, kwargs = self.prepare(func, args, kwargs)
         bare = any(t.is_meta for t in tensors_among((*args, *kwargs.values())))
         if func is F.scaled_dot_product_attention and bare:
@@ -104,7 +102,7 @@ class FakeRun(TorchFunctionMode):
 
     @contextmanager
     def cut(self, samples: int, part: int) -> Iterator[None]:
-        """Context in which tensors of so many samples are cut to a part of them."""
+        """Context in which tensors of ``samples`` samples are cut to the first ``part`` of them."""
         self._cut = (samples, part)
         try:
             yield

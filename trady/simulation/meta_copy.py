@@ -8,6 +8,7 @@ from torch import nn
 
 from trady.model.batch import without_memory
 from trady.model.eager import uncompiled_copy
+from trady.model.python_state import PythonState
 from trady.quantized.linear import meta_formats, route
 
 
@@ -19,6 +20,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(without_memory(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = without_memory(buffer)
+    for tensor in PythonState([model]).tensors:
+        if not tensor.is_leaf:  # a cache; ``copy.deepcopy`` refuses what has a graph
+            memo[id(tensor)] = without_memory(tensor)
     twin = uncompiled_copy(model, memo)
     route(twin)
     return twin

@@ -36,7 +36,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Amount:
-    """So many copies of a parameter and of its means (:class:`Form`)."""
+    """Copies of a parameter and of its means (:class:`Form`)."""
 
     copies: float = 0.0
     rows: float = 0.0

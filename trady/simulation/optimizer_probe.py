@@ -123,7 +123,7 @@ def _step(optimizer: torch.optim.Optimizer, group: dict[str, Any], values: list[
         parameter.grad = torch.ones_like(parameter)
     twin = twin_of(optimizer, group, parameters)
     if twin is None:
-        raise StateError("the optimizer cannot be made anew")
+        raise StateError("the optimizer cannot be made again")
     size, most, kept = parameters[0].nbytes, 0, 0
     for _ in range(2):
         live = LiveBytes()

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from trady.analysis.model_analysis import analyse_model
+from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import Segment
 from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
-from trady.model.batch import as_arguments, batch_size, meta_batch, real_device, tensors_of
+from trady.model.batch import Batch
 from trady.model.eager import uncompiled
-from trady.model.mode import kept_mode
+from trady.model.untouched import switch_mode, untouched
 from trady.ops.context import internal_query
 from trady.simulation.fake_run import FakeRun
 from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import Interval, Timeline
 
-#: What is computed anew, in training (True) and in evaluation mode (False).
+#: What is recomputed, in training (True) and in evaluation mode (False).
 SegmentsByMode = Mapping[bool, Sequence[Segment]]
 
 
@@ -72,10 +72,9 @@ class Simulator:
     Args:
         model: The model; only read.
         example: One batch.
-        head: Modules that always train.
-        fuse: As for :func:`trady.prepare`.
+        analysis: What is known of the model on this batch.
         fidelity: As for :func:`trady.prepare`.
-        waiting_bytes: Bytes of a larger batch that wait while the model works on this part of it.
+        waiting_bytes: Bytes of a larger batch that wait while the model works on this chunk of it.
         loss: What the step makes of the output; a cross entropy, or the model's own loss, where none is given.
 
     """
@@ -83,22 +82,21 @@ class Simulator:
     def __init__(
         self,
         model: nn.Module,
-        example: Any,
+        example: Batch | Any,
+        analysis: ModelAnalysis,
         *,
-        head: Sequence[str],
-        fuse: bool = True,
         fidelity: str = "exact",
         waiting_bytes: int = 0,
         loss: ExampleLoss | None = None,
     ) -> None:
         self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
-        self._twin, self._batch = meta_copy(model), meta_batch(example)
-        own = sum(tensor.nbytes for tensor in tensors_of(self._batch))
-        self._whole_over_part = 1 + waiting_bytes / max(own, 1)
-        self._device = real_device(model, example) or torch.device("meta")
-        with FakeRun(self._device):
-            self._examined = analyse_model(self._twin, self._batch, head=head or None, fuse=fuse, modes=(True,))
+        batch = Batch.of(example)
+        # A copy shares what functions close over, which may be the model.
+        self._model, self._copy, self._batch = model, meta_copy(model), batch.meta
+        self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
+        self._device = batch.device_in(model) or torch.device("meta")
+        self._analysis = analysis.of_copy(model, self._copy)
 
     def inference_bytes(self) -> tuple[int, int]:
         """Simulate one inference pass of the untouched model.
@@ -108,13 +106,14 @@ class Simulator:
 
         """
         live = LiveBytes()
-        resident = [*self._twin.parameters(), *self._twin.buffers(), *tensors_of(self._batch)]
-        args, kwargs = as_arguments(self._batch)
-        with uncompiled(self._twin), kept_mode(self._twin, False):
+        resident = [*self._copy.parameters(), *self._copy.buffers(), *self._batch.tensors]
+        args, kwargs = self._batch.arguments
+        with untouched(self._model, self._copy), uncompiled(self._copy):
+            switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
             with FakeRun(self._device, live), torch.no_grad(), live:
-                self._twin(*args, **kwargs)
+                self._copy(*args, **kwargs)
         return before, live.highest()[0] - before
 
     def timeline(
@@ -138,24 +137,23 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-        armed = Armed(self._twin, self._examined, segments or {}, self._fidelity)
-        try:
-            return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
-        finally:
-            armed.disarm()
-            for parameter in self._twin.parameters():
-                parameter.grad = None
+        with untouched(self._model, self._copy):
+            armed = Armed(self._copy, self._analysis, segments or {}, self._fidelity)
+            try:
+                return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
+            finally:
+                armed.disarm()
 
     def _follow(self, armed: Armed, selection: Selection, parts: bool, optimizer: OptimizerMemory) -> Timeline:
         armed.select(selection)
         intervals: list[Interval] = []
         live = LiveBytes()
         made_of: dict[str, int] = {}
-        self._twin.train()
-        live.register([*self._twin.parameters(), *self._twin.buffers()], "weights")
-        live.register([*tensors_of(self._batch), self._waiting], "inputs")
-        compact = [armed.layers[layer.name].compact for layer in self._examined.table if layer.name in selection]
-        head = tuple(self._examined.head_parameters.values())
+        switch_mode(self._copy, True)
+        live.register([*self._copy.parameters(), *self._copy.buffers()], "weights")
+        live.register([*self._batch.tensors, self._waiting], "inputs")
+        compact = [armed.layers[layer.name].compact for layer in self._analysis.table if layer.name in selection]
+        head = tuple(self._analysis.head_parameters.values())
         live.register(compact, "compact parameters")
 
         def cut(phase: str, layer: str) -> None:
@@ -171,46 +169,45 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        armed.interceptor.on_layer = ran
-        stand_ins = FakeRun(self._device, live)
-        armed.interceptor.prepare_call = stand_ins.prepare
+        fake = FakeRun(self._device, live)
+        armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
             live.interval_peak()
             labels: list[Tensor] = []
-            kept = self._forward_and_backward(stand_ins, live, labels)
+            kept = self._forward_and_backward(fake, live, labels)
             cut("end", "")
             cut("step", "")
             if parts:
                 if self._waiting.numel():  # the next part of the batch finds the gradients of this one
-                    kept += self._forward_and_backward(stand_ins, live, labels)
+                    kept += self._forward_and_backward(fake, live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
-                live.register([p.grad for p in self._twin.parameters() if p.grad is not None], "gradients")
+                live.register([p.grad for p in self._copy.parameters() if p.grad is not None], "gradients")
                 moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
                 torch.empty(moment, dtype=torch.uint8, device="meta")
                 made_of = _parts(live, kept)
         frees = optimizer.in_backward is not None
-        return Timeline(tuple(intervals), self._examined.table, tuple(map(_form, head)), made_of, frees)
+        return Timeline(tuple(intervals), self._analysis.table, tuple(map(_form, head)), made_of, frees)
 
-    def _forward_and_backward(self, stand_ins: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+    def _forward_and_backward(self, fake: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
-        args, kwargs = as_arguments(self._batch)
-        with stand_ins:
-            output = self._twin(*args, **kwargs)
-        loss = self._loss_of(output, stand_ins, labels)
+        args, kwargs = self._batch.arguments
+        with fake:
+            output = self._copy(*args, **kwargs)
+        loss = self._loss_of(output, fake, labels)
         del output
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
-            with stand_ins:
+            with fake:
                 _backward(loss)
         return kept
 
-    def _loss_of(self, output: Any, stand_ins: FakeRun, labels: list[Tensor]) -> Tensor | None:
+    def _loss_of(self, output: Any, fake: FakeRun, labels: list[Tensor]) -> Tensor | None:
         if self._loss is not None:
-            with stand_ins, stand_ins.cut(self._loss.samples, batch_size(self._batch)):
+            with fake, fake.cut(self._loss.samples, self._batch.samples):
                 return self._loss.of(output)
         if not labels and (count := label_count(output)):
-            labels.append(torch.empty(math.ceil(count * self._whole_over_part), dtype=torch.int64, device="meta"))
+            labels.append(torch.empty(math.ceil(count * self._full_over_chunk), dtype=torch.int64, device="meta"))
         return surrogate_loss(output)
 
 

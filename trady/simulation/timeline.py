@@ -39,7 +39,7 @@ Integers = npt.NDArray[np.int64]
 class Interval:
     """The highest live bytes up to a cut: the end of ``layer``'s ``phase`` (or of the step).
 
-    ``phase`` is ``forward``, ``recompute`` (the layer ran forward anew, on a part of the batch), ``backward``,
+    ``phase`` is ``forward``, ``recompute`` (the layer ran forward again, on a part of the batch), ``backward``,
     ``end`` (of the backward pass) or ``step``: what is there when the optimizer steps.
     """
 
@@ -145,14 +145,14 @@ class Timeline:
         for name, i in position.items():
             layer = self.table[name]
             saved = layer.activation_elements * self.table.batch * self.table.element_bytes
-            forward, backward, anew = (places.get((phase, name), []) for phase in ("forward", "backward", "recompute"))
+            forward, backward, again = (places.get((phase, name), []) for phase in ("forward", "backward", "recompute"))
             if not forward:
                 continue
-            # Computed anew, a channel is alive for one part of the batch at a time, and so is its gradient.
-            first = anew[0] if anew else forward[0]
+            # Recomputed, a channel is alive for one part of the batch at a time, and so is its gradient.
+            first = again[0] if again else forward[0]
             last = backward[-1] if backward else places["end", ""][-1]
-            maps[first : last + 1, i] += -(-saved // len(anew)) if anew else saved
-            for b in range(first, last + 1) if anew else backward:
+            maps[first : last + 1, i] += -(-saved // len(again)) if again else saved
+            for b in range(first, last + 1) if again else backward:
                 maps[b, i] += _gathered_bytes(layer, self.table)
                 gradients[b, i] += _FORMS
                 working[b, i] = 1

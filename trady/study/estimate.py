@@ -47,18 +47,18 @@ def bootstrap_mean(
     samples: int | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """A function of a mean, with the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+    """Estimate a function of a mean, with the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
 
     Args:
         values: Independent observations, ``[n]``, at least one.
         seed: Of the resampling.
         transform: Monotone function of the mean, such as ``1 / mean``; it takes a number or an array.
-        samples: What the estimate says of its number of observations; ``n`` by default.
+        samples: Number of observations that the estimate states; ``n`` by default.
         confidence: Coverage of the interval.
 
     Returns:
-        ``transform(mean)`` and the quantiles of the resampled means, transformed. One value has itself as
-        interval.
+        ``transform(mean)`` and the transformed quantiles of the resampled means. The interval of a single value is
+        the value.
     """
     given = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What a study needs beside the library itself."""
+"""Packages that a study needs in addition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("pyarrow", "scipy", "powerlaw", "matplotlib")
 
 
 def check_installed() -> None:
-    """Refuse a study that would end for want of a package.
+    """Refuse a study for which a package is missing.
 
     Raises:
         TrainingError: The message names what is missing, and what to type.

@@ -61,14 +61,14 @@ def tail_indices(found: Statistics) -> Figure:
 
 
 def tail_curves(found: Statistics) -> Figure:
-    """Share of the noise beyond so many medians, beside that of a Gaussian."""
+    """Share of the noise beyond a number of medians, beside that of a Gaussian."""
     figure, (axis,) = _panels(1, 3.4)
     longest: Sequence[float] = ()
     for look, curve in zip(looks(), found.heavy_tails.curves, strict=False):
         axis.loglog(curve.medians, curve.exceeding, look.line, color=look.color, label=curve.dataset)
         longest = max(longest, curve.exceeding, key=len)
     normal = NormalDist()
-    # The first share is all of it: no value is exceeded by everything.
+    # The first share is 1, and no value is exceeded by all.
     gaussian = [normal.inv_cdf(1 - share / 2) / normal.inv_cdf(0.75) for share in longest[1:]]
     axis.loglog(gaussian, longest[1:], color=GREY, linestyle="--", label="Gaussian")
     axis.set(xlabel="|noise| over its median", ylabel="share of values beyond", xlim=(0.5, None))
@@ -77,7 +77,7 @@ def tail_curves(found: Statistics) -> Figure:
 
 
 def top_shares(found: Statistics) -> Figure:
-    """Part of the gradient that the top channels carry."""
+    """Share of the gradient that the top channels carry."""
     datasets = _datasets(found)
     figure, axes = _panels(len(datasets), 2.3)
     epochs = found.settings.epochs
@@ -183,10 +183,10 @@ def online_ranking(found: Statistics) -> Figure:
         points = [point for point in found.online if point.elements == elements]
         x = [point.draws for point in points]
         label = f"{elements:,} elements".replace(",", " ")
-        form, color = f"{look.marker}-", look.color
-        agreement.plot(x, [point.spearman for point in points], form, markersize=3.5, color=color, label=label)
+        line, color = f"{look.marker}-", look.color
+        agreement.plot(x, [point.spearman for point in points], line, markersize=3.5, color=color, label=label)
         agreement.plot(x, [point.spearman_same_steps for point in points], ":", linewidth=1.2, color=color)
-        overlap.plot(x, [point.overlap for point in points], form, markersize=3.5, color=color)
+        overlap.plot(x, [point.overlap for point in points], line, markersize=3.5, color=color)
     k = found.online[0].k_offline
     overlap.axhline(k, color=GREY, linestyle="--", linewidth=1)
     agreement.set(ylabel="Spearman", ylim=(None, 1.01))
@@ -200,7 +200,7 @@ def online_ranking(found: Statistics) -> Figure:
     return figure
 
 
-#: Name of the files, and who draws it.
+#: Name of the files, and the function that draws the figure.
 FIGURES: dict[str, Callable[[Statistics], Figure]] = {
     "tail-indices": tail_indices,
     "tail-curves": tail_curves,
@@ -239,7 +239,7 @@ def draw_all(found: Statistics, folder: Path) -> dict[str, str]:
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels one above the other: a telephone is narrow."""
+    """Panels one above the other, so that they can be read on a phone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, height * count + 0.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The folder of a study: what lies where. Every file is either whole or not there."""
+"""The folder of a study and its files. Every file is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
 from trady.records.files import write_json
-from trady.study.settings import StudySettings
+from trady.study.settings import FORMAT, StudySettings
 
 
 @dataclass(frozen=True, order=True)
@@ -55,7 +55,7 @@ class StudyFolder:
 
     @property
     def statistics(self) -> Path:
-        """What came out; written last."""
+        """The statistics; written last."""
         return self.path / "study.json"
 
     @property
@@ -69,7 +69,7 @@ class StudyFolder:
         return self.path / "figures"
 
     def run(self, dataset: str, seed: int) -> Path:
-        """Folder of one run: metrics, and its checkpoint while it lasts."""
+        """Folder of one run: its metrics, and its checkpoint until it is finished."""
         return self.path / "runs" / f"{dataset}-seed{seed}"
 
     def norms(self, unit: Unit) -> Path:
@@ -96,9 +96,9 @@ class StudyFolder:
             settings.check_same(self.load_settings(), str(self.path))
             return
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise StateError(f"{self.path} holds something that is no study; name another folder by --out")
-        for part in ("runs", "norms", "noise"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
+            raise StateError(f"{self.path} holds something that is not a study; name another folder by --out")
+        for name in ("runs", "norms", "noise"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
         write_json(self.settings, settings.to_json())
 
     def load_settings(self) -> StudySettings:
@@ -132,10 +132,8 @@ class StudyFolder:
             StateError: Nothing was recorded here.
         """
         data = _read(self.table, self.path)
-        try:
+        with FORMAT.named(self.table), FORMAT.reading():
             return ChannelTable(tuple(_layer(layer) for layer in data["layers"]), batch=int(data["batch"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{self.table} is damaged ({error}); record the study again") from error
 
     def units(self, epochs: int) -> tuple[Unit, ...]:
         """Return the epochs of the runs that are finished, in order.
@@ -177,9 +175,6 @@ def _layer(values: dict[str, Any]) -> Layer:
 
 
 def _read(path: Path, study: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StateError(f"there is no study in {study}: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise StateError(f"{path} cannot be read ({error})") from error
+    if not path.exists():
+        raise StateError(f"there is no study in {study}: {path.name} is missing")
+    return FORMAT.read_json(path)

@@ -1,4 +1,4 @@
-"""Where a study sees the gradient of every input channel: in plain PyTorch's own, or in sweeps inside a budget."""
+"""How a study sees the gradient of every input channel: in plain PyTorch, or in sweeps inside a budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GradientSource(Protocol):
         """Show the gradients of a training step on ``batch``, which runs inside the context."""
 
     def measure(self, batch: Any, see: See, seed: int) -> None:
-        """Show the gradients of a batch with the weights as they are; ``seed`` is that of dropout and its like."""
+        """Show the gradients of a batch at the current weights; ``seed`` is that of dropout and the like."""
 
 
 class PlainGradients:
@@ -57,7 +57,7 @@ class PlainGradients:
 
     @contextmanager
     def during(self, batch: Any, see: See) -> Iterator[None]:
-        """Look at the gradients as they arrive, before they are clipped."""
+        """Show the gradients as they arrive, before they are clipped."""
         self._see = see
         try:
             yield
@@ -65,7 +65,7 @@ class PlainGradients:
             self._see = None
 
     def measure(self, batch: Any, see: See, seed: int) -> None:
-        """Run one forward and backward pass; the model's own gradients are put aside."""
+        """Run one forward and backward pass; the model's own gradients are restored afterwards."""
         kept = [(parameter, parameter.grad) for parameter in self._model.parameters()]
         try:
             for parameter, _ in kept:
@@ -86,7 +86,7 @@ class SweptGradients:
         sweeper: Of the tuner that has the model.
 
     Raises:
-        BudgetError: There are layers of which not one channel fits.
+        BudgetError: There is a layer of which not one channel fits.
     """
 
     def __init__(self, sweeper: Sweeper) -> None:

@@ -13,7 +13,7 @@ from trady.study.power_laws import Comparison, PowerLaw
 from trady.study.records import Records
 from trady.study.tails import top_share
 
-#: Shares of the channels whose part of the gradient is stated.
+#: Shares of the channels whose share of the gradient is stated.
 TOP_SHARES = (0.01, 0.05, 0.1)
 
 
@@ -41,12 +41,12 @@ class EpochTails:
         dataset: Its name.
         epoch: From 0; the noise is that at the weights it begins with.
         stable: Mean over layers and seeds of the stable index.
-        gaussian: The same of Gaussian noise with each coordinate's own scale.
-        below_two: Share of layers (over all seeds) whose whole interval lies below 2.
-        below_gaussian: Share of layers whose whole interval lies below that of the Gaussian control.
+        gaussian: The same for Gaussian noise with each coordinate's own scale.
+        below_two: Share of layers (over all seeds) whose interval lies entirely below 2.
+        below_gaussian: Share of layers whose interval lies entirely below that of the Gaussian control.
         hill: Mean over layers and seeds of Hill's index.
         better_than_exponential: Share of layers where a power law fits the tail better than an exponential one.
-        worse_than_exponential: Share of layers where it is the other way round.
+        worse_than_exponential: Share of layers where an exponential fits better.
         worse_than_lognormal: Share of layers where a log-normal fits better than a power law.
     """
 
@@ -96,7 +96,7 @@ class TailCurve:
 
 @dataclass(frozen=True)
 class HeavyTails:
-    """All of it."""
+    """All statistics of heavy tails."""
 
     layers: tuple[LayerTail, ...]
     epochs: tuple[EpochTails, ...]

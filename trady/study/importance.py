@@ -14,7 +14,7 @@ from trady.errors import TrainingError
 from trady.ranking.scores import Floats
 from trady.study.records import Records
 
-#: Share of false ones among the rejections that is allowed for.
+#: Allowed share of false rejections among the rejections.
 FALSE_DISCOVERIES = 0.05
 
 
@@ -40,12 +40,12 @@ class TaskTest:
     """Welch's t-tests of equal means between two recordings, one a channel (arXiv 2510.19675, section 3).
 
     A channel's samples are the recorded steps of a run. Steps of one run share its weights, so two runs differ in more
-    than their task: that is what the control shows, two seeds of one task. Tests with one sample a run allow for it;
-    with a few seeds none of them can survive the correction, but together they tell: where only chance is at work,
-    5 % of the channels have an uncorrected p below 0.05. Two quantities are tested: the norm ‖∂L/∂W[:, c]‖₂ itself,
-    which also differs where one task has larger gradients throughout, and its share of the layer's norm, which does
-    not. P-values are corrected over all channels of the model (Benjamini and Hochberg 1995); rejected are those at a
-    false discovery rate of 5 %.
+    than their task; the control, two seeds of one task, shows by how much. Tests with one sample a run account for
+    this. With a few seeds none of them can survive the correction, but together they are informative: where only
+    chance is at work, 5 % of the channels have an uncorrected p below 0.05. Two quantities are tested: the norm
+    ‖∂L/∂W[:, c]‖₂ itself, which also differs where one task has larger gradients throughout, and its share of the
+    layer's norm, which does not. P-values are corrected over all channels of the model (Benjamini and Hochberg 1995);
+    rejected are those at a false discovery rate of 5 %.
 
     Attributes:
         kind: ``tasks`` (two data sets, same seed), the control ``seeds`` (same data set, two seeds), or ``runs`` (two
@@ -152,7 +152,7 @@ def welch(left: Floats, right: Floats) -> Floats:
     p = np.ones(left.shape[1])
     if varies.any():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of channels that hardly vary, whose p-value is as good as it can be
+            warnings.simplefilter("ignore")  # for channels that hardly vary, whose p-value cannot be better
             p[varies] = stats.ttest_ind(left[:, varies], right[:, varies], equal_var=False).pvalue
     constant = ~varies & (left[0] != right[0])
     p[constant] = 0.0
@@ -167,8 +167,8 @@ def discoveries(p: Floats) -> Floats:
 
 def _shares(norms: Floats) -> Floats:
     """Each channel's share of the layer's norm, step by step."""
-    whole = np.sqrt(np.square(norms).sum(1, keepdims=True))
-    return norms / np.where(whole > 0, whole, 1)
+    total = np.sqrt(np.square(norms).sum(1, keepdims=True))
+    return norms / np.where(total > 0, total, 1)
 
 
 def _scipy_stats() -> Any:

@@ -21,7 +21,7 @@ from trady.study.estimate import Estimate, Floats
 from trady.study.power_laws import PowerLaw, fit_power_law
 from trady.study.tails import hill, stable_index
 
-#: Most coordinates of a layer that are looked at, drawn with the seed.
+#: Maximum number of coordinates of a layer that are used, drawn with the seed.
 MOST_COORDINATES = 4096
 
 #: Shares of the noise that exceed the stored quantiles: 1 to 1/10 000, evenly in the logarithm.
@@ -37,7 +37,7 @@ class LayerNoise:
         values: Number of noise values: coordinates times batches.
         zeros: Share of them that are zero, and left out of everything below.
         stable: Alpha-stable tail index; ``None`` where there are too few values.
-        gaussian: The same index of Gaussian noise with each coordinate's own standard deviation.
+        gaussian: The same index for Gaussian noise with each coordinate's own standard deviation.
         hill: Hill's tail index of the largest 5 %.
         power_law: Power law fitted to the largest 5 %, against its rivals.
         quantiles: Absolute noise over its median that the shares :data:`EXCEEDANCES` exceed.
@@ -67,7 +67,7 @@ class NoiseSample:
         self._batches: list[dict[str, Floats]] = []
 
     def next_batch(self) -> None:
-        """Begin with another batch."""
+        """Start the next batch."""
         self._batches.append({name: np.zeros(len(drawn)) for name, drawn in self._coordinates.items()})
 
     def see(self, name: str, channels: Channels, gradient: Tensor) -> None:
@@ -109,7 +109,7 @@ def layer_noise(layer: str, gradients: Floats, seed: int) -> LayerNoise:
 def _quantiles(values: Floats) -> tuple[float, ...]:
     if not len(values):
         return ()
-    # No quantile beyond the largest value that is there to be seen.
+    # No quantile beyond the largest value.
     seen: Sequence[float] = [share for share in EXCEEDANCES if share * len(values) >= 1]
     return tuple((np.quantile(values, [1 - share for share in seen]) / np.median(values)).tolist())
 

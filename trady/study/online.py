@@ -1,4 +1,4 @@
-"""Online ranking against offline: what drawn channels tell of the layers, simulated on the recorded gradients."""
+"""Online ranking against offline: what drawn channels reveal about layers, simulated on recorded gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trady.errors import BudgetError
-from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget, parse_budget
+from trady.planning.scopes import ELEMENTS
 from trady.policies import Draw, get_policy
 from trady.ranking.online import OnlineRanking
 from trady.ranking.scores import layer_score, spearman, top_layers
@@ -31,8 +32,8 @@ class Online:
         draws: Draws so far, one batch each.
         spearman: Mean correlation of layer RGN with that of all gradients of the run.
         spearman_least: The lowest of any run.
-        spearman_same_steps: Mean correlation with that of all gradients of the steps that were drawn on: what is left
-            when the ranking's own drift over the run is taken out.
+        spearman_same_steps: Mean correlation with that of all gradients of the steps that were drawn on, which leaves
+            out the ranking's own drift over the run.
         overlap: Mean number of offline top-K layers that are among the online ones.
         k_offline: Mean K of the offline ranking.
         k_online: Mean K of the online one.
@@ -54,13 +55,13 @@ def budgets_of(records: Records, asked: Sequence[str]) -> tuple[int, ...]:
     Raises:
         BudgetError: One that is asked for is not in elements, or not even one channel of any layer fits in it.
     """
-    whole = records.table.all_elements
-    least = min(layer.elements for layer in records.table)
+    total = records.table.all_elements
+    minimum = min(layer.elements for layer in records.table)
     if not asked:
-        return tuple(max(least, round(share * whole)) for share in USUAL_SHARES)
+        return tuple(max(minimum, round(share * total)) for share in USUAL_SHARES)
     found = tuple(elements_of(text).amount for text in asked)
-    if small := [amount for amount in found if amount < least]:
-        raise BudgetError(f"elements:{small[0]} is less than one channel takes; the least is elements:{least}")
+    if small := [amount for amount in found if amount < minimum]:
+        raise BudgetError(f"elements:{small[0]} is less than one channel takes; the minimum is elements:{minimum}")
     return found
 
 
@@ -71,13 +72,13 @@ def elements_of(text: str) -> Budget:
         BudgetError: It is something else.
     """
     budget = parse_budget(text)
-    if budget.scope is not Scope.ELEMENTS:
+    if budget.scope != ELEMENTS:
         raise BudgetError(f"online ranking is simulated in elements; type e.g. elements:27946 instead of {text}")
     return budget
 
 
 def online(records: Records, budgets: Sequence[int]) -> tuple[Online, ...]:
-    """Draw channels of all layers, uniformly and anew for each recorded step, and learn from them alone.
+    """Draw channels of all layers, uniformly and again for each recorded step, and learn from these alone.
 
     Args:
         records: What was recorded; the draws go through a run's steps in order, and through them again if there are

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from trady.errors import TrainingError
 from trady.study.tails import FEWEST_IN_TAIL, TAIL_SHARE
 
-#: Most samples that are fitted, drawn with the seed: a likelihood needs every one of them.
+#: Maximum number of samples that are fitted, drawn with the seed: the likelihood is a sum over all of them.
 MOST_SAMPLES = 20_000
 
 
@@ -58,14 +58,14 @@ def fit_power_law(samples: npt.ArrayLike, *, share: float = TAIL_SHARE, seed: in
 
     Clauset, Shalizi and Newman 2009 (arXiv 0706.1062), by the package ``powerlaw`` (Alstott, Bullmore and Plenz
     2014, arXiv 1305.0215). The tail is the largest ``share`` of the samples, the same for every layer, rather than the
-    one whose fit is best, so that layers are compared alike.
+    share whose fit is best, so that layers can be compared.
 
     The exponential law is compared by Vuong's test. The log-normal has the power law as a limit (of large sigma), so
     its likelihood is hardly ever the lower one, and the test is that of nested laws, 2 |ratio| against chi-squared:
     with Vuong's, true power laws are rejected for differences of a fraction of a bit.
 
     Args:
-        samples: Any shape; zeros are left out, and of more than :data:`MOST_SAMPLES` a part is drawn.
+        samples: Any shape; zeros are left out, and of more than :data:`MOST_SAMPLES` that many are drawn.
         share: Share of the samples that counts as the tail.
         seed: Of that drawing.
 
@@ -101,5 +101,5 @@ def _fit(tail: npt.NDArray[np.float64]) -> Any:
         raise TrainingError('fits of power laws need an extra: pip install "trady[study]"') from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Its own bound on the exponent is 3: lighter tails would end there, and lose every comparison.
+        # Its default bound on the exponent is 3, where fits of lighter tails would end and lose every comparison.
         return powerlaw.Fit(tail, xmin=1.0, discrete=False, verbose=False, parameter_ranges={"alpha": [1, None]})

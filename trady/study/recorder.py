@@ -31,7 +31,7 @@ class EpochRecord:
 
     Attributes:
         epoch: From 0.
-        steps: The recorded steps, counted over the whole run.
+        steps: The recorded steps, counted from the start of the run.
         norms: Layer name to ‖∂L/∂W[:, c]‖₂² of every channel, for each recorded step.
         noise: The gradient noise at the weights that the epoch began with.
     """
@@ -53,7 +53,7 @@ class Recorder:
         noise_batches: Batches to measure the noise on, in an order of their own.
         noise_count: How many of them are taken at the beginning of each epoch.
         device: Where they go.
-        every: A step in so many is recorded, the first of an epoch always.
+        every: One step in this many is recorded, and always the first of an epoch.
         seed: Of the run.
         display: Told of everything that the loop tells.
         write: Called with each epoch's record, before the loop writes its checkpoint.

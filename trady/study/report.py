@@ -97,7 +97,7 @@ def _tails(found: Statistics, drawn: dict[str, str]) -> list[Part]:
         ),
         Figure(
             drawn["tail-curves"],
-            "Share of the noise beyond so many medians: the median over layers, epochs and seeds. A Gaussian falls "
+            "Share of the noise beyond a number of medians: the median over layers, epochs and seeds. A Gaussian falls "
             "off at once; a straight line would be a power law.",
             560,
         ),
@@ -251,7 +251,7 @@ def _online(found: Statistics, drawn: dict[str, str]) -> list[Part]:
             "Rank correlation of the layer RGN that is learnt from drawn channels alone with that from all gradients "
             "of the run (dotted: of the same steps only, without the ranking's own drift), and how many of the offline "
             "top-K layers (dashed line: all of them) it finds. Simulated on the recorded gradients: channels of all "
-            "layers, drawn anew for each batch.",
+            "layers, drawn again for each batch.",
             560,
         ),
         Table(

@@ -44,15 +44,15 @@ class Kept:
 def kept(records: Records) -> tuple[Kept, ...]:
     """Fill each budget by RGN, by norm and at random: as policies do, each channel that still fits is taken."""
     found = []
-    whole = records.table.all_elements
+    total = records.table.all_elements
     for dataset in records.datasets:
         squared = records.mean(records.of(dataset))
         for share in BUDGET_SHARES:
-            elements = round(share * whole)
+            elements = round(share * total)
             by_rgn, rgn_channels = best(records.table, squared, "rgn", elements)
             by_norm, norm_channels = best(records.table, squared, "norm", elements)
             drawn = at_random(records.table, squared, elements, range(10))
-            found.append(Kept(dataset, elements, elements / whole, by_rgn, by_norm, drawn, rgn_channels, norm_channels))
+            found.append(Kept(dataset, elements, elements / total, by_rgn, by_norm, drawn, rgn_channels, norm_channels))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 
-from trady.analysis.model_analysis import analyse_model
+from trady.analysis.model_analysis import analyse_model, trace_modes
 from trady.channels.table import ChannelTable
 from trady.errors import DataError, ModelError, TrainingError
 from trady.planning.budget import parse_budget
@@ -136,7 +136,7 @@ def _run(
         seed_epoch(seed, -1)
         model = task.model(seed).to(accelerator.device)
         example, _ = split_batch(send_to_device(next(iter(loader)), accelerator.device))
-        table = analyse_model(model, example, modes=(True,)).table
+        table = analyse_model(model, example, traces=trace_modes(model, example, (True,))).table
         folder.keep_table(table)
         trainer, source = _armed(model, table, study, seed, example)
         recorder = Recorder(
@@ -186,7 +186,7 @@ def _armed(
     if study.budget is None:
         return FullTrainer(model), PlainGradients(model, table, cross_entropy)
     request = Request(budget=parse_budget(study.budget), policy=study.policy, seed=seed)
-    tuner = Tuner(*request.decide(model, example), example=example)
+    tuner = Tuner(request.decide(model, example))
     return TunerTrainer(tuner), SweptGradients(tuner.sweeper(cross_entropy))
 
 

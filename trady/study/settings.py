@@ -1,4 +1,4 @@
-"""What decides how the runs of a study go."""
+"""The settings of the runs of a study."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import StateError, TrainingError
+from trady.records.versioned import Format
 
-FORMAT, VERSION = "trady-study", 1
+FORMAT = Format("trady-study", "study", StateError, "record it again")
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class StudySettings:
         batch_size: Examples a step.
         lr: Rate at the end of the warm-up.
         image_size: Height and width of the images; ``None`` is the model's own.
-        limit: Most images of each part of a data set; ``None`` is all.
+        limit: Maximum number of images to train and to evaluate on; ``None`` is all.
         budget: As text; ``None`` trains every weight.
-        policy: Where to update inside the budget.
-        every: A step in so many is recorded.
+        policy: Name of the policy inside the budget.
+        every: One step in this many is recorded.
         noise_batches: Batches at the beginning of each epoch that the gradient noise is taken from.
     """
 
@@ -39,14 +40,14 @@ class StudySettings:
     noise_batches: int = 8
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "every": 1, "noise_batches": 2}
-        for name, smallest in least.items():
+        minimum = {"epochs": 1, "batch_size": 1, "every": 1, "noise_batches": 2}
+        for name, smallest in minimum.items():
             if getattr(self, name) < smallest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return {**FORMAT.header(), **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> StudySettings:
@@ -55,17 +56,12 @@ class StudySettings:
         Raises:
             StateError: It is something else, or of another version.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StateError(f"{where} is no study of trady's")
-        if data.get("version") != VERSION:
-            raise StateError(f"{where} is a study of version {data.get('version')}; this trady reads {VERSION}")
-        try:
-            return cls(**{key: value for key, value in data.items() if key not in ("format", "version")})
-        except TypeError as error:
-            raise StateError(f"{where} is damaged ({error})") from error
+        with FORMAT.named(where), FORMAT.reading():
+            values = FORMAT.check(data)
+            return cls(**{key: value for key, value in values.items() if key not in FORMAT.header()})
 
     def check_same(self, there: StudySettings, where: str) -> None:
-        """Refuse to add runs to a study that was made otherwise.
+        """Refuse to add runs to a study with other settings.
 
         Raises:
             StateError: The message says what differs.

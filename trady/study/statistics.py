@@ -1,10 +1,10 @@
-"""All that a study says, as one value: ``study.json``."""
+"""All statistics of a study, as one value: ``study.json``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 from trady.study.heavy_tails import HeavyTails, heavy_tails
@@ -12,8 +12,10 @@ from trady.study.importance import TaskTest, importance
 from trady.study.online import Online, budgets_of, online
 from trady.study.records import Records
 from trady.study.retained_gradient import Kept, kept
-from trady.study.settings import FORMAT, VERSION, StudySettings
+from trady.study.settings import FORMAT, StudySettings
 from trady.study.stability import Stability, stability
+
+_FORMAT = replace(FORMAT, name=f"{FORMAT.name}-statistics")
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,17 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what is not a number is ``None``."""
-        return {"format": f"{FORMAT}-statistics", "version": VERSION, **_plain(self)}
+        return {**_FORMAT.header(), **_plain(self)}
 
     def summary(self) -> dict[str, Any]:
-        """Return :meth:`to_json` without what is listed layer by layer and step by step: what a reader compares."""
-        whole = self.to_json()
-        whole["heavy_tails"].pop("layers")
-        for test in whole["importance"]:
+        """Return :meth:`to_json` without what is listed layer by layer and step by step, for readers to compare."""
+        values = self.to_json()
+        values["heavy_tails"].pop("layers")
+        for test in values["importance"]:
             test.pop("layers")
         for name in ("units", "matrix"):
-            whole["stability"].pop(name)
-        return whole
+            values["stability"].pop(name)
+        return values
 
 
 def statistics(records: Records, budgets: Sequence[str] = ()) -> Statistics:

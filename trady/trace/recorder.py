@@ -6,38 +6,35 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from trady.calls.canonical import canonical, shown_parameter, transposed, transposes_weight
-from trady.calls.decompositions import DECOMPOSITIONS, META_KERNELS
-from trady.calls.kinds import Call, NormCall, RecurrentCall
-from trady.calls.questions import answer_about_device, is_metadata
-from trady.calls.recognize import recognize
+from trady.calls.canonical import untransposed
+from trady.calls.kinds import Call, RecurrentCall
+from trady.calls.mode import CallMode
+from trady.calls.questions import answer_about_device
+from trady.calls.recognize import kind_of, recognize, run_on_meta
 from trady.errors import ModelError
 from trady.model.batch import (
-    as_arguments,
-    batch_size,
-    describe,
+    Batch,
     numbers_among,
-    real_device,
     tensors_among,
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
-from trady.model.mode import Section, current_section, kept_mode, tracing
+from trady.model.mode import Section, current_section, tracing
+from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.trace import Trace, TracedCall, Value
 
 
-def trace_forward(model: nn.Module, example: Any, *, training: bool | None = None) -> Trace:
-    """Run ``model`` on shapes alone.
+def trace_forward(model: nn.Module, example: Batch | Any, *, training: bool | None = None) -> Trace:
+    """Run ``model`` on shapes alone; it is untouched afterwards (:func:`trady.model.untouched.untouched`).
 
     Args:
         model: Any module; its weights may lie on any device, also on meta.
@@ -61,13 +58,15 @@ def trace_forward(model: nn.Module, example: Any, *, training: bool | None = Non
         return _trace(model, example, training)  # the forward pass itself called torch.compile: now it can be told
 
 
-def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
-    args, kwargs = as_arguments(example)
-    recorder = _Recorder(model, real_device(model, example))
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Trace:
+    batch = Batch.of(example)
+    args, kwargs = batch.arguments
+    recorder = _Recorder(model, batch.device_in(model))
     with ExitStack() as stack:
+        stack.enter_context(untouched(model, batch.inputs))
         stack.enter_context(uncompiled(model))
-        stack.enter_context(kept_mode(model, training))
+        if training is not None:
+            switch_mode(model, training)
         stack.enter_context(routed(model))
         stack.enter_context(_module_spans(model, recorder))
         # The twins of parameters and inputs need no gradient, so no graph is made; what switches gradients off
@@ -83,19 +82,17 @@ def _trace(model: nn.Module, example: Any, training: bool | None) -> Trace:
             raise
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} cannot be traced on the example batch ({describe(example)}): "
+                f"{type(model).__name__} cannot be traced on the example batch ({batch.shapes}): "
                 f"{type(error).__name__}: {error}. The example must be one batch as training will see it, and "
                 "the forward pass must not branch on the values of tensors."
             ) from error
         finally:
             tracing.reset(token)
-    if recorder.wrote_weights:  # RWKV rescales its own, and notes that it has: nothing has happened to them
-        for module, before in attributes:
-            vars(module).update(before)
-    recorder.trace.batch = batch_size(example)
-    outputs = list(tree_iter(output))
-    recorder.trace.values = [_settle(value) for value in recorder.trace.values]
-    del outputs
+        # What the output and the model's attributes hold shows before the attributes are put back.
+        outputs = list(tree_iter(output))
+        recorder.trace.values = [_settle(value) for value in recorder.trace.values]
+        del outputs
+    recorder.trace.batch = batch.samples
     return recorder.trace
 
 
@@ -117,7 +114,9 @@ def _settle(value: Value) -> Value:
     return replace(value, reference=_Settled(value.reference() is not None))  # type: ignore[arg-type]
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(CallMode):
+    """Writes down every call, and does it on fake tensors."""
+
     def __init__(self, model: nn.Module, device: torch.device | None) -> None:
         super().__init__()
         self.trace = Trace()
@@ -132,7 +131,7 @@ class _Recorder(TorchFunctionMode):
         self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def to_meta(self, value: Any) -> Any:
-        """Replace a tensor by one without memory or gradient; the same tensor always by the same one."""
+        """Replace a tensor by a fake one without gradient; the same tensor always by the same one."""
         if isinstance(value, torch.device):
             return _META
         if not isinstance(value, Tensor) or (value.is_meta and not value.requires_grad):
@@ -145,30 +144,26 @@ class _Recorder(TorchFunctionMode):
         return known[1]
 
     def without_values(self, value: Any) -> Any:
-        """Replace an input by one without memory; ids and masks stay: models look at their values."""
+        """Replace an input by a fake tensor; ids and masks stay: models look at their values."""
         keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
         return value if keep else self.to_meta(value)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
-            torch.compiler.disable(_refuse_compiled)()
-        if func in DECOMPOSITIONS:
-            with self:
-                return DECOMPOSITIONS[func](*args, **kwargs)
-        if transposes_weight(func, args):
-            return transposed(func, args, kwargs)
-        func, args, kwargs = canonical(func, args, kwargs)
+    def compiling(self) -> None:
+        """Refuse: compiled calls cannot be written down."""
+        torch.compiler.disable(_refuse_compiled)()
+
+    def asked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note who asks; a question about the device is answered for the real one."""
+        for value in map(self._value_of, tensors_among((*args, *kwargs.values()))):
+            if value is not None:
+                self.trace.values[value].shape_readers.append(len(self.trace.calls))
+        answer = None if self._device is None else answer_about_device(func, self._device)
+        return func(*args, **kwargs) if answer is None else answer
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write a call down and do it on fake tensors."""
         tensors = list(tensors_among((*args, *kwargs.values())))
         index = len(self.trace.calls)
-        if is_metadata(func):
-            for value in map(self._value_of, tensors):
-                if value is not None:
-                    self.trace.values[value].shape_readers.append(index)
-            answer = None if self._device is None else answer_about_device(func, self._device)
-            return func(*args, **kwargs) if answer is None else answer
         if is_count(func, args, self._counters):
             return args[0]
         if not tensors:
@@ -176,16 +171,16 @@ class _Recorder(TorchFunctionMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
-        shown = [shown_parameter(t) for t in tensors]
+        sources = [untransposed(t) for t in tensors]
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
             self.trace.values[value].readers.append(index)
         entry = TracedCall(
             function=func,
-            call=None if call is None else _without_input(call),
+            call=None if call is None else _without_activations(call),
             reads=reads,
             makes=(),
-            parameters=tuple(t for t in shown if id(t) in self._own),
+            parameters=tuple(t for t in sources if id(t) in self._own),
             container=self.containers[-1],
             module=self.modules[-1],
             scope=self._scope(),
@@ -193,13 +188,13 @@ class _Recorder(TorchFunctionMode):
             numbers=tuple(numbers_among((*args, *kwargs.values()))),
             shapes=tuple(tuple(t.shape) for t in tensors),
             keywords={name: tuple(numbers_among((value,))) for name, value in kwargs.items()},
-            aside=not any(t.is_meta or id(t) in self._own for t in shown),
+            auxiliary=not any(t.is_meta or id(t) in self._own for t in sources),
         )
         self.trace.calls.append(entry)
         places = [self._value_of(t) for t in tensors]
-        touched = tensors if entry.aside else [self.to_meta(t) for t in tensors]
+        touched = tensors if entry.auxiliary else [self.to_meta(t) for t in tensors]
         versions = [_version(t) for t in touched]
-        out = func(*args, **kwargs) if entry.aside else self._run_on_meta(func, call, args, kwargs)
+        out = func(*args, **kwargs) if entry.auxiliary else self._run_on_meta(func, args, kwargs)
         changed = [_version(tensor) != version for tensor, version in zip(touched, versions, strict=True)]
         entry.written = tuple(place for place, new in zip(places, changed, strict=True) if new)
         self.wrote_weights |= any(new and isinstance(t, nn.Parameter) for t, new in zip(tensors, changed, strict=True))
@@ -210,11 +205,8 @@ class _Recorder(TorchFunctionMode):
             entry.input_shape, entry.output_shape = call.product_shapes
         return out
 
-    def _run_on_meta(self, func: Any, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(call, NormCall):
-            x = self.to_meta(call.x)
-            return torch.empty_like(x)
-        return META_KERNELS.get(func, func)(*tree_map(self.to_meta, args), **tree_map(self.to_meta, kwargs))
+    def _run_on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return run_on_meta(func, tree_map(self.to_meta, args), tree_map(self.to_meta, kwargs))
 
     def _scope(self) -> str | None:
         section, scope = current_section(), None
@@ -246,10 +238,10 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _without_input(call: Call) -> Call:
+def _without_activations(call: Call) -> Call:
     """Drop the activations: the trace must not keep alive what the model lets go."""
-    assert is_dataclass(call)
-    return replace(call, **{f.name: None for f in fields(call) if f.name in ("x", "target", "states")})  # type: ignore[arg-type]
+    nothing: dict[str, Any] = dict.fromkeys(kind_of(call).activations)
+    return replace(call, **nothing)
 
 
 _META = torch.device("meta")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trady.calls.kinds import Call
+from trady.calls.kind import Call
 
 
 @dataclass
@@ -57,7 +57,7 @@ class TracedCall:
         parameters: Parameters and buffers among its arguments.
         container: The innermost module with children that was running.
         module: The innermost module that was running.
-        scope: The module whose call is computed anew as a whole if this call is: the model itself, or inside
+        scope: The module whose call is recomputed as a whole if this call is: the model itself, or inside
             a checkpointed section the outermost module called there. ``None`` for calls that no module
             of ours surrounds when they are recomputed, or that run inside a custom autograd function or
             under ``torch.no_grad()``.
@@ -65,7 +65,7 @@ class TracedCall:
         shapes: Shapes of the tensors among its arguments, in order.
         written: The values that it overwrites; ``None`` for a tensor that no call made (an input, a buffer).
         keywords: The whole numbers among each of its keyword arguments.
-        aside: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
+        auxiliary: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
     """
 
     function: Any
@@ -82,7 +82,7 @@ class TracedCall:
     shapes: tuple[tuple[int, ...], ...] = ()
     written: tuple[int | None, ...] = ()
     keywords: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    aside: bool = False
+    auxiliary: bool = False
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The whole run: data, loop, checkpoints, results."""
+"""A complete run: data, loop, checkpoints, results."""
 
 from trady.training.data.datasets import DataSplit
 from trady.training.data.load import load_data

@@ -1,4 +1,4 @@
-"""Batches of every usual form, and how a model and a loss take them."""
+"""Batches as pairs or dicts, and how a model and a loss take them."""
 
 from __future__ import annotations
 

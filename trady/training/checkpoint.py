@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with tensors and JSON, replaced as a whole after each epoch."""
+"""Checkpoints: a folder with tensors and JSON, replaced after each epoch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records.files import flush, separate
+from trady.records.versioned import Format
 from trady.training.state import State
 
-FORMAT = "trady-checkpoint"
-VERSION = 1
+FORMAT = Format(
+    "trady-checkpoint", "checkpoint", CheckpointError, "start the run again with --overwrite", "choose another folder"
+)
 TENSORS = "tensors.safetensors"
 DESCRIPTION = "checkpoint.json"
 
@@ -37,7 +39,7 @@ class Checkpoint:
         step: Optimizer steps done so far.
         settings: What the run was started with; a resumed run must have the same.
         model: Fingerprint of the untouched model.
-        states: State of each part of the run.
+        states: State of the trainer and of the optimizer, by name.
     """
 
     epoch: int
@@ -48,7 +50,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; at every instant one whole checkpoint exists.
+    """Write a checkpoint; at every instant a complete checkpoint exists.
 
     The new one is written beside the old one; the old one is renamed out of the way, the new
     one takes its name, the old one is removed. :func:`load_checkpoint` looks in both places.
@@ -56,16 +58,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {f"{part}:{k}": v for part, state in checkpoint.states.items() for k, v in state.tensors.items()}
-    save_file(separate(tensors), temporary / TENSORS, {"format": FORMAT})
+    tensors = {f"{name}:{k}": v for name, state in checkpoint.states.items() for k, v in state.tensors.items()}
+    save_file(separate(tensors), temporary / TENSORS, {"format": str(FORMAT.name)})
     description = {
-        "format": FORMAT,
-        "version": VERSION,
+        **FORMAT.header(),
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
         "model": checkpoint.model,
         "settings": dict(checkpoint.settings),
-        "states": {part: dict(state.meta) for part, state in checkpoint.states.items()},
+        "states": {name: dict(state.meta) for name, state in checkpoint.states.items()},
         "tensors": {"file": TENSORS, "sha256": _digest(temporary / TENSORS)},
     }
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -81,12 +82,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return where the last whole checkpoint lies, ``None`` if there is none."""
+    """Return where the last complete checkpoint is, ``None`` if there is none."""
     return next((place for place in (folder, _previous(folder)) if place.is_dir()), None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written beside its checkpoint."""
+    """Remove the incomplete checkpoint that a killed run has left."""
     for path in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir():
@@ -94,18 +95,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and check that it is whole.
+    """Read a checkpoint and check that it is complete.
 
     Raises:
-        CheckpointError: It is missing, damaged, no checkpoint of trady's, or of another version.
+        CheckpointError: It is missing, damaged, not a checkpoint of trady, or of another version.
     """
     place = find_checkpoint(folder)
     if place is None:
         raise CheckpointError(f"{folder} does not exist; start the run without --resume")
-    description = _description(place / DESCRIPTION)
+    description = FORMAT.load(place / DESCRIPTION, FORMAT.check)
     tensors = _tensors(place / TENSORS, description)
-    try:
-        states = {part: State(_part(tensors, part), meta) for part, meta in dict(description["states"]).items()}
+    with FORMAT.named(place / DESCRIPTION), FORMAT.reading():
+        states = {name: State(_state(tensors, name), meta) for name, meta in dict(description["states"]).items()}
         return Checkpoint(
             int(description["epoch"]),
             int(description["step"]),
@@ -113,8 +114,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             str(description["model"]),
             states,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(place / DESCRIPTION, f"an entry is missing or wrong: {error!r}") from error
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
@@ -128,7 +127,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: P
     if changed:
         raise CheckpointError(
             f"{place} belongs to a run with other settings: {'; '.join(changed)}; "
-            "resume with the same ones, or start anew in another folder or with --overwrite"
+            "resume with the same ones, or start again in another folder or with --overwrite"
         )
 
 
@@ -137,7 +136,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
 
     Args:
         model: The model, untouched.
-        without: Tensors whose contents do not count (the head, which a user may draw anew).
+        without: Tensors whose contents do not count (the head, which a user may initialise again).
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -149,24 +148,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
-    except ValueError as error:
-        raise _damaged(path, f"it is not whole JSON ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of trady; choose another folder")
-    if description.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint version {description.get('version')!r}, this trady reads {VERSION}; "
-            "resume with the trady that wrote it, or start anew with --overwrite"
-        )
-    return description
-
-
-def _tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     expected = description.get("tensors")
     try:
         if not isinstance(expected, dict) or _digest(path) != expected.get("sha256"):
@@ -178,13 +160,13 @@ def _tensors(path: Path, description: dict[str, Any]) -> dict[str, torch.Tensor]
         raise _damaged(path, str(error)) from error
 
 
-def _part(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    prefix = f"{part}:"
+def _state(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    prefix = f"{name}:"
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {reason}; start the run anew with --overwrite")
+    return CheckpointError(f"{path} cannot be read: {reason}; {FORMAT.remedy}")
 
 
 def _digest(path: Path) -> str:

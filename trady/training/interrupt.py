@@ -1,8 +1,8 @@
 """Ctrl-C between two steps.
 
-A ``KeyboardInterrupt`` that strikes inside a destructor or a weak reference's callback is printed and lost,
-and one inside a step leaves it half done. So the first Ctrl-C is noted and raised at the next step's end; a
-second one stops at once.
+A ``KeyboardInterrupt`` inside a destructor or the callback of a weak reference is printed and lost, and one inside
+a step leaves the step half done. So the first Ctrl-C is noted and raised at the end of the step; a second one
+stops at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop: epochs, checkpoints, the guard. It knows of no policy; a trainer does."""
+"""The loop: epochs, checkpoints, and the guard against losses that are not finite. It knows no policies."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Loop:
         factory: Makes the optimizer.
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
         observed: Batches (inputs, labels) that a policy is measured on.
-        redraws: Steps of an epoch before which channels are drawn anew.
+        redraws: Steps of an epoch before which channels are drawn again.
     """
 
     trainer: Trainer
@@ -75,7 +75,7 @@ class Loop:
     _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
     def run(self, checkpoint: Path | None) -> Result:
-        """Train all epochs that are not done yet, and write down what came out."""
+        """Train all epochs that are not done yet, and write the results."""
         model = self._fingerprint()
         history: list[EpochMetrics] = []
         found = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -99,7 +99,7 @@ class Loop:
         return self._finish(history)
 
     def disarm(self) -> None:
-        """Give the model back plain, also after an error."""
+        """Disarm the model, also after an error."""
         if not self._finished:
             with suppress(TradyError):
                 self.trainer.finish()
@@ -120,7 +120,9 @@ class Loop:
                 "model and the pretrained weights that the run was started with"
             )
         if set(checkpoint.states) != {"trainer", "optimizer"}:
-            raise CheckpointError(f"{place} has states {sorted(checkpoint.states)}; start anew")
+            raise CheckpointError(
+                f"{place} has states {sorted(checkpoint.states)}; start the run again with --overwrite"
+            )
         history = self.folder.history(checkpoint.epoch)
         self.trainer.load_state(checkpoint.states["trainer"])
         return history
@@ -198,9 +200,9 @@ class Loop:
         if not self.trainer.observation_due:
             return 0.0
         started = time.perf_counter()
-        # Whatever the data draws is the same on every rank, and in every epoch: measurements may be compared.
+        # Random numbers of the data are the same on every rank and in every epoch, so that measurements compare.
         seed_epoch(self.settings.seed, 0)
-        tell = getattr(self.display, "observing", None)  # displays of users may do without
+        tell = getattr(self.display, "observing", None)  # optional in displays of users
 
         def progress(done: int, passes: int) -> None:
             if tell is not None:
@@ -212,7 +214,7 @@ class Loop:
         return time.perf_counter() - started
 
     def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, int, int]:
-        """Do a step like any other, and measure it on the way."""
+        """Do an ordinary step, and measure it."""
         results: list[StepResult] = []
         ledger = self.trainer.ledger(lambda: results.append(stepper(batch, self.trainer.parameters(), rate)))
         (result,) = results

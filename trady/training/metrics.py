@@ -1,4 +1,4 @@
-"""What is written of each epoch."""
+"""What is written for each epoch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class EpochMetrics:
         step: Optimizer steps done at its end, since the run began.
         train_loss: Mean over the epoch's training examples.
         accuracy: Top-1 accuracy on the evaluation set after the epoch, 0 to 1.
-        seconds: Time the epoch took, evaluation included.
+        seconds: Time that the epoch took, evaluation included.
         peak_bytes: Peak tensor memory of the epoch's first step, weights included.
         channels: Number of selected input channels at the epoch's end.
-        selection_hash: Names those channels; the same hash means the same channels.
+        selection_hash: Digest of those channels; equal digests mean equal channels.
         evaluation_loss: Mean loss on the evaluation set.
-        saved_bytes: What the epoch's first step kept between forward and backward.
+        saved_bytes: Bytes that the epoch's first step kept between forward and backward.
         trainable_parameters: Elements that the optimizer updated.
         lr: Learning rate of the epoch's last step.
         samples_per_second: Training examples a second, evaluation and measurements excluded.
-        micro_batch: Samples that a forward and backward pass took; ``None`` is the whole batch.
-        observing_seconds: Part of ``seconds`` that the policy's measurements took.
+        micro_batch: Samples of a forward and backward pass; ``None`` is the full batch.
+        observing_seconds: How much of ``seconds`` the policy's measurements took.
     """
 
     epoch: int

@@ -1,4 +1,4 @@
-"""Optimizers by name; the paper's is plain SGD. The Stepper hands ``channel_clip`` to those of trady.optim."""
+"""Optimizers by name; the paper's is plain SGD. The stepper passes ``channel_clip`` to those of trady.optim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ("sgd", "adam", "adamw", "sgd-in-backward", "adamw-in-backward")
 def optimizer_factory(
     optimizer: str | OptimizerFactory, lr: float, momentum: float, weight_decay: float
 ) -> OptimizerFactory:
-    """Return what makes the optimizer; one that the user made is taken as it is."""
+    """Return the function that makes the optimizer; a user's own is returned as it is."""
     if not isinstance(optimizer, str):
         return optimizer
     if optimizer == "sgd":
@@ -42,7 +42,7 @@ def optimizer_factory(
 
 
 def memory_of(factory: OptimizerFactory, device: torch.device) -> OptimizerMemory:
-    """Return what an optimizer takes beside its parameters and their gradients: one over a single number tells."""
+    """Return what an optimizer takes beside parameters and gradients, by making one over a single element."""
     one = nn.Parameter(torch.zeros(1, device=device))
     made = factory([one])
     return replace(optimizer_memory(made), in_backward=update_forms([made], [one]))

@@ -1,4 +1,4 @@
-"""The number format of forward passes."""
+"""The precision of forward passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Precision = Literal["no", "bf16"]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: bfloat16 where PyTorch holds it safe, or nothing."""
+    """Return the context of a forward pass: autocast to bfloat16, or nothing."""
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

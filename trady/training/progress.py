@@ -1,4 +1,4 @@
-"""How a run shows where it is: a live line for people, one line an epoch for logs, or nothing."""
+"""How a run shows its progress: a live line for people, one line an epoch for logs, or nothing."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from trady.training.metrics import EpochMetrics
 
 
 class Display(Protocol):
-    """What the loop tells of itself."""
+    """What the loop reports its progress to."""
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
-        """Tell that an epoch of so many steps begins."""
+        """Report that an epoch of ``steps`` steps begins."""
 
     def observing(self, epoch: int, epochs: int, passes: int) -> None:
-        """Tell of the passes done so far to measure what a policy draws from; it comes before ``start_epoch``."""
+        """Report the passes done so far to measure what a policy draws from; called before ``start_epoch``."""
 
     def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
-        """Tell of one step: mean loss of the epoch so far, speed, measured peak."""
+        """Report a step: mean loss of the epoch so far, speed, measured peak."""
 
     def end_epoch(self, metrics: EpochMetrics) -> None:
-        """Tell of a whole epoch."""
+        """Report the end of an epoch."""
 
     def close(self) -> None:
-        """Leave the screen as the next line needs it."""
+        """Clear the live line."""
 
 
 class Silent:
@@ -50,7 +50,7 @@ class Silent:
 
 
 class Lines:
-    """One line an epoch; on a terminal a live line while it lasts."""
+    """One line an epoch; on a terminal also a live line during the epoch."""
 
     def __init__(self, title: str, budget_bytes: int | None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)

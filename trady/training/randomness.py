@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, epoch) only, and leave the caller's own untouched."""
+"""Random numbers that depend on seed and epoch only, and leave the caller's generators untouched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trady.training.data.datasets import epoch_seed
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Give the generators of Python, NumPy and torch back as they were."""
+    """Restore the generators of Python, NumPy and torch afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one models use
     try:
         with torch.random.fork_rng():

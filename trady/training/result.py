@@ -1,4 +1,4 @@
-"""What came out of a run."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Result:
 
     Attributes:
         model: The plain model, trained.
-        policy: Where it was updated.
+        policy: Name of the policy.
         budget: The budget as text, e.g. ``peak:300 MiB``; ``None`` for plain full fine-tuning.
         history: One entry an epoch.
         seconds: Time over all epochs, those before a resume included.
@@ -41,7 +41,7 @@ class Result:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the highest accuracy, the first of several."""
+        """The first epoch with the highest accuracy."""
         return max(self.history, key=lambda epoch: epoch.accuracy).epoch
 
     @property
@@ -51,12 +51,12 @@ class Result:
 
     @property
     def saved_bytes(self) -> int:
-        """The most that a measured step kept between forward and backward."""
+        """The most bytes that a measured step kept between forward and backward."""
         return max(epoch.saved_bytes for epoch in self.history)
 
     @property
     def trainable_parameters(self) -> int:
-        """The most elements that were updated at a time."""
+        """The most elements that an epoch updated."""
         return max(epoch.trainable_parameters for epoch in self.history)
 
     def to_json(self) -> dict[str, Any]:

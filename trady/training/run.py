@@ -1,4 +1,4 @@
-"""``trady.finetune``: the whole run in one call."""
+"""``trady.finetune``: a complete run in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import BudgetError, ModelError, TrainingError
-from trady.planning.budget import Budget, Scope, parse_budget
+from trady.planning.budget import Budget
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
@@ -34,9 +34,9 @@ from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.tuner import Tuner
 
-#: The policy that is plain PyTorch here: every parameter, no tuner, no budget.
+#: The policy that means plain PyTorch here: every parameter trains, without tuner or budget.
 FULL = "full"
-#: The policy that needs no budget: nothing but the head trains.
+#: The policy that needs no budget: only the head trains.
 HEAD = "head"
 
 
@@ -72,9 +72,9 @@ def finetune(
     draws_per_epoch: int = 1,
     progress: bool | Display = True,
 ) -> Result:
-    """Fine-tune a model inside a memory budget, the whole run.
+    """Fine-tune a model inside a memory budget, from the first step to the result.
 
-    The method is TraDy (arXiv 2510.19675): each epoch trains input channels drawn anew in the
+    The method is TraDy (arXiv 2510.19675): each epoch trains newly drawn input channels of the
     top-K layers. The rate warms up over a tenth of the steps and falls along a cosine to zero.
 
     Args:
@@ -106,41 +106,108 @@ def finetune(
         loss: From (the model's output, labels) to the mean over the samples; cross entropy by default.
         mode: ``train`` has dropout on in training, ``eval`` has it off. Evaluation always has it off.
         mixed_precision: ``bf16`` runs forward passes under autocast.
-        recompute: What the backward pass computes anew instead of keeping it (:func:`trady.prepare`).
+        recompute: What is recomputed in the backward pass instead of kept (:func:`trady.prepare`).
         fidelity: How exactly smooth activations that are kept are differentiated: ``exact``, ``8bit`` or ``4bit``
             (docs/fidelity.md).
-        micro_batch: A step's batch is cut into parts of so many samples, one forward and backward pass each, and
-            updates with the mean gradient: the result is that of the whole batch, but for dropout's random
-            numbers and the order of sums. ``auto`` is the largest part that the budget is possible with: the
-            whole batch, half, a quarter, …
-        observed_batches: Batches that a policy which measures before it draws (docs/policies.md) is measured on:
-            the first of a seeded order of the training data, the same in every epoch and on every rank.
-        draws_per_epoch: An epoch is cut into so many equal parts, and channels are drawn anew before each. One is the
-            paper's; take more where epochs are few and long.
+        micro_batch: A step's batch is cut into chunks of up to this many samples, with a forward and backward pass
+            each. The update uses the mean gradient, so the result is that of the full batch, except for dropout's
+            random numbers and the order of sums. ``auto`` is the largest chunk that the budget is possible with:
+            the full batch, half, a quarter, …
+        observed_batches: Number of batches that policies are measured on if they measure before they draw
+            (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
+            every rank.
+        draws_per_epoch: How often channels are drawn in an epoch, at equal distances. The paper draws once; take more
+            where epochs are few and long.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
         The trained model with its measured history.
 
     Raises:
-        BudgetError: The budget cannot be read or is below the least possible.
+        BudgetError: The budget cannot be read or is below the minimum.
         DataError: The data is empty, or a label is out of range.
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: The checkpoint is damaged, or of another model, version or setting.
         ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
         TrainingError: A setting is out of range, or the loss is no longer finite; the last good checkpoint is kept.
     """
+    request = Request(
+        budget=None if _name(policy) == FULL else budget,
+        policy=policy,
+        ranking=ranking,
+        head=head,
+        seed=seed,
+        recompute=recompute,
+        fidelity=fidelity,
+        micro_batch=micro_batch,
+    )
+    return run(
+        model,
+        train,
+        evaluation,
+        request,
+        epochs=epochs,
+        out=out,
+        batch_size=batch_size,
+        lr=lr,
+        warmup_epochs=warmup_epochs,
+        channel_clip=channel_clip,
+        max_grad_norm=max_grad_norm,
+        resume=resume,
+        overwrite=overwrite,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        loss=loss,
+        mode=mode,
+        mixed_precision=mixed_precision,
+        observed_batches=observed_batches,
+        draws_per_epoch=draws_per_epoch,
+        progress=progress,
+    )
+
+
+def run(
+    model: nn.Module,
+    train: Dataset[Any] | DataLoader[Any],
+    evaluation: Dataset[Any] | DataLoader[Any],
+    request: Request,
+    *,
+    epochs: int,
+    out: str | Path | None,
+    batch_size: int = 32,
+    lr: float = 0.1,
+    warmup_epochs: float | None = None,
+    channel_clip: float | None = 0.1,
+    max_grad_norm: float | None = 2.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    optimizer: str | OptimizerFactory = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    loss: Loss | None = None,
+    mode: Literal["train", "eval"] = "train",
+    mixed_precision: Precision = "no",
+    observed_batches: int = OBSERVED_BATCHES,
+    draws_per_epoch: int = 1,
+    progress: bool | Display = True,
+) -> Result:
+    """Do what :func:`finetune` does, with what is asked of the budget in one value."""
     if epochs < 1:
         raise TrainingError(f"epochs is {epochs}; it must be at least 1")
-    limit = _budget(budget, policy)
+    policy, seed = get_policy(request.policy), request.seed
+    if policy.name == FULL:
+        request = replace(request, budget=None)
+    elif request.budget is None and policy.name != HEAD:
+        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
     loader = training_batches(train, batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
     schedule = make_schedule(lr, epochs, len(batches), warmup_epochs)
     settings = Settings(
-        policy=_name(policy),
-        budget=None if limit is None else str(limit),
-        ranking=ranking_digest(ranking),
+        policy=policy.name,
+        budget=None if request.limit is None else str(request.limit),
+        ranking=ranking_digest(request.ranking),
         epochs=epochs,
         steps=schedule.steps,
         batch_size=loader.batch_size,
@@ -154,27 +221,18 @@ def finetune(
         mode=mode,
         mixed_precision=mixed_precision,
         seed=seed,
-        recompute=recompute,
-        fidelity=fidelity,
-        micro_batch=micro_batch,
-        observed_batches=observed_batches if needs_of(get_policy(policy)) else None,
+        recompute=request.recompute,
+        fidelity=request.fidelity,
+        micro_batch=request.micro_batch,
+        observed_batches=observed_batches if needs_of(policy) else None,
         draws_per_epoch=draws_per_epoch,
     )
     redraws = redraw_steps(draws_per_epoch, len(batches))
-    if micro_batch is not None:
+    if request.micro_batch is not None:
         _check_statistics(model)
     factory = optimizer_factory(optimizer, lr, momentum, weight_decay)
-    request = Request(
-        budget=limit,
-        policy=policy,
-        ranking=ranking,
-        head=head,
-        seed=seed,
-        recompute=recompute,
-        fidelity=fidelity,
-        micro_batch=micro_batch,
-    )
-    # An optimizer of the user's own making is looked at when it is attached: it may cling to what it is given.
+    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
+    # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
     folder = None if out is None else RunFolder(Path(out))
     resuming = folder is not None and folder.check(resume=resume, overwrite=overwrite)
@@ -190,7 +248,7 @@ def finetune(
             schedule=schedule,
             redraws=redraws,
             settings=settings,
-            display=_display(progress, accelerator, settings.policy, limit),
+            display=_display(progress, accelerator, settings.policy, request.limit),
             loss=loss or cross_entropy,
             factory=factory,
             folder=folder,
@@ -200,15 +258,6 @@ def finetune(
         finally:
             loop.display.close()
             loop.disarm()
-
-
-def _budget(budget: str | int | Budget | None, policy: str | Policy) -> Budget | None:
-    name = _name(policy)
-    if name == FULL:
-        return None
-    if budget is None and name != HEAD:
-        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
-    return None if budget is None else parse_budget(budget)
 
 
 def _name(policy: str | Policy) -> str:
@@ -224,20 +273,20 @@ def _trainer(
     loss: Loss | None,
 ) -> Trainer:
     if _name(request.policy) == FULL:
-        asked = request.micro_batch  # without a budget, nothing asks for parts
+        asked = request.micro_batch  # without a budget, "auto" is the full batch
         return FullTrainer(model, asked if isinstance(asked, int) else None)
     example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
-    return TunerTrainer(Tuner(*request.decide(model, example, optimizer=memory), example=example))
+    return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 
 
 def _check_statistics(model: nn.Module) -> None:
-    """Refuse parts of a batch where a normalisation would see their statistics, not those of the batch."""
+    """Refuse micro-batches where a normalisation would use their statistics, not those of the batch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{name} normalises with the statistics of the batch, which a part of it does not have: "
+                f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
                 "train without micro_batch, or with track_running_stats=True"
             )
 
@@ -247,4 +296,4 @@ def _display(progress: bool | Display, accelerator: Accelerator, title: str, bud
         return progress
     if not progress or not accelerator.is_main_process:
         return Silent()
-    return Lines(title, budget.amount if budget is not None and budget.scope is Scope.PEAK else None)
+    return Lines(title, None if budget is None else budget.peak_bytes)

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and how it survives a kill at any instant."""
+"""The folder of a run: its files, and how they survive a kill at any instant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The last whole checkpoint."""
+        """The last complete checkpoint."""
         return self.path / "checkpoint"
 
     @property
@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """What came out; written last."""
+        """The result; written last."""
         return self.path / "result.json"
 
     def check(self, *, resume: bool, overwrite: bool) -> bool:
@@ -73,7 +73,7 @@ class RunFolder:
         return present and resume
 
     def begin(self, *, keep: bool) -> None:
-        """Make the folder, and remove what an earlier run left in it unless that goes on."""
+        """Make the folder, and remove what an earlier run left in it unless that run is resumed."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not keep:
             self._clear()
@@ -82,7 +82,7 @@ class RunFolder:
     def where_it_stands(self) -> str:
         """Return what to tell a user whose run was interrupted."""
         if find_checkpoint(self.checkpoint) is None:
-            return f"stopped before the first epoch was done; nothing to go on from in {self.path}"
+            return f"stopped before the first epoch was done; there is nothing to resume in {self.path}"
         return f"stopped; the last checkpoint is kept in {self.checkpoint}: go on with --resume"
 
     def _clear(self) -> None:
@@ -92,7 +92,7 @@ class RunFolder:
             shutil.rmtree(place)
 
     def append(self, metrics: EpochMetrics) -> None:
-        """Add an epoch to the metrics, for good."""
+        """Append an epoch to the metrics, and flush it to disk."""
         line = (json.dumps(metrics.to_json(), allow_nan=False) + "\n").encode()
         descriptor = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -111,18 +111,18 @@ class RunFolder:
                 values = json.loads(line)
                 epoch = EpochMetrics(**{key: value for key, value in values.items() if key in known})
             except (ValueError, TypeError, AttributeError):
-                break  # the line that a kill cut short, always the last
+                break  # a kill cut this line short; it is always the last
             if epoch.epoch <= last_epoch:
                 history.append(epoch)
         if [epoch.epoch for epoch in history] != list(range(last_epoch + 1)):
             raise CheckpointError(
                 f"{self.metrics} does not have the epochs 0 to {last_epoch} that {self.checkpoint} says are "
-                "done; start the run anew with --overwrite"
+                "done; start the run again with --overwrite"
             )
         return history
 
     def rewrite(self, history: Sequence[EpochMetrics]) -> None:
-        """Make the metrics end where ``history`` does."""
+        """Cut the metrics to the epochs of ``history``."""
         write_lines(self.metrics, (json.dumps(epoch.to_json()) for epoch in history))
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
@@ -145,7 +145,7 @@ class RunFolder:
 
 
 def _aliases(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the names of tied weights that lie in the file under another name, and that name."""
+    """Return, for tied weights that are stored under another name, that name."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""What happens at which step: the learning rate, and new draws.
+"""What depends on the step: the learning rate, and new draws.
 
 The rate warms up linearly, then falls along a cosine to zero (SGDR, arXiv 1608.03983, one cycle).
 """
@@ -16,11 +16,11 @@ WARMUP_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rate of every step, a pure function of the step's number.
+    """The rate of every step, a pure function of its index.
 
     Attributes:
         peak_rate: The rate at the end of the warm-up.
-        steps: Number of steps of the whole run.
+        steps: Number of steps of the run.
         warmup_steps: Steps until the peak rate is reached.
     """
 
@@ -49,10 +49,10 @@ def make_schedule(lr: float, epochs: int, steps_per_epoch: int, warmup_epochs: f
 
 
 def redraw_steps(draws: int, steps: int) -> frozenset[int]:
-    """Return the steps of an epoch before which channels are drawn anew: it is cut into equal parts.
+    """Return the steps of an epoch before which channels are drawn again, at equal distances.
 
     Args:
-        draws: Draws of an epoch, at least 1, that of its beginning included.
+        draws: Draws in an epoch, at least 1, including the one at its beginning.
         steps: Steps of an epoch.
 
     Raises:
@@ -61,4 +61,4 @@ def redraw_steps(draws: int, steps: int) -> frozenset[int]:
     """
     if draws > steps:
         raise TrainingError(f"draws_per_epoch is {draws}, and an epoch has {steps} steps; give at most that many")
-    return frozenset(part * steps // draws for part in range(1, draws))
+    return frozenset(draw * steps // draws for draw in range(1, draws))

@@ -1,4 +1,7 @@
-"""What a run was started with: checked here, written in its checkpoint, the same on resume."""
+"""The settings of a run: written in its checkpoint, equal on resume.
+
+What a :class:`trady.planning.request.Request` holds was checked there.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import TrainingError
-from trady.ops.smooth import FIDELITIES
-from trady.planning.micro_batch import AUTO
-from trady.planning.recomputation import MODES
 from trady.ranking.ranking import LayerRanking
 
-#: Batches that a policy is measured on which measures before it draws.
+#: Batches that policies are measured on if they measure before they draw.
 OBSERVED_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides how a run goes. Two runs with equal settings and data are equal.
+    """Everything that determines a run. Two runs with equal settings and data are equal.
 
     Attributes:
-        policy: Where to update.
+        policy: Name of the policy.
         budget: As text, ``None`` for plain full fine-tuning.
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
-        steps: Optimizer steps of the whole run.
+        steps: Optimizer steps of the run.
         batch_size: Examples a step; ``None`` where the user's loader decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.
@@ -38,10 +38,10 @@ class Settings:
         mode: ``train`` or ``eval``: whether dropout is on in training.
         mixed_precision: ``no`` or ``bf16``.
         seed: Seed of everything random.
-        recompute: What the backward pass computes anew: ``auto``, ``all`` or ``none``.
+        recompute: What is recomputed in the backward pass: ``auto``, ``all`` or ``none``.
         fidelity: How exactly smooth activations are differentiated: ``exact``, ``8bit`` or ``4bit``.
-        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the whole batch.
-        observed_batches: Batches that the policy is measured on; ``None`` for one that measures nothing.
+        micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the full batch.
+        observed_batches: Batches that the policy is measured on; ``None`` if it measures nothing.
         draws_per_epoch: How often channels are drawn in an epoch.
     """
 
@@ -71,8 +71,6 @@ class Settings:
         for name, value, possible in (
             ("mode", self.mode, ("train", "eval")),
             ("mixed_precision", self.mixed_precision, ("no", "bf16")),
-            ("recompute", self.recompute, MODES),
-            ("fidelity", self.fidelity, FIDELITIES),
         ):
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
@@ -84,8 +82,6 @@ class Settings:
             raise TrainingError(f"observed_batches is {self.observed_batches}; give at least 1")
         if self.draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {self.draws_per_epoch}; give at least 1")
-        if not _is_micro_batch(self.micro_batch):
-            raise TrainingError(f"micro_batch is {self.micro_batch!r}; give a number of samples, {AUTO!r}, or None")
         if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):
             raise TrainingError(
                 f"{self.optimizer} updates a layer in every backward pass, and micro-batches need several for one "
@@ -102,9 +98,3 @@ def ranking_digest(ranking: LayerRanking | str | None) -> str:
     if ranking is None or isinstance(ranking, str):
         return ranking or ""
     return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_micro_batch(value: object) -> bool:
-    if value is None or value == AUTO:
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,4 +1,4 @@
-"""State as tensors and JSON: the only two forms in which trady stores anything."""
+"""State as tensors and JSON, the only two ways in which trady stores anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trady.errors import CheckpointError
 
 @dataclass(frozen=True)
 class State:
-    """A state in two parts.
+    """The state of something, to be stored.
 
     Attributes:
         tensors: Tensors under their names.
@@ -25,7 +25,7 @@ class State:
 
 
 def optimizer_to_state(optimizer: torch.optim.Optimizer) -> State:
-    """Take an optimizer's state apart: ``<parameter index>/<name>`` for its tensors."""
+    """Return an optimizer's state; its tensors are named ``<parameter index>/<name>``."""
     given = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def optimizer_to_state(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Put the state back into an optimizer over parameters of the same shapes.
+    """Load a state into an optimizer over parameters of the same shapes.
 
     Raises:
         CheckpointError: The optimizer is another, or over other parameters.

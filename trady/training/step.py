@@ -1,4 +1,4 @@
-"""One optimizer step: forward, loss, backward, clipping, update; and the guard around it."""
+"""One optimizer step: forward, loss, backward, clipping, update; and the guard against values that are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.errors import TrainingError
-from trady.model.batch import parts_of
+from trady.model.batch import Batch
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
@@ -20,7 +20,7 @@ from trady.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says of itself: its loss, the gradient's norm before clipping, its examples."""
+    """The loss of a step, the norm of its gradient before clipping, and its number of examples."""
 
     loss: float
     gradient_norm: float
@@ -39,7 +39,7 @@ class Stepper:
         channel_clip: Limit of a channel's gradient norm over the channel's own.
         max_grad_norm: Limit of the head's gradient norm.
         precision: ``no`` or ``bf16``.
-        micro_batch: Samples a forward and backward pass; ``None`` is the whole batch.
+        micro_batch: Samples a forward and backward pass; ``None`` is the full batch.
     """
 
     accelerator: Accelerator
@@ -55,8 +55,8 @@ class Stepper:
         """Train on one batch.
 
         Raises:
-            NotFiniteError: The loss or the gradient is not finite; the weights are as before, but for layers
-                whose gradient was finite and that were updated inside the backward pass.
+            NotFiniteError: The loss or the gradient is not finite. The weights are as before, except in layers
+                that were updated inside the backward pass with a finite gradient.
         """
         # Before the backward pass: an optimizer of trady.optim updates inside it.
         for group in self.optimizer.param_groups:
@@ -64,8 +64,8 @@ class Stepper:
             if "channel_clip" in group:
                 group["channel_clip"] = self.channel_clip
         loss, examples = 0.0, len(split_batch(batch)[1])
-        for part, share in parts_of(batch, self.micro_batch):
-            loss += self._gradients_of(part, share) * share
+        for chunk, share in Batch.of(batch).chunks(self.micro_batch):
+            loss += self._gradients_of(chunk.inputs, share) * share
         self._average(parameters)
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
@@ -74,9 +74,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, examples)
 
-    def _gradients_of(self, part: Any, share: float) -> float:
-        """Add the gradients of a part of the batch, weighted by its share of the samples; return its loss."""
-        inputs, labels = split_batch(part)
+    def _gradients_of(self, chunk: Any, share: float) -> float:
+        """Add the gradients of a chunk of the batch, weighted by its share of the samples; return its loss."""
+        inputs, labels = split_batch(chunk)
         with autocast(self.accelerator.device, self.precision):
             value = self.loss(forward(self.trainer.model, inputs), labels)
         loss = float(value.detach())
@@ -86,7 +86,7 @@ class Stepper:
         return loss
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients over processes: they are few, so no wrapper is needed for it."""
+        """Average the gradients over processes. They are few, so this needs no wrapper such as DDP."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in parameters:

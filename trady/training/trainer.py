@@ -1,4 +1,4 @@
-"""What the loop trains: a model armed by trady, or a plain one for comparison. One loop runs both."""
+"""What the loop trains: a model armed by trady, or a plain one for comparison. The loop is the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Trained:
 
     Attributes:
         channels: Number of selected input channels; 0 where nothing is selected by channel.
-        digest: Names the selection; empty where there is none.
+        digest: Digest of the selection; empty where there is none.
         trainable_parameters: Elements that the optimizer updates.
     """
 
@@ -38,7 +38,7 @@ class Trainer(Protocol):
     """Everything about a run that depends on how the model is trained."""
 
     model: nn.Module
-    #: Samples a forward and backward pass; ``None`` is the whole batch.
+    #: Samples a forward and backward pass; ``None`` is the full batch.
     micro_batch: int | None
 
     def plan(self) -> Mapping[str, Any]:
@@ -61,7 +61,7 @@ class Trainer(Protocol):
         """Whether something has to be measured before the next epoch starts."""
 
     def observe(self, batches: Iterable[Any], loss: Loss, progress: Callable[[int, int], None]) -> None:
-        """Measure it on pairs (inputs, labels); tell of the passes done, and of those of the batches so far."""
+        """Measure it on pairs (inputs, labels); report the passes done, and those of the batches so far."""
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
@@ -79,10 +79,10 @@ class Trainer(Protocol):
         """Run one training step and measure it."""
 
     def state(self) -> State:
-        """Return all that is needed to go on later."""
+        """Return all that is needed to resume."""
 
     def load_state(self, state: State) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
 
     def delta(self) -> dict[str, torch.Tensor] | None:
         """Return the changed channels; ``None`` where everything may have changed."""
@@ -174,8 +174,8 @@ class FullTrainer:
         self.model, self.micro_batch = model, micro_batch
         if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
             raise ModelError(
-                f"plain full fine-tuning trains whole weights, and {stored} is stored quantised: only channels of it "
-                "can train. Take a policy with a budget, such as trady, or call trady.quantized.dequantize(model) first"
+                f"plain full fine-tuning trains full weights, and {stored} is stored quantised: only channels of it "
+                "can train. Take a policy with a budget, such as trady, or call trady.dequantize(model) first"
             )
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
@@ -222,8 +222,8 @@ class FullTrainer:
     def set_mode(self, *, training: bool) -> None:
         """Set the mode, with the statistics of batch normalisation fixed as under a tuner.
 
-        So the methods are compared in the same mode. It is also the stronger baseline: on a few hundred small
-        steps, running statistics do not settle (EfficientNet-Lite0 on 1 200 images: 39 % against 79 %).
+        So the methods are compared in the same mode. It is also the stronger baseline: in a few hundred small steps
+        running statistics do not settle (EfficientNet-Lite0 on 1 200 images: 39 % against 79 %).
         """
         self.model.train(training)
         for module in self.model.modules():
@@ -251,7 +251,7 @@ class FullTrainer:
         return None
 
     def finish(self) -> nn.Module:
-        """Give the parameters their old flags and drop their gradients."""
+        """Restore the parameters' flags and drop their gradients."""
         for parameter in self.model.parameters():
             parameter.grad = None
         for parameter in self._frozen_before:

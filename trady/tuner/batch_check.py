@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trady.errors import TradyWarning
-from trady.model.batch import tensors_of
+from trady.model.batch import Batch
 from trady.model.hooks import Hook
 
 
@@ -18,19 +18,19 @@ class BatchCheck:
 
     Args:
         model: The model.
-        example: The batch that the plan was made for.
+        elements: Elements of the batch that the plan was made for.
 
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self._planned = elements_of(example)
+    def __init__(self, model: nn.Module, elements: int) -> None:
+        self._planned = elements
         self._active = True
         self._handle = model.register_forward_pre_hook(Hook(self._look), with_kwargs=True)
 
     def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        elements = elements_of((args, kwargs))
+        elements = Batch((args, kwargs)).elements
         if elements > self._planned:
             self._active = False
             warnings.warn(
@@ -43,8 +43,3 @@ class BatchCheck:
     def remove(self) -> None:
         """Take the hook out."""
         self._handle.remove()
-
-
-def elements_of(batch: Any) -> int:
-    """Elements of all tensors in a batch."""
-    return sum(tensor.numel() for tensor in tensors_of(batch))

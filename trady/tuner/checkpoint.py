@@ -3,29 +3,150 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
+from trady.channels.selection import Selection
 from trady.errors import CheckpointError
+from trady.interception.armed import Armed
+from trady.model.eager import uncompiled_name
+from trady.planning.decision import Decision
+from trady.planning.spending import Moment
+from trady.ranking.online import OnlineRanking
+from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.records.versioned import Format
+from trady.tuner.delta import load_changed_tensors
+from trady.tuner.draws import Draws, Progress
+from trady.tuner.observed import EARLIER, PREFIX, EvidenceState, check_layers
+from trady.tuner.snapshot import WeightSnapshot
 
-FORMAT, VERSION = "trady-tuner", 1
+#: The header of a tuner's state.
+STATE = Format("trady-tuner", "state of a trady tuner", CheckpointError, "start a new run")
+
+_REQUIRED = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"}
 
 
-def checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the JSON part of a tuner's state.
+def save_state(
+    decision: Decision,
+    draws: Draws,
+    observed: EvidenceState,
+    snapshot: WeightSnapshot | None,
+    delta: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Return everything a restart needs beside the base model and the optimizer; see :meth:`trady.Tuner.state_dict`."""
+    kept, slices = ({}, None) if snapshot is None else snapshot.state()
+    earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
+    return {
+        "tensors": {**delta, **observed.tensors(), **earlier},
+        "meta": {**_progress_to_json(decision, draws.progress(), observed), "earlier": slices},
+    }
+
+
+def load_state(
+    decision: Decision,
+    armed: Armed,
+    draws: Draws,
+    observed: EvidenceState,
+    snapshot: WeightSnapshot | None,
+    state: Mapping[str, Any],
+) -> None:
+    """Go on from :func:`save_state`; where it is refused, nothing has changed.
 
     Raises:
-        CheckpointError: It is of another format or version, or lacks a part.
+        CheckpointError: The state is of another model, policy, seed or version, or damaged.
 
     """
-    meta = state.get("meta")
-    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT or "tensors" not in state:
-        raise CheckpointError("this is no state of a trady tuner")
-    if meta.get("version") != VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of version {meta.get('version')}, this trady reads version {VERSION}: "
-            "go on with the trady that wrote it, or start anew"
-        )
-    missing = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"} - set(meta)
-    if missing:
+    progress, meta = _read_progress(decision, draws.moment, observed, state)
+    armed.select(Selection())
+    try:
+        changed = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith(PREFIX)}
+        touched = load_changed_tensors(armed.model, changed)
+    except CheckpointError:
+        armed.select(draws.selection)
+        raise
+    known = meta.get("observed") is not None
+    if known:
+        observed.evidence, observed.epoch = progress.moment.evidence, progress.observed_epoch
+    names = {uncompiled_name(layer.parameter): layer.name for layer in decision.table}
+    draws.restore(progress, touched.renamed(names))
+    if snapshot is not None and known:
+        kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
+        snapshot.load(kept, meta.get("earlier"))
+
+
+def _progress_to_json(decision: Decision, progress: Progress, observed: EvidenceState) -> dict[str, Any]:
+    moment = progress.moment
+    return {
+        **STATE.header(),
+        "structure": structure_digest(decision.table),
+        "policy": decision.policy.name,
+        "policy_options": decision.options,
+        "seed": decision.seed,
+        "epoch": progress.epoch,
+        "redraw": progress.redraw,
+        "steps": progress.steps,
+        **moment.optimizer.state(),
+        "pool": list(moment.pool),
+        "selection": progress.selection.to_json(),
+        "ranking": None if moment.ranking is None else moment.ranking.to_json(),
+        "online": None if progress.online is None else progress.online.to_json(),
+        "observed": observed.meta(),
+    }
+
+
+def _read_progress(
+    decision: Decision, moment: Moment, observed: EvidenceState, state: Mapping[str, Any]
+) -> tuple[Progress, Mapping[str, Any]]:
+    """Read a state without its weights; return the progress, and the JSON values that it was read from."""
+    meta = _checked_meta(state)
+    for what, given, wanted in (
+        ("model structure", meta["structure"], structure_digest(decision.table)),
+        ("policy", meta["policy"], decision.policy.name),
+        ("policy options", meta.get("policy_options", ""), decision.options),
+        ("seed", meta["seed"], decision.seed),
+    ):
+        if given != wanted:
+            raise CheckpointError(
+                f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
+            )
+    try:
+        return _progress(decision, moment, observed, meta, state["tensors"]), meta
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start a new run") from error
+
+
+def _progress(
+    decision: Decision,
+    moment: Moment,
+    observed: EvidenceState,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Progress:
+    table = decision.table
+    selection = Selection.from_json(meta["selection"])
+    if (mistake := table.mistake(selection)) is not None:
+        raise ValueError(mistake)
+    ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
+    online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], table)
+    pool = tuple(table[name].name for name in meta["pool"])
+    epoch, redraw, steps = (int(meta[key]) for key in ("epoch", "redraw", "steps"))
+    optimizer = moment.optimizer.with_state(meta)
+    evidence, observed_epoch = observed.read(meta.get("observed"), tensors)
+    if evidence is not None:
+        check_layers(evidence, table)
+    learns = online is not None
+    moment = replace(moment, pool=pool, ranking=ranking, learns=learns, optimizer=optimizer)
+    if evidence is not None:
+        moment = replace(moment, evidence=evidence)
+    return Progress(moment, selection, online, epoch, redraw, steps, observed_epoch)
+
+
+def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = STATE.check(state.get("meta"))
+    if "tensors" not in state:
+        raise CheckpointError("this is no state of a trady tuner: it has no tensors")
+    if missing := _REQUIRED - set(meta):
         raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
     return meta

@@ -97,7 +97,7 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
             if is_quantized(parameter):
                 raise CheckpointError(
                     f"the delta changes all of {name!r}, which this model stores quantised: apply it to a base in "
-                    "floating point (trady.quantized.dequantize)"
+                    "floating point (trady.dequantize)"
                 )
             _check_shape(name, tensor.shape, parameter.shape)
             writes.append(partial(parameter.copy_, tensor))

@@ -1,17 +1,111 @@
-"""What happens to the gradients of selected channels when they arrive."""
+"""What happens to the gradients of selected channels: averaged over processes, looked at, used up, clipped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from trady.errors import StateError
+from trady.optim.clipping import clip_channels_
+from trady.optim.in_backward import UpdatesInBackward
+from trady.tuner.snapshot import WeightSnapshot
 
 
-def on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
+class Arrivals:
+    """Takes the gradient of a layer's channels when it has arrived.
+
+    Args:
+        attached: The optimizers of now; those that update inside the backward pass get the gradient.
+        learns: Whether a ranking is being learnt, from the norms of the channels' gradients.
+        snapshot: Is told that weights may change from now on.
+
+    """
+
+    def __init__(
+        self,
+        attached: Callable[[], Sequence[torch.optim.Optimizer]],
+        learns: Callable[[], bool],
+        snapshot: WeightSnapshot | None,
+    ) -> None:
+        self._attached, self._learns, self._snapshot = attached, learns, snapshot
+        self._norms: dict[str, Tensor] = {}
+
+    def __call__(self, layer: str, compact: nn.Parameter) -> None:
+        """Take one in."""
+        gradient = compact.grad
+        if gradient is None:
+            return
+        if self._snapshot is not None:
+            self._snapshot.trained()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(torch.distributed.get_world_size())
+        if self._learns():
+            rows = gradient.detach().flatten(1)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square_()
+        # No node of the graph accumulates into a compact parameter, so nobody else runs these hooks.
+        for hook in tuple((getattr(compact, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(compact)
+        for optimizer in reversed(self._attached()):
+            if isinstance(optimizer, UpdatesInBackward) and compact.grad is not None:
+                optimizer.gradient_arrived(compact)
+
+    def forget(self) -> None:
+        """Drop the norms: the channels are others."""
+        self._norms.clear()
+
+    def take_norms(self) -> dict[str, Any]:
+        """Hand over the squared norms ``[n]`` of the step, of every layer that had a gradient."""
+        found = _on_host(self._norms) if self._norms else {}
+        self._norms.clear()
+        return found
+
+
+def _on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
     """Copy the norms of every layer to the host at once: an accelerator is waited for once, not layer by layer."""
     first = next(iter(norms.values()))
     together = torch.cat([values.to(first.device) for values in norms.values()]).cpu()
     parts = together.split([len(values) for values in norms.values()])
     return {name: part.numpy() for name, part in zip(norms, parts, strict=True)}
+
+
+def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter]) -> None:
+    """Count the step that an optimizer has made as a write: fused kernels write without saying so."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in compact:
+        if len(parameter) and id(parameter) in stepped:
+            torch.autograd.graph.increment_version(parameter)
+
+
+def clip_all(
+    compact: Iterable[nn.Parameter],
+    head: Sequence[nn.Parameter],
+    optimizers: Iterable[torch.optim.Optimizer],
+    ratio: float | None,
+    max_norm: float | None,
+) -> float:
+    """Clip channel by channel, and the head by its norm; see :meth:`trady.Tuner.clip_gradients`.
+
+    Raises:
+        StateError: An optimizer has clipped the channels with another ratio.
+
+    """
+    in_backward = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
+    for optimizer in in_backward:
+        if ratio is not None and not optimizer.clips_channels(ratio):
+            raise StateError(
+                "the channels have been updated inside the backward pass: give the optimizer "
+                f"channel_clip={ratio}, or call clip_gradients(ratio=None) to clip the head alone"
+            )
+    waiting = [parameter for parameter in compact if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in (*waiting, *head) if p.grad is not None])
+    if ratio is not None:
+        clip_channels_(waiting, ratio)
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(head, max_norm)
+    return math.hypot(float(norm), *(used for optimizer in in_backward for used in optimizer.gradient_norms))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from trady.channels.table import ChannelTable
 from trady.errors import CheckpointError, StateError
+from trady.evidence.measures import MeasureContext, gather_evidence
+from trady.evidence.sweeps import Sweeper
+from trady.interception.armed import Armed
+from trady.model.batch import Loss
 from trady.policies.evidence import Evidence, Needs
+from trady.tuner.snapshot import WeightSnapshot
 
 #: Tensors of a state that hold evidence begin with it; no parameter of a model can.
 PREFIX = "@evidence/"
@@ -22,7 +28,7 @@ _KINDS, _CARRIED = "kinds", "carried"
 EARLIER = PREFIX + "earlier/"
 
 
-class Observed:
+class EvidenceState:
     """The evidence of a run and the epoch that was drawn from it.
 
     Args:
@@ -45,6 +51,27 @@ class Observed:
         if not self.needs:
             return False
         return self.evidence is None or (self.needs.each_epoch and self.epoch is not None)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether measuring again would change anything."""
+        return bool(self.needs) and (self.evidence is None or self.needs.each_epoch)
+
+    def gather(
+        self,
+        armed: Armed,
+        sweeper: Callable[[int], Sweeper],
+        batches: Iterable[Any],
+        loss: Loss | None,
+        snapshot: WeightSnapshot | None,
+    ) -> Evidence:
+        """Measure, and from now on compare with the weights of now; see :meth:`trady.Tuner.observe`."""
+        earlier = nullcontext if snapshot is None else snapshot.restored
+        context = MeasureContext(armed, sweeper, batches, loss, self.evidence, earlier)
+        self.evidence, self.epoch = gather_evidence(self.needs, context), None
+        if snapshot is not None:
+            snapshot.begin()
+        return self.evidence
 
     def check_present(self, wish: str) -> None:
         """Refuse to go on without evidence.

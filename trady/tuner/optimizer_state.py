@@ -46,7 +46,7 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
     moves = [(change.sources, change.rows_before), (change.columns, change.columns_before)]
     remain = all((sources >= 0).any() for sources, _ in moves)
     if not state or not remain or not all(_follows(name, value, change.compact) for name, value in state.items()):
-        _start_anew(optimizer, change.compact)
+        _start_fresh(optimizer, change.compact)
         return
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -72,7 +72,7 @@ def _follows(name: str, value: object, compact: nn.Parameter) -> bool:
     return name in _AVERAGED and value.dim() == compact.dim() - 1
 
 
-def _start_anew(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
+def _start_fresh(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
     """Leave the state as the optimizer makes it before a first step; most make none."""
     group = next((g for g in optimizer.param_groups if any(p is compact for p in g["params"])), None)
     if group is None:

@@ -50,7 +50,7 @@ def prepare(
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
             model whose forward takes another path from call to call.
-        recompute: What the backward pass computes anew instead of keeping it, where a segment of the model
+        recompute: What the backward pass recomputes instead of keeping it, where a segment of the model
             would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
             budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
             fastest step.
@@ -67,7 +67,7 @@ def prepare(
         The tuner, with the channels of epoch 0 drawn.
 
     Raises:
-        BudgetError: The budget cannot be read, or is below the least possible.
+        BudgetError: The budget cannot be read, or is below the minimum.
         ModelError: The model cannot be traced or has nothing to update.
         PolicyError: There is no such policy.
         RankingError: The ranking is of another model.
@@ -75,7 +75,7 @@ def prepare(
 
     """
     request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
-    return Tuner(*request.decide(model, example), example=example)
+    return Tuner(request.decide(model, example))
 
 
 def plan(
@@ -98,5 +98,5 @@ def plan(
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
-    _, analysis, drawing = request.decide(model, example)
-    return drawing.plan(analysis.head, analysis.head_parameters)
+    decision = request.decide(model, example)
+    return decision.plan(decision.start)

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import analyse_model
-from trady.channels.cost import cost_of
-from trady.channels.partition import cut
+from trady.analysis.model_analysis import ModelAnalysis, analyse_model
 from trady.channels.selection import Selection
-from trady.channels.table import ChannelTable, Layer
+from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.evidence.sweeps import Sweeper, squared_norm
 from trady.interception.armed import Armed
-from trady.model.batch import split
+from trady.model.batch import Batch, split
 from trady.model.eager import unwrap_compiled
-from trady.planning.budget import Budget, Scope, infeasible_budget, parse_budget
+from trady.planning.budget import Budget, parse_budget
+from trady.planning.decision import sweeps_within
+from trady.planning.peaks import Peaks
+from trady.planning.recomputation import Planner
+from trady.planning.reserve import Reserve
+from trady.planning.scopes.unlimited import UNLIMITED
+from trady.planning.spending import Moment, Spending
+from trady.policies import get_policy
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.ranking.scores import Metric, channel_scores, layer_score
+from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.simulator import Simulator
 
 
@@ -62,11 +67,11 @@ def rank(
     data = list(batches)
     if not data:
         raise ModelError("there is no batch to rank on; pass at least one (inputs, targets) pair")
-    inputs = split(data[0])[0]
+    batch = Batch.of(split(data[0])[0])
     given, model = model, unwrap_compiled(model)
-    analysis = analyse_model(model, inputs, head=head)
+    analysis = analyse_model(model, batch, head=head)
     table = analysis.table
-    selections = tuple(cut(table, _fits(model, inputs, table, analysis.head, budget)))
+    selections = _sweeps(model, batch, analysis, seed, budget)
     _check_complete(table, selections)
     steps = len(selections) * len(data)
     armed = Armed(given, analysis)
@@ -102,32 +107,14 @@ def _check_complete(table: ChannelTable, selections: Sequence[Selection]) -> Non
         raise ModelError(f"a channel of {missing[0]} alone does not fit in the budget; rank with a larger one")
 
 
-def _fits(
-    model: nn.Module, inputs: Any, table: ChannelTable, head: Sequence[str], budget: str | Budget | None
-) -> Callable[[Selection], bool]:
-    if budget is None:
-        return lambda selection: True
-    asked = parse_budget(budget)
-    if asked.scope is Scope.PEAK:
-        timeline = Simulator(model, inputs, head=head).timeline(layers=table.names)
-        least = timeline.least_bytes
-
-        def amount(selection: Selection) -> int:
-            return timeline.predicted_peak(selection)
-
-    else:
-        update = asked.scope is Scope.UPDATE
-        least = min(_amount(table, layer, update) for layer in table)
-
-        def amount(selection: Selection) -> int:
-            cost = cost_of(table, selection)
-            return cost.update_bytes if update else cost.elements
-
-    if asked.amount < least:
-        raise infeasible_budget(asked, least)
-    return lambda selection: amount(selection) <= asked.amount
-
-
-def _amount(table: ChannelTable, layer: Layer, update: bool) -> int:
-    cost = cost_of(table, Selection({layer.name: np.zeros(1, dtype=np.int64)}))
-    return cost.update_bytes if update else cost.elements
+def _sweeps(
+    model: nn.Module, batch: Batch, analysis: ModelAnalysis, seed: int, budget: str | Budget | None
+) -> tuple[Selection, ...]:
+    """Cut all channels into selections that each fit in the budget, with nothing recomputed."""
+    asked, table = None if budget is None else parse_budget(budget), analysis.table
+    scope = UNLIMITED if asked is None else asked.scope
+    nothing = Planner({}, 0)
+    peaks = Peaks(lambda: Simulator(model, batch, analysis), nothing)
+    moment = Moment(table.names, nothing.nothing, OptimizerMemory())
+    spending = Spending(table, get_policy("full"), seed, peaks, Reserve(table, 1, 0), moment)
+    return sweeps_within(table, lambda selection: scope.measuring(spending, selection, 0, table), asked)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from trady.channels.selection import Channels
 from trady.errors import CheckpointError
 from trady.interception.armed import Armed
+from trady.model.python_state import PythonState
 from trady.ops.selected import SelectedChannels, select_channels
+from trady.quantized.linear import QuantizedLinear
 
 _HEAD = "head"
 
@@ -84,6 +86,9 @@ class WeightSnapshot:
     def restored(self) -> Iterator[None]:
         """Put the earlier weights into the model for a while. Let it run untouched meanwhile."""
         self._armed.write_back()
+        truths = [self._armed.layers[each.layer].truth for each in self._slices]
+        # What is swapped in a quantised layer is kept in floating point beside it; it is no longer afterwards.
+        before = PythonState([truth.module for truth in truths if isinstance(truth, QuantizedLinear)])
         try:
             for each in reversed(self._slices):
                 self._swap(each)
@@ -93,6 +98,7 @@ class WeightSnapshot:
             self._swap_head()
             for each in self._slices:
                 self._swap(each)
+            before.restore()
             self._armed.write_back()
 
     def _swap(self, each: _Slices) -> None:
@@ -138,7 +144,9 @@ class WeightSnapshot:
                 for name, parameter in self._parameters.items()
             }
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
+            raise CheckpointError(
+                f"the checkpoint is damaged ({error}); use an older one or start a new run"
+            ) from error
         self._slices, self._head, self._begun, self._untrained = slices, head, True, False
 
     def _read(self, meta: Mapping[str, Any], values: Tensor) -> _Slices:

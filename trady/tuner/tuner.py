@@ -1,80 +1,75 @@
-"""The tuner: decides, arms a model, draws channels anew, and gives the plain model back."""
+"""The tuner: decides, arms a model, draws new channels, and gives the plain model back."""
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trady.analysis.model_analysis import ModelAnalysis
 from trady.channels.cost import Cost
 from trady.channels.selection import Selection
-from trady.errors import BudgetError, CheckpointError, ModelError, StateError, TradyWarning
-from trady.evidence.measures import MeasureContext, gather_evidence, needs_batches
+from trady.errors import StateError, TradyWarning
+from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
-from trady.interception.armed import Armed
+from trady.interception.armed import Armed, Change
 from trady.memory import Ledger, measure
-from trady.model.eager import UNCOMPILED, is_compiled, uncompiled_name, unwrap_compiled
+from trady.model.eager import UNCOMPILED, is_compiled, unwrap_compiled
 from trady.model.prepared import refuse_prepared
-from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward, update_forms
-from trady.planning.decision import STEPS_A_DRAW, Decision
+from trady.planning.decision import Decision
 from trady.planning.plan import Plan
+from trady.planning.spending import Moment
 from trady.policies import Evidence
 from trady.quantized.dequantize import dequantize as in_floating_point
-from trady.ranking.online import OnlineRanking
-from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.tuner.batch_check import BatchCheck
-from trady.tuner.checkpoint import FORMAT, VERSION, checked_meta
-from trady.tuner.delta import changed_tensors, load_changed_tensors
-from trady.tuner.gradients import on_host
-from trady.tuner.observed import EARLIER, PREFIX, Observed, check_layers
+from trady.tuner.checkpoint import load_state, save_state
+from trady.tuner.delta import changed_tensors
+from trady.tuner.draws import Draws
+from trady.tuner.gradients import Arrivals, clip_all, note_writes
+from trady.tuner.observed import EvidenceState
 from trady.tuner.optimizer_state import remap_state
 from trady.tuner.snapshot import WeightSnapshot
 
-_NO_HEAD = (
-    "policy 'head' trains the head alone, and this model has no head: its last layer is a language model's, tied to "
-    "another or stored quantised, or head= is empty; name modules as head=..., or take another policy"
-)
-
 
 class Tuner:
-    """An armed model. Made by :func:`prepare`; ends with :meth:`finish`."""
+    """An armed model: the state of a training. Made by :func:`trady.prepare`; ends with :meth:`finish`."""
 
-    def __init__(self, model: nn.Module, analysis: ModelAnalysis, drawing: Decision, *, example: Any) -> None:
-        if drawing.policy.name == "head" and not analysis.head:
-            raise ModelError(_NO_HEAD)
-        self._examined, self._drawing = analysis, drawing
-        selection = drawing.draw(0, 0)
-        bounded = drawing.budget is not None and drawing.budget.scope.in_bytes
+    def __init__(self, decision: Decision) -> None:
+        decision.check_something_trains()
+        self._decision = decision
+        selection = decision.draw(decision.start, 0, 0)
+        model = decision.model
         refuse_prepared(model)
         if is_compiled(model):
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
         # In front of the hooks of the interception.
-        self._batch_check = BatchCheck(unwrap_compiled(model), example) if bounded else None
-        self._armed = Armed(model, analysis, drawing.recomputation.segments, drawing.fidelity)
-        self._epoch, self._redraw, self._steps = 0, 0, 0
-        self._finished, self._full = False, False
-        self._touched = Selection()
-        self._norms: dict[str, Any] = {}
+        check = decision.scope.in_bytes and decision.batch_elements > 0
+        self._batch_check = BatchCheck(unwrap_compiled(model), decision.batch_elements) if check else None
+        segments = decision.start.recomputation.segments
+        self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
+        self._finished = False
+        self._plan: tuple[Moment, int, Plan] | None = None
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._selection = Selection()
-        self._observed = Observed(drawing.policy.name, drawing.needs)
-        self._earlier = WeightSnapshot(self._armed, analysis.head_parameters) if drawing.needs_snapshot else None
-        self._armed.on_gradient.append(self._gradient_arrived)
-        if drawing.needs:
-            if not needs_batches(drawing.needs) and not any(p.is_meta for p in model.parameters()):
+        self._draws = Draws(decision, self._armed, self._drawn)
+        self._observed = EvidenceState(decision.policy.name, decision.needs)
+        head = decision.analysis.head_parameters
+        self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
+        self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
+        self._armed.on_gradient.append(self._arrivals)
+        if decision.needs:
+            if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
         else:
-            self._apply(selection)
+            self._draws.apply(selection)
 
     # -- what trains ---------------------------------------------------------------------------------
 
@@ -86,23 +81,25 @@ class Tuner:
     @property
     def selection(self) -> Selection:
         """The channels that train now."""
-        return self._selection
+        return self._draws.selection
 
     @property
     def ranking(self) -> LayerRanking | None:
         """The ranking in use; while it is being learnt, as far as it is known; ``None`` if none is needed."""
-        online = self._drawing.online
-        return self._drawing.ranking if online is None else online.ranking()
+        return self._draws.ranking
 
     @property
     def plan(self) -> Plan:
         """The plan as it stands: after the first epoch with the pool that was learnt."""
-        return self._drawing.plan(self._examined.head, self._examined.head_parameters, self._epoch)
+        moment, epoch = self._draws.moment, self._draws.epoch
+        if self._plan is None or self._plan[0] is not moment or self._plan[1] != epoch:
+            self._plan = moment, epoch, self._decision.plan(moment, epoch)
+        return self._plan[2]
 
     @property
     def micro_batch(self) -> int | None:
-        """Samples that a forward and backward pass is to take at a time; ``None`` is the whole batch."""
-        return self._drawing.micro_batch
+        """Samples that a forward and backward pass is to take at a time; ``None`` is the full batch."""
+        return self._decision.micro_batch
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what an optimizer should get: ``<weight>.channels`` of every layer, then the head's parameters.
@@ -110,17 +107,21 @@ class Tuner:
         A compact parameter has shape [selected channels, output channels / groups, *kernel]; its object
         stays the same over all draws, its shape does not. Layers without a selected channel have 0 rows.
         """
-        for layer in self._examined.table:
+        for layer in self._decision.table:
             yield f"{layer.parameter}.channels", self._armed.layers[layer.name].compact
-        yield from self._examined.head_parameters.items()
+        yield from self._decision.analysis.head_parameters.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of :meth:`named_parameters`."""
         return (parameter for _, parameter in self.named_parameters())
 
+    @property
+    def _compact(self) -> list[nn.Parameter]:
+        return [armed.compact for armed in self._armed.layers.values()]
+
     def cost(self) -> Cost:
         """Account for the channels that train now."""
-        return self._drawing.cost(self._selection)
+        return self._decision.cost(self._draws.moment, self._draws.selection)
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -140,30 +141,26 @@ class Tuner:
         Raises:
             StateError: The tuner is finished, the optimizer has none of the tuner's parameters, or its
                 state cannot be carried over (LBFGS).
-            BudgetError: The optimizer's state does not fit in the budget.
+            BudgetError: The optimizer's state does not fit in the budget. The tuner is as it was before.
 
         """
         self._check_alive("attach an optimizer")
         mine = {id(p) for p in self.parameters()}
         if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
-        drawing = self._drawing
-        before = drawing.optimizer
-        compact = [armed.compact for armed in self._armed.layers.values()]
-        forms = update_forms((*self._attached(), optimizer), compact)
-        drawing.optimizer = before | replace(optimizer_memory(optimizer), in_backward=forms)
-        try:
-            drawing.fit_to_budget()
-        except BudgetError:
-            drawing.optimizer = before
-            raise
-        self._armed.interceptor.recompute(self._drawing.recomputation.segments)
+        forms = update_forms((*self._attached(), optimizer), self._compact)
+        needed = self._draws.moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
+        moment = self._decision.fit_to_budget(replace(self._draws.moment, optimizer=needed))
+        selection = self._draws.of(moment)
+        # What can be refused was: from here on all goes through.
+        self._draws.moment = moment
+        self._armed.interceptor.recompute(moment.recomputation.segments)
         self._optimizers.append(weakref.ref(optimizer))
         if isinstance(optimizer, UpdatesInBackward):
-            optimizer.take(armed.compact for armed in self._armed.layers.values())
+            optimizer.take(self._compact)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        self._apply(self._draw())
+        self._draws.apply(selection)
         return optimizer
 
     @property
@@ -202,26 +199,17 @@ class Tuner:
 
         """
         self._check_alive("observe")
-        observed, drawing = self._observed, self._drawing
-        if not drawing.needs or (observed.evidence is not None and not drawing.needs.each_epoch):
+        observed = self._observed
+        if not observed.wanted:
             return observed.evidence
         first = observed.evidence is None
-        earlier = self._earlier
-        bench = MeasureContext(
-            self._armed,
-            lambda numbers: self._sweeper(loss, progress, numbers),
-            batches,
-            loss,
-            observed.evidence,
-            nullcontext if earlier is None else earlier.restored,
-        )
-        observed.evidence, observed.epoch = gather_evidence(drawing.needs, bench), None
-        drawing.evidence = observed.evidence
-        if earlier is not None:
-            earlier.begin()
+
+        sweeper = partial(self._sweeper, loss, progress)
+        evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot)
+        self._draws.observed(evidence)
         if first:
-            self._apply(self._draw())
-        return observed.evidence
+            self._draws.apply(self._draws.of(self._draws.moment))
+        return evidence
 
     def sweeper(self, loss: Callable[[Any, Any], Tensor] | None = None) -> Sweeper:
         """Return what sees the gradient of every channel, in as many sweeps as the budget asks for.
@@ -245,19 +233,13 @@ class Tuner:
     ) -> Sweeper:
         return Sweeper(
             self._armed,
-            tuple(self._examined.head_parameters.values()),
-            self._drawing.sweeps(self._selection, numbers),
+            tuple(self._decision.analysis.head_parameters.values()),
+            self._decision.sweeps(self._draws.moment, self._draws.selection, numbers),
             loss,
-            self._drawing.micro_batch,
-            self._drawing.seed,
+            self._decision.micro_batch,
+            self._decision.seed,
             progress,
         )
-
-    def _draw(self) -> Selection:
-        """The channels of now; none while the policy has nothing to draw from."""
-        if self._drawing.lacks_evidence:
-            return Selection()
-        return self._drawing.draw(self._epoch, self._redraw)
 
     def resample(self, epoch: int) -> Selection:
         """Draw the channels of an epoch.
@@ -274,29 +256,11 @@ class Tuner:
         """
         self._check_alive("resample")
         self._observed.draw_for(epoch)
-        if epoch > 0:
-            self._drawing.settle()
-        self._epoch, self._redraw = epoch, 0
-        self._apply(self._with_room(self._drawing.draw(epoch, 0)))
-        return self._selection
-
-    def _with_room(self, drawn: Selection) -> Selection:
-        """What was drawn; where the float channels of quantised layers have filled the budget, what trains already."""
-        if self._drawing.has_room(drawn, self._armed.float_channels):
-            return drawn
-        if not self._full:
-            self._full = True
-            warnings.warn(
-                "quantised layers keep every channel that has trained in floating point, and these have filled the "
-                f"budget: from epoch {self._epoch} on the channels stay those of the last draw. A larger budget, or a "
-                "static policy, leaves room",
-                TradyWarning,
-                stacklevel=3,
-            )
-        return self._selection
+        self._draws.resample(epoch)
+        return self._draws.selection
 
     def redraw(self) -> Selection:
-        """Draw the channels of the running epoch anew, for epochs that are few and long.
+        """Draw the channels of the running epoch again, for epochs that are few and long.
 
         Call it between ``optimizer.step()`` and the next forward pass. How often it was called since
         :meth:`resample` is part of the state, so every rank and every restart draws the same. A static policy
@@ -308,40 +272,16 @@ class Tuner:
         """
         self._check_alive("redraw")
         self._observed.check_present("redraw")
-        self._redraw += 1
-        self._apply(self._with_room(self._drawing.draw(self._epoch, self._redraw)))
-        return self._selection
+        self._draws.redraw()
+        return self._draws.selection
 
-    def _apply(self, selection: Selection) -> None:
-        changes = self._armed.select(selection)
+    def _drawn(self, changes: Sequence[Change]) -> None:
         for change in changes:
             for optimizer in self._attached():
                 remap_state(optimizer, change)
-        if self._earlier is not None:
-            self._earlier.drawn({change.layer for change in changes})
-        self._selection = selection
-        self._norms.clear()
-        self._touched |= selection
-
-    def _gradient_arrived(self, layer: str, compact: nn.Parameter) -> None:
-        gradient = compact.grad
-        if gradient is None:
-            return
-        if self._earlier is not None:
-            self._earlier.trained()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(torch.distributed.get_world_size())
-        if self._drawing.online is not None:
-            rows = gradient.detach().flatten(1)
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square_()
-        # No node of the graph accumulates into a compact parameter, so nobody else runs these hooks.
-        for hook in tuple((getattr(compact, "_post_accumulate_grad_hooks", None) or {}).values()):
-            hook(compact)
-        for optimizer in reversed(self._attached()):
-            if isinstance(optimizer, UpdatesInBackward) and compact.grad is not None:
-                optimizer.gradient_arrived(compact)
+        if self._snapshot is not None:
+            self._snapshot.drawn({change.layer for change in changes})
+        self._arrivals.forget()
 
     def _attached(self) -> list[torch.optim.Optimizer]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
@@ -351,25 +291,11 @@ class Tuner:
         self._observed.check_present("step the optimizer")
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._earlier is not None:
-            self._earlier.trained()
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for armed in self._armed.layers.values():
-            if armed.selected is not None and id(armed.compact) in stepped:
-                # Fused kernels write without saying so.
-                torch.autograd.graph.increment_version(armed.compact)
+        if self._snapshot is not None:
+            self._snapshot.trained()
+        note_writes(optimizer, self._compact)
         self._armed.write_back()
-        online = self._drawing.online
-        if online is None or not self._norms:
-            return
-        online.observe(on_host(self._norms))
-        self._norms.clear()
-        self._steps += 1
-        if online.settled:
-            self._drawing.settle()
-        elif self._steps % STEPS_A_DRAW:
-            return
-        self.redraw()
+        self._draws.learn(self._arrivals.take_norms())
 
     def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.optim.clipping`).
@@ -389,21 +315,8 @@ class Tuner:
 
         """
         self._check_alive("clip gradients")
-        in_backward = [optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)]
-        for optimizer in in_backward:
-            if ratio is not None and not optimizer.clips_channels(ratio):
-                raise StateError(
-                    "the channels have been updated inside the backward pass: give the optimizer "
-                    f"channel_clip={ratio}, or call clip_gradients(ratio=None) to clip the head alone"
-                )
-        head = list(self._examined.head_parameters.values())
-        compact = [armed.compact for armed in self._armed.layers.values() if armed.compact.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in (*compact, *head) if p.grad is not None])
-        if ratio is not None:
-            clip_channels_(compact, ratio)
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(head, max_norm)
-        return math.hypot(float(norm), *(used for optimizer in in_backward for used in optimizer.gradient_norms))
+        head = list(self._decision.analysis.head_parameters.values())
+        return clip_all(self._compact, head, self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.
@@ -414,12 +327,12 @@ class Tuner:
 
         """
         self._check_alive("measure")
-        earlier = [] if self._earlier is None else self._earlier.tensors
+        earlier = [] if self._snapshot is None else self._snapshot.tensors
         return measure(
             step,
             self._armed.model,
             inference=inference,
-            compact=[armed.compact for armed in self._armed.layers.values()] + earlier,
+            compact=self._compact + earlier,
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
@@ -437,30 +350,7 @@ class Tuner:
             ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
 
         """
-        online, ranking = self._drawing.online, self._drawing.ranking
-        kept, slices = ({}, None) if self._earlier is None else self._earlier.state()
-        earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
-        return {
-            "tensors": {**self.delta(), **self._observed.tensors(), **earlier},
-            "meta": {
-                "format": FORMAT,
-                "version": VERSION,
-                "structure": structure_digest(self._examined.table),
-                "policy": self._drawing.policy.name,
-                "policy_options": self._drawing.options,
-                "seed": self._drawing.seed,
-                "epoch": self._epoch,
-                "redraw": self._redraw,
-                "steps": self._steps,
-                **self._drawing.optimizer.state(),
-                "pool": list(self._drawing.pool),
-                "selection": self._selection.to_json(),
-                "ranking": None if ranking is None else ranking.to_json(),
-                "online": None if online is None else online.to_json(),
-                "observed": self._observed.meta(),
-                "earlier": slices,
-            },
-        }
+        return save_state(self._decision, self._draws, self._observed, self._snapshot, self.delta())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on a model as it was before the first step.
@@ -473,50 +363,7 @@ class Tuner:
 
         """
         self._check_alive("load a state")
-        meta = checked_meta(state)
-        drawing = self._drawing
-        for what, given, wanted in (
-            ("model structure", meta["structure"], structure_digest(self._examined.table)),
-            ("policy", meta["policy"], drawing.policy.name),
-            ("policy options", meta.get("policy_options", ""), drawing.options),
-            ("seed", meta["seed"], drawing.seed),
-        ):
-            if given != wanted:
-                raise CheckpointError(
-                    f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
-                )
-        try:
-            selection = Selection.from_json(meta["selection"])
-            if (mistake := drawing.table.mistake(selection)) is not None:
-                raise ValueError(mistake)
-            ranking = None if meta["ranking"] is None else LayerRanking.from_json(meta["ranking"])
-            online = None if meta["online"] is None else OnlineRanking.from_json(meta["online"], drawing.table)
-            pool = tuple(drawing.table[name].name for name in meta["pool"])
-            numbers = [int(meta[key]) for key in ("epoch", "redraw", "steps")]
-            optimizer = drawing.optimizer.with_state(meta)
-            evidence, observed_epoch = self._observed.read(meta.get("observed"), state["tensors"])
-            if evidence is not None:
-                check_layers(evidence, drawing.table)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start anew") from error
-        self._armed.select(Selection())
-        try:
-            changed = {name: t for name, t in state["tensors"].items() if not name.startswith(PREFIX)}
-            touched = load_changed_tensors(self._armed.model, changed)
-        except CheckpointError:
-            self._armed.select(self._selection)
-            raise
-        drawing.ranking, drawing.online, drawing.pool = ranking, online, pool
-        self._epoch, self._redraw, self._steps = numbers
-        drawing.optimizer = optimizer
-        if evidence is not None:
-            self._observed.evidence, self._observed.epoch = evidence, observed_epoch
-            drawing.evidence = evidence
-        self._touched = touched.renamed({uncompiled_name(layer.parameter): layer.name for layer in drawing.table})
-        self._apply(selection)
-        if self._earlier is not None and evidence is not None:
-            kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
-            self._earlier.load(kept, meta.get("earlier"))
+        load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
 
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.
@@ -526,7 +373,9 @@ class Tuner:
         """
         self._check_alive("read the delta")
         self._armed.write_back()
-        return changed_tensors(self._armed.model, self._examined.table, self._touched, self._examined.head_parameters)
+        return changed_tensors(
+            self._armed.model, self._decision.table, self._draws.touched, self._decision.analysis.head_parameters
+        )
 
     def finish(self, *, dequantize: bool = False) -> nn.Module:
         """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again.

@@ -59,7 +59,8 @@ def demo(
     from rich.console import Console
 
     from trady.cli.demo_table import as_table, draw
-    from trady.planning.budget import Budget, Scope, parse_budget
+    from trady.planning.budget import Budget, parse_budget
+    from trady.planning.scopes import PEAK
     from trady.records.files import write_json
     from trady.report.units import format_bytes
     from trady.training.data.load import load_data
@@ -80,7 +81,7 @@ def demo(
         seed=seed,
     )
     inference_peak = _inference_peak(data, recipe, seed)
-    limit = given or Budget(Scope.PEAK, inference_peak)
+    limit = given or Budget(PEAK, inference_peak)
     console.print(
         f"{MODEL} on {len(data.train)} images of {DATASET} ({recipe.image_size} px), batches of "
         f"{recipe.batch_size}: one inference pass peaks at {format_bytes(inference_peak)}, "
@@ -101,7 +102,7 @@ def demo(
     title = f"{MODEL}, {epochs} on {len(data.train)} images of {DATASET}, evaluated on {len(data.evaluation)}"
     written = {
         "budget": str(limit),
-        "budget_bytes": limit.amount if limit.scope is not Scope.ELEMENTS else None,
+        "budget_bytes": limit.amount if limit.scope.in_bytes else None,
         "inference_peak_bytes": inference_peak,
         "model": MODEL,
         "dataset": DATASET,
@@ -171,18 +172,13 @@ def _time_steps(
 ) -> dict[str, float]:
     """Time the steps of all methods in turns; TraDy's with its pool settled, as after the first epoch."""
     from trady.cli.timed_steps import full_step, step_seconds, tuned_step
+    from trady.planning.request import Request
 
+    asked = {"head": Request(policy="head", seed=seed), "trady": Request(limit, "trady", ranking, seed=seed)}
+    examples = {method: _example(data, recipe, seed) for method in METHODS}
     steps = {
-        method: full_step(_example(data, recipe, seed))
-        if method == "full"
-        else tuned_step(
-            _example(data, recipe, seed),
-            budget=limit if method == "trady" else None,
-            policy=method,
-            ranking=ranking if method == "trady" else None,
-            seed=seed,
-        )
-        for method in METHODS
+        method: tuned_step(example, asked[method]) if method in asked else full_step(example)
+        for method, example in examples.items()
     }
     return step_seconds(steps, recipe.timing_rounds)
 

@@ -8,15 +8,11 @@ from typing import Annotated, Literal, cast
 import typer
 
 from trady.cli import options
-from trady.cli.example import load_ranking, load_task
+from trady.cli.example import load_task
 
 Mode = Literal["train", "eval"]
 
 Precision = Literal["no", "bf16"]
-
-Recompute = Literal["auto", "all", "none"]
-
-MicroBatch = int | Literal["auto"] | None
 
 
 def finetune(
@@ -44,7 +40,7 @@ def finetune(
         int, typer.Option(min=1, help="Batches that a policy which measures before it draws is measured on.")
     ] = 4,
     draws_per_epoch: Annotated[
-        int, typer.Option(min=1, help="Channels are drawn anew so often in an epoch; more where epochs are few.")
+        int, typer.Option(min=1, help="Channels are drawn this often in an epoch; more where epochs are few.")
     ] = 1,
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
@@ -67,17 +63,20 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
-    from trady.planning.budget import parse_budget
-    from trady.training.run import finetune as run
+    from trady.training.run import run
     from trady.training.run_folder import RunFolder
 
     # Everything that can be refused at once is, before minutes go into reading the data.
-    rule = options.read_policy(policy, scheme)
-    options.check_kept(recompute, fidelity)
-    options.read_micro_batch(micro_batch)
-    if budget is not None:
-        parse_budget(budget)
-    given_ranking = load_ranking(ranking)
+    request = options.read_request(
+        budget=budget,
+        policy=policy,
+        scheme=scheme,
+        ranking=ranking,
+        seed=seed,
+        recompute=recompute,
+        fidelity=fidelity,
+        micro_batch=micro_batch,
+    )
     folder = RunFolder(Path(out))
     folder.check(resume=resume, overwrite=overwrite)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
@@ -86,14 +85,11 @@ def finetune(
             task.model,
             task.data.train,
             task.data.evaluation,
-            budget=budget,
+            request,
             epochs=epochs,
             out=out,
             batch_size=batch_size,
             lr=lr,
-            policy=rule,
-            ranking=given_ranking,
-            seed=seed,
             warmup_epochs=warmup_epochs,
             channel_clip=channel_clip,
             max_grad_norm=max_grad_norm,
@@ -104,11 +100,8 @@ def finetune(
             weight_decay=weight_decay,
             mode=cast(Mode, mode),
             mixed_precision=cast(Precision, mixed_precision),
-            recompute=cast(Recompute, recompute),
-            fidelity=fidelity,
             observed_batches=observed_batches,
             draws_per_epoch=draws_per_epoch,
-            micro_batch=cast(MicroBatch, options.read_micro_batch(micro_batch)),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder.where_it_stands()) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trady.cli import options
-from trady.cli.example import load_ranking, make_example
+from trady.cli.example import make_example
 
 
 def measure(
@@ -30,23 +30,13 @@ def measure(
     from trady.cli.timed_steps import full_step, tuned_step
     from trady.errors import BudgetError
 
-    options.check_kept(recompute, fidelity)
+    request = options.read_request(
+        budget=budget, policy=policy, ranking=ranking, seed=seed, recompute=recompute, fidelity=fidelity
+    )
     if budget is None and (recompute, fidelity) != ("auto", "exact"):
         raise BudgetError("--recompute and --fidelity belong to --budget: without one, PyTorch trains the whole model")
     example = make_example(model, classes, image_size, batch_size, seed)
-    step = (
-        full_step(example)
-        if budget is None
-        else tuned_step(
-            example,
-            budget=budget,
-            policy=policy,
-            ranking=load_ranking(ranking),
-            seed=seed,
-            recompute=recompute,
-            fidelity=fidelity,
-        )
-    )
+    step = full_step(example) if budget is None else tuned_step(example, request)
     ledger = step.ledger()
     if out is not None:
         ledger.save(out)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trady.cli import options
-from trady.cli.example import load_ranking, make_planned
+from trady.cli.example import make_planned
 
 if TYPE_CHECKING:
     from trady.cli.example import Planned
@@ -49,31 +49,29 @@ def plan(
     out: Annotated[str | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what would train, what is kept, what is computed anew, and what a step takes. Nothing is allocated."""
+    """Show what would train, what is kept, what is recomputed, and what a step takes. Nothing is allocated."""
     from trady.errors import BudgetError
     from trady.planning.budget import parse_budget
-    from trady.planning.request import Request
 
     if (budget is None) == (sweep is None):
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
     if batch_sizes is not None and sweep is None:
         raise BudgetError("--batch-sizes belongs to --sweep")
     budgets = _parts(sweep) if sweep is not None else [str(budget)]
-    options.check_kept(recompute, fidelity)
     for text in budgets:
         parse_budget(text)
     sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
-    rule = options.read_policy(policy, scheme)
-    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
-    request = Request(
+    request = options.read_request(
         budget=budgets[0],
-        policy=rule,
-        ranking=load_ranking(ranking),
+        policy=policy,
+        scheme=scheme,
+        ranking=ranking,
         seed=seed,
         recompute=recompute,
         fidelity=fidelity,
-        micro_batch=options.read_micro_batch(micro_batch),
+        micro_batch=micro_batch,
     )
+    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
     if sweep is not None:
         _sweep(planned, request, budgets, sizes or [planned.batch_size], out, as_json)
     else:
@@ -81,7 +79,6 @@ def plan(
 
 
 def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str | None, as_json: bool) -> None:
-    from trady.planning.budget import Scope
     from trady.planning.forecast import SHARES, forecast
     from trady.planning.forecast_tables import curve_view
     from trady.planning.plan import ROWS, view
@@ -95,7 +92,7 @@ def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str
     options.print_rich(view(found.plan, least_budget_bytes=found.least_budget_bytes, rows=None if layers else ROWS))
     if found.curve:
         limit = found.plan.budget
-        amount = limit.amount if limit is not None and limit.scope is Scope.PEAK else None
+        amount = None if limit is None else limit.peak_bytes
         options.print_rich(curve_view(found.curve, amount))
 
 

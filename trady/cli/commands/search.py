@@ -20,7 +20,7 @@ def search(
     ),
     ratios: Annotated[str, typer.Option(help="Shares of a layer's channels to try.")] = "0.25,1",
     last: Annotated[
-        int | None, typer.Option(min=1, help="Try so many layers, from the output; all by default.")
+        int | None, typer.Option(min=1, help="Try up to n layers, from the output; all by default.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for each try.")] = 1,
     batch_size: options.BatchSize = 32,
@@ -40,13 +40,14 @@ def search(
 
     import trady
     from trady.errors import BudgetError
-    from trady.planning.budget import Scope, parse_budget
+    from trady.planning.budget import parse_budget
+    from trady.planning.scopes import ELEMENTS
     from trady.search.contributions import Analysis, analyse, find_scheme
     from trady.search.evolution import Evolution
     from trady.training.data.datasets import epoch_order
 
     asked = parse_budget(budget)
-    if asked.scope is not Scope.ELEMENTS:
+    if asked.scope != ELEMENTS:
         raise BudgetError(f'a scheme is searched for a number of elements, not {budget!r}; type "elements:27946"')
     analysis = Analysis(_shares(ratios), last, epochs, batch_size, lr, seed)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed, split="train")

@@ -39,7 +39,7 @@ def study(
     ] = None,
     policy: options.Policy = "trady",
     every: Annotated[
-        int | None, typer.Option(min=1, help="A step in so many is recorded; 1 by default, 8 inside a budget.")
+        int | None, typer.Option(min=1, help="One step in n is recorded; 1 by default, 8 inside a budget.")
     ] = None,
     noise_batches: Annotated[
         int, typer.Option(min=2, help="Batches at the beginning of each epoch that the noise is taken from.")
@@ -49,7 +49,7 @@ def study(
         typer.Option(help='Budget in which online ranking is simulated, e.g. "elements:27946"; may be repeated.'),
     ] = None,
     figures_only: Annotated[
-        str | None, typer.Option(help="Train nothing: draw figures and page anew from the records in this folder.")
+        str | None, typer.Option(help="Train nothing: draw figures and page again from the records in this folder.")
     ] = None,
     on_unreadable: options.OnUnreadable = "refuse",
     seed: options.Seed = 0,

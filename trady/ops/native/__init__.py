@@ -48,10 +48,10 @@ _SIGNATURES = {
     "trady_decode_bf16": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
 }
 
-#: These return whether they could be computed.
+#: These return whether there was memory for their temporaries.
 _TELL_SUCCESS = ("trady_depthwise", "trady_depthwise_input", "trady_depthwise_weight")
 
-#: Smaller tensors mostly get memory that was written to before; from here on the allocator asks the system each time.
+#: From this size on the allocator asks the system each time; smaller tensors mostly get memory used before.
 _LARGE_BYTES = 32 << 20
 
 #: Tried in this order; the last one asks nothing special of compiler or machine.
@@ -80,19 +80,19 @@ def library() -> ctypes.CDLL | None:
 
 
 def on_this_processor(*tensors: Tensor) -> bool:
-    """Whether the tensors have real memory on the CPU that a C function can be handed."""
+    """Whether the tensors have real memory on the CPU that a C function can read."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def on_a_processor(*tensors: Tensor) -> bool:
-    """Whether the tensors have such memory, or stand for some that do: what is predicted is what is allocated."""
+    """Whether the tensors have such memory, or are fake tensors for it, so that predictions allocate alike."""
     metas = [t.is_meta for t in tensors]
     return simulated_device_type.get() == "cpu" if all(metas) else on_this_processor(*tensors)
 
 
 @functools.lru_cache(maxsize=4096)
 def numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
-    """Return whole numbers as C reads them; the same ones are made once."""
+    """Return integers as a C array; equal ones are made once."""
     return (ctypes.c_int64 * len(values))(*values)
 
 

@@ -3,6 +3,9 @@
  *
  * A tensor is `rows` rows of `length` elements; each row's bits start on a byte of their own.
  * Bit j of byte i is element 8 i + j. `y` may be `x`, `out` may be `gradient`.
+ *
+ * Letters: x, y input and output of the activation, [rows, length]; g, out gradients of output and input, [rows, length];
+ * bits [rows, ceil(length / 8)]; n elements of a segment of a row, i and j positions in it.
  */
 #include <stdint.h>
 #if defined(__AVX2__) || defined(__AVX512F__)

@@ -4,6 +4,10 @@
  * pitch. There every tap of the kernel reads one straight run of memory at a fixed shift, whatever the stride, and
  * the inner loops know neither borders nor rows. The columns between the output's width and the pitch are junk in
  * the output and zeros in the gradient.
+ *
+ * Letters of Geometry: h, w height and width of the input, oh, ow of the output, kh, kw of the kernel; sh, sw stride;
+ * top, left zeros in front; dh, dw dilation. a, b row and column of a phase, t a tap (row kh * column kw), c a channel,
+ * n a sample, r a row, s a selected channel.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,7 +30,7 @@ typedef struct {
 } Geometry;
 
 typedef struct {
-    int64_t rows, pitch, phase, phases, margin, taps, slack; /* slack: what may be read behind the last phase */
+    int64_t rows, pitch, phase, phases, margin, taps, slack; /* slack: what may be read after the last phase */
     int64_t phase_of[MOST_TAPS], shift[MOST_TAPS];
 } Plan;
 
@@ -97,7 +101,7 @@ static void split(const float *x, float *out, const Geometry *g, const Plan *p) 
     }
 }
 
-/* Copy one plane of the gradient to rows of the pitch; the zeros behind each are there already and stay. */
+/* Copy one plane of the gradient to rows of the pitch; the zeros after each are there already and stay. */
 static void spread(const float *gradient, float *out, const Geometry *g, const Plan *p) {
     for (int64_t r = 0; r < g->oh; r++) copy(out + r * p->pitch, gradient + r * g->ow, g->ow);
 }
@@ -230,7 +234,7 @@ static inline __attribute__((always_inline)) void multiply(const float *const *a
 /* Add the weight's gradient of `count` channels to out [count, kh, kw].
  *
  * inputs: [samples, count, h, w]; gradient: [samples, channels, oh, ow], of which `index` names the channels. The
- * samples are summed in `parts` parts, whatever the number of threads, so that results repeat.
+ * samples are summed in `parts` chunks, whatever the number of threads, so that results repeat.
  */
 int trady_depthwise_weight(const float *inputs, const float *gradient, const int64_t *index, int64_t count, float *out,
                            const Geometry *g) {

@@ -1,7 +1,7 @@
 """Depthwise convolutions on the C kernels: each function returns ``None`` or ``False`` for what they do not take.
 
-They take float32 on the CPU, one output channel an input channel, one or two spatial dimensions. Tensors without
-memory are treated like those that have it, so that what is predicted is what is allocated.
+They take float32 on the CPU, one output channel an input channel, one or two spatial dimensions. Fake tensors are
+treated like those that they stand for, so that predictions allocate alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trady.ops.native import library, numbers, on_a_processor, unwritten
 
-#: Taps of a kernel, and elements of a padded plane (its copy should stay in the processor's cache).
+#: Most taps of a kernel, and elements of a padded plane (its copy should stay in the processor's cache).
 _MOST_TAPS, _MOST_ELEMENTS = 256, 1 << 18
 
 #: Positions of the output from which on the C kernels beat PyTorch's; small planes are faster many at a time.
@@ -67,7 +67,7 @@ def geometry(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ...]) -> Tensor | None:
     """Convolve ``x`` [N, C, *spatial] with ``weight`` [C, 1, *kernel]."""
-    if sides[4] * sides[5] < _POSITIONS * sides[8] * sides[9]:  # splitting rows by stride has its price
+    if sides[4] * sides[5] < _POSITIONS * sides[8] * sides[9]:  # splitting rows by stride costs time
         return None
     kernels = _kernels(x, weight, *(() if bias is None else (bias,)))
     if kernels is None:
@@ -104,7 +104,7 @@ def add_weight_gradient(
         inputs: [N, n, *spatial], the channels alone.
         channels: int64 [n].
         out: Added to.
-        sides: Geometry of the whole convolution.
+        sides: Geometry of the full convolution.
 
     """
     kernels = _kernels(gradient, inputs, out)
@@ -123,6 +123,6 @@ def add_weight_gradient(
 
 
 def _kernels(*tensors: Tensor) -> Any:
-    """The C kernels, if they can be handed these tensors."""
+    """The C kernels, if they take these tensors."""
     same = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     return library() if same and on_a_processor(*tensors) else None

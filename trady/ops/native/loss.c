@@ -2,6 +2,9 @@
  *
  * `x` is [rows, classes] of float32. A row whose target is `ignored` has no loss and no gradient. The caller has
  * checked that all other targets are classes. `out` may be `x`.
+ *
+ * Letters: x scores and out gradient, [rows, classes]; target, losses, factor [rows]; m the largest score of a row; n
+ * classes; k a lane of partial sums.
  */
 #include <math.h>
 #include <stdint.h>

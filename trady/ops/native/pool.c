@@ -1,7 +1,8 @@
 /* Max pooling that writes the place of each maximum inside its window, one byte an output.
  *
- * Geometry g: planes, channels in memory order behind a position (1: contiguous), input height and width,
- * output height and width, then kernel, stride, padding, dilation, each for height and width.
+ * Geometry g: planes, channels that lie side by side at a position (1: contiguous layout), input height and width h, w,
+ * output height and width oh, ow, then kernel kh, kw, stride sh, sw, padding ph, pw, dilation dh, dw. o is a row of the
+ * output, a and b row and column in the window, c the channels, code = a * kw + b the place of an input in its window.
  * The first maximum in window order wins and NaN wins over everything, as in PyTorch.
  */
 #include <math.h>

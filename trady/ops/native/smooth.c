@@ -3,6 +3,9 @@
  * Element j of byte i is code `i * (8 / bits) + j`, lowest bits first. A derivative comes from the input and the output
  * of the activation where that is a line of arithmetic, else out of a table over the input, whose ends hold for all
  * that lies beyond it. NaN gets some code: the output is NaN as well.
+ *
+ * Letters: x, y input and output of the activation, [n]; code one code a byte, [n]; codes packed, [ceil(n * bits / 8)];
+ * s a segment, i an element, m elements of a block.
  */
 #include <stdint.h>
 #include <string.h>

@@ -1,8 +1,11 @@
-"""What the cells of recurrent layers compute at a step, and the gradient of it (``torch.nn.LSTM``, ``GRU``, ``RNN``).
+"""What the cells of recurrent layers compute at a step, and its gradient (``torch.nn.LSTM``, ``GRU``, ``RNN``).
 
 ``gates`` come with the products of the inputs in them, and are overwritten. The state before a step is ``h``, of an
 LSTM also ``c``; ``W`` is the weight of the hidden states.
 """
+
+# S sequences at a step, H features of the hidden state, D cells (H without a projection), Q gates (4 D of an LSTM, 3 D
+# of a GRU, D of an RNN): gates[t] is [S, Q], W [Q, H], a projection [H, D]. A prime marks the state after the step.
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ _tanh_gradient = torch.ops.aten.tanh_backward.grad_input
 
 @dataclass(frozen=True)
 class Weights:
-    """What hidden states are multiplied by, ``[gates, states]``.
+    """What hidden states are multiplied by, ``[gates, features]``.
 
     Attributes:
         hidden: The weight ``W``.
         bias: Its bias.
-        projection: Of an LSTM, what makes the hidden state smaller: ``[states, cells]``.
+        projection: Of an LSTM, what makes the hidden state smaller: ``[features, cells]``.
     """
 
     hidden: Tensor
@@ -45,7 +48,7 @@ class Cell(Protocol):
     def __init__(self, steps: Steps, gates: Tensor, starts: Sequence[Tensor], weights: Weights) -> None: ...
 
     def step(self, t: int, before: Tensor, out: Tensor) -> None:
-        """Compute the hidden state behind step ``t`` into ``out``."""
+        """Compute the hidden state after step ``t`` into ``out``."""
         ...
 
     def kept(self, out: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +56,7 @@ class Cell(Protocol):
         ...
 
     def ends(self) -> tuple[Tensor, ...]:
-        """The states behind the last step, without the hidden one."""
+        """The states after the last step, except the hidden one."""
         ...
 
 
@@ -61,7 +64,7 @@ class CellGradient(Protocol):
     """The steps of one pass backward.
 
     Attributes:
-        products: Gradient of what the hidden states' product has made, of all steps.
+        products: Gradient of the product with the hidden states, of all steps.
     """
 
     products: Tensor
@@ -71,19 +74,19 @@ class CellGradient(Protocol):
     ) -> None: ...
 
     def prepare(self, block: Block) -> None:
-        """Compute what does not depend on the steps behind."""
+        """Compute what does not depend on later steps."""
         ...
 
     def step(self, t: int, gradient: Tensor) -> None:
-        """Turn the gradient of the hidden state behind step ``t`` into that of the state before it, in place."""
+        """Turn the gradient of the hidden state after step ``t`` into that of the state before it, in place."""
         ...
 
     def states(self) -> Tensor:
-        """All hidden states, as they were projected."""
+        """All hidden states, before a projection."""
         ...
 
     def gates(self) -> Tensor:
-        """The gradient of the gates as they came; ``products`` is gone then."""
+        """The gradient of the incoming gates; ``products`` is overwritten."""
         ...
 
 
@@ -116,7 +119,7 @@ class Lstm:
         return self._kept
 
     def ends(self) -> tuple[Tensor, ...]:
-        """The states behind the last step, without the hidden one."""
+        """The states after the last step, except the hidden one."""
         return (self._steps.last(self._cells),)
 
 
@@ -138,7 +141,7 @@ class LstmGradient:
         self._per_state: dict[int, Tensor] = {}
 
     def prepare(self, block: Block) -> None:
-        """Compute what does not depend on the steps behind."""
+        """Compute what does not depend on later steps."""
         i, f, g, o = block.of(self._gates).chunk(4, -1)
         di, df, dg, do = block.of(self.products).chunk(4, -1)
         squashed = block.of(self._cells).tanh()
@@ -160,12 +163,12 @@ class LstmGradient:
         torch.mm(self._of_gates[t], self._weights.hidden, out=gradient)
 
     def states(self) -> Tensor:
-        """All hidden states, in front of a projection."""
+        """All hidden states, before a projection."""
         width = self._cells.shape[-1]
         return self._cells.tanh().mul_(self._gates[..., -width:])
 
     def gates(self) -> Tensor:
-        """The gradient of the gates as they came."""
+        """The gradient of the incoming gates."""
         return self.products
 
 
@@ -199,12 +202,12 @@ class Gru:
         return (*self._kept, out)
 
     def ends(self) -> tuple[Tensor, ...]:
-        """The states behind the last step, without the hidden one."""
+        """The states after the last step, except the hidden one."""
         return ()
 
 
 class GruGradient:
-    """All gates' gradients are multiples of ``dh``; ``(h - n) z = h' - n`` spares the state before the step."""
+    """All gates' gradients are multiples of ``dh``; by ``(h - n) z = h' - n`` the state before is not needed."""
 
     def __init__(
         self, steps: Steps, kept: Sequence[Tensor], starts: Sequence[Tensor], ends: Sequence[Tensor], weights: Weights
@@ -217,7 +220,7 @@ class GruGradient:
         self._update = steps.views(self._gates[..., width : 2 * width])
 
     def prepare(self, block: Block) -> None:
-        """Compute what does not depend on the steps behind."""
+        """Compute what does not depend on later steps."""
         r, z, n = block.of(self._gates).chunk(3, -1)
         dr, dz, d_product = block.of(self.products).chunk(3, -1)
         dn, rest = block.of(self._new), 1 - z
@@ -234,17 +237,17 @@ class GruGradient:
         gradient.mul_(self._update[t]).addmm_(self._of_products[t], self._weight)
 
     def states(self) -> Tensor:
-        """All hidden states, in front of a projection."""
+        """All hidden states, before a projection."""
         return self._out
 
     def gates(self) -> Tensor:
-        """The gradient of the gates as they came."""
+        """The gradient of the incoming gates."""
         self.products[..., -self._new.shape[-1] :].copy_(self._new)
         return self.products
 
 
 class Plain:
-    """``h' = tanh(gates + W h)``, or its positive part."""
+    """``h' = tanh(gates + W h)``, or ``h' = relu(gates + W h)``."""
 
     def __init__(self, steps: Steps, gates: Tensor, starts: Sequence[Tensor], weights: Weights) -> None:
         if weights.bias is not None:
@@ -264,7 +267,7 @@ class Plain:
         return (out,)
 
     def ends(self) -> tuple[Tensor, ...]:
-        """The states behind the last step, without the hidden one."""
+        """The states after the last step, except the hidden one."""
         return ()
 
 
@@ -279,7 +282,7 @@ class PlainGradient:
         self._of_gates = steps.views(self.products)
 
     def prepare(self, block: Block) -> None:
-        """Compute what does not depend on the steps behind."""
+        """Compute what does not depend on later steps."""
         out, made = block.of(self._out), block.of(self.products)
         if self._tanh:
             torch.mul(out, out, out=made).neg_().add_(1)
@@ -291,11 +294,11 @@ class PlainGradient:
         torch.mm(self._of_gates[t].mul_(gradient), self._weight, out=gradient)
 
     def states(self) -> Tensor:
-        """All hidden states, in front of a projection."""
+        """All hidden states, before a projection."""
         return self._out
 
     def gates(self) -> Tensor:
-        """The gradient of the gates as they came."""
+        """The gradient of the incoming gates."""
         return self.products
 
 

@@ -1,13 +1,16 @@
 """The steps of a recurrent layer in one node of the graph, and their gradient, for the selected channels.
 
-The products with the inputs (``gates``) are made before, for all steps at once. Kept for the backward pass are the
-gates, the cell states of an LSTM, and of the hidden states the selected channels. There, all that does not depend on
-the steps behind is computed for many steps at once; a step is left with one product, and the weight gradient
+The products with the inputs (``gates``) are made beforehand, for all steps at once. Kept for the backward pass are the
+gates, the cell states of an LSTM, and the selected channels of the hidden states. There, all that does not depend on
+later steps is computed for many steps at once. That leaves one product a step, and the weight gradient
 
     dL/dW[:, c] = Σ_t dL/dproducts_t^T h_(t-1)[c]
 
-is a single product again.
+is a single product for all steps.
 """
+
+# T steps, S sequences, H features of the hidden state, D cells, Q gates, n selected channels of H: gates [T, S, Q] (or
+# as trady.ops.recurrent.steps.Steps says), states [S, H], W [Q, H], dL/dproducts [T, S, Q].
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class RecurrentOptions:
     Attributes:
         steps: Their order.
         selected: The channels of the hidden states that train; ``None`` when none does.
-        overwrite: Whether nobody else reads the gates, so that their memory may be used.
+        overwrite: Whether the memory of the gates may be used, because nobody else reads them.
     """
 
     steps: Steps
@@ -56,14 +59,14 @@ def recurrence(
 
     Args:
         gates: The products with the inputs, [..., gates]; see :class:`trady.ops.recurrent.steps.Steps` for the rest.
-        states: Hidden state, and of an LSTM cell state, in front of the first step: [sequences, features].
+        states: Hidden state, and of an LSTM cell state, before the first step: [sequences, features].
         weight: What hidden states are multiplied by, [gates, features].
         bias: What is added to that.
         projection: Of an LSTM with projections, [features, cells].
         steps: The kind of cell, and the order of the steps.
 
     Returns:
-        The hidden states [..., features], and the states behind the last step.
+        The hidden states [..., features], and the states after the last step.
 
     """
     tensors = [gates, *states, weight, *(t for t in (bias, projection) if t is not None)]
@@ -117,21 +120,21 @@ def _forward(
 
 
 def _computed(steps: range, x: Tensor) -> range:
-    """The steps to compute: without memory one says what all of them take."""
+    """The steps to compute: on fake tensors one step shows what each of them takes."""
     return steps[:1] if x.is_meta else steps
 
 
 def states_before(out: Tensor, start: Tensor, steps: Steps, index: Tensor | None = None) -> Tensor:
-    """The hidden states in front of all steps, or some of their channels: what the weight was multiplied by."""
+    """The hidden states before all steps, or some of their channels: what the weight was multiplied by."""
     made = steps.views(out)
     taken = torch.empty_like(out) if index is None else out.new_empty((*out.shape[:-1], len(index)))
-    parts = steps.views(taken)
-    for t in _computed(range(len(parts)), out):
-        part, before = parts[t], steps.before(made, start, t)
+    targets = steps.views(taken)
+    for t in _computed(range(len(targets)), out):
+        target, before = targets[t], steps.before(made, start, t)
         if index is None:
-            part.copy_(before)
+            target.copy_(before)
         else:
-            torch.index_select(before, 1, index, out=part)
+            torch.index_select(before, 1, index, out=target)
     return taken
 
 
@@ -213,13 +216,13 @@ def _compact_gradient(
 
 
 def _product(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """Gradient of a whole weight, [out, in]."""
+    """Gradient of a full weight, [out, in]."""
     return gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
 
 
 @contextmanager
 def _without_autocast(x: Tensor) -> Iterator[None]:
-    """The steps are computed in the type of the gates."""
+    """The steps are computed in the dtype of the gates."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         yield
     else:

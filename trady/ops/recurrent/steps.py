@@ -17,9 +17,9 @@ class Steps:
 
     Attributes:
         cell: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
-        time: The dimension of the steps, 0 or 1, the sequences being in the other; ``None`` for a single step.
+        time: The dimension of the steps, 0 or 1; the other one is that of the sequences. ``None`` for a single step.
         reverse: Whether the last step comes first.
-        sizes: Of packed sequences the number at every step, whose rows follow each other; empty for others.
+        sizes: For packed sequences, the number of sequences at every step; empty for others.
     """
 
     cell: str
@@ -58,10 +58,10 @@ class Steps:
     def blocks(self, tensor: Tensor) -> list[Block]:
         """Cut into neighbouring steps of about :data:`CHUNK_BYTES` each, in the order of the backward pass."""
         sizes = self.sizes or (1,) * (1 if self.time is None else tensor.shape[self.time])
-        most = CHUNK_BYTES * sum(sizes) // max(1, tensor.nbytes)
+        rows_at_once = CHUNK_BYTES * sum(sizes) // max(1, tensor.nbytes)
         blocks, first, start, end = [], 0, 0, 0
         for step, rows in enumerate(sizes):
-            if step > first and end + rows - start > most:
+            if step > first and end + rows - start > rows_at_once:
                 blocks.append(Block(self, range(first, step), slice(start, end)))
                 first, start = step, end
             end += rows
@@ -83,10 +83,10 @@ class Block:
             return tensor
         return tensor[:, self.place] if self.steps.time == 1 else tensor[self.place]
 
-    def views(self, part: Tensor) -> dict[int, Tensor]:
+    def views(self, rows: Tensor) -> dict[int, Tensor]:
         """The rows of each step in what :meth:`of` has returned."""
         steps = replace(self.steps, sizes=self.steps.sizes[self.members.start : self.members.stop])
-        return dict(zip(self.members, steps.views(part), strict=True))
+        return dict(zip(self.members, steps.views(rows), strict=True))
 
     @property
     def backward(self) -> range:

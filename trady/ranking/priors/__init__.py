@@ -1,9 +1,9 @@
-"""Layer rankings that are known before training, found by a model's structure.
+"""Layer rankings known before training, found by a model's structure.
 
 The ranking of layers hardly changes between tasks (arXiv 2510.19675, observation 2), so one that was measured once
-serves every fine-tuning of an architecture. Some are shipped in this folder (``python -m benchmarks.priors`` made
-them); ``trady rank`` adds those of a user. A prior is found by kinds and shapes of the layers, never by names, and
-one of another structure is never used.
+serves every fine-tuning of an architecture. Some are shipped in this folder (``python -m benchmarks.priors`` makes
+them); ``trady rank`` adds those of a user. A prior is found by the kinds and shapes of layers, never by names, and a
+prior of another structure is never used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images in memory as bytes, turned into normalized float batches on demand."""
+"""Images kept as bytes, and turned into normalized float batches on demand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 class ImageDataset(Dataset[Example]):
-    """Images and labels; pixels stay bytes until a batch is asked for.
+    """Images and labels; pixels stay bytes until a batch is read.
 
     Args:
         pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8.
@@ -86,7 +86,7 @@ class ImageDataset(Dataset[Example]):
         return images.contiguous(), torch.from_numpy(self.labels[index])
 
     def head(self, limit: int | None, seed: int) -> ImageDataset:
-        """Return ``limit`` images drawn with ``seed``; all of them without a limit."""
+        """Return up to ``limit`` images drawn with ``seed``; all of them without a limit."""
         if limit is None or limit >= len(self):
             return self
         index = np.sort(epoch_order(len(self), seed, 0).numpy()[:limit])
@@ -122,7 +122,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class EpochSampler(Sampler[int]):
-    """Every example once, in an order of its own for each epoch.
+    """Every example once, in a different order in each epoch.
 
     Args:
         length: Number of examples.
@@ -135,7 +135,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch's order comes next."""
+        """Set the epoch whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from trady.errors import DataError
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -43,11 +43,11 @@ def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
     return RawData(_hub_split("train"), _hub_split("test"), CLASSES)
 
 
-def _idx_split(part: str) -> RawSplit:
-    images = read_idx(DEBIAN_FOLDER / f"{part}-images-idx3-ubyte.gz")
-    labels = read_idx(DEBIAN_FOLDER / f"{part}-labels-idx1-ubyte.gz")
+def _idx_split(split: str) -> RawSplit:
+    images = read_idx(DEBIAN_FOLDER / f"{split}-images-idx3-ubyte.gz")
+    labels = read_idx(DEBIAN_FOLDER / f"{split}-labels-idx1-ubyte.gz")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise DataError(f"{DEBIAN_FOLDER}: {part} has images {images.shape} and labels {labels.shape}")
+        raise DataError(f"{DEBIAN_FOLDER}: {split} has images {images.shape} and labels {labels.shape}")
     return RawSplit(images, labels)
 
 
@@ -69,7 +69,7 @@ def read_idx(path: Path) -> Pixels:
     return data.reshape(tuple(shape.tolist()))
 
 
-def _hub_split(part: str) -> RawSplit:
+def _hub_split(split: str) -> RawSplit:
     try:
         import datasets
     except ImportError:
@@ -78,10 +78,13 @@ def _hub_split(part: str) -> RawSplit:
             "dataset-fashion-mnist', or 'pip install \"trady[data]\"' to take it from the Hugging Face Hub"
         ) from None
     try:
-        rows = datasets.load_dataset(HUB_NAME, split=part).with_format("numpy")
+        rows = datasets.load_dataset(HUB_NAME, split=split).with_format("numpy")
         return RawSplit(np.stack(list(rows["image"])).astype(np.uint8), np.asarray(rows["label"]))
     except Exception as error:  # whatever the Hub, the network or the cache answers
         raise DataError(
             f"{HUB_NAME} could not be read from the Hugging Face Hub ({error}); "
             "on Debian and Ubuntu: sudo apt-get install dataset-fashion-mnist"
         ) from error
+
+
+FASHION_MNIST = DataFormat("Fashion-MNIST", "fashion-mnist", matches, read, by_name=True)

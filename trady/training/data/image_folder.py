@@ -9,7 +9,7 @@ import numpy as np
 
 from trady.errors import DataError
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -71,7 +71,7 @@ def _decode(
         from PIL import Image, ImageOps
     except ImportError:
         raise DataError('reading image files needs Pillow: pip install "trady[data]"') from None
-    pixels = _room((len(files), image_size, image_size, 3))
+    pixels = _empty((len(files), image_size, image_size, 3))
     labels: list[int] = []
     for path, label in files:
         try:
@@ -91,9 +91,12 @@ def _decode(
     return RawSplit(pixels[: len(labels)], np.asarray(labels, dtype=np.int64))
 
 
-def _room(shape: tuple[int, ...]) -> Pixels:
+def _empty(shape: tuple[int, ...]) -> Pixels:
     """Return an array for decoded images: in memory, or in an unnamed file if it is large."""
     if int(np.prod(shape)) <= IN_MEMORY_BYTES:
         return np.empty(shape, dtype=np.uint8)
     with tempfile.TemporaryFile() as file:  # the mapping keeps the content alive
         return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+
+IMAGE_FOLDER = DataFormat("a folder of images", "photos/", matches, read)

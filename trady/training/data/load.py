@@ -1,9 +1,7 @@
-"""Reading a data set: one function for every kind of source."""
+"""Reading a data set: one function for every format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,34 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.errors import DataError
-from trady.training.data import fashion_mnist, npz
-from trady.training.data import image_folder as folder
 from trady.training.data.datasets import CENTERED, DataSplit, ImageDataset, Labels, Normalization, epoch_order
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import OnUnreadable, RawData, RawSplit, format_of
 
 __all__ = ["DataSplit", "load_data", "train_and_evaluation"]
 
-#: Share of the images that evaluation gets where a source has no part of its own for it.
+#: Share of the images that evaluation gets where a source does not set any apart.
 EVALUATION_SHARE = 0.2
-
-Reader = Callable[[str, int, OnUnreadable], RawData]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kind of data set: when it is meant, and how it is read."""
-
-    kind: str
-    example: str
-    matches: Callable[[str], bool]
-    read: Reader
-
-
-SOURCES: list[Source] = [
-    Source("Fashion-MNIST", "fashion-mnist", fashion_mnist.matches, fashion_mnist.read),
-    Source("an .npz file", "data.npz", npz.matches, npz.read),
-    Source("a folder of images", "photos/", folder.matches, folder.read),
-]
 
 
 def load_data(
@@ -58,9 +35,8 @@ def load_data(
             ``y_test`` (or ``train_images``, …; see docs/cli.md); or a folder with one subfolder a
             class, below ``train/`` and ``val/`` or at the top.
         image_size: Height and width that the images are resized to.
-        split: Which part must be there; a part that is not asked for may be empty.
-        limit: At most so many images, drawn with ``seed``, for training and for evaluation each,
-            or as a pair.
+        split: Which of the two must be there; the other may be empty.
+        limit: Maximum number of images, drawn with ``seed``: one for training and for evaluation each, or a pair.
         normalization: Applied to the pixels of each batch.
         on_unreadable: ``refuse`` an image file that cannot be read, or ``skip`` and count it.
         seed: Decides which images a limit keeps, and the split where the source has none.
@@ -76,7 +52,7 @@ def load_data(
     if on_unreadable not in ("refuse", "skip"):
         raise DataError(f"on_unreadable is {on_unreadable!r}; give 'refuse' or 'skip'")
     name = str(source)
-    raw = _reader(name)(name, image_size, on_unreadable)
+    raw = format_of(name).read(name, image_size, on_unreadable)
     train, evaluation = train_and_evaluation(raw, seed, name)
     if split != "evaluation" and not len(train.labels):
         raise DataError(f"{name} has no images to train on")
@@ -100,23 +76,12 @@ def check_source(source: str | Path) -> None:
         DataError: There is no such source, or it is of no known kind.
     """
     name = str(source)
-    _reader(name)
-    if npz.matches(name) and not Path(name).is_file():
+    if not format_of(name).exists(name):
         raise DataError(f"{name} does not exist")
 
 
-def _reader(name: str) -> Reader:
-    for source in SOURCES:
-        if source.matches(name):
-            return source.read
-    known = "; ".join(f"{source.kind} ({source.example})" for source in SOURCES)
-    path = Path(name)
-    what = "is not a data set that trady reads" if path.exists() else "does not exist"
-    raise DataError(f"{name} {what}; it reads {known}")
-
-
 def train_and_evaluation(raw: RawData, seed: int, name: str) -> tuple[RawSplit, RawSplit]:
-    """Return the source's own two parts; where it has one only, share it out with ``seed``."""
+    """Return the images to train and to evaluate on; a source that does not set any apart is split with ``seed``."""
     if raw.evaluation is not None:
         return raw.train, raw.evaluation
     count = len(raw.train.labels)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trady.errors import DataError
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +44,7 @@ def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
             f"{name} holds {shapes or 'no arrays'}; expected x_train, y_train, x_test, y_test "
             "(or train_images, train_labels, test_images, test_labels; or images, labels)"
         )
-    splits = [_split(part, arrays, name) for part in (train, evaluation) if part is not None]
+    splits = [_split(keys, arrays, name) for keys in (train, evaluation) if keys is not None]
     return RawData(
         splits[0], splits[1] if len(splits) > 1 else None, _classes(arrays, [s.labels for s in splits], name)
     )
@@ -61,7 +61,7 @@ def _load(path: Path) -> dict[str, Array]:
 
 
 def _find(arrays: Mapping[str, Array], parts: Iterable[str] | None) -> tuple[str, str] | None:
-    """Return the names of the images and labels of a part, whichever spelling the file uses."""
+    """Return the names of the images and labels of a split, whichever spelling the file uses."""
 
     def spellings(words: Iterable[str]) -> list[str]:
         if parts is None:
@@ -112,3 +112,6 @@ def _classes(arrays: Mapping[str, Array], labels: list[Array], name: str) -> tup
             raise DataError(f"{name}: labels are {found.dtype}; class indices must be whole numbers")
         return ()
     return tuple(str(index) for index in range(max(int(found.max()), 0) + 1))
+
+
+NPZ = DataFormat("an .npz file", "data.npz", matches, read, lambda name: Path(name).is_file())

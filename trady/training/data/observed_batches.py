@@ -16,13 +16,13 @@ from trady.training.data.loaders import Batches
 
 
 def measured_on(loader: Batches, count: int, seed: int, device: torch.device) -> Iterable[tuple[Any, Any]]:
-    """Give the first ``count`` batches of an order of the training data, one at a time, as (inputs, labels).
+    """Return the first ``count`` batches of an order of the training data, one at a time, as (inputs, labels).
 
-    The order is a pure function of the seed and has nothing to do with that of training. A data set without an
-    order of its own (``IterableDataset``) gives the first batches of its loader.
+    The order is a pure function of the seed and independent of that of training. A data set that cannot be indexed
+    (``IterableDataset``) gives the first batches of its loader.
 
     Args:
-        loader: Batches of the training data; its batch size and collation hold.
+        loader: Batches of the training data; its batch size and collation are used.
         count: Number of batches.
         seed: Seed of the run.
         device: Where the batches go.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +10,12 @@ import torch
 from torch import nn
 
 from trady.errors import ModelError
+from trady.training.models.from_transformers import hub_errors, import_transformers, preprocessing, quiet
 
 #: Dtypes by the names that a user types.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: By how the name of a class in ``architectures`` ends.
+#: Class of transformers by how a name in ``architectures`` ends.
 _TASKS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -24,18 +23,18 @@ _TASKS = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 
-#: Ids are drawn below this, and above 0, which is often the padding.
+#: Token ids are drawn below this, and above 0, which is often the padding.
 _LARGEST_ID = 1000
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model whose tensors have shapes but no memory.
+    """A model without weights: its tensors have shapes but no memory.
 
     Attributes:
         model: The model, on the meta device.
         vocabulary: Number of its tokens; ``None`` for a model of images.
-        makes_loss: Whether it computes its loss itself, from ``labels`` among its inputs.
+        makes_loss: Whether it computes its own loss, from ``labels`` among its inputs.
         image_size: Height and width of its images.
         dtype: Of its weights.
     """
@@ -85,15 +84,13 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     Raises:
         ModelError: There is no such configuration, or the model takes something else.
     """
-    from trady.training.models.load import _hub_errors, _preprocessing, _transformers
-
-    transformers = _transformers(name)
-    with _quiet(transformers), _hub_errors(name):
+    transformers = import_transformers(name)
+    with quiet(transformers), hub_errors(name):
         config = transformers.AutoConfig.from_pretrained(name)
     task = _task(config, tokens)
     classifies = task != "AutoModelForCausalLM"
     _refuse_other_inputs(name, task, tokens, length, config)
-    with _quiet(transformers), _hub_errors(name):
+    with quiet(transformers), hub_errors(name):
         key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
         wanted = dtype or getattr(config, key, None) or torch.float32
         setattr(config, key, wanted)
@@ -105,17 +102,17 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
                 config.pad_token_id = 0
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, task).from_config(config)
-        image_size = 0 if tokens else _preprocessing(transformers, name, config)[1]
+        image_size = 0 if tokens else preprocessing(transformers, name, config)[1]
     vocabulary = int(config.get_text_config().vocab_size) if tokens else None
     return Skeleton(model, vocabulary, not classifies, image_size, wanted)
 
 
 def token_batch(found: Skeleton, sequences: int, length: int, seed: int) -> dict[str, torch.Tensor]:
-    """Draw a batch of ids, without padding; with labels for a model that computes its loss from them."""
+    """Draw a batch of token ids without padding, with labels for a model that computes its own loss."""
     assert found.vocabulary is not None
     generator = torch.Generator().manual_seed(seed)
-    most = max(2, min(found.vocabulary, _LARGEST_ID))
-    ids = torch.randint(1, most, (sequences, length), generator=generator)
+    end = max(2, min(found.vocabulary, _LARGEST_ID))
+    ids = torch.randint(1, end, (sequences, length), generator=generator)
     return {"input_ids": ids, "labels": ids} if found.makes_loss else {"input_ids": ids}
 
 
@@ -136,13 +133,3 @@ def _refuse_other_inputs(name: str, task: str, tokens: bool, length: int | None,
     longest = getattr(config, "max_position_embeddings", None)
     if length is not None and isinstance(longest, int) and length > longest:
         raise ModelError(f"{name} takes at most {longest} tokens, and --tokens asks for {length}")
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

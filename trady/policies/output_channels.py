@@ -1,7 +1,7 @@
-"""Filling a budget with neurons (output channels): the first of a layer pays for the layer's whole input.
+"""Filling a budget with output channels: the first one of a layer pays for the layer's full input.
 
-A neuron reads every input channel of its layer, so its weight gradient needs the layer's whole input map, which
-then serves all further neurons of the layer. In a grouped convolution the unit is a group, all of whose output
+An output channel reads every input channel of its layer, so its weight gradient needs the full input of the layer,
+which then serves all further output channels. In a grouped convolution the unit is a group, all of whose output
 channels train together: it needs its own input channels and nothing else (:func:`trady.by_output`).
 """
 
@@ -21,7 +21,7 @@ _LARGEST = 2**63 - 1
 
 
 def unit_count(layer: Layer) -> int:
-    """Number of units of a layer that train as a whole: output channels, or groups."""
+    """Number of units of a layer that train together: output channels, or groups."""
     return layer.outputs if layer.groups == 1 else layer.groups
 
 
@@ -51,12 +51,12 @@ def costs(draw: Draw, layer: Layer) -> tuple[int, int]:
 
 
 def one_of_each(draw: Draw) -> Iterator[Selection]:
-    """One unit of each layer alone, with the layer's input: the least that can be updated is among them."""
+    """One unit of each layer by itself, with the layer's input: the smallest possible update is among them."""
     for layer in draw.table:
         yield unit_selection(draw, [layer], [np.zeros(1, dtype=np.int64)])
 
 
-def fill_neurons(draw: Draw, layers: Sequence[Layer], order: Integers) -> Selection:
+def fill_output_channels(draw: Draw, layers: Sequence[Layer], order: Integers) -> Selection:
     """Take, in order, every unit that still fits.
 
     The result never costs more than the draw's capacity, and no unit is left out that would still fit.
@@ -85,8 +85,8 @@ def fill_neurons(draw: Draw, layers: Sequence[Layer], order: Integers) -> Select
 def _rounds(layer_of: Integers, opening: Integers, price: Integers, capacity: int) -> Iterator[Integers]:
     """Positions taken in each round, by position in the order.
 
-    Each round takes the longest run that fits and then drops all layers of which nothing fits any more: all units
-    of a layer cost the same, so there are at most as many rounds as layers.
+    Each round takes the longest run that fits, then drops all layers of which nothing fits any more. All units of
+    a layer cost the same, so there are at most as many rounds as layers.
     """
     positions = np.arange(layer_of.size)
     opening = opening.copy()
@@ -99,7 +99,7 @@ def _rounds(layer_of: Integers, opening: Integers, price: Integers, capacity: in
         run = cost[: _LARGEST // 4 // max(int(cost.max()), 1)].copy()
         first = np.unique(layer_of[: run.size], return_index=True)
         run[first[1]] += opening[first[0]]
-        # Nothing that is taken lies behind the first sum above the capacity, so larger sums may wrap around.
+        # Nothing after the first sum above the capacity is taken, so larger sums may wrap around.
         cumulated = np.cumsum(run)
         beyond = np.flatnonzero((cumulated > capacity) | (cumulated < 0))
         count = int(beyond[0]) if beyond.size else run.size

@@ -1,0 +1,36 @@
+"""What ``make quick`` runs: of every package of ``trady/`` something, in about a minute."""
+
+from __future__ import annotations
+
+#: From a package to what of the tests looks at it.
+QUICK: dict[str, tuple[str, ...]] = {
+    "analysis": ("test_trace.py",),
+    "calls": ("test_composites.py::test_products_with_a_weight_are_linear_layers",),
+    "channels": ("test_policies.py",),
+    "cli": ("test_study_command.py::test_what_cannot_be_is_refused_at_once",),
+    "compare": ("test_comparison.py",),
+    "evidence": ("test_velocity.py::test_a_neuron_that_does_not_move_has_no_velocity",),
+    "integrations": ("test_transformers_trainer.py::test_it_trains_what_a_loop_of_ones_own_trains",),
+    "interception": ("test_interception.py", "test_optimizer_state.py"),
+    "memory": ("test_ledger.py",),
+    "model": ("test_sample_axes.py::test_where_samples_lie",),
+    "ops": ("test_lean_activations.py",),
+    "optim": ("test_optim_clipping.py",),
+    "planning": ("test_budget.py",),
+    "policies": ("test_policies.py",),
+    "quantized": ("test_quantized.py::test_selected_channels_have_the_gradients_of_the_dense_model",),
+    "ranking": ("test_ranking.py", "test_online_ranking.py"),
+    "records": ("test_checkpoint.py",),
+    "report": ("test_report_page.py",),
+    "search": ("test_search.py::test_evolution_finds_what_trying_everything_finds",),
+    "simulation": ("test_tuner_budgets.py::test_the_simulated_step_is_the_measured_one_to_the_byte",),
+    "study": ("test_study_command.py::test_what_cannot_be_is_refused_at_once",),
+    "trace": ("test_trace.py",),
+    "training": ("test_data.py", "test_checkpoint.py"),
+    "tuner": ("test_tuner_checkpoints.py", "test_optimizer_state.py"),
+}
+
+SELECTED = tuple(dict.fromkeys(f"tests/{test}" for tests in QUICK.values() for test in tests))
+
+if __name__ == "__main__":
+    print(*SELECTED)  # noqa: T201

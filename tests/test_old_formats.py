@@ -1,0 +1,151 @@
+"""What the trady of e38e0df wrote is read today, says what it said, and is gone on with to the same end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import trady
+from tests.fixtures import old_formats as old
+from trady.policies.schemes import Scheme
+from trady.search.contributions import Analysis, analyse
+from trady.study.folder import StudyFolder, Unit
+from trady.study.records import read_records
+from trady.training.checkpoint import load_checkpoint
+from trady.training.state import load_optimizer_state
+
+FILES = Path(__file__).parent / "fixtures" / "e38e0df"
+EXPECTED: dict[str, Any] = json.loads((FILES / "expected.json").read_text())
+
+#: Sums are in the same order, and so bits are the same, under the same PyTorch on the same kind of processor only.
+SAME_ARITHMETIC = torch.__version__ == EXPECTED["torch"] and torch.backends.cpu.get_cpu_capability() == EXPECTED["cpu"]
+TOLERANCE = 0.0 if SAME_ARITHMETIC else 1e-3
+
+#: What a run measures with a clock.
+TIMES = {"seconds", "samples_per_second", "observing_seconds"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several threads would add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_plan_says_what_it_said() -> None:
+    plan = trady.Plan.load(FILES / "plan.json")
+    expected = EXPECTED["plan"]
+    assert plan.predicted_peak_bytes == expected["predicted_peak_bytes"]
+    assert list(plan.table.names) == expected["layers"]
+    assert plan.selection.digest == expected["selection"]
+    assert plan.cost.elements == expected["elements"] == plan.table.elements(plan.selection)
+    assert json.loads(json.dumps(plan.to_json())) == json.loads((FILES / "plan.json").read_text())
+
+
+def test_the_ranking_orders_the_layers_as_it_did_and_fits_the_model() -> None:
+    ranking = trady.LayerRanking.load(FILES / "ranking.json")
+    assert list(ranking.order) == EXPECTED["ranking"]["order"]
+    assert list(ranking.top()) == EXPECTED["ranking"]["top"]
+    assert ranking.to_json() == json.loads((FILES / "ranking.json").read_text())
+    table = trady.Plan.load(FILES / "plan.json").table
+    assert ranking.at(table).scores == ranking.scores
+
+
+def test_the_ledger_has_the_bytes_that_were_measured() -> None:
+    ledger = trady.Ledger.load(FILES / "ledger.json")
+    assert (ledger.peak_bytes, ledger.saved_bytes) == (
+        EXPECTED["ledger"]["peak_bytes"],
+        EXPECTED["ledger"]["saved_bytes"],
+    )
+    assert ledger.to_json() == json.loads((FILES / "ledger.json").read_text())
+
+
+def test_the_scheme_trains_the_same_channels() -> None:
+    scheme = Scheme.load(FILES / "scheme.json")
+    assert scheme == Scheme((0, 1), (0.5, 0.25), 2)
+    assert scheme.counts(trady.Plan.load(FILES / "plan.json").table) == {"first": 2, "second": 2}
+
+
+def test_a_search_trains_nothing_again_that_it_measured(tmp_path: Path) -> None:
+    file = shutil.copy(FILES / "analysis.json", tmp_path)
+    table, runs = trady.Plan.load(FILES / "plan.json").table, []
+    found = analyse(
+        old.tiny_net(),
+        old.data(24),
+        old.data(12, 500),
+        table,
+        1500,
+        Analysis(ratios=(0.5,)),
+        file=Path(file),
+        told=lambda key, *_: runs.append(key),
+    )
+    assert runs == []
+    assert found.accuracies == json.loads((FILES / "analysis.json").read_text())["accuracies"]
+    assert {"head", "0@0.5", "1@0.5"} == set(found.accuracies)
+
+
+def test_the_study_has_its_norms_noise_and_accuracy() -> None:
+    records = read_records(StudyFolder(FILES / "study"))
+    unit = Unit("tiny", 0, 0)
+    assert records.settings == old.STUDY
+    assert records.units == (unit,)
+    assert {name: norms.shape for name, norms in records.norms[unit].items()} == {"first": (5, 3), "second": (5, 8)}
+    assert all(np.isfinite(norms).all() and norms.any() for norms in records.norms[unit].values())
+    assert [noise.layer for noise in records.noise[unit]] == ["first", "second"]
+    written = json.loads((FILES / "study" / "runs" / "tiny-seed0" / "result.json").read_text())
+    assert records.accuracy[unit] == written["accuracy"]
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_the_old_one_did(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(FILES / "run", out)
+    expected = EXPECTED["run"]
+    result = old.finetune(out, resume=True)
+    for epoch, before in zip(result.history, expected["history"], strict=True):
+        for key, value in epoch.to_json().items():
+            if isinstance(value, float) and key not in TIMES:
+                assert value == pytest.approx(before[key], rel=TOLERANCE, abs=0), key
+            elif key not in TIMES:
+                assert value == before[key], key
+    assert result.ranking is not None
+    assert result.ranking.scores == pytest.approx(expected["ranking"]["scores"], rel=TOLERANCE, abs=0)
+    close(load_file(out / "delta.safetensors"), load_file(FILES / "delta.safetensors"))
+    if SAME_ARITHMETIC:
+        assert old.digest(result.model.state_dict()) == expected["model"]
+
+
+def test_a_delta_makes_the_model_that_was_trained() -> None:
+    delta = load_file(FILES / "delta.safetensors")
+    model = trady.apply_delta(old.tiny_net(), delta)
+    assert old.digest(model.state_dict()) == EXPECTED["run"]["model"]
+
+
+def test_a_session_with_evidence_and_adamw_goes_on_bit_for_bit() -> None:
+    found, expected = load_checkpoint(FILES / "tuner"), EXPECTED["tuner"]
+    trainer = found.states["trainer"]
+    tuner, _ = old.armed()
+    tuner.load_state_dict({"tensors": dict(trainer.tensors), "meta": dict(trainer.meta)})
+    optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=0.01))
+    load_optimizer_state(optimizer, found.states["optimizer"])
+    assert old.state_of_tuner(tuner) == expected["before"]
+    losses = old.train_epoch(tuner, optimizer, 2)
+    assert losses == pytest.approx(expected["losses"], rel=TOLERANCE, abs=0)
+    if SAME_ARITHMETIC:
+        assert old.state_of_tuner(tuner) == expected["after"]
+
+
+def close(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=TOLERANCE, atol=TOLERANCE)

@@ -1,0 +1,104 @@
+"""What the computation of a call may ask of the armed model, and what it has to tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from trady.calls.actions import Action
+from trady.errors import ModelError
+from trady.ops.context import current_operation
+from trady.ops.frozen_norm import FrozenNorm
+from trady.ops.selected import DenseWeight, SelectedChannels
+from trady.quantized.linear import QuantizedLinear
+
+
+class TrainedLayer(Protocol):
+    """A layer that can be updated by input channel."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the channel table."""
+
+    @property
+    def truth(self) -> DenseWeight | QuantizedLinear:
+        """What its channels are read from and written to."""
+
+    @property
+    def selected(self) -> SelectedChannels | None:
+        """The channels that train now; ``None`` when none does."""
+
+    @property
+    def leaf(self) -> Tensor | None:
+        """Their values as a leaf of the graph."""
+
+
+class Handling(Protocol):
+    """One call that is being computed in an armed model."""
+
+    @property
+    def action(self) -> Action | None:
+        """How the plan wants it computed; ``None`` is on its own."""
+
+    @property
+    def graph_only(self) -> bool:
+        """Whether nobody reads the values of its result, only its graph is needed."""
+
+    @property
+    def fidelity(self) -> str:
+        """``exact``, or the bits in which smooth activations keep their derivative (trady.ops.smooth.FIDELITIES)."""
+
+    def in_head(self, *parameters: Tensor | None) -> bool:
+        """Whether any of the parameters trains through PyTorch's own backward."""
+
+    def layer_of(self, weight: Tensor) -> TrainedLayer | None:
+        """The layer of a weight, if it can be updated by input channel."""
+
+    def scale_and_shift(self, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a frozen normalisation, ``[channels]`` each."""
+
+    def commit(self) -> None:
+        """Say that a value was put off or overwritten: from here on, the forward pass must follow the plan."""
+
+    def ran(self, layer: TrainedLayer) -> None:
+        """Say that a layer has been computed."""
+
+
+def any_trains(*parameters: Tensor | None) -> bool:
+    """Whether any of the parameters requires a gradient."""
+    return any(p is not None and p.requires_grad for p in parameters)
+
+
+def refuse_trained(*parameters: Tensor | None) -> None:
+    """Refuse parameters that were made trainable after the model had been prepared.
+
+    Raises:
+        ModelError: One of them requires a gradient.
+
+    """
+    if any_trains(*parameters):
+        raise ModelError(_MADE_TRAINABLE)
+
+
+_MADE_TRAINABLE = (
+    "a parameter of the model was made trainable after it had been prepared: name its module as head=... in "
+    "trady.prepare, or set requires_grad_(False) again"
+)
+
+
+@contextmanager
+def labelled(operation: str) -> Iterator[None]:
+    """Context in which what is saved is accounted to an operation."""
+    token = current_operation.set(operation)
+    try:
+        yield
+    finally:
+        current_operation.reset(token)
+
+
+def may_be_overwritten(x: Tensor) -> bool:
+    """Whether a plain tensor shares its memory with none, so that a model may ask to overwrite it."""
+    return type(x) in (Tensor, nn.Parameter) and not x._is_view() and not (x.is_leaf and x.requires_grad)

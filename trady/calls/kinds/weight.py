@@ -1,0 +1,199 @@
+"""Layers with a weight whose input channels can train: convolutions and linear layers, also quantised ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trady.calls.actions import WithLayer
+from trady.calls.canonical import PRODUCTS
+from trady.calls.handling import Handling, any_trains, labelled, refuse_trained
+from trady.calls.kind import Call, CallKind, Keeps
+from trady.calls.kinds.sizes import each
+from trady.calls.sample_rules import SampledCall
+from trady.ops.layer import LayerCall, layer
+from trady.ops.operators import Convolution, Linear
+from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
+from trady.ops.selected import DenseWeight
+from trady.quantized.linear import QuantizedLinear
+from trady.quantized.linear import linear as linear_of_quantized
+
+
+@dataclass(frozen=True)
+class WeightCall(Call):
+    """``operator`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
+
+    weight: Tensor
+    bias: Tensor | None
+    operator: Convolution | Linear
+    layer: QuantizedLinear | None = None
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the weight, or of what a quantised one stands for."""
+        return self.weight.shape if self.layer is None else self.layer.shape
+
+    @property
+    def output_channels(self) -> int:
+        """Number of output channels."""
+        return self.weight_shape[1 if self.operator.kind == "addmm" else 0]
+
+
+# -- how it is recognised -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _convolution_operator(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Convolution:
+    if padding == "valid":
+        padding = (0,) * len(kernel)
+    if not isinstance(padding, str):
+        return Convolution(stride, padding, dilation, groups)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(t % 2 == 0 for t in totals):
+        return Convolution(stride, tuple(t // 2 for t in totals), dilation, groups)
+    sides = tuple(n for t in reversed(totals) for n in (t // 2, t - t // 2))
+    return Convolution(stride, (0,) * len(kernel), dilation, groups, pad=sides)
+
+
+def _convolution(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> WeightCall | None:
+    if input.dim() not in (dimensions + 1, dimensions + 2):
+        return None
+    places = padding if isinstance(padding, str) else each(padding, dimensions)
+    operator = _convolution_operator(
+        tuple(weight.shape[2:]), each(stride, dimensions), places, each(dilation, dimensions), int(groups)
+    )
+    return WeightCall(input, weight, bias, operator)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> WeightCall | None:
+    return WeightCall(input, weight, bias, Linear()) if weight.dim() == 2 else None
+
+
+def _quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> WeightCall:
+    return WeightCall(x, weight, bias, Linear(), layer)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> WeightCall | None:
+    plain = beta == 1 and alpha == 1 and input.dim() == 1 and isinstance(mat2, nn.Parameter)
+    return WeightCall(mat1, mat2, input, Linear(input_major=True)) if plain else None
+
+
+def _product(x: Tensor, weight: Tensor) -> WeightCall | None:
+    plain = isinstance(weight, nn.Parameter) and weight.dim() == 2
+    return WeightCall(x, weight, None, Linear(input_major=True)) if plain else None
+
+
+# -- what is known of it --------------------------------------------------------------------------------------------
+
+
+def _by_sample(sampled: SampledCall) -> bool:
+    call = sampled.call
+    assert isinstance(call, WeightCall)
+    place = 1 if call.operator.kind == "addmm" else 0
+    x, others = sampled.input_axes[place], [*sampled.input_axes[:place], *sampled.input_axes[place + 1 :]]
+    if x is None or any(others):
+        return False
+    return x.dim == 0 if call.operator.kind.startswith("conv") else x.dim < len(sampled.input_shapes[place]) - 1
+
+
+def _frees_result(call: WeightCall) -> bool:
+    # The backward pass of a quantised layer of another library may read its result.
+    return not is_quantized(call.weight)
+
+
+# -- how it is computed ---------------------------------------------------------------------------------------------
+
+
+def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
+    action = handling.action
+    if not isinstance(call.weight, nn.Parameter) or handling.in_head(call.weight):
+        return None
+    own = handling.layer_of(call.weight)
+    if any_trains(call.weight, call.bias):
+        if isinstance(action, WithLayer):
+            refuse_trained(call.weight, call.bias)
+        return None
+    quantized = call.layer or (None if own is None or isinstance(own.truth, DenseWeight) else own.truth)
+    if quantized is None and is_quantized(call.weight):
+        return frozen_linear(call.x, call.weight, call.bias) if call.operator.kind == "linear" else None
+    fused = action if isinstance(action, WithLayer) else WithLayer()
+    if fused.norm is not None:
+        refuse_trained(fused.norm.weight, fused.norm.bias)
+    operator, x = call.operator, call.x
+    if isinstance(operator, Convolution):
+        x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
+        if fused.pad:
+            operator = _with_padding(operator, fused.pad)
+    elif x.dim() == 1:
+        x = x.unsqueeze(0)
+    scale, shift = (None, None) if fused.norm is None else handling.scale_and_shift(fused.norm)
+    if fused.norm is not None or fused.clamp is not None or fused.pad:
+        handling.commit()
+    selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
+    options = LayerCall(operator, selected, fused.clamp, _autocast_dtype(x), handling.graph_only)
+    with labelled(fused.operation or operator.kind):
+        if quantized is not None:
+            out = quantized_linear(x, leaf, options, quantized)
+        else:
+            out = layer(x, leaf, options, call.weight, call.bias, scale, shift)
+    if own is not None:
+        handling.ran(own)
+    return out if x.dim() == call.x.dim() else out.squeeze(0)
+
+
+@lru_cache(maxsize=4096)
+def _with_padding(operator: Convolution, pad: tuple[int, ...]) -> Convolution:
+    """Move padding that was put off into the convolution: for free where both sides are equal."""
+    dimensions = len(operator.stride)
+    full = [*pad, *(0,) * (2 * dimensions - len(pad))]
+    sides = [(full[2 * d], full[2 * d + 1]) for d in reversed(range(dimensions))]
+    if not operator.pad and all(before == after for before, after in sides):
+        padding = tuple(p + before for p, (before, _) in zip(operator.padding, sides, strict=True))
+        return replace(operator, padding=padding)
+    inner = operator.pad or (0,) * (2 * dimensions)
+    return replace(operator, pad=tuple(a + b for a, b in zip(full, inner, strict=True)))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+WEIGHT = CallKind(
+    WeightCall,
+    readers={
+        torch.conv1d: partial(_convolution, 1),
+        torch.conv2d: partial(_convolution, 2),
+        torch.conv3d: partial(_convolution, 3),
+        F.linear: _linear,
+        linear_of_quantized: _quantized_linear,
+        torch.addmm: _addmm,
+        **dict.fromkeys(PRODUCTS, _product),
+    },
+    keeps=lambda call: Keeps.NOTHING,
+    handler=_compute,
+    samples=_by_sample,
+    frees_result=_frees_result,
+)

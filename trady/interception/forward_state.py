@@ -1,0 +1,59 @@
+"""What is known of the forward pass that runs now; it is made when the pass begins and dropped when it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+
+from trady.analysis.fusion import FusionPlan
+from trady.analysis.segments import Segment
+from trady.interception.deferred_segment import DeferredSegment
+from trady.model.mode import Section, current_section
+
+
+@dataclass
+class ForwardState:
+    """One forward pass, of the model or of a module that is called by itself.
+
+    Attributes:
+        outermost: The frame of the outermost call, as long as it runs: whatever it refers to stays alive with it.
+        plan: The expected calls; ``None`` where nothing is known of them, or the pass has left them.
+        span: First call of the plan, and one past the last, of the module that was called.
+        segments: By its first call, what is recomputed in the backward pass.
+        section: The checkpoint that the pass began in.
+        depth: Calls of modules under way.
+        cursor: The call of the plan that is expected next.
+        at_risk: Whether something was put off or overwritten, so that the pass must follow the plan.
+        writing: The segment that is being written down.
+        wrote: Whether one has been.
+    """
+
+    outermost: FrameType | None
+    plan: FusionPlan | None = None
+    span: tuple[int, int] = (0, sys.maxsize)
+    segments: Mapping[int, Segment] = field(default_factory=dict)
+    section: Section = field(default_factory=current_section)
+    depth: int = 1
+    cursor: int = field(init=False)
+    at_risk: bool = False
+    writing: DeferredSegment | None = None
+    wrote: bool = False
+
+    def __post_init__(self) -> None:
+        self.cursor = self.span[0]
+
+    def commit(self) -> None:
+        """Note that a value was put off or overwritten: from here on, the pass must follow the plan."""
+        self.at_risk = True
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the outermost call has ended without a word: only a frame that runs refuses to be cleared."""
+        try:
+            if self.outermost is not None:
+                self.outermost.clear()
+        except RuntimeError:
+            return False
+        return True

@@ -1,0 +1,46 @@
+"""Models of the user's own: ``package.module:function``, called with the number of classes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from trady.errors import ModelError
+from trady.training.data.datasets import Normalization
+from trady.training.models.source import LoadedModel, ModelSource
+
+
+def _matches(name: str) -> bool:
+    return ":" in name
+
+
+def _find_function(name: str) -> Callable[[int], object]:
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function: Callable[[int], object] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"no function {function_name!r} in module {module_name!r}: {error}") from error
+    return function
+
+
+def _load(name: str, num_classes: int) -> LoadedModel:
+    made = _find_function(name)(num_classes)
+    if isinstance(made, LoadedModel):
+        return made
+    if isinstance(made, nn.Module):
+        return LoadedModel(made)
+    raise ModelError(f"{name}({num_classes}) returned a {type(made).__name__}; expected a torch module")
+
+
+def _image_format(name: str) -> tuple[Normalization, int]:
+    loaded = _load(name, 1)
+    return loaded.normalization, loaded.image_size
+
+
+FUNCTION = ModelSource("package.module:function", _matches, _load, _image_format, _find_function)

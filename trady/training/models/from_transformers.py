@@ -1,0 +1,101 @@
+"""Models of transformers: a folder, or a name on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trady.errors import ModelError
+from trady.training.data.datasets import CENTERED, Normalization
+from trady.training.models.source import LoadedModel, ModelSource, known_names, possible_models
+
+_EXAMPLES = "folders and Hub names that transformers can read"
+
+
+def _load(name: str, num_classes: int) -> LoadedModel:
+    transformers = import_transformers(name)
+    with quiet(transformers), hub_errors(name):
+        model: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(
+            name, num_labels=num_classes, ignore_mismatched_sizes=True
+        )
+        normalization, image_size = preprocessing(transformers, name, model.config)
+    return LoadedModel(model, normalization, image_size)
+
+
+def import_transformers(name: str) -> Any:
+    """Return the module.
+
+    Raises:
+        ModelError: It is not installed; ``name`` is what it was needed for.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ModelError(
+            f"{name!r} is taken for a folder or a name on the Hugging Face Hub, which needs an extra: "
+            f'pip install "trady[transformers]". Without it there are {possible_models(other_than=_EXAMPLES)}'
+        ) from None
+    return transformers
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Have transformers log errors only."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn what transformers and the Hub raise for a name into a ``ModelError`` that lists what can be named."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no image model {name!r}; there are {possible_models()}. The reason: {error}") from error
+
+
+def preprocessing(transformers: Any, name: str, config: Any) -> tuple[Normalization, int]:
+    """Read the mean, standard deviation and size from the model's own preprocessor, if it has one."""
+    try:
+        found, _ = transformers.image_processing_utils.BaseImageProcessor.get_image_processor_dict(name)
+    except OSError:
+        found = {}
+    size = found.get("crop_size", found.get("size")) or getattr(config, "image_size", None) or 224
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or 224
+    if isinstance(size, (list, tuple)):
+        size = size[0]
+    if not found.get("do_normalize", bool(found)):
+        return (Normalization((0.0,), (255.0,)) if found else CENTERED), int(size)
+    mean = tuple(255.0 * value for value in found.get("image_mean", (0.5, 0.5, 0.5)))
+    std = tuple(255.0 * value for value in found.get("image_std", (0.5, 0.5, 0.5)))
+    return Normalization(mean, std), int(size)
+
+
+def _matches(name: str) -> bool:
+    return True
+
+
+def _image_format(name: str) -> tuple[Normalization, int]:
+    transformers = import_transformers(name)
+    with hub_errors(name):
+        return preprocessing(transformers, name, transformers.AutoConfig.from_pretrained(name))
+
+
+def _check(name: str) -> None:
+    near = get_close_matches(name.lower(), known_names(), n=1)
+    if near and not Path(name).exists():
+        raise ModelError(f"no model {name!r}; did you mean {near[0]!r}?")
+    _image_format(name)
+
+
+TRANSFORMERS = ModelSource(_EXAMPLES, _matches, _load, _image_format, _check)
