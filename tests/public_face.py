@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import typer
@@ -97,7 +98,11 @@ def _describe(value: Any) -> Any:
         bases = [base.__name__ for base in value.__bases__ if base is not object]
         members = {name: _member(value, name) for name in dir(value) if _is_own(value, name)}
         own = "__init__" in vars(value) or is_dataclass(value)
-        made = {"()": _signature(value)} if own and not issubclass(value, (*MADE_FOR_THE_USER, Protocol)) else {}
+        made = (
+            {"()": _signature(value)}
+            if own and not (issubclass(value, MADE_FOR_THE_USER) or getattr(value, "_is_protocol", False))
+            else {}
+        )
         return {"bases": bases, **made, **members}
     return _signature(value) if callable(value) else type(value).__name__
 
@@ -144,8 +149,17 @@ def _flags(command: Any, hints: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         names = ", ".join([*option.opts, *option.secondary_opts])
         hint = hints.get(option.name, bool)
-        kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        kind = _type_name(hint)
         yield names, f"{kind}, required" if option.required else f"{kind}, default {option.default!r}"
+
+
+def _type_name(hint: Any) -> str:
+    """The same text on every version of Python."""
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join("None" if part is NoneType else _type_name(part) for part in get_args(hint))
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
 
 
 def _files() -> dict[str, Any]:

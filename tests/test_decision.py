@@ -57,8 +57,8 @@ WAYS: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"recompute": "some"}, "recompute='some' is not known; type one of 'auto', 'all', 'none'"),
-        ({"fidelity": "3bit"}, "fidelity='3bit' is not known; type one of 'exact', '8bit', '4bit'"),
+        ({"recompute": "some"}, "recompute='some' is not known; type one of auto, all, none"),
+        ({"fidelity": "3bit"}, "fidelity='3bit' is not known; type one of exact, 8bit, 4bit"),
         ({"micro_batch": 0}, "micro_batch=0 is neither a number of samples nor auto"),
     ],
 )

@@ -62,7 +62,7 @@ class Request:
     def __post_init__(self) -> None:
         for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
             if given not in known:
-                raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(map(repr, known))}")
+                raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
         check_micro_batch(self.micro_batch)
         if self.budget is not None:
             object.__setattr__(self, "budget", parse_budget(self.budget))
