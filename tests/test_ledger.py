@@ -5,6 +5,7 @@ import copy
 import gc
 import json
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -234,13 +235,14 @@ def test_compact_parameters_and_their_gradients_are_their_own_parts():
 class Fickle(nn.Module):
     """A model that changes a buffer and draws random numbers in eval mode too."""
 
+    trained: ClassVar[list[tuple[bool, bool, bool]]] = []  # of the class: what an object keeps is put back
+
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(4)
         self.norm.training = False
         self.register_buffer("calls", torch.zeros(()))
-        self.trained = []
 
     def forward(self, x):
         self.trained.append((self.training, self.linear.training, torch.is_grad_enabled()))
