@@ -6,7 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ class Fickle(nn.Module):
     """A model that changes a buffer and draws random numbers in eval mode too."""
 
     calls: Tensor
+    trained: ClassVar[list[tuple[bool, bool, bool]]] = []  # of the class: what an object keeps is put back
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +28,6 @@ class Fickle(nn.Module):
         self.norm = nn.BatchNorm1d(4)
         self.norm.training = False
         self.register_buffer("calls", torch.zeros(()))
-        self.trained: list[tuple[bool, bool, bool]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.trained.append((self.training, self.linear.training, torch.is_grad_enabled()))

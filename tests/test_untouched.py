@@ -55,7 +55,6 @@ class Merging(nn.Linear):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.merged != self.training
         out = super().forward(x)
         return out if self.merged else out + x @ self.down.t() @ self.up.t()
 
@@ -556,6 +555,15 @@ def test_a_trace_copies_no_weight() -> None:
     with LiveBytes() as live:
         trace_forward(model, X, training=True)
     assert not [storage for storage in live.log if storage.device != "meta" and storage.nbytes >= WIDTH * WIDTH * 4]
+
+
+def test_a_trace_switches_modes_as_the_model_does() -> None:
+    """The adapter is called in training mode only, also where the model was merged before."""
+    model: Any = MODELS["an adapter, merged"]()
+    for training in (True, False):
+        found = {id(p) for call in trace_forward(model, X, training=training).calls for p in call.parameters}
+        assert (id(model.middle.up) in found) is training
+        assert id(model.middle.weight) in found
 
 
 def test_what_is_written_is_copied_once() -> None:

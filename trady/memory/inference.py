@@ -35,7 +35,8 @@ def inference_peak(
     with ExitStack() as stack:
         args, kwargs = call.again()
         stack.enter_context(kept(model, args, kwargs))
-        model.eval()
+        for module in model.modules():  # one by one: a model's own train() may do arithmetic on its weights
+            module.training = False
         stack.enter_context(untouched())
         for kind, dtype in call.autocast.items():
             stack.enter_context(torch.autocast(kind, dtype=dtype))
