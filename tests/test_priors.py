@@ -180,6 +180,7 @@ def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path, monkeyp
     )
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
     def trady_cli(*words: str) -> str:
         done = trady_here(*words)
