@@ -17,15 +17,6 @@ from torch import Tensor, nn
 
 from tests.models import normal, seeded
 
-pytestmark = [
-    # Quantisers and torch.compile look at parts of PyTorch that PyTorch has deprecated.
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore::trady.TradyWarning"),
-]
-
 WIDTH = 32
 X, Y = normal(6, WIDTH), torch.arange(6) % 3
 BATCHES = [(X[:4], Y[:4]), (X[2:], Y[2:])]

@@ -15,9 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
-from tests.leaving_marks import BATCHES, MODELS, WIDTH
+from tests.leaving_marks import BATCHES, MODELS, WIDTH, X, Y
 from trady.model.untouched import untouched
 from trady.trace.recorder import trace_forward
+
+pytestmark = [
+    # Quantisers and torch.compile look at parts of PyTorch that PyTorch has deprecated.
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore::trady.TradyWarning"),
+]
+
 
 # -- all that there is to see --------------------------------------------------------------------------
 
