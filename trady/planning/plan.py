@@ -264,14 +264,14 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
     without = plan.mean_sparsity
-    yield "keeps", f"{format_bytes(cost.saved_channel_bytes)} of the channels that train"
+    yield "saves", f"{format_bytes(cost.saved_channel_bytes)} of activations, those of the channels that train"
     yield from _recomputation(plan)
     yield "updating adds", f"{format_bytes(cost.update_bytes)} ({format_count(cost.elements)} elements a sample)"
     if cost.float_bytes:
         kept = "in floating point beside quantised weights, once they have trained"
         yield "float channels", f"{format_bytes(cost.float_bytes)} reserved, {kept}"
     yield (
-        "does without",
+        "skips",
         f"{format_fine_percent(without.weight)} of the weight gradients, "
         f"{format_fine_percent(without.activation)} of the activations, "
         f"{format_fine_percent(without.flops)} of the weight-gradient FLOPs"
@@ -296,7 +296,8 @@ def _pool(plan: Plan) -> str:
         "online": ": all, until the first epoch has shown which matter",
         "none": ": this policy needs no ranking",
         "structural": ", by a guess from the layers' shapes (rank on your data to know)",
-    }.get(plan.ranking, f", by a ranking that is {plan.ranking}")
+        "prior": ", by the ranking that is known for this architecture",
+    }.get(plan.ranking, f", by a ranking that was {plan.ranking}")
     return pool + whence + (f", measured on {plan.measured_on}" if plan.measured_on else "")
 
 

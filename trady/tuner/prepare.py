@@ -44,21 +44,21 @@ def prepare(
         ranking: Which layers are worth updating. Without one: the prior of this structure
             (:mod:`trady.ranking.priors`), or else what ``"online"`` asks for, to learn it in the first epoch, from
             the gradients that training computes anyway. ``"structural"`` guesses it from the layers' shapes.
-        head: Modules that always train, outside the budget; ``"auto"`` is the last weight layer, unless it is a
+        head: Modules that are always trained, outside the budget; ``"auto"`` is the last weight layer, unless it is a
             language model's, which was trained before (:func:`trady.analysis.head.find_head`).
         seed: Seed of the draws.
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a
             model whose forward takes another path from call to call.
-        recompute: What the backward pass recomputes instead of keeping it, where a segment of the model
-            would keep much (transformers): ``"auto"`` is as little as a peak budget allows, and under other
-            budgets as little as takes the peak to 1.5 times that of inference; ``"all"``; ``"none"`` for the
-            fastest step.
-        fidelity: How exactly smooth activations (GELU, SiLU, Mish) are differentiated where they are kept:
+        recompute: What the backward pass recomputes instead of saving it, where a segment of the model
+            would save much (transformers). ``"auto"`` recomputes as little as a peak budget allows; under other
+            budgets, as little as takes the peak to 1.5 times that of inference. ``"all"`` takes the least memory,
+            ``"none"`` the least time.
+        fidelity: How exactly smooth activations (GELU, SiLU, Mish) are differentiated where they are saved:
             ``"exact"``, or from a derivative in ``"8bit"`` or ``"4bit"`` (docs/fidelity.md).
-        micro_batch: Samples of the batch that a forward and backward pass takes at a time (your loop cuts the
-            batch and adds the gradients up; :func:`trady.finetune` does it by itself); ``"auto"`` is the largest
-            part that the budget is possible with: ``tuner.plan.micro_batch``.
+        micro_batch: Samples of a forward and backward pass, where a step has several. Your loop cuts the batch and
+            adds the gradients up; :func:`trady.finetune` does it by itself. ``"auto"`` is the largest chunk that
+            the budget is possible with: ``tuner.plan.micro_batch``.
         loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
             F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
             loss where it gives one, or a cross entropy of its scores, is expected.
