@@ -9,7 +9,7 @@ Undoing costs nothing where nothing happens: tensors are copied before the first
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from trady.model.python_state import PythonState, RandomState
 
 
 @contextmanager
-def untouched(*roots: Any) -> Iterator[CopyBeforeWrite]:
+def untouched(*roots: Any, watches: bool = True) -> Iterator[CopyBeforeWrite]:
     """Context after which modules, and the batch they were called with, are bit for bit what they were.
 
     That is: parameters and buffers, their content, flags and gradients; the tensors that attributes hold; the flags
@@ -34,6 +34,8 @@ def untouched(*roots: Any) -> Iterator[CopyBeforeWrite]:
 
     Args:
         roots: Modules and batches.
+        watches: Whether all calls are watched, which costs time; else those inside of
+            :meth:`CopyBeforeWrite.watching`, where it is known which may write to real tensors.
 
     Yields:
         What watches for writes; a backward pass runs inside of its :meth:`~CopyBeforeWrite.paused`.
@@ -45,7 +47,7 @@ def untouched(*roots: Any) -> Iterator[CopyBeforeWrite]:
         tensors = [_TensorState(tensor) for tensor in python.tensors]
         writes = CopyBeforeWrite(python.tensors)
     try:
-        with writes.watching():
+        with writes.watching() if watches else nullcontext():
             yield writes
     finally:
         with _unseen():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Token
 from typing import Any
 
@@ -36,15 +36,21 @@ class FakeRun(CallMode):
     Args:
         device: The real device.
         live: Counts the tensors of the pass, each once: with values or without.
+        watching: Makes the context for calls on real tensors alone, which may write to the user's.
 
     """
 
     # Calls are simulated as they come; the mode above that recognises layers has remembered the transposes itself.
     remembers_transposes = False
 
-    def __init__(self, device: torch.device, live: LiveBytes | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        live: LiveBytes | None = None,
+        watching: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         super().__init__()
-        self._device, self._live = device, live
+        self._device, self._live, self._watching = device, live, watching
         self._before: list[Token[str]] = []
         self._twins: dict[int, weakref.ref[Tensor]] = {}
         self._cut: tuple[int, int] | None = None
@@ -68,12 +74,15 @@ class FakeRun(CallMode):
         """Do a call as the real device would, as far as memory goes."""
         args, kwargs = self.prepare(func, args, kwargs)
         bare = any(t.is_meta for t in tensors_among((*args, *kwargs.values())))
-        if func is F.scaled_dot_product_attention and bare:
+        if not bare:
+            with self._watching():
+                return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
             return _attention(self._device, *args, **kwargs)
-        if func in META_KERNELS and bare:
+        if func in META_KERNELS:
             func = META_KERNELS[func]
         out = func(*args, **kwargs)
-        if func in _AS_LARGE_AS_THEIR_INPUT and simulated_device_type.get() == "cpu" and bare and not out.dim():
+        if func in _AS_LARGE_AS_THEIR_INPUT and simulated_device_type.get() == "cpu" and not out.dim():
             out.trady_keeps = torch.empty_like(args[0] if args else kwargs["input"])
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +106,11 @@ class Simulator:
         live = LiveBytes()
         resident = [*self._copy.parameters(), *self._copy.buffers(), *self._batch.tensors]
         args, kwargs = self._batch.arguments
-        with untouched(self._model, self._copy), uncompiled(self._copy):
+        with untouched(self._model, self._copy, watches=False) as writes, uncompiled(self._copy):
             switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
-            with FakeRun(self._device, live), torch.no_grad(), live:
+            with FakeRun(self._device, live, writes.watching), torch.no_grad(), live:
                 self._copy(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -134,14 +135,21 @@ class Simulator:
         """
         if selection is None:
             selection = Selection({name: np.zeros(1, dtype=np.int64) for name in layers})
-        with untouched(self._model, self._copy):
+        with untouched(self._model, self._copy, watches=False) as writes:
             armed = Armed(self._copy, self._analysis, segments, self._fidelity)
             try:
-                return self._follow(armed, selection, parts, optimizer or OptimizerMemory())
+                return self._follow(armed, writes.watching, selection, parts, optimizer or OptimizerMemory())
             finally:
                 armed.disarm()
 
-    def _follow(self, armed: Armed, selection: Selection, parts: bool, optimizer: OptimizerMemory) -> Timeline:
+    def _follow(
+        self,
+        armed: Armed,
+        watching: Callable[[], AbstractContextManager[None]],
+        selection: Selection,
+        parts: bool,
+        optimizer: OptimizerMemory,
+    ) -> Timeline:
         armed.select(selection)
         intervals: list[Interval] = []
         live = LiveBytes()
@@ -166,7 +174,7 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        fake = FakeRun(self._device, live)
+        fake = FakeRun(self._device, live, watching)
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
