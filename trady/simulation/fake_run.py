@@ -172,7 +172,12 @@ def _attention(
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernel's own copy
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+            out: Tensor
+            out, logsumexp, *_ = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+            if out.grad_fn is not None and query.dtype == torch.float64 != logsumexp.dtype:
+                # In PyTorch 2.11 the fake kernel saves half the bytes that the real one saves for the backward pass.
+                saved: Any = out.grad_fn.metadata
+                saved["trady"] = torch.empty_like(logsumexp)
             return out
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
