@@ -137,7 +137,7 @@ def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> N
     assert not out.exists()
     (out / "checkpoint").mkdir(parents=True)
     assert "--resume" in refused(*finetune(data, out))
-    assert "checkpoint.json cannot be read" in refused(*finetune(data, out, "--resume"))
+    assert "cannot read the checkpoint" in refused(*finetune(data, out, "--resume"))
     assert "auto, all, none" in refused(*finetune(data, tmp_path / "new", "--recompute", "much"))
     assert "exact, 8bit, 4bit" in refused(*plan, "--budget", "1 MiB", "--fidelity", "few")
     assert "exact, 8bit, 4bit" in refused(*finetune(data, tmp_path / "new", "--fidelity", "few"))

@@ -277,7 +277,7 @@ def test_a_plan_says_what_is_measured_and_accounts_for_a_draw_of_that_size() -> 
     assert plan.needs_each_epoch
     assert not plan.observed
     assert 1000 < plan.cost.elements <= 1500
-    assert "before every epoch; until then, channels drawn uniformly" in " ".join(str(plan).split())
+    assert "before every epoch; until then, a uniform draw" in " ".join(str(plan).split())
     assert trady.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

@@ -15,6 +15,7 @@ import torch
 from trady.calls.actions import Action, Done, InPlace, Leave, WithLayer
 from trady.calls.kinds import ActivationCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.calls.recognize import kind_of
+from trady.model.hooks import KnownHooks
 from trady.ops.quantized import is_quantized
 from trady.trace.trace import Trace, TracedCall
 
@@ -65,11 +66,13 @@ class FusionPlan:
         steps: One entry a call.
         spans: First call and one past the last call of every module that is called once.
         saved_shapes: For a weight call, the shape of the input that is saved (before deferred padding).
+        hooks: The forward hooks that ran in it, so that what they read is known to be read.
     """
 
     steps: tuple[Step, ...]
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    hooks: KnownHooks = frozenset()
 
 
 def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
@@ -99,7 +102,7 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
                 _fuse_norm(trace, index, actions)
             elif entry.call is not None and kind_of(entry.call).overwrites_input:
                 actions[index] = InPlace(_may_overwrite(trace, entry))
-    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes)
+    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes, trace.hooks)
 
 
 def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:

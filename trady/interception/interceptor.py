@@ -33,7 +33,7 @@ from trady.interception.layer import ArmedLayer
 from trady.interception.program import Program
 from trady.model.batch import tensors_among
 from trady.model.eager import COMPILED, CompilersOff
-from trady.model.hooks import Hook
+from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
@@ -107,7 +107,7 @@ class Interceptor(CallMode):
             enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._newest_hook, self._switched_on = self._hooks_now()[0], self._checkpointing_now()
+        self._newest_hook, self._switched_on = self._newest_hook_now(), self._checkpointing_now()
 
     def disarm(self) -> None:
         """Take the hooks out again."""
@@ -125,11 +125,19 @@ class Interceptor(CallMode):
         finally:
             self._enabled = True
 
-    def _hooks_now(self) -> tuple[int, bool]:
-        """Index of the newest forward hook (they count up), and whether there is a backward hook."""
-        modules = list(self._model.modules())
-        newest = max((index for m in modules for index in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
-        return newest, any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+    def _newest_hook_now(self) -> int:
+        """Index of the newest forward hook: they count up."""
+        modules = self._model.modules()
+        return max((index for m in modules for index in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
+
+    def _knows_hooks(self, plan: FusionPlan) -> bool:
+        """Whether all hooks that were hung in since the model was armed ran in the traced pass too."""
+        if any(m._backward_hooks or m._backward_pre_hooks for m in self._model.modules()):
+            return False
+        newest = self._newest_hook_now()
+        if newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
+            self._newest_hook = newest
+        return newest <= self._newest_hook
 
     def _checkpointing_now(self) -> frozenset[int]:
         """The modules whose own switch says that they run inside of a checkpoint (transformers, timm)."""
@@ -156,8 +164,7 @@ class Interceptor(CallMode):
         span = plan.spans.get(name) if plan is not None else None
         # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
         # is to see the gradient of its own module.
-        newest, backward = self._hooks_now()
-        known = plan is not None and span is not None and newest <= self._newest_hook and not backward
+        known = plan is not None and span is not None and self._knows_hooks(plan)
         # What a checkpoint that was switched on since the trace recomputes must not be overwritten.
         known = known and self._checkpointing_now() <= self._switched_on
         self._forward = ForwardState(

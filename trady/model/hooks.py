@@ -1,11 +1,16 @@
-"""Forward hooks that a copy of the model does not take along: the copy is the plain model."""
+"""Forward hooks: our own, which a copy of the model does not take along, and which of a model's own are known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
+#: A module's name and the code of a forward hook on it.
+KnownHooks = frozenset[tuple[str, Any]]
 
 
 class Hook:
@@ -33,3 +38,27 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None,)
+
+
+def forward_hooks(model: nn.Module, newer_than: int = -1) -> KnownHooks:
+    """Find the forward hooks of a model.
+
+    Args:
+        model: The model.
+        newer_than: Leave out those with this index or a lower one: the indices of hooks count up.
+
+    """
+    return frozenset(_hooks(model, newer_than))
+
+
+def _hooks(model: nn.Module, newer_than: int) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            yield from ((name, _code(hook)) for index, hook in hooks.items() if index > newer_than)
+
+
+def _code(hook: Any) -> Any:
+    """What two hooks have in common that the same line of code has made, for this call of a model and the next."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__code__", type(hook))

@@ -26,6 +26,7 @@ from trady.model.batch import (
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
+from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
 from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
@@ -88,6 +89,7 @@ def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Tra
             ) from error
         finally:
             tracing.reset(token)
+        recorder.trace.hooks = forward_hooks(model)
         # What the output and the model's attributes hold shows before the attributes are put back.
         outputs = list(tree_iter(output))
         recorder.trace.values = [_settle(value) for value in recorder.trace.values]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from trady.calls.kind import Call
+from trady.model.hooks import KnownHooks
 
 
 @dataclass
@@ -94,10 +95,11 @@ class Trace:
         values: The tensors between them.
         spans: For every module call: module name, first call, one past the last call.
         batch: Samples in the example.
-        element_bytes: Bytes of an element of the first layer's input.
+        hooks: The model's forward hooks when the pass had ended: some models hang them in when they first need them.
     """
 
     calls: list[TracedCall] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     batch: int = 1
+    hooks: KnownHooks = frozenset()
