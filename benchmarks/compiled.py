@@ -2,7 +2,7 @@
 
 The latter is not what trady does. Each layer whose channels train is one operation that the compiler takes as it is:
 it keeps the selected channels and computes their gradient. All else is the compiler's, also what is kept for the
-backward pass; channels drawn again are compiled anew. Held against TraDy's own step with nothing recomputed.
+backward pass; channels drawn again are compiled again. Held against TraDy's own step with nothing recomputed.
 docs/composition.md draws the conclusion. Timings gate nothing: the exit code is 0.
 """
 

@@ -68,6 +68,6 @@ def galore_optimizer(model: nn.Module, rate: float) -> tuple[torch.optim.Optimiz
     ranks = ", ".join(str(rank) for rank in sorted(groups))
     return (
         optimizer,
-        f"AdamW; {len(weights)} linear weights projected to ranks {ranks}; the step that projects anew "
+        f"AdamW; {len(weights)} linear weights projected to ranks {ranks}; the step that projects again "
         f"(every {UPDATE_PROJECTION_EVERY}th) is not in the figures",
     )

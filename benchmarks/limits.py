@@ -2,7 +2,7 @@
 
 On the CPU a step fits if the peak of its live tensors, weights and batch included, stays within the limit. On
 CUDA it runs, and fits if the allocator's peak stays within the limit and nothing ran out of memory. TraDy trains 2 %
-of the channels of every layer and computes all segments anew. Steps are plain SGD, as in the other benchmarks.
+of the channels of every layer and recomputes all segments. Steps are plain SGD, as in the other benchmarks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def search(
     """Look for the largest batch of this length, then for the longest sequences of a batch of this size.
 
     Args:
-        make: Builds a task of so many sequences of so many tokens.
+        make: Builds a task of this many sequences of this many tokens.
         method: A key of ``METHODS``.
         limit: Bytes that a step may take.
         sequences: Of the batch whose length is looked for.

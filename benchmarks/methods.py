@@ -165,7 +165,7 @@ def static_random(workload: Workload, task: Task, seed: int = 0) -> Iterator[Ste
 
 @contextmanager
 def trady_keep(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
-    """TraDy, but the backward pass computes nothing anew: the fastest step, and more memory."""
+    """TraDy, but the backward pass recomputes nothing: the fastest step, and more memory."""
     if workload.kind == "cnn":
         raise SkippedError("these networks have nothing that would be recomputed")
     with trady_step(workload, task, seed, recompute="none") as step:

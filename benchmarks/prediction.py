@@ -1,7 +1,7 @@
 """Peaks told beforehand against peaks measured: random budgets of every kind, and whether peak budgets are kept.
 
 Every trial plans for a random budget, arms the model, runs a training step and compares. A peak budget lies between
-the least possible and the measured peak of full fine-tuning; budgets in elements and in bytes of the update lie
+the minimum and the measured peak of full fine-tuning; budgets in elements and in bytes of the update lie
 between the cheapest channel and all channels, spread evenly over orders of magnitude.
 """
 

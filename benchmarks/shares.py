@@ -31,7 +31,7 @@ class ShareOfEveryLayer:
         self.name = f"static-share-{share}" if once else f"share-{share}"
 
     def select(self, draw: Draw) -> trady.Selection:
-        """Draw, anew for this epoch and redraw unless it is once for all."""
+        """Draw for this epoch and redraw unless it is once for all."""
         epoch, redraw = (0, 0) if self.once else (draw.epoch, draw.redraw)
         random = np.random.default_rng((draw.seed, epoch, redraw))
         return trady.Selection(

@@ -145,7 +145,7 @@ def measure(
 def aims(workload: Workload, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
     """Hold TraDy's step against the aims of the workload, as far as both methods were timed.
 
-    That over the floor is for a step that computes nothing anew.
+    That over the floor is for a step that recomputes nothing.
     """
     if "trady" not in seconds:
         return {}
