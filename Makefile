@@ -33,7 +33,7 @@ test: $(DEV_READY) ## All tests.
 quick: $(DEV_READY) ## Some tests of every package, in about a minute (tests/quick.py).
 	$(PYTEST) $$($(PYTHON_IN_VENV) -m tests.quick) $(TEST_ARGS)
 
-check: lint types test ## What continuous integration runs: lint, types, tests, a short demo.
+check: lint types test docs ## What continuous integration runs: lint, types, tests, docs, a short demo.
 	$(MAKE) demo DEMO_ARGS=--short
 
 lint: $(DEV_READY) ## ruff: rules and format; codespell.
