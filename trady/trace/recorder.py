@@ -122,7 +122,6 @@ class _Recorder(CallMode):
     def __init__(self, model: nn.Module, device: torch.device | None) -> None:
         super().__init__()
         self.trace = Trace()
-        self.wrote_weights = False
         self._device = device
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
@@ -199,7 +198,6 @@ class _Recorder(CallMode):
         out = func(*args, **kwargs) if entry.auxiliary else self._run_on_meta(func, args, kwargs)
         changed = [_version(tensor) != version for tensor, version in zip(touched, versions, strict=True)]
         entry.written = tuple(place for place, new in zip(places, changed, strict=True) if new)
-        self.wrote_weights |= any(new and isinstance(t, nn.Parameter) for t, new in zip(tensors, changed, strict=True))
         made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         entry.makes = tuple(self._register(t, index, tensors) for t in made)
         entry.output_shape = tuple(made[0].shape) if made else ()
