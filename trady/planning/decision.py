@@ -19,7 +19,7 @@ from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.peaks import Peaks
 from trady.planning.plan import Plan
-from trady.planning.recomputation import Planner, Recomputation
+from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
 from trady.planning.scopes import BudgetScope, DoesNotFitError
 from trady.planning.scopes.unlimited import UNLIMITED
@@ -55,14 +55,13 @@ class Decision:
         seed: Seed of the draws.
         source: Where the pool comes from (:attr:`Plan.ranking`).
         start: The moment before the first draw.
-        planner: Chooses what is recomputed.
-        peaks: Simulates steps.
+        peaks: Simulates steps, and chooses what is recomputed.
         reserve: For the float channels of quantised layers.
+        batch_elements: Elements of the full batch that the plan is for.
         recompute: What was asked for (:data:`trady.planning.recomputation.MODES`).
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the full batch.
         needs_snapshot: Whether the weights that train are kept to compare with an epoch ago.
-        batch_elements: Elements of the full batch that the plan is for.
     """
 
     model: nn.Module
@@ -72,14 +71,13 @@ class Decision:
     seed: int
     source: str
     start: Moment
-    planner: Planner
     peaks: Peaks
     reserve: Reserve
+    batch_elements: int
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | None = None
     needs_snapshot: bool = False
-    batch_elements: int = 0
 
     @property
     def table(self) -> ChannelTable:
@@ -100,11 +98,6 @@ class Decision:
     def scope(self) -> BudgetScope:
         """What the budget bounds."""
         return UNLIMITED if self.budget is None else self.budget.scope
-
-    @property
-    def amount(self) -> float:
-        """What may be spent."""
-        return math.inf if self.budget is None else self.budget.amount
 
     def check_something_trains(self) -> None:
         """Refuse to train nothing.
@@ -159,7 +152,7 @@ class Decision:
                 )
             return moment
         spending = self.spending(moment)
-        if self.recompute == "auto" and self.planner.has_choice and (first or self.scope.bounds_peak):
+        if self.recompute == "auto" and self.peaks.planner.has_choice and (first or self.scope.bounds_peak):
             spending = spending.with_recomputation(self._recomputation(spending))
         if spending.moment.pool and self.policy.name != "head":
             minimum = self.scope.minimum(spending)
@@ -179,7 +172,7 @@ class Decision:
     def minimum_peak(self, moment: Moment) -> int:
         """The minimum peak budget that a step is possible in, with as much recomputed as helps."""
         spending = self.spending(moment)
-        if self.recompute == "auto" and self.planner.has_choice:
+        if self.recompute == "auto" and self.peaks.planner.has_choice:
             spending = spending.with_recomputation(spending.recomputing(0))
         if spending.all_or_nothing:
             return spending.peak(spending.useful(None))

@@ -161,7 +161,7 @@ def _point(decision: Decision, share: float) -> Point:
     selection = Selection(
         {name: np.arange(max(count, least), dtype=np.int64) for name, count in counts.items() if count or least}
     )
-    spending, planner = decision.spending(decision.start), decision.planner
+    spending, planner = decision.spending(decision.start), decision.peaks.planner
     kept = sum(spending.peak_parts(selection, planner.nothing).values())
     recomputed = sum(spending.peak_parts(selection, planner.everything).values()) if planner.has_choice else kept
     return Point(share, selection.count, kept, recomputed)

@@ -113,7 +113,7 @@ class Request:
         sizes = chunk_sizes(batch, self.micro_batch)
         for size in sizes:
             try:
-                decision = replace(self._decide(model, batch, size, optimizer), batch_elements=batch.elements)
+                decision = self._decide(model, batch, size, optimizer)
                 decision.draw(decision.start, 0, 0)  # a policy that trains everything may find only now: too much
                 return decision
             except InfeasibleBudgetError as error:
@@ -151,7 +151,8 @@ class Request:
             analysis,
             Peaks(simulator, planner, accumulates=chunk.nbytes < batch.nbytes),
             optimizer or OptimizerMemory(),
-            None if full else size,
+            micro_batch=None if full else size,
+            batch_elements=batch.elements,
         )
 
     def _simulator(
@@ -168,17 +169,16 @@ class Request:
         analysis: ModelAnalysis,
         peaks: Peaks,
         optimizer: OptimizerMemory,
+        *,
         micro_batch: int | None,
+        batch_elements: int,
     ) -> Decision:
         """Settle what channels are drawn from, and fit it to the budget."""
         limit, policy, table = self.limit, self.rule, analysis.table
         seed = self.seed if self.plan is None else self.plan.seed
 
         def reserve(pool: tuple[str, ...]) -> Reserve:
-            whole = bool(getattr(policy, "whole", False))
-            return reserve_for(
-                table, pool, policy, seed, in_bytes=limit is not None and limit.scope.in_bytes, whole=whole
-            )
+            return reserve_for(table, pool, policy, seed, in_bytes=limit is not None and limit.scope.in_bytes)
 
         pool, source, ranking = self._pool(analysis, reserve(table.names))
         decision = Decision(
@@ -194,9 +194,9 @@ class Request:
                 optimizer,
                 ranking,
             ),
-            peaks.planner,
             peaks,
             reserve(pool),
+            batch_elements,
             self.recompute,
             self.fidelity,
             micro_batch,

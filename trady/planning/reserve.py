@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.policies import Draw, Policy, needs_of
+from trady.policies.base import all_or_nothing
 
 #: A budget in bytes leaves room for the float channels of this many draws; then they are drawn no more.
 DRAWS = 10
@@ -37,9 +38,7 @@ class Reserve:
         return min(self.draws * self.table.float_bytes(selection), self.most_bytes)
 
 
-def reserve_for(
-    table: ChannelTable, pool: Collection[str], policy: Policy, seed: int, *, in_bytes: bool, whole: bool
-) -> Reserve:
+def reserve_for(table: ChannelTable, pool: Collection[str], policy: Policy, seed: int, *, in_bytes: bool) -> Reserve:
     """Say how much is reserved.
 
     Args:
@@ -48,11 +47,10 @@ def reserve_for(
         policy: Draws them.
         seed: Seed of the draws.
         in_bytes: Whether the budget promises bytes; where it does not, a plan counts one draw.
-        whole: Whether the policy always selects the same.
 
     """
     most = sum(layer.channels * table.float_channel_bytes(layer.name) for layer in table if layer.name in pool)
-    several = in_bytes and most > 0 and not whole and not _draws_once(table, pool, policy, seed)
+    several = in_bytes and most > 0 and not all_or_nothing(policy) and not _draws_once(table, pool, policy, seed)
     return Reserve(table, DRAWS if several else 1, most)
 
 

@@ -13,6 +13,7 @@ from trady.planning.peaks import Peaks
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
 from trady.policies import Draw, Evidence, Policy, draw_selection, needs_of, typical_selection
+from trady.policies.base import all_or_nothing
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import NORM_BYTES, Timeline, compact_forms
@@ -78,7 +79,7 @@ class Spending:
     @property
     def all_or_nothing(self) -> bool:
         """Whether the policy's selection cannot be made smaller."""
-        return bool(getattr(self.policy, "whole", False))
+        return all_or_nothing(self.policy)
 
     @property
     def lacks_evidence(self) -> bool:

@@ -74,3 +74,8 @@ class Policy(Protocol):
     def select(self, draw: Draw) -> Selection:
         """Return the channels to train; their cost must not exceed ``draw.capacity``."""
         ...
+
+
+def all_or_nothing(policy: object) -> bool:
+    """Whether a policy's selection cannot be made smaller: its attribute ``whole``."""
+    return bool(getattr(policy, "whole", False))

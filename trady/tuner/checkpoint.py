@@ -52,7 +52,7 @@ def load_state(
     snapshot: WeightSnapshot | None,
     state: Mapping[str, Any],
 ) -> None:
-    """Go on from :func:`save_state`; where it is refused, nothing has changed.
+    """Go on from :func:`save_state`.
 
     Raises:
         CheckpointError: The state is of another model, policy, seed or version, or damaged.

@@ -52,8 +52,8 @@ class Tuner:
         if is_compiled(model):
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
         # In front of the hooks of the interception.
-        check = decision.scope.in_bytes and decision.batch_elements > 0
-        self._batch_check = BatchCheck(unwrap_compiled(model), decision.batch_elements) if check else None
+        bounded = decision.scope.in_bytes
+        self._batch_check = BatchCheck(unwrap_compiled(model), decision.batch_elements) if bounded else None
         segments = decision.start.recomputation.segments
         self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
         self._finished = False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trady.calls.handling import Handling, labelled
 from trady.calls.kind import Call, CallKind, Keeps
-from trady.calls.kinds.sizes import each
+from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import samples_first
 from trady.ops.pooling import average_pool
 
@@ -109,12 +109,8 @@ def _compute(call: AveragePoolCall, handling: Handling) -> Tensor:
 AVERAGE_POOL = CallKind(
     AveragePoolCall,
     readers={
-        F.avg_pool1d: partial(_read, 1),
-        F.avg_pool2d: partial(_read, 2),
-        F.avg_pool3d: partial(_read, 3),
-        F.adaptive_avg_pool1d: partial(_read_adaptive, 1),
-        F.adaptive_avg_pool2d: partial(_read_adaptive, 2),
-        F.adaptive_avg_pool3d: partial(_read_adaptive, 3),
+        **by_dimension(_read, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        **by_dimension(_read_adaptive, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     },
     keeps=lambda call: Keeps.NOTHING,
     handler=_compute,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from trady.calls.handling import Handling, labelled
 from trady.calls.kind import Call, CallKind, Keeps, always
-from trady.calls.kinds.sizes import each
+from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import samples_first
 from trady.ops.pooling import Window, max_pool
 
@@ -55,12 +54,8 @@ def _compute(call: MaxPoolCall, handling: Handling) -> Tensor:
 MAX_POOL = CallKind(
     MaxPoolCall,
     readers={
-        F.max_pool1d: partial(_read, 1),
-        F.max_pool2d: partial(_read, 2),
-        F.max_pool3d: partial(_read, 3),
-        torch.max_pool1d: partial(_read, 1),
-        torch.max_pool2d: partial(_read, 2),
-        torch.max_pool3d: partial(_read, 3),
+        **by_dimension(_read, F.max_pool1d, F.max_pool2d, F.max_pool3d),
+        **by_dimension(_read, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
     },
     keeps=lambda call: Keeps.NOTHING,
     handler=_compute,

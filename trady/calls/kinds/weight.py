@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
 from trady.calls.handling import Handling, any_trains, labelled, refuse_trained
 from trady.calls.kind import Call, CallKind, Keeps
-from trady.calls.kinds.sizes import each
+from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Convolution, Linear
@@ -184,9 +184,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 WEIGHT = CallKind(
     WeightCall,
     readers={
-        torch.conv1d: partial(_convolution, 1),
-        torch.conv2d: partial(_convolution, 2),
-        torch.conv3d: partial(_convolution, 3),
+        **by_dimension(_convolution, torch.conv1d, torch.conv2d, torch.conv3d),
         F.linear: _linear,
         linear_of_quantized: _quantized_linear,
         torch.addmm: _addmm,
