@@ -10,7 +10,7 @@ from benchmarks.tasks import needs
 RANK = 8
 
 
-def add_adapters(model: nn.Module, *, convolutions: bool) -> str:
+def add_adapters(model: nn.Module, *, convolutions: bool, **variant: bool) -> str:
     """Freeze a model, put an adapter beside every layer but the head, and let those and the head train.
 
     A head that has a vocabulary's size stays frozen, as peft leaves it.
@@ -20,6 +20,7 @@ def add_adapters(model: nn.Module, *, convolutions: bool) -> str:
         convolutions: Whether convolutions get adapters too. Those with groups never do (peft's rank must be
             divisible by the groups), nor do subclasses of ``nn.Conv2d`` with a kernel (peft builds one of
             the same class for the adapter, without that class's own arguments).
+        variant: Switches of ``peft.LoraConfig``, such as ``use_dora``.
 
     Returns:
         What was targeted, for people.
@@ -49,6 +50,7 @@ def add_adapters(model: nn.Module, *, convolutions: bool) -> str:
         lora_dropout=0.0,
         target_modules=[name for kind in names.values() for name in kind],
         fan_in_fan_out=bool(names["Conv1D"]),
+        **variant,
     )
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model)

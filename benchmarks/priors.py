@@ -6,6 +6,10 @@ files in ``trady/ranking/priors``.
 
 A ranking is measured on weights that have learnt the task: the networks for images have their own heads, MiniLM is
 trained for an epoch first. On a new head nearly all gradient is in the layer before it, and says nothing of the others.
+
+``--norm`` is how batch normalisations run meanwhile: ``frozen``, as trady trains, or ``batch``, as the paper's authors
+train. The table has the share of the layer RGN that the first quarter and the first half of the layers hold: the paper
+(arXiv 2510.19675, figure 10) has over 50 % and over 90 %.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +50,8 @@ TOKENS, OTHER_TOKENS = 64, 32
 Batches = list[tuple[Any, Any]] | list[dict[str, Tensor]]
 Loss = Callable[[Any, Any], Tensor] | None
 
+Statistics = Literal["frozen", "batch"]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,9 +73,9 @@ class Source:
     loss: Loss
     other_task: Callable[[], tuple[nn.Module, Batches]] | None = None
 
-    def rank(self, size: int) -> LayerRanking:
+    def rank(self, size: int, norm: Statistics) -> LayerRanking:
         """Rank the network at an input size."""
-        ranking = trady.rank(self.model().train(), self.batches(size), self.loss)
+        ranking = trady.rank(self.model().train(), self.batches(size), self.loss, norm=norm)
         return replace(ranking, channels={}, measured_on=self.measured_on)
 
 
@@ -178,7 +184,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "--cifar", metavar="NPZ", help="CIFAR-10 (default: data/cifar10-12k.npz beside the models' folder)"
     )
     parser.add_argument("--network", nargs="+", metavar="NAME", help="which ones (default: all)")
+    parser.add_argument(
+        "--norm", choices=["frozen", "batch"], default="frozen", help="statistics of batch normalisations (frozen)"
+    )
     parser.add_argument("--write", action="store_true", help="replace the shipped priors")
+    parser.add_argument("--out", metavar="DIR", help="write the rankings into this folder")
     chosen = parser.parse_args(arguments)
     models = options.models_folder(chosen.models)
     sentences = Path(chosen.sentences) if chosen.sentences else models.parent / "data" / "sst2" / "train.tsv"
@@ -187,12 +197,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     unknown = set(chosen.network or ()) - set(everything)
     if unknown:
         parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
+    folder = Path(trady.__file__).parent / "ranking" / "priors" if chosen.write else chosen.out and Path(chosen.out)
     table = Table(title="Spearman correlation of layer RGN with the prior's")
-    for column in ("network", "layers", "top-K", "CIFAR-10", "other size: RGN as it is", "by norms", "shapes"):
+    for column in (
+        "network", "layers", "top-K", "first 25 %", "first 50 %", "CIFAR-10", "other size: RGN as it is", "by norms",
+        "shapes",
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "network" else "right")
     rows = []
     for name in chosen.network or everything:
-        row = _agreement(name, everything[name], write=chosen.write)
+        row = _agreement(name, everything[name], chosen.norm, folder)
         rows.append(row)
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value or "–") for value in row.values()))
     options.console_for(chosen.json).print(table)
@@ -200,22 +214,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _agreement(name: str, source: Source, *, write: bool) -> dict[str, Any]:
+def held_by(ranking: LayerRanking, share: float) -> float:
+    """Return the part of the layer RGN that this share of the layers holds, the highest first."""
+    scores = sorted(ranking.scores.values(), reverse=True)
+    return sum(scores[: round(share * len(scores))]) / sum(scores)
+
+
+def _agreement(name: str, source: Source, norm: Statistics, folder: Path | None) -> dict[str, Any]:
     size, other_size = source.sizes
-    ranking, other = source.rank(size), source.rank(other_size)
+    ranking, other = source.rank(size, norm), source.rank(other_size, norm)
     task = None
     if source.other_task is not None:
         model, batches = source.other_task()
-        task = trady.rank(model.train(), batches, F.cross_entropy)
+        task = trady.rank(model.train(), batches, F.cross_entropy, norm=norm)
     batch = source.batches(other_size)[0]
     there = analyse_model(source.model(), batch if isinstance(batch, dict) else batch[0]).table
-    if write:
-        target = Path(trady.__file__).parent / "ranking" / "priors" / f"{name}.json"
-        replace(ranking, source="prior").save(target)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(ranking, source="prior").save(folder / f"{name}.json")
     return {
         "network": name,
         "layers": len(ranking.scores),
         "top-K": len(ranking.top()),
+        "first_quarter": held_by(ranking, 0.25),
+        "first_half": held_by(ranking, 0.5),
         "other_task": None if task is None else ranking.spearman(task),
         "other_size": ranking.spearman(other),
         "other_size_by_norms": ranking.at(there).spearman(other),

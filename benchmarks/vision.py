@@ -62,7 +62,7 @@ def backbone(name: str) -> Callable[[Path], Task]:
     """Return the builder of one of the paper's two backbones."""
 
     def make(models: Path) -> Task:
-        return _classifier(load_backbone(name, models, num_classes=CLASSES), 32, IMAGE_SIZE)
+        return _classifier(seeded(lambda: load_backbone(name, models, num_classes=CLASSES)), 32, IMAGE_SIZE)
 
     return make
 

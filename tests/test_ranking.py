@@ -23,10 +23,12 @@ scores_of_layers = st.dictionaries(st.text(max_size=5), st.floats(0, allow_infin
 # -- scores --------------------------------------------------------------------------------------
 
 
-def test_layer_rgn_is_the_squared_norm_over_the_cost_of_all_channels() -> None:
+def test_layer_rgn_is_equation_8_the_sum_of_the_channels_rgn() -> None:
     squared = np.array([1.0, 4.0, 9.0])
-    assert layer_rgn(squared, TABLE["a"]) == pytest.approx(14 / (3 * 7))
-    assert layer_score(squared, TABLE["a"], "norm") == 14
+    assert TABLE["a"].elements == 7
+    assert layer_rgn(squared, TABLE["a"]) == pytest.approx(1 / 7 + 2 / 7 + 3 / 7)
+    assert layer_rgn(squared, TABLE["a"]) == pytest.approx(channel_rgn(squared, TABLE["a"]).sum())
+    assert layer_score(squared, TABLE["a"], "norm") == 1 + 2 + 3
 
 
 def test_channel_rgn_is_the_norm_over_the_cost_of_the_channel() -> None:
@@ -206,7 +208,9 @@ def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this trady reads version 1: .*trady.rank"),
+        ({"version": 3}, "version 3, this trady reads version 2 .*equation 8.*trady rank"),
+        ({"version": 1}, "version 1, this trady reads version 2 .*equation 8.*measure it again with trady rank"),
+        ({"norm": "running"}, "norm 'running' does not exist"),
         ({"format": "other"}, "no layer ranking"),
         ({"scores": {"a": float("nan")}}, "score of layer 'a' is nan"),
         ({"scores": {"a": float("inf")}}, "score of layer 'a' is inf"),
@@ -228,7 +232,7 @@ def test_a_file_of_another_version_or_with_impossible_values_is_refused(
         LayerRanking.load(path)
 
 
-@pytest.mark.parametrize("field", ["format", "version", "metric", "source", "structure", "batches", "scores"])
+@pytest.mark.parametrize("field", ["format", "version", "metric", "source", "structure", "batches", "scores", "norm"])
 def test_a_file_that_lacks_a_field_is_refused(tmp_path: Path, field: str) -> None:
     data = LayerRanking({"a": 1.0}).to_json()
     del data[field]

@@ -70,9 +70,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--max-minutes", type=float, default=85.0, help="length of a part (default: 85)")
     parser.add_argument("--workers", type=int, help="cells at a time (default: one a processor)")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="where cells run; several share a GPU (default: cuda where there is one)",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     chosen = parser.parse_args(arguments)
+    if chosen.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nobody has asked PyTorch for a device yet
+    elif chosen.device is not None:
+        options.device_of(chosen)
     usual = chosen.matrix.resolve() == (FOLDER / "matrix.toml").resolve()
     chosen.out = chosen.out or FOLDER / ("results" if usual else f"results-{chosen.matrix.stem}")
     models = options.models_folder(chosen.models).absolute()

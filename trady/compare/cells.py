@@ -15,6 +15,7 @@ from trady.compare.read import ReadMatrix
 from trady.errors import MatrixError
 from trady.policies import Scheme, SparseUpdate, get_policy
 from trady.ranking.priors import read_ranking
+from trady.ranking.ranking import FORMAT as RANKING
 from trady.training.settings import ranking_digest
 
 
@@ -118,6 +119,8 @@ def _job(read: ReadMatrix, model: str, dataset: str, budget: str | None, policy:
     sources = {"model": matrix.models[model], "dataset": read.datasets[dataset]}
     if ranking is not None:
         sources["ranking"] = ranking_digest(read_ranking(ranking))
+    elif get_policy(policy).uses_ranking:
+        sources["ranking"] = f"{RANKING.name} version {RANKING.version}"  # results of another score are not these
     if scheme is not None:
         sources["scheme"] = json.dumps(Scheme.load(scheme).to_json(), sort_keys=True)
     cell = Cell(

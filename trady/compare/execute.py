@@ -21,7 +21,7 @@ from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
 from trady.records.version import __version__
 from trady.training.data.datasets import DataSplit, Normalization
-from trady.training.data.load import load_data
+from trady.training.data.load import check_examples, load_data
 from trady.training.models.load import image_format, load_model
 from trady.training.result import Result
 from trady.training.run import finetune
@@ -112,6 +112,7 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
     image_size, limits = settings.pop("image_size", None), _limits(settings)
     normalization, usual_size = _image_format(job.model)
     data = _data(job.dataset, image_size or usual_size, limits, normalization, cell.seed)
+    check_examples(data, job.dataset)
     for name in ("channel_clip", "max_grad_norm"):
         if settings.get(name) is False:
             settings[name] = None

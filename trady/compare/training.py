@@ -41,6 +41,7 @@ class Training(BaseModel):
         observed_batches: Batches that policies are measured on if they measure before they draw.
         fidelity: How exactly smooth activations are differentiated.
         draws_per_epoch: How often channels are drawn in an epoch.
+        augment: How training images are varied.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -66,6 +67,7 @@ class Training(BaseModel):
     observed_batches: Count = OBSERVED_BATCHES
     fidelity: Literal["exact", "8bit", "4bit"] = "exact"
     draws_per_epoch: Count = 1
+    augment: Literal["none", "light", "paper"] = "none"
 
     def given(self) -> dict[str, Any]:
         """Return the settings that the file has, without the defaults."""

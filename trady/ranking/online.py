@@ -11,22 +11,25 @@ import numpy.typing as npt
 
 from trady.channels.table import ChannelTable
 from trady.errors import RankingError
-from trady.ranking.ranking import LayerRanking, listed, same_layers, structure_digest
+from trady.ranking.ranking import SCORE, LayerRanking, listed, same_layers, structure_digest
 from trady.ranking.scores import Floats, Metric, spearman, top_layers
 from trady.ranking.structural import structural_ranking
 from trady.records.versioned import Format
 
 #: What was learnt so far, as JSON.
-FORMAT = Format("trady-online-ranking", "online ranking", RankingError, "start it again with an empty one")
+FORMAT = Format(
+    "trady-online-ranking", "online ranking", RankingError, "start it again with an empty one", version=2, changed=SCORE
+)
 
 
 class OnlineRanking:
     """Learns the ranking from the gradients of whichever channels train.
 
-    Channels are drawn uniformly in a layer, so the mean of ‖∂L/∂W[:, c]‖₂² over the drawn ones is
-    an unbiased estimate of the layer's mean, however many were drawn. With it,
+    Channels are drawn uniformly in a layer, so the mean of ‖g_c‖₂ = ‖∂L/∂W[:, c]‖₂ over the drawn ones is an
+    unbiased estimate of the layer's mean, however many were drawn. With it, equation 8 of arXiv 2510.19675 is
 
-        layer RGN ≈ (Σ_observations mean_c ‖g_c‖₂² / observations) · channels / (channels · (C^W + C^A))
+        layer RGN = Σ_c ‖g_c‖₂ / (C^W_c + C^A_c)
+                  ≈ (Σ_observations mean_c ‖g_c‖₂ / observations) · channels / (C^W + C^A)
 
     and a layer that is drawn more often has a steadier estimate, not a larger one.
 
@@ -77,11 +80,11 @@ class OnlineRanking:
         self._share = share
         self._agreement = agreement
         self._weights = np.array(
-            [1 / layer.elements if metric == "rgn" else layer.channels for layer in table], dtype=np.float64
+            [layer.channels / (layer.elements if metric == "rgn" else 1) for layer in table], dtype=np.float64
         )
         self._guess = np.array(list(structural_ranking(table).scores.values()), dtype=np.float64)
         if metric == "norm":
-            self._guess *= [layer.channels * layer.elements for layer in table]
+            self._guess *= [layer.elements for layer in table]
         self._sums: Floats = np.zeros(len(table))
         self._counts = np.zeros(len(table), dtype=np.int64)
         self._history: deque[Floats] = deque(maxlen=window + 1)
@@ -122,12 +125,7 @@ class OnlineRanking:
             if not finite.size:
                 continue
             position = self._position[name]
-            with np.errstate(over="ignore"):
-                total = self._sums[position] + finite.mean()
-            if not np.isfinite(total):
-                self._ignored += finite.size
-                continue
-            self._sums[position] = total
+            self._sums[position] += np.sqrt(finite).mean()
             self._counts[position] += 1
         self._batches += 1
         self._history.append(self._scores())

@@ -24,8 +24,14 @@ from trady.records.versioned import Format
 
 Source = Literal["measured", "online", "prior", "structural", "given"]
 
+Norm = Literal["frozen", "batch", ""]
+
+#: What version 2 of the rankings' records is about.
+SCORE = "since version 2, the score of a layer is equation 8 of arXiv 2510.19675, the sum of its channels' RGN"
 #: The ranking as JSON.
-FORMAT = Format("trady-ranking", "layer ranking", RankingError, "measure it with trady.rank")
+FORMAT = Format(
+    "trady-ranking", "layer ranking", RankingError, "measure it again with trady rank", version=2, changed=SCORE
+)
 
 
 def structure_digest(table: ChannelTable) -> str:
@@ -54,6 +60,8 @@ class LayerRanking:
         elements: Layer name to C^W + C^A of a channel where it was measured, so that :meth:`at` can
             take the scores to inputs of another size; may be empty.
         measured_on: What it was measured on, for people; may be empty.
+        norm: How batch normalisations ran while it was measured: ``frozen``, with their running statistics, or
+            ``batch``, with those of the batch; empty where it is not known or nothing ran.
 
     Raises:
         RankingError: When a value is not as above.
@@ -67,11 +75,13 @@ class LayerRanking:
     batches: int = 0
     elements: Mapping[str, int] = field(default_factory=dict)
     measured_on: str = ""
+    norm: Norm = ""
 
     def __post_init__(self) -> None:
         for what, value, possible in (
             ("metric", self.metric, get_args(Metric)),
             ("source", self.source, get_args(Source)),
+            ("norm", self.norm, get_args(Norm)),
         ):
             if value not in possible:
                 raise RankingError(f"{what} {value!r} does not exist; there are {', '.join(possible)}")
@@ -180,6 +190,7 @@ class LayerRanking:
             "structure": self.structure,
             "batches": self.batches,
             "measured_on": self.measured_on,
+            "norm": self.norm,
             "scores": dict(self.scores),
             "elements": dict(self.elements),
             "channels": {name: list(values) for name, values in self.channels.items()},
@@ -201,8 +212,9 @@ class LayerRanking:
                 structure=checked["structure"],
                 channels={name: tuple(values) for name, values in checked["channels"].items()},
                 batches=checked["batches"],
-                elements=checked.get("elements", {}),
-                measured_on=checked.get("measured_on", ""),
+                elements=checked["elements"],
+                measured_on=checked["measured_on"],
+                norm=checked["norm"],
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

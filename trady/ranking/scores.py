@@ -1,4 +1,13 @@
-"""Scores of layers and channels: RGN, norms, top-K layers, rank correlation."""
+"""Scores of layers and channels: RGN, norms, top-K layers, rank correlation.
+
+The paper (arXiv 2510.19675) scores a channel by its reweighted gradient norm, equation 7, and a layer by the sum over
+its channels, equation 8:
+
+    RGN_c = ‖∂L/∂W[:, c]‖₂ / (C^W_c + C^A_c)        layer RGN = Σ_c RGN_c
+
+W[:, c] are the weights that read input channel c, C^W_c is their number, and C^A_c the number of elements of the
+channel's activation for one sample. Of several stochastic gradients, ‖∂L/∂W[:, c]‖₂ is the root of the mean square.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def layer_rgn(squared_norms: npt.ArrayLike, layer: Layer) -> float:
-    """Layer RGN: Σ_c ‖∂L/∂W[:, c]‖₂² / Σ_c (C^W_c + C^A_c) (arXiv 2510.19675).
+    """Layer RGN, equation 8 of arXiv 2510.19675: Σ_c ‖∂L/∂W[:, c]‖₂ / (C^W_c + C^A_c).
 
     Args:
         squared_norms: ‖∂L/∂W[:, c]‖₂² of every input channel, ``[layer.channels]``.
@@ -31,7 +40,7 @@ def layer_rgn(squared_norms: npt.ArrayLike, layer: Layer) -> float:
 
 
 def channel_rgn(squared_norms: npt.ArrayLike, layer: Layer) -> Floats:
-    """RGN_c of every input channel: ‖∂L/∂W[:, c]‖₂ / (C^W_c + C^A_c) (arXiv 2510.19675).
+    """RGN_c of every input channel, equation 7 of arXiv 2510.19675: ‖∂L/∂W[:, c]‖₂ / (C^W_c + C^A_c).
 
     Args and errors are those of :func:`layer_rgn`; the result is ``[layer.channels]``.
     """
@@ -39,9 +48,8 @@ def channel_rgn(squared_norms: npt.ArrayLike, layer: Layer) -> Floats:
 
 
 def layer_score(squared_norms: npt.ArrayLike, layer: Layer, metric: Metric) -> float:
-    """Σ_c ‖∂L/∂W[:, c]‖₂² for ``norm``; divided by the cost of all channels for ``rgn``."""
-    total = float(_norms_of(squared_norms, layer).sum())
-    return total / (layer.channels * layer.elements) if metric == "rgn" else total
+    """Sum of the channels' scores: equation 8 for ``rgn``, the same without the cost for ``norm``."""
+    return float(channel_scores(squared_norms, layer, metric).sum())
 
 
 def channel_scores(squared_norms: npt.ArrayLike, layer: Layer, metric: Metric) -> Floats:

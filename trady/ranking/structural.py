@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from trady.channels.table import ChannelTable, Layer
 from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.ranking.scores import layer_score
 
 
 def structural_ranking(table: ChannelTable) -> LayerRanking:
-    """Guess the layer RGN: ‖∂L/∂W‖² ~ fan-in / output channels, over Σ_c (C^W_c + C^A_c).
+    """Guess the layer RGN from ‖∂L/∂W‖² ~ fan-in / output channels, spread evenly over the input channels.
 
     Every weight reads activations of about the same size, so the squared norm grows with the fan-in; the
     gradient that arrives at a layer is spread over its output channels. Nothing is fitted.
@@ -24,7 +27,10 @@ def structural_ranking(table: ChannelTable) -> LayerRanking:
     Returns:
         A ranking of source ``structural``. Scores of different models cannot be compared.
     """
-    scores = {layer.name: _squared_norm(layer) / (layer.channels * layer.elements) for layer in table}
+    scores = {
+        layer.name: layer_score(np.full(layer.channels, _squared_norm(layer) / layer.channels), layer, "rgn")
+        for layer in table
+    }
     return LayerRanking(
         scores=scores,
         source="structural",

@@ -31,6 +31,7 @@ class Format:
         remedy: What to do about one that is damaged, or of another version.
         elsewhere: What to do about something else in its place; the same when left out.
         version: The version that is written and read; ``None`` where the name says it.
+        changed: What is another since the version before, for those who have a record of that.
     """
 
     name: str | None
@@ -39,6 +40,7 @@ class Format:
     remedy: str
     elsewhere: str = ""
     version: int | None = 1
+    changed: str = ""
 
     def header(self) -> dict[str, Any]:
         """Return the first entries of a record."""
@@ -56,9 +58,10 @@ class Format:
             expected = f"its format is {given!r}, not {self.name!r}" if self.name else f"it is a {given}"
             raise self.error(f"this is no {self.noun} ({expected}); {self.elsewhere or self.remedy}")
         if self.version is not None and data.get("version") != self.version:
+            reason = f" ({self.changed})" if self.changed else ""
             raise self.error(
-                f"the {self.noun} is of version {data.get('version')!r}, this trady reads version {self.version}: "
-                f"use the trady that wrote it, or {self.remedy}"
+                f"the {self.noun} is of version {data.get('version')!r}, this trady reads version {self.version}"
+                f"{reason}: use the trady that wrote it, or {self.remedy}"
             )
         return data
 

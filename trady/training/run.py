@@ -20,6 +20,7 @@ from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, split_batch
+from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.loaders import Batches, evaluation_batches, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
@@ -61,6 +62,7 @@ class RunOptions:
     mixed_precision: Precision = "no"
     observed_batches: int = OBSERVED_BATCHES
     draws_per_epoch: int = 1
+    augment: AugmentName = "none"
     progress: bool | Display = True
 
 
@@ -94,6 +96,7 @@ def finetune(
     micro_batch: int | Literal["auto"] | None = None,
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
+    augment: AugmentName = "none",
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, from the first step to the result.
@@ -142,6 +145,9 @@ def finetune(
             every rank.
         draws_per_epoch: How often channels are drawn in an epoch, at equal distances. The paper draws once; take more
             where epochs are few and long.
+        augment: How training images that :func:`trady.load_data` has read are varied, anew in each epoch: ``light``
+            crops and mirrors them, ``paper`` does so more strongly and changes their colours too, as the paper's
+            authors do; ``none`` takes them as they are.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -188,6 +194,7 @@ def finetune(
             mixed_precision=mixed_precision,
             observed_batches=observed_batches,
             draws_per_epoch=draws_per_epoch,
+            augment=augment,
             progress=progress,
         ),
     )
@@ -209,7 +216,7 @@ def run(
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
-    loader = training_batches(train, options.batch_size, seed)
+    loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
@@ -234,6 +241,7 @@ def run(
         micro_batch=request.micro_batch,
         observed_batches=options.observed_batches if needs_of(policy) else None,
         draws_per_epoch=options.draws_per_epoch,
+        augment=None if options.augment == "none" else options.augment,
     )
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:

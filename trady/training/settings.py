@@ -43,6 +43,7 @@ class Settings:
         micro_batch: Samples a forward and backward pass, ``auto``, or ``None`` for the full batch.
         observed_batches: Batches that the policy is measured on; ``None`` if it measures nothing.
         draws_per_epoch: How often channels are drawn in an epoch.
+        augment: How training images are varied; ``None`` takes them as they are.
     """
 
     policy: str
@@ -66,6 +67,7 @@ class Settings:
     micro_batch: int | str | None = None
     observed_batches: int | None = None
     draws_per_epoch: int = 1
+    augment: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (

@@ -14,6 +14,8 @@ Mode = Literal["train", "eval"]
 
 Precision = Literal["no", "bf16"]
 
+AugmentName = Literal["none", "light", "paper"]
+
 
 def finetune(
     model: options.Model,
@@ -42,6 +44,10 @@ def finetune(
     draws_per_epoch: Annotated[
         int, typer.Option(min=1, help="Channels are drawn this often in an epoch; more where epochs are few.")
     ] = 1,
+    augment: Annotated[
+        str,
+        typer.Option(help="Vary training images: none, light (crops, mirror images) or paper (colours as well)."),
+    ] = "none",
     optimizer: Annotated[
         str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
     ] = "sgd",
@@ -63,6 +69,8 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
+    from trady.training.data.augment import check_name
+    from trady.training.data.load import check_examples
     from trady.training.run import RunOptions, run
     from trady.training.run_folder import RunFolder
 
@@ -77,9 +85,11 @@ def finetune(
         fidelity=fidelity,
         micro_batch=micro_batch,
     )
+    check_name(augment)
     folder = RunFolder(Path(out))
     folder.check(resume=resume, overwrite=overwrite)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
+    check_examples(task.data, dataset)
     try:
         result = run(
             task.model,
@@ -103,6 +113,7 @@ def finetune(
                 mixed_precision=cast(Precision, mixed_precision),
                 observed_batches=observed_batches,
                 draws_per_epoch=draws_per_epoch,
+                augment=cast(AugmentName, augment),
             ),
         )
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -26,6 +26,10 @@ def rank(
         typer.Option(help="Keep an rgn ranking: models of this structure are then trained by it without --ranking."),
     ] = True,
     metric: Annotated[str, typer.Option(help="rgn (gradient for its cost) or norm.")] = "rgn",
+    norm: Annotated[
+        str,
+        typer.Option(help="Batch normalisation while measuring: frozen (as trady trains) or batch (its statistics)."),
+    ] = "frozen",
     image_size: options.ImageSize = None,
     on_unreadable: options.OnUnreadable = "refuse",
     seed: options.Seed = 0,
@@ -46,6 +50,7 @@ def rank(
         cross_entropy,
         metric=cast(Metric, metric),
         budget=budget,
+        norm=cast(Literal["frozen", "batch"], norm),
     )
     ranking = replace(ranking, measured_on=f"{Path(dataset).name}, {ranking.batches} batches of {batch_size}")
     ranking.save(out)

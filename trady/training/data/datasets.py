@@ -75,15 +75,19 @@ class ImageDataset(Dataset[Example]):
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``[N, 3, size, size]`` float32 images and ``[N]`` int64 labels."""
-        index = np.asarray(indices, dtype=np.int64)
-        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[index]))
-        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        images = pixels.to(torch.float32)
-        size = (self.image_size, self.image_size)
+        images, size = self.pixels_of(indices), (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        images = self.normalization(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
-        return images.contiguous(), torch.from_numpy(self.labels[index])
+        return self.normalized(images), torch.from_numpy(self.labels[np.asarray(indices, dtype=np.int64)])
+
+    def pixels_of(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return ``[N, C, H, W]`` float32 images as they were read, C 1 or 3, pixels from 0 to 255."""
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[np.asarray(indices, dtype=np.int64)]))
+        return (pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)).to(torch.float32)
+
+    def normalized(self, images: torch.Tensor) -> torch.Tensor:
+        """Return ``[N, 3, H, W]`` images as the model takes them, from pixels ``[N, C, H, W]``."""
+        return self.normalization(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images).contiguous()
 
     def head(self, limit: int | None, seed: int) -> ImageDataset:
         """Return up to ``limit`` images drawn with ``seed``; all of them without a limit."""

@@ -80,6 +80,20 @@ def check_source(source: str | Path) -> None:
         raise DataError(f"{name} does not exist")
 
 
+def check_examples(data: DataSplit, source: str) -> None:
+    """Refuse to train on fewer images than there are classes.
+
+    Raises:
+        DataError: There are fewer; the message says how many.
+    """
+    images, classes = len(data.train), len(data.classes)
+    if images < classes:
+        raise DataError(
+            f"{source} has {images} images to train on and {classes} classes: train on at least one image a class "
+            "(a larger --limit, or train_limit in a matrix)"
+        )
+
+
 def train_and_evaluation(raw: RawData, seed: int, name: str) -> tuple[RawSplit, RawSplit]:
     """Return the images to train and to evaluate on; a source that does not set any apart is split with ``seed``."""
     if raw.evaluation is not None:

@@ -38,7 +38,7 @@ def evaluation_batches(data: Dataset[Any] | Batches, batch_size: int) -> Batches
 def start_epoch(batches: Batches, epoch: int) -> None:
     """Tell a loader and its sampler which epoch's order comes next."""
     # Accelerate's loaders count epochs themselves unless they are told.
-    for part in (batches, batches.sampler, getattr(batches.batch_sampler, "sampler", None)):
+    for part in (batches, batches.sampler, getattr(batches.batch_sampler, "sampler", None), batches.dataset):
         set_epoch = getattr(part, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from trady.training.batch import split_batch
+from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import epoch_seed
 from trady.training.data.loaders import Batches
 
@@ -18,7 +19,8 @@ from trady.training.data.loaders import Batches
 def measured_on(loader: Batches, count: int, seed: int, device: torch.device) -> Iterable[tuple[Any, Any]]:
     """Return the first ``count`` batches of an order of the training data, one at a time, as (inputs, labels).
 
-    The order is a pure function of the seed and independent of that of training. A data set that cannot be indexed
+    The order is a pure function of the seed and independent of that of training, and images are as they are, without
+    augmentation. A data set that cannot be indexed
     (``IterableDataset``) gives the first batches of its loader.
 
     Args:
@@ -45,7 +47,7 @@ class _Observed:
 
 
 def _ordered(loader: Batches, count: int, seed: int) -> Batches:
-    data: Any = loader.dataset
+    data: Any = as_it_is(loader.dataset)
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     generator = torch.Generator().manual_seed(epoch_seed(seed, 0, "observed"))
     order = torch.randperm(len(data), generator=generator)[: count * size].tolist()
