@@ -286,7 +286,7 @@ def test_the_base_trains_by_channel_beside_adapters_that_train_whole(name: str, 
     build, batch = MODELS[name]
     model, plain = with_lora(build), with_lora(build)
     flags = [p.requires_grad for p in model.parameters()]
-    tuner = armed(model, batch, head=adapters_of(model))
+    tuner = armed(model, batch, head=adapters_of(model), train="*")  # peft has frozen the base
     base = [layer.name for layer in tuner.plan.table if layer.name.endswith("base_layer")]
     assert len(base) == 2 * (3 if name == "bert" else 2)
     expected = dense_gradients(plain, tuner, loss_on(batch))
@@ -311,6 +311,9 @@ def test_the_base_trains_by_channel_beside_adapters_that_train_whole(name: str, 
 def test_a_merged_model_is_a_model_like_any_other() -> None:
     model = with_lora().merge_and_unload().train()
     batch = {"input_ids": IDS}
+    with pytest.raises(ModelError, match="every layer of this BertForSequenceClassification is frozen by hand"):
+        armed(model, batch)  # so peft leaves it
+    model.requires_grad_(True)
     tuner = armed(model, batch)
     expected = dense_gradients(with_lora().merge_and_unload().train(), tuner, loss_on(batch))
     loss_on(batch)(model).backward()
@@ -321,7 +324,7 @@ def test_a_merged_model_is_a_model_like_any_other() -> None:
 def test_a_delta_holds_the_base_channels_that_the_adapter_file_does_not() -> None:
     model = with_lora()
     fresh = copy.deepcopy(model)
-    tuner = armed(model, {"input_ids": IDS}, head=adapters_of(model))
+    tuner = armed(model, {"input_ids": IDS}, head=adapters_of(model), train="*")
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.05))
     loss_on({"input_ids": IDS})(model).backward()
     optimizer.step()

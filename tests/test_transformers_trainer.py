@@ -164,7 +164,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, options:
 def test_the_best_checkpoint_is_what_remains(tmp_path: Path) -> None:
     given = trainer(
         tmp_path, eval_dataset=Rows(), save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
-        metric_for_best_model="loss", num_train_epochs=4, learning_rate=3.0, optim="sgd", lr_scheduler_type="constant",
+        metric_for_best_model="loss", num_train_epochs=4, learning_rate=10.0, optim="sgd", lr_scheduler_type="constant",
     )  # fmt: skip
     given.train()
     best = Path(given.state.best_model_checkpoint)

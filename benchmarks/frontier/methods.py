@@ -18,7 +18,7 @@ from benchmarks.skipped import SkippedError
 #: Peaks of TraDy's policies, as multiples of that of inference.
 RATIOS = (0.75, 1.0, 1.5, 2.0)
 #: Smaller ones, which micro-batches make possible.
-LOW_RATIOS = (0.25, 0.5)
+LOW_RATIOS = (0.1, 0.25, 0.5)
 
 #: Learning rate of trady's policies on images; what is tried there is how far a channel's gradient is clipped.
 CLIPPED_RATE = 0.1
@@ -129,9 +129,7 @@ _PEFT = ("peft", "benchmarks")
 
 
 def _tuned(policy: str, title: str, ratio: float) -> Method:
-    return Method(
-        f"{policy}@{ratio:g}", f"{title}, {ratio:g} × inference", title, Tuned(policy, ratio), _CHANNELS, _OURS
-    )
+    return Method(f"{policy}@{ratio:g}", f"{title}, {ratio:g} ×", title, Tuned(policy, ratio), _CHANNELS, _OURS)
 
 
 def _blocks(k: int) -> Method:

@@ -24,7 +24,7 @@ OTHERS = "#7b8a94"
 def table(task: FrontierTask, found: Sequence[Point]) -> Table:
     """Return the table of a task."""
     view = Table(title=task.describe, title_justify="left")
-    view.add_column("method")
+    view.add_column("method", no_wrap=True)
     for column in ("top-1 %", "± seeds", "peak MiB", "÷ inference", "least peak MiB", "step ÷ full", "trains", "rate"):
         view.add_column(column, justify="right", no_wrap=True)
     for point in found:
@@ -41,7 +41,9 @@ def table(task: FrontierTask, found: Sequence[Point]) -> Table:
             f"{point.rate:g}" + "*" * point.at_edge,
             style="bold" if point.ours else None,
         )
-    view.caption = "* the best rate is at the edge of its grid"
+    view.caption = (
+        "peaks are without weights and batch; × is that of inference; * the best rate is at the edge of its grid"
+    )
     return view
 
 

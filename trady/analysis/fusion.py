@@ -67,12 +67,14 @@ class FusionPlan:
         spans: First call and one past the last call of every module that is called once.
         saved_shapes: For a weight call, the shape of the input that is saved (before deferred padding).
         hooks: The forward hooks that ran in it, so that what they read is known to be read.
+        way: How the model was called.
     """
 
     steps: tuple[Step, ...]
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     hooks: KnownHooks = frozenset()
+    way: tuple[Any, ...] = ()
 
 
 def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
@@ -102,7 +104,7 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
                 _fuse_norm(trace, index, actions)
             elif entry.call is not None and kind_of(entry.call).overwrites_input:
                 actions[index] = InPlace(_may_overwrite(trace, entry))
-    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes, trace.hooks)
+    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes, trace.hooks, trace.way)
 
 
 def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from trady.calls.kinds import RecurrentCall, WeightCall
 from trady.calls.names import name_of
 from trady.errors import ModelError
+from trady.model.parameters import own_named_parameters, own_parameters
 from trady.ops.quantized import is_quantized
 from trady.trace.trace import Trace, TracedCall
 
 
-def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) -> tuple[str, ...]:
+def find_head(
+    model: nn.Module, trace: Trace, head: str | Sequence[str] | None, frozen: Collection[int] = ()
+) -> tuple[str, ...]:
     """Name the modules of the classifier, which always trains and stands outside the budget.
 
     Args:
@@ -21,8 +24,9 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         trace: Its forward pass.
         head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
             too or it is a language model's: one that scores every token read against a vocabulary is trained
-            before, like the layers below it. Else one or several names of modules or parameters; ``None`` or
-            an empty sequence is no head.
+            before, like the layers below it, or it is frozen by hand. Else one or several names of modules or
+            parameters; ``None`` or an empty sequence is no head.
+        frozen: Identities of the parameters that are frozen by hand.
 
     Raises:
         ModelError: A name that is no module with parameters.
@@ -32,9 +36,9 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
         return ()
     if head != "auto":
         names = (head,) if isinstance(head, str) else tuple(head)
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        modules, parameters = dict(model.named_modules()), dict(own_named_parameters(model))
         for name in names:
-            if name not in parameters and (name not in modules or next(modules[name].parameters(), None) is None):
+            if name not in parameters and (name not in modules or next(own_parameters(modules[name]), None) is None):
                 possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
                 raise ModelError(f"head {name!r} is no module with parameters; the last ones are {possible[-5:]}")
         for name, parameter in head_parameters(model, names).items():
@@ -45,7 +49,7 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
     if not weights:
         return ()
     last = weight_parameter(weights[-1])
-    if last is None or is_quantized(last) or isinstance(weights[-1].call, RecurrentCall):
+    if last is None or id(last) in frozen or is_quantized(last) or isinstance(weights[-1].call, RecurrentCall):
         return ()
     if _scores_tokens(weights[-1], last, trace):
         return ()
@@ -54,10 +58,10 @@ def find_head(model: nn.Module, trace: Trace, head: str | Sequence[str] | None) 
     if len(users) != 1 or len(owners) != 1:
         return ()
     own = {id(p) for p in users[0].parameters}
-    if all(id(p) in own for p in model.get_submodule(owners[0]).parameters()):
+    if all(id(p) in own for p in own_parameters(model.get_submodule(owners[0]))):
         return (owners[0],)
     # The module has other weights too: the head is what the last call reads.
-    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
+    return tuple(name for name, parameter in own_named_parameters(model) if id(parameter) in own)
 
 
 def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool:
@@ -78,12 +82,12 @@ def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
     """Collect the parameters of the head modules under their full names."""
     found: dict[str, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
+    parameters = dict(own_named_parameters(model))
     for name in head:
         if name in parameters:
             found[name] = parameters[name]
             continue
-        for inner, parameter in model.get_submodule(name).named_parameters():
+        for inner, parameter in own_named_parameters(model.get_submodule(name)):
             found[f"{name}.{inner}" if name else inner] = parameter
     return found
 

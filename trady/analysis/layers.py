@@ -15,6 +15,7 @@ from trady.analysis.head import head_parameters, stored_as, weight_parameter
 from trady.calls.kinds import WeightCall
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
+from trady.model.parameters import own_named_parameters, own_parameters
 from trady.ops.quantized import is_quantized
 from trady.quantized.linear import QuantizedLinear
 from trady.trace.trace import Trace, TracedCall
@@ -48,12 +49,12 @@ def build_table(
             if parameter is not weight:
                 others.setdefault(id(parameter), set()).add(_use(entry))
     frozen = []
-    reasons = {id(p): _reason(p, calls, others, plain) for p in model.parameters() if p.dim() > 1}
+    reasons = {id(p): _reason(p, calls, others, plain) for p in own_parameters(model) if p.dim() > 1}
     trains = [identity for identity in calls if reasons.get(identity) is None]
     layers = [_layer(calls[identity], plan, names[identity], trace.batch) for identity in trains]
     owners = Counter(layer.name for layer in layers)
     layers = [replace(layer, name=layer.parameter) if owners[layer.name] > 1 else layer for layer in layers]
-    for parameter in model.parameters():
+    for parameter in own_parameters(model):
         reason = reasons.get(id(parameter))
         if reason is not None:
             name = names[id(parameter)]
@@ -72,7 +73,7 @@ def build_table(
         weight_element_bytes=max(
             (_element_bytes(calls[id(model.get_parameter(v.parameter))]) for v in layers), default=4
         ),
-        parameters=sum(_elements(parameter, calls) for parameter in model.parameters()),
+        parameters=sum(_elements(parameter, calls) for parameter in own_parameters(model)),
     )
 
 
@@ -103,7 +104,7 @@ def _elements(parameter: nn.Parameter, calls: Mapping[int, Sequence[tuple[int, T
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+    return {id(parameter): name for name, parameter in own_named_parameters(model)}
 
 
 def _reason(

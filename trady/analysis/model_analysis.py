@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.model.mode import ByMode
+from trady.model.parameters import own_named_parameters
 from trady.quantized.formats import keep_unpacked
 from trady.trace.recorder import trace_forward
 from trady.trace.trace import Trace
@@ -35,12 +36,19 @@ class ModelAnalysis:
         head: Modules that are always trained.
         head_parameters: Their parameters, under full names.
         plans: The expected calls in training and in evaluation mode.
+        held: Names of the layers that a person keeps from training; they are in the table, and never drawn.
     """
 
     table: ChannelTable
     head: tuple[str, ...]
     head_parameters: dict[str, nn.Parameter]
     plans: ByMode[FusionPlan]
+    held: frozenset[str] = frozenset()
+
+    @property
+    def drawable(self) -> tuple[str, ...]:
+        """Names of the layers that channels may be drawn from."""
+        return tuple(name for name in self.table.names if name not in self.held)
 
     def of_copy(self, model: nn.Module, copy: nn.Module) -> ModelAnalysis:
         """Return the same analysis of a copy of the model, in terms of the copy's own tensors.
@@ -60,7 +68,7 @@ class ModelAnalysis:
 
 
 def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(own_named_parameters(model, remove_duplicate=False))
     return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
@@ -90,6 +98,7 @@ def analyse_model(
     head: str | Sequence[str] | None = "auto",
     fuse: bool = True,
     traces: Traces | None = None,
+    frozen: Collection[int] = (),
 ) -> ModelAnalysis:
     """List what can be updated in a model, and how its calls are computed.
 
@@ -99,6 +108,7 @@ def analyse_model(
         head: See :func:`trady.analysis.head.find_head`.
         fuse: Whether calls may be computed together and overwrite their inputs.
         traces: Traces of this batch; without them, the model is traced in both modes.
+        frozen: Identities of the parameters that are frozen by hand.
 
     Raises:
         ModelError: The model cannot be traced, or has nothing to update.
@@ -106,12 +116,18 @@ def analyse_model(
     """
     batch = Batch.of(example)
     traces = traces or trace_modes(model, batch)
-    names = find_head(model, traces.training, head)
+    names = find_head(model, traces.training, head, frozen)
     plain = head_parameters(model, names)
     identities = {id(p) for p in plain.values()}
     plans = traces.map(lambda trace: plan_fusion(trace, identities, fuse=fuse))
     table = build_table(model, traces.training, plans.training, names, batch.dtype_in(model))
-    return ModelAnalysis(table, names, plain, plans)
+    held = frozenset(layer.name for layer in table if id(model.get_parameter(layer.parameter)) in frozen)
+    if table.layers and len(held) == len(table) and not plain:
+        raise ModelError(
+            f"every layer of this {type(model).__name__} is frozen by hand: set requires_grad_(True) where it may "
+            "train, or name layers as train=..."
+        )
+    return ModelAnalysis(table, names, plain, plans, held)
 
 
 def find_recomputable(

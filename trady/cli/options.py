@@ -60,6 +60,15 @@ MicroBatch = Annotated[
     ),
 ]
 
+Train = Annotated[
+    list[str] | None, typer.Option("--train", help="Draw from these layers alone: names or patterns; repeat for more.")
+]
+
+Freeze = Annotated[
+    list[str] | None,
+    typer.Option("--freeze", help="Keep these layers as they are: names or patterns; repeat for more."),
+]
+
 RankingFile = Annotated[
     str | None,
     typer.Option(
@@ -116,6 +125,8 @@ def read_request(
     recompute: str = "auto",
     fidelity: str = "exact",
     micro_batch: str | None = None,
+    train: list[str] | None = None,
+    freeze: list[str] | None = None,
 ) -> Request:
     """Read what is asked for, from the words of a command line.
 
@@ -136,6 +147,8 @@ def read_request(
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=int(micro_batch) if micro_batch is not None and micro_batch.isdecimal() else micro_batch,
+        train=train or None,
+        freeze=freeze or None,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trady.channels.selection import Channels, Selection
 from trady.interception.armed import Armed
 from trady.model.batch import Batch, Loss, loss_of
+from trady.model.parameters import own_parameters
 from trady.model.python_state import seed_generators
 from trady.model.untouched import untouched
 from trady.policies.evidence import Floats
@@ -151,7 +152,7 @@ def set_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
     selection, callbacks = armed.selection, list(armed.on_gradient)
     compacts = [layer.compact for layer in armed.layers.values()]
-    gradients = [(p, p.grad) for p in (*compacts, *armed.model.parameters())]
+    gradients = [(p, p.grad) for p in (*compacts, *own_parameters(armed.model))]
     flags = [(p, p.requires_grad) for p in head]
     try:
         armed.on_gradient.clear()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trady.analysis.by_hand import Wish
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
 from trady.model.batch import Batch
 from trady.planning.budget import Budget
@@ -79,6 +80,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         policy: Where to update.
         ranking: A layer ranking, ``"online"`` or ``"structural"``; without one the prior of this structure, or online.
         head: Modules that always train, outside the budget.
+        train_layers: Layers that channels are drawn from, ``train=`` of :func:`trady.prepare`.
+        freeze: Layers that stay as they are (:func:`trady.prepare`); flags ``requires_grad=False`` are obeyed too.
         recompute: What the backward pass recomputes instead of keeping it.
         fidelity: ``exact``, ``8bit`` or ``4bit``: how smooth activations are differentiated.
         draws_per_epoch: An epoch is cut into this many equal parts, and channels are drawn again before each.
@@ -100,6 +103,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         policy: str | Policy = "trady",
         ranking: LayerRanking | Known | None = None,
         head: str | Sequence[str] | None = "auto",
+        train_layers: Wish | None = None,
+        freeze: Wish | None = None,
         recompute: str = "auto",
         fidelity: str = "exact",
         draws_per_epoch: int = 1,
@@ -108,7 +113,9 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     ) -> None:
         if draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {draws_per_epoch}; give at least 1")
-        request = Request(budget, policy, ranking, head, recompute=recompute, fidelity=fidelity)
+        request = Request(
+            budget, policy, ranking, head, recompute=recompute, fidelity=fidelity, train=train_layers, freeze=freeze
+        )
         with _unnoticed_quantization(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.optimizer: torch.optim.Optimizer | None

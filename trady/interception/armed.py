@@ -8,7 +8,7 @@ it receives their gradient, the optimizer updates it, and it is written back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from trady.interception.interceptor import Interceptor
 from trady.interception.layer import ArmedLayer, OnGradient
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
+from trady.ops.quantized import is_quantized
 from trady.ops.selected import select_channels
 from trady.quantized.linear import QuantizedLinear, leave, route
 
@@ -67,6 +68,8 @@ class Armed:
         self._quantized = route(model)
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[OnGradient] = []
+        #: Called before every forward pass.
+        self.on_forward: list[Callable[[], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
         self.interceptor = Interceptor(
@@ -76,11 +79,12 @@ class Armed:
             head,
             segments,
             fidelity=fidelity,
-            before_forward=self.write_back,
+            before_forward=self._before_forward,
         )
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
-        prepared_modules.update(model.modules())
+        frozen = frozenset(id(p) for p, flag in self._flags if not flag and not is_quantized(p))
+        prepared_modules.update(dict.fromkeys(model.modules(), frozen))
 
     def select(self, selection: Selection) -> list[Change]:
         """Make ``selection`` the channels that train; return how the compact parameters changed."""
@@ -117,6 +121,11 @@ class Armed:
         for armed in self.layers.values():
             armed.write_back()
 
+    def _before_forward(self) -> None:
+        for call in self.on_forward:
+            call()
+        self.write_back()
+
     @contextmanager
     def gated(self, samples: int) -> Iterator[Mapping[str, Tensor]]:
         """Put gates (:mod:`trady.ops.gates`) in the place of the selected channels' weights for a while.
@@ -141,9 +150,11 @@ class Armed:
             self._uncompiled.put_back()
             leave(self._quantized)
             self.on_gradient.clear()
+            self.on_forward.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
-            prepared_modules.difference_update(self.model.modules())
+            for module in self.model.modules():
+                prepared_modules.pop(module, None)
 
 
 def _rows_and_columns(selection: Selection, layer: Layer) -> tuple[Channels, Channels]:

@@ -31,7 +31,7 @@ from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
 from trady.interception.program import Program
-from trady.model.batch import tensors_among
+from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
@@ -105,7 +105,7 @@ class Interceptor(CallMode):
         """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
         for module in self._model.modules():
             enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._newest_hook, self._switched_on = self._newest_hook_now(), self._checkpointing_now()
 
@@ -150,7 +150,7 @@ class Interceptor(CallMode):
 
     # -- one forward pass --------------------------------------------------------------------------
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._enabled or tracing.get():
             return
         self._recover()
@@ -167,6 +167,9 @@ class Interceptor(CallMode):
         known = plan is not None and span is not None and self._knows_hooks(plan)
         # What a checkpoint that was switched on since the trace recomputes must not be overwritten.
         known = known and self._checkpointing_now() <= self._switched_on
+        # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
+        if known and plan is not None and not torch.is_grad_enabled():
+            known = not name and plan.way == way_of_calling(args, kwargs)
         self._forward = ForwardState(
             outermost=sys._getframe(2),
             plan=plan if known else None,

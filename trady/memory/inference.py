@@ -11,6 +11,7 @@ from torch import nn
 
 from trady.memory.live import LiveBytes
 from trady.memory.modules import Call, given_tensors
+from trady.model.parameters import own_parameters
 from trady.model.untouched import untouched as kept
 
 
@@ -40,7 +41,7 @@ def inference_peak(
         stack.enter_context(untouched())
         for kind, dtype in call.autocast.items():
             stack.enter_context(torch.autocast(kind, dtype=dtype))
-        live.register([*model.parameters(), *model.buffers()], "weights")
+        live.register([*own_parameters(model), *model.buffers()], "weights")
         live.register(given_tensors((args, kwargs)), "inputs")
         # The user did not ask for this pass, so its warnings would confuse (checkpoints without gradients, …).
         stack.enter_context(warnings.catch_warnings())

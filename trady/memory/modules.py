@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules import module as module_registry
 from torch.utils._pytree import tree_leaves, tree_map
 
+from trady.model.parameters import own_parameters
+
 #: Layers of what runs outside every module: before a model has run, and after.
 OUTSIDE = "(outside)"
 LOSS = "(loss)"
@@ -170,7 +172,7 @@ class ModuleStack:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in own_parameters(module))
 
 
 def given_tensors(batch: Any) -> list[torch.Tensor]:

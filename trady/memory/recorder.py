@@ -16,6 +16,7 @@ from trady.memory.inference import inference_peak
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.modules import ModuleStack
 from trady.memory.saved import OperationNames, saved_tensors
+from trady.model.parameters import own_parameters
 
 #: What a peak is made of, in the order of reports.
 PARTS = (
@@ -93,7 +94,7 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
         if self._modules.model is not None:
-            self._gradients(self._modules.model.parameters())
+            self._gradients(own_parameters(self._modules.model))
         self._gradients(self._compact.values())
         self._live.forget()
         self._conclude()
@@ -157,7 +158,7 @@ class Recorder:
 
     def _adopt(self, module: nn.Module) -> None:
         """Register a module's weights and gradients, and watch for new gradients."""
-        parameters = list(module.parameters())
+        parameters = list(own_parameters(module))
         weights = [*parameters, *module.buffers()]
         self._weights[module] = self._live.register(weights, "weights", since_start=True)
         self._gradients(parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -116,6 +116,18 @@ class Batch:
     def device_in(self, model: nn.Module) -> torch.device | None:
         """Where ``model`` runs, or else where the batch is; ``None`` if neither has memory."""
         return next((t.device for t in (*model.parameters(), *self.tensors) if not t.is_meta), None)
+
+
+def way_of_calling(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Tell calls of a model apart: which arguments it gets, dimensions of tensors, flags; not sizes or values."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dim()
+        return value if isinstance(value, (bool, str)) else type(value)
+
+    given = [(name, kind(value)) for name, value in kwargs.items() if value is not None]
+    return (*map(kind, args), *sorted(given, key=lambda pair: pair[0]))
 
 
 def _shape(leaf: Any) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 
 from trady.errors import StateError
 
-prepared_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Every module of a prepared model, with the identities of the model's parameters that were frozen before.
+prepared_modules: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
 def refuse_prepared(model: nn.Module) -> None:

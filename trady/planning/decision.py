@@ -128,6 +128,7 @@ class Decision:
             needs_snapshot=self.needs_snapshot,
             prices=self.scope.prices(self.table, copies),
             priced_draws=self.scope.priced_draws(self.reserve.draws),
+            held=self.analysis.held,
         )
 
     # -- does it fit? --------------------------------------------------------------------------------
@@ -208,7 +209,8 @@ class Decision:
     def online_ranking(self) -> OnlineRanking:
         """Return a ranking to be learnt."""
         amount = 0 if self.budget is None else self.budget.amount
-        drawable = self.scope.drawable(self.spending(self.start), amount)
+        fits = self.scope.drawable(self.spending(self.start), amount)
+        drawable = [name for name in fits if name not in self.analysis.held]
         return OnlineRanking(self.table, drawable=drawable, share=POOL_SHARE, window=8 * STEPS_A_DRAW)
 
     def sweeps(self, moment: Moment, trained: Selection, numbers: int = 0) -> tuple[Selection, ...]:
@@ -265,6 +267,7 @@ class Decision:
             needs=self.needs.kinds,
             needs_each_epoch=self.needs.each_epoch,
             observed=not spending.lacks_evidence,
+            held=tuple(name for name in self.table.names if name in self.analysis.held),
         )
 
     def _mean_sparsity(self, moment: Moment, selection: Selection, epoch: int) -> Sparsity | None:

@@ -54,6 +54,7 @@ class Plan:
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
         needs: What the policy wants measured, by kind.
         needs_each_epoch: Whether it is measured before every epoch, or once.
+        held: Layers that are frozen by hand: by their flags, ``train=`` or ``freeze=``.
         observed: Whether it was; if not, ``selection`` stands in for the first draw, and costs about the same.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     needs: tuple[str, ...] = ()
     needs_each_epoch: bool = False
     observed: bool = True
+    held: tuple[str, ...] = ()
 
     @property
     def mean_sparsity(self) -> Sparsity:
@@ -116,6 +118,7 @@ class Plan:
             "needs": list(self.needs),
             "needs_each_epoch": self.needs_each_epoch,
             "observed": self.observed,
+            **({"held": list(self.held)} if self.held else {}),
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -171,6 +174,7 @@ class Plan:
                 needs=tuple(data.get("needs", ())),
                 needs_each_epoch=data.get("needs_each_epoch", False),
                 observed=data.get("observed", True),
+                held=tuple(data.get("held", ())),
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -257,6 +261,9 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     if plan.head:
         yield "always trained", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
     yield "draws from", _pool(plan)
+    if plan.held:
+        some = ", ".join(plan.held[:4]) + (f" and {len(plan.held) - 4} more" if len(plan.held) > 4 else "")
+        yield "frozen by hand", f"{len(plan.held)} of {len(plan.table)} layers: {some}"
     if plan.needs:
         when = "before every epoch" if plan.needs_each_epoch else "once, before the first epoch"
         so_far = "" if plan.observed else "; until then, a uniform draw (or the first channels) is shown instead"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trady.analysis.by_hand import Wish, frozen_by_hand
 from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable, trace_modes
 from trady.analysis.segments import NO_SEGMENTS
 from trady.errors import BudgetError, ModelError, RankingError
@@ -58,6 +59,8 @@ class Request:
     fidelity: str = "exact"
     micro_batch: int | str | None = None
     loss: Callable[[Any], Tensor] | None = None
+    train: Wish | None = None
+    freeze: Wish | None = None
 
     def __post_init__(self) -> None:
         for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
@@ -137,7 +140,8 @@ class Request:
         chunk = batch if size is None or full else batch.chunk(0, size)
         head = self.head if self.plan is None else self.plan.head
         traces = trace_modes(model, chunk)
-        analysis = analyse_model(model, chunk, head=head, fuse=self.fuse, traces=traces)
+        frozen = frozen_by_hand(model, self.train, self.freeze)
+        analysis = analyse_model(model, chunk, head=head, fuse=self.fuse, traces=traces, frozen=frozen)
         if self.plan is not None and structure_digest(self.plan.table) != structure_digest(analysis.table):
             raise ModelError(
                 f"the plan is for a {self.plan.model} with other layers than this {type(model).__name__}; "
@@ -180,7 +184,7 @@ class Request:
         def reserve(pool: tuple[str, ...]) -> Reserve:
             return reserve_for(table, pool, policy, seed, in_bytes=limit is not None and limit.scope.in_bytes)
 
-        pool, source, ranking = self._pool(analysis, reserve(table.names))
+        pool, source, ranking = self._pool(analysis, reserve(analysis.drawable))
         decision = Decision(
             given,
             analysis,
@@ -209,9 +213,9 @@ class Request:
         """The layers that channels are drawn from, where that comes from, and the ranking."""
         table = analysis.table
         if not self.rule.uses_ranking:
-            return table.names, "none", None
+            return analysis.drawable, "none", None
         if self.plan is not None and self.plan.ranking not in ("online", "none"):
-            return self.plan.pool, "given", None
+            return tuple(name for name in self.plan.pool if name not in analysis.held), "given", None
         ranking = ranking_for(table, self.ranking)
         if ranking is None and reserve.grows:  # learning takes more draws than bytes have room for
             if self.ranking == "online":
@@ -222,8 +226,8 @@ class Request:
                 )
             ranking = ranking_for(table, "structural")
         if ranking is None:
-            return table.names, "online", None
-        return ranking.top(POOL_SHARE), ranking.source, ranking
+            return analysis.drawable, "online", None
+        return ranking.top(POOL_SHARE, analysis.held), ranking.source, ranking
 
     def _minimum_bytes(self, model: nn.Module, batch: Batch, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)

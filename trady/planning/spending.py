@@ -61,6 +61,7 @@ class Spending:
         needs_snapshot: Whether a copy of what trains is kept to compare with an epoch ago.
         prices: What an activation element of one sample takes of the budget, and what a weight element does.
         priced_draws: Draws whose float channels the cost of a channel includes.
+        held: Layers that a person keeps from training: policies do not see them.
     """
 
     table: ChannelTable
@@ -73,8 +74,16 @@ class Spending:
     needs_snapshot: bool = False
     prices: tuple[int, int] = (1, 1)
     priced_draws: int = 0
+    held: frozenset[str] = frozenset()
 
     # -- what the policy selects ---------------------------------------------------------------------
+
+    @cached_property
+    def drawable(self) -> ChannelTable:
+        """The layers that channels may be drawn from."""
+        if not self.held:
+            return self.table
+        return replace(self.table, layers=tuple(layer for layer in self.table if layer.name not in self.held))
 
     @property
     def all_or_nothing(self) -> bool:
@@ -89,7 +98,7 @@ class Spending:
     def draw_of(self, epoch: int, redraw: int, capacity: int | None) -> Draw:
         """What the policy is asked; ``capacity`` is in the budget's own unit, ``None`` for no limit."""
         return Draw(
-            self.table,
+            self.drawable,
             self.moment.pool,
             dict(self.costs),
             capacity,
@@ -115,7 +124,7 @@ class Spending:
         typical = bool(needs_of(self.policy))
         if self.all_or_nothing:
             return self.select(0, 0, None, typical=typical)
-        useful = int(self.table.all_elements * USEFUL_SHARE) if capacity is None else capacity
+        useful = int(self.drawable.all_elements * USEFUL_SHARE) if capacity is None else capacity
         selection = self.select(0, 0, useful, typical=typical)
         return selection or min(self.smallest(), key=self.table.elements, default=selection)
 

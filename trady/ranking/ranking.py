@@ -109,9 +109,9 @@ class LayerRanking:
         """Layer names by falling score; equal scores in order of execution."""
         return tuple(sorted(self.scores, key=lambda name: -self.scores[name]))
 
-    def top(self, share: float = 0.97) -> tuple[str, ...]:
-        """The top-K layers, in falling order: see :func:`top_layers`."""
-        return top_layers(self.scores, share)
+    def top(self, share: float = 0.97, without: Collection[str] = ()) -> tuple[str, ...]:
+        """The top-K of all layers but some, in falling order: see :func:`top_layers`."""
+        return top_layers({name: score for name, score in self.scores.items() if name not in without}, share)
 
     def spearman(self, other: LayerRanking) -> float:
         """Rank correlation with another ranking of the same layers: see :func:`spearman`.

@@ -23,11 +23,13 @@ from trady.model.batch import (
     Batch,
     numbers_among,
     tensors_among,
+    way_of_calling,
     without_memory,
 )
 from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
 from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
+from trady.model.parameters import own_parameters
 from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
@@ -94,7 +96,7 @@ def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Tra
         outputs = list(tree_iter(output))
         recorder.trace.values = [_settle(value) for value in recorder.trace.values]
         del outputs
-    recorder.trace.batch = batch.samples
+    recorder.trace.batch, recorder.trace.way = batch.samples, way_of_calling(args, kwargs)
     return recorder.trace
 
 
@@ -126,7 +128,7 @@ class _Recorder(CallMode):
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
         self.sections: list[Section] = [current_section()]
-        self._own: dict[int, Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        self._own: dict[int, Tensor] = {id(t): t for t in [*own_parameters(model), *model.buffers()]}
         self._counters = batch_counters(model)
         self._meta: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._current: dict[int, tuple[weakref.ref[Tensor], int]] = {}

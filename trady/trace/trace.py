@@ -95,6 +95,7 @@ class Trace:
         values: The tensors between them.
         spans: For every module call: module name, first call, one past the last call.
         batch: Samples in the example.
+        way: How the model was called (:func:`trady.model.batch.way_of_calling`).
         hooks: The model's forward hooks when the pass had ended: some models hang them in when they first need them.
     """
 
@@ -102,4 +103,5 @@ class Trace:
     values: list[Value] = field(default_factory=list)
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     batch: int = 1
+    way: tuple[Any, ...] = ()
     hooks: KnownHooks = frozenset()

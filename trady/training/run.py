@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.planning.budget import Budget
 from trady.planning.request import Request
@@ -94,6 +95,8 @@ def finetune(
     recompute: Literal["auto", "all", "none"] = "auto",
     fidelity: str = "exact",
     micro_batch: int | Literal["auto"] | None = None,
+    train_layers: Wish | None = None,
+    freeze: Wish | None = None,
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
     augment: AugmentName = "none",
@@ -140,6 +143,8 @@ def finetune(
             each. The update uses the mean gradient, so the result is that of the full batch, except for dropout's
             random numbers and the order of sums. ``auto`` is the largest chunk that the budget is possible with:
             the full batch, half, a quarter, …
+        train_layers: Layers that channels are drawn from, ``train=`` of :func:`trady.prepare`.
+        freeze: Layers that stay as they are (:func:`trady.prepare`); flags ``requires_grad=False`` are obeyed too.
         observed_batches: Number of batches that policies are measured on if they measure before they draw
             (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
             every rank.
@@ -170,6 +175,8 @@ def finetune(
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=micro_batch,
+        train=train_layers,
+        freeze=freeze,
     )
     return run(
         model,
@@ -242,6 +249,8 @@ def run(
         observed_batches=options.observed_batches if needs_of(policy) else None,
         draws_per_epoch=options.draws_per_epoch,
         augment=None if options.augment == "none" else options.augment,
+        train_layers=as_text(request.train),
+        freeze=as_text(request.freeze),
     )
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
@@ -290,7 +299,8 @@ def _trainer(
 ) -> Trainer:
     if _name(request.policy) == FULL:
         asked = request.micro_batch  # without a budget, "auto" is the full batch
-        return FullTrainer(model, asked if isinstance(asked, int) else None)
+        frozen = frozen_by_hand(model, request.train, request.freeze)
+        return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
     example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))

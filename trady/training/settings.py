@@ -44,6 +44,8 @@ class Settings:
         observed_batches: Batches that the policy is measured on; ``None`` if it measures nothing.
         draws_per_epoch: How often channels are drawn in an epoch.
         augment: How training images are varied; ``None`` takes them as they are.
+        train_layers: Layers that channels are drawn from, as text; ``None`` is all that may train.
+        freeze: Layers that stay as they are, as text.
     """
 
     policy: str
@@ -68,6 +70,8 @@ class Settings:
     observed_batches: int | None = None
     draws_per_epoch: int = 1
     augment: str | None = None
+    train_layers: str | None = None
+    freeze: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (

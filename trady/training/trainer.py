@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,9 +168,9 @@ class TunerTrainer:
 
 
 class FullTrainer:
-    """Plain PyTorch: every parameter trains, those of the normalisation too; its statistics are fixed."""
+    """Plain PyTorch: every parameter trains that is not frozen by hand; the statistics of normalisations are fixed."""
 
-    def __init__(self, model: nn.Module, micro_batch: int | None = None) -> None:
+    def __init__(self, model: nn.Module, micro_batch: int | None = None, frozen: Collection[int] = ()) -> None:
         self.model, self.micro_batch = model, micro_batch
         if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
             raise ModelError(
@@ -179,9 +179,9 @@ class FullTrainer:
             )
         self._frozen_before = [p for p in model.parameters() if not p.requires_grad]
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in frozen)
         if not self.parameters():
-            raise ModelError("the model has no parameters to train")
+            raise ModelError("the model has no parameters to train, or all of them are frozen by hand")
 
     def plan(self) -> Mapping[str, Any]:
         """Return the number of parameters: there is nothing to decide."""

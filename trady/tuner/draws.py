@@ -122,7 +122,9 @@ class Draws:
         """End learning a ranking: the layers that carry the gradient become the pool."""
         if self.online is not None:
             ranking, self.online = self.online.ranking(), None
-            self.moment = replace(self.moment, ranking=ranking, pool=ranking.top(POOL_SHARE), learns=False)
+            self.moment = replace(
+                self.moment, ranking=ranking, pool=ranking.top(POOL_SHARE, self._decision.analysis.held), learns=False
+            )
 
     def _with_room(self, drawn: Selection, epoch: int) -> Selection:
         """What was drawn; where the float channels of quantised layers have filled the budget, what trains already."""

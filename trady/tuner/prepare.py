@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trady.analysis.by_hand import Wish
 from trady.planning.budget import Budget
 from trady.planning.plan import Plan
 from trady.planning.request import Request
@@ -31,6 +32,8 @@ def prepare(
     fidelity: str = "exact",
     micro_batch: int | str | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    train: Wish | None = None,
+    freeze: Wish | None = None,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -62,6 +65,9 @@ def prepare(
         loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
             F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
             loss where it gives one, or a cross entropy of its scores, is expected.
+        train: Names or patterns (``"layer4*"``) of modules or parameters, or modules: channels of these layers alone
+            are drawn. Without it, of all layers whose weight has ``requires_grad``.
+        freeze: The same for layers that stay as they are. A head that is named trains in any case.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -74,7 +80,8 @@ def prepare(
         StateError: The model is prepared already.
 
     """
-    request = Request(budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss)
+    asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
+    request = Request(*asked)
     return Tuner(request.decide(model, example))
 
 
@@ -92,11 +99,14 @@ def plan(
     fidelity: str = "exact",
     micro_batch: int | str | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    train: Wish | None = None,
+    freeze: Wish | None = None,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
-    request = Request(budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss)
+    asked = (budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
+    request = Request(*asked)
     decision = request.decide(model, example)
     return decision.plan(decision.start)

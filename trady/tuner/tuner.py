@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from trady.policies import Evidence
 from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_probe import optimizer_memory
+from trady.tuner.adoption import Optimizers, innermost
 from trady.tuner.batch_check import BatchCheck
 from trady.tuner.checkpoint import load_state, save_state
 from trady.tuner.delta import changed_tensors
@@ -58,11 +58,11 @@ class Tuner:
         self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
         self._finished = False
         self._plan: tuple[Moment, int, Plan] | None = None
-        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._draws = Draws(decision, self._armed, self._drawn)
         self._observed = EvidenceState(decision.policy.name, decision.needs)
         head = decision.analysis.head_parameters
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
+        self._attached = Optimizers(self._armed, head.values())
         self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
         self._armed.on_gradient.append(self._arrivals)
         if decision.needs:
@@ -133,10 +133,12 @@ class Tuner:
 
         Args:
             optimizer: Any ``torch.optim`` optimizer over :meth:`parameters`, or one of :mod:`trady.optim`, which
-                from now on updates a layer when its gradient arrives.
+                from now on updates a layer when its gradient arrives. In one over the model's own parameters, made
+                before or after the model was prepared, each weight gives its place to its channels, and what is
+                frozen is dropped. Of a wrapper, the optimizer inside is attached.
 
         Returns:
-            The same optimizer.
+            What was given.
 
         Raises:
             StateError: The tuner is finished, the optimizer has none of the tuner's parameters, or its
@@ -145,23 +147,21 @@ class Tuner:
 
         """
         self._check_alive("attach an optimizer")
-        mine = {id(p) for p in self.parameters()}
-        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
-        forms = update_forms((*self._attached(), optimizer), self._compact)
-        needed = self._draws.moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
-        moment = self._decision.fit_to_budget(replace(self._draws.moment, optimizer=needed))
-        selection = self._draws.of(moment)
+        given, optimizer = optimizer, innermost(optimizer)
+        with self._attached.adopting(optimizer):
+            forms = update_forms((*self._attached(), optimizer), self._compact)
+            needed = self._draws.moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
+            moment = self._decision.fit_to_budget(replace(self._draws.moment, optimizer=needed))
+            selection = self._draws.of(moment)
         # What can be refused was: from here on all goes through.
         self._draws.moment = moment
         self._armed.interceptor.recompute(moment.recomputation.segments)
-        self._optimizers.append(weakref.ref(optimizer))
         if isinstance(optimizer, UpdatesInBackward):
             optimizer.take(self._compact)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self._draws.apply(selection)
-        return optimizer
+        return given
 
     @property
     def observation_due(self) -> bool:
@@ -283,17 +283,16 @@ class Tuner:
             self._snapshot.drawn({change.layer for change in changes})
         self._arrivals.forget()
 
-    def _attached(self) -> list[torch.optim.Optimizer]:
-        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
-
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_alive("step the optimizer")
         self._observed.check_present("step the optimizer")
+        self._attached.check_step()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._snapshot is not None:
             self._snapshot.trained()
         note_writes(optimizer, self._compact)
+        self._attached.stepped()
         self._armed.write_back()
         self._draws.learn(self._arrivals.take_norms())
 
@@ -388,6 +387,7 @@ class Tuner:
 
         """
         self._check_alive("finish again")
+        self._attached.end()
         self._armed.disarm()
         if self._batch_check is not None:
             self._batch_check.remove()

@@ -35,6 +35,8 @@ def finetune(
     micro_batch: options.MicroBatch = None,
     policy: options.Policy = "trady",
     scheme: options.Scheme = None,
+    train: options.Train = None,
+    freeze: options.Freeze = None,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -84,6 +86,8 @@ def finetune(
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=micro_batch,
+        train=train,
+        freeze=freeze,
     )
     check_name(augment)
     folder = RunFolder(Path(out))

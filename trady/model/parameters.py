@@ -1,0 +1,74 @@
+"""The parameters of a prepared model: its own, and those that train in the place of some of them.
+
+A channel's values lie in a compact parameter beside the model. PyTorch's idioms ask a module for its parameters:
+``zero_grad()``, ``clip_grad_norm_(model.parameters(), …)``, an optimizer over those that require a gradient. So every
+module that holds a layer whose channels may train shows them behind its own, as ``<weight>.channels``, until the tuner
+has finished. Keys of ``state_dict()``, modules and their classes stay as they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from types import MethodType
+
+from torch import nn
+
+
+def own_named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that a module has without any tuner, under their names."""
+    return type(module).named_parameters(module, remove_duplicate=remove_duplicate)
+
+
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that a module has without any tuner."""
+    return (parameter for _, parameter in own_named_parameters(module))
+
+
+def _shown(module: nn.Module, extra: Mapping[str, nn.Parameter]) -> MethodType:
+    """Return a ``named_parameters`` of the module that shows others behind its own; of a copy, its own alone."""
+    original = weakref.ref(module)
+
+    def named_parameters(
+        self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from type(self).named_parameters(self, prefix, recurse, remove_duplicate)
+        if recurse and self is original():  # last, so that whoever walks two models meets the same parameters first
+            for name, parameter in extra.items():
+                yield f"{prefix}.{name}" if prefix else name, parameter
+
+    return MethodType(named_parameters, module)
+
+
+class ShownParameters:
+    """Shows parameters behind those of the modules that hold what they stand for, until :meth:`remove`.
+
+    Args:
+        model: The model.
+        extra: Full names, as they would be in the model, to parameters.
+        wrappers: Modules around the model, such as one that ``torch.compile`` has made.
+    """
+
+    def __init__(
+        self, model: nn.Module, extra: Mapping[str, nn.Parameter], wrappers: tuple[nn.Module, ...] = ()
+    ) -> None:
+        self._modules: list[nn.Module] = []
+        for path, module in model.named_modules():
+            start = f"{path}." if path else ""
+            inside = {name.removeprefix(start): p for name, p in extra.items() if name.startswith(start)}
+            if inside:
+                self._show(module, inside)
+        for wrapper in wrappers:
+            self._show(wrapper, extra)
+
+    def _show(self, module: nn.Module, extra: Mapping[str, nn.Parameter]) -> None:
+        if "named_parameters" in module.__dict__:  # somebody's own: let it be
+            return
+        module.__dict__["named_parameters"] = _shown(module, extra)
+        self._modules.append(module)
+
+    def remove(self) -> None:
+        """Let the modules show their own parameters alone."""
+        for module in self._modules:
+            module.__dict__.pop("named_parameters", None)
+        self._modules = []

@@ -1,0 +1,189 @@
+"""Optimizers as people write them: over the model's parameters, wrapped, made before the model was prepared."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from trady.errors import StateError, TradyError
+from trady.interception.armed import Armed
+from trady.model.parameters import ShownParameters, own_parameters
+
+#: Attributes by which a wrapper holds the optimizer that it wraps.
+_WRAPPED = ("optimizer", "base_optimizer")
+
+
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps, from inside of wrappers such as Accelerate's."""
+    while True:
+        found = (optimizer.__dict__.get(name) for name in _WRAPPED)
+        inner = next((o for o in found if isinstance(o, torch.optim.Optimizer) and o is not optimizer), None)
+        if inner is None:
+            return optimizer
+        optimizer = inner
+
+
+def adopt(
+    optimizer: torch.optim.Optimizer,
+    compact_of: Mapping[nn.Parameter, nn.Parameter],
+    trained: Iterable[nn.Parameter],
+    model: Iterable[nn.Parameter],
+) -> None:
+    """Let an optimizer over the model's parameters update what trains in their place.
+
+    A weight gives its place to its compact parameter: in the same group, with the same options. Parameters of the model
+    that are frozen are dropped. The groups stay, also empty ones, so that schedulers find them. State of weights that
+    an optimizer has kept before is dropped with them.
+
+    Args:
+        optimizer: Changed in place.
+        compact_of: A layer's weight to its compact parameter.
+        trained: Everything that trains: compact parameters and the head.
+        model: All parameters of the model.
+    """
+    keep = {id(p) for p in trained}
+    frozen = {id(p) for p in model} - keep
+    by_weight = {id(weight): compact for weight, compact in compact_of.items()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        params: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            compact = by_weight.get(id(parameter))
+            if compact is not None and id(parameter) not in keep:
+                if id(compact) not in held:
+                    held.add(id(compact))
+                    params.append(compact)
+            elif id(parameter) not in frozen:
+                params.append(parameter)
+                continue
+            optimizer.state.pop(parameter, None)
+        group["params"][:] = params  # in place: wrappers share the list
+
+
+def check_nobody_waits(layers: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse a step while channels have a gradient that no attached optimizer will use.
+
+    Raises:
+        StateError: The message names the layers.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    waiting = [name for name, compact in layers.items() if compact.grad is not None and id(compact) not in held]
+    if waiting:
+        shown = ", ".join(waiting[:4]) + (f" and {len(waiting) - 4} more" if len(waiting) > 4 else "")
+        raise StateError(
+            f"no optimizer that is attached updates the channels of {shown}: build it from tuner.parameters(), or from "
+            "the prepared model's parameters, and call tuner.attach(optimizer)"
+        )
+
+
+class StrangerCheck:
+    """Refuses the first step of an optimizer over a tuner's channels that the tuner was never told of.
+
+    Its steps would be made, but momentum would not follow the channels from draw to draw.
+
+    Args:
+        compact: The compact parameters.
+        attached: The optimizers that the tuner knows.
+    """
+
+    def __init__(
+        self, compact: Iterable[nn.Parameter], attached: Callable[[], Sequence[torch.optim.Optimizer]]
+    ) -> None:
+        self._compact = {id(p) for p in compact}
+        self._attached = attached
+        self._seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        check = weakref.WeakMethod(self._check)
+        self._handle = register_optimizer_step_pre_hook(lambda optimizer, *_: (call := check()) and call(optimizer))
+        weakref.finalize(self, self._handle.remove)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._seen:
+            return
+        if innermost(optimizer) not in self._attached() and any(
+            id(p) in self._compact for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise StateError(
+                f"this {type(optimizer).__name__} updates channels and was never attached: call "
+                "optimizer = tuner.attach(optimizer) before its first step"
+            )
+        self._seen.add(optimizer)
+
+    def remove(self) -> None:
+        """Look at no further step."""
+        self._handle.remove()
+
+
+class Optimizers:
+    """The optimizers that a tuner follows, and what people's code sees of what they update.
+
+    Args:
+        armed: The armed model.
+        head: Parameters of the head.
+    """
+
+    def __init__(self, armed: Armed, head: Iterable[nn.Parameter]) -> None:
+        self._armed = armed
+        self._compact = {layer.name: layer.compact for layer in armed.layers.values()}
+        self._head = list(head)
+        self._trained = [*self._compact.values(), *self._head]
+        #: Gradients that were there after the last step, and whether the head had any.
+        self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
+        self._known: list[weakref.ref[torch.optim.Optimizer]] = []
+        shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
+        self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
+        self._strangers = StrangerCheck(self._compact.values(), self)
+        armed.on_forward.append(self._before_forward)
+
+    def __call__(self) -> list[torch.optim.Optimizer]:
+        """Return those that are still there, in the order in which they were attached."""
+        return [optimizer for reference in self._known if (optimizer := reference()) is not None]
+
+    @contextmanager
+    def adopting(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Take an optimizer over; if what follows refuses it, it is as it was.
+
+        Raises:
+            StateError: It has nothing that trains.
+        """
+        groups, state = [list(group["params"]) for group in optimizer.param_groups], dict(optimizer.state)
+        try:
+            compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
+            adopt(optimizer, compact_of, self._trained, own_parameters(self._armed.model))
+            trained = {id(p) for p in self._trained}
+            if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+                raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
+            yield
+        except TradyError:
+            for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                group["params"][:] = parameters
+            optimizer.state.update(state)
+            raise
+        if all(known is not optimizer for known in self()):
+            self._known.append(weakref.ref(optimizer))
+
+    def check_step(self) -> None:
+        """Refuse a step while channels have a gradient that nobody will use."""
+        check_nobody_waits(self._compact, self())
+
+    def stepped(self) -> None:
+        """Remember which gradients a step has used."""
+        left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if p.grad is not None]
+        self._used = left, any(p.grad is not None for p in self._head)
+
+    def _before_forward(self) -> None:
+        """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
+        (left, had), self._used = self._used, ([], False)
+        if had and all(p.grad is None for p in self._head):
+            for compact, gradient in left:
+                if compact.grad is not None and compact.grad is gradient():
+                    compact.grad = None
+
+    def end(self) -> None:
+        """Let go of the model and of the optimizers."""
+        self._shown.remove()
+        self._strangers.remove()
