@@ -121,6 +121,11 @@ class Armed:
         for armed in self.layers.values():
             armed.write_back()
 
+    def follow(self) -> None:
+        """Let the compact parameters follow weights that somebody wrote into, in whatever way."""
+        for armed in self.layers.values():
+            armed.follow()
+
     def _before_forward(self) -> None:
         for call in self.on_forward:
             call()

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trady.channels.table import Layer
 from trady.errors import StateError
+from trady.model.untouched import unseen
 from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
@@ -103,6 +105,19 @@ class ArmedLayer:
             else:
                 self.truth.scatter_(self.selected, self.compact.detach())
         self._written = self._versions
+
+    def follow(self) -> None:
+        """Take over what was written into the weight, also where its version does not tell: through ``.data``.
+
+        Called before a forward pass, when little memory is in use, so that the step starts from the weight as it is.
+        """
+        self.write_back()
+        if self.selected is None or not isinstance(self.truth, DenseWeight):
+            return
+        # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is
+        # gathered is gone before the pass begins, and a gradient of the same size comes: it is never in a peak.
+        with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(self.compact):
+            self.compact.copy_(self.truth.gather(self.selected))
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Tensor | None]:

@@ -41,7 +41,7 @@ def untouched(*roots: Any, watches: bool = True) -> Iterator[CopyBeforeWrite]:
         What watches for writes; a backward pass runs inside of its :meth:`~CopyBeforeWrite.paused`.
 
     """
-    with _unseen():
+    with unseen():
         python, randomness = PythonState(roots), RandomState()
         dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
         tensors = [_TensorState(tensor) for tensor in python.tensors]
@@ -50,7 +50,7 @@ def untouched(*roots: Any, watches: bool = True) -> Iterator[CopyBeforeWrite]:
         with writes.watching() if watches else nullcontext():
             yield writes
     finally:
-        with _unseen():
+        with unseen():
             python.restore()
             for state in tensors:
                 state.restore()
@@ -71,7 +71,7 @@ def switch_mode(model: nn.Module, training: bool) -> None:
     if not any(map(_has_own_switch, model.modules())):
         _call_switch(model, training)
         return
-    with _unseen():
+    with unseen():
         before = PythonState([model])
         places = list(_registered(model))
         twins = {id(tensor): _twin_of(tensor) for _, _, tensor in places}
@@ -80,10 +80,10 @@ def switch_mode(model: nn.Module, training: bool) -> None:
     try:
         _call_switch(model, training)
     except Exception:
-        with _unseen():
+        with unseen():
             before.restore()
         _call_switch(model, training)
-    with _unseen():
+    with unseen():
         for tensors, name, tensor in places:
             new = tensors.get(name)
             if new is not None and new.shape == tensor.shape:
@@ -120,7 +120,7 @@ def _twin_of(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def unseen() -> Iterator[None]:
     """Context that no mode of PyTorch sees: a trace or a simulation may be running outside."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield

@@ -166,17 +166,20 @@ class Optimizers:
         if all(known is not optimizer for known in self()):
             self._known.append(weakref.ref(optimizer))
 
-    def check_step(self) -> None:
-        """Refuse a step while channels have a gradient that nobody will use."""
+    def before_step(self) -> None:
+        """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
         check_nobody_waits(self._compact, self())
+        self._armed.write_back()
 
-    def stepped(self) -> None:
+    def after_step(self) -> None:
         """Remember which gradients a step has used."""
         left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if p.grad is not None]
         self._used = left, any(p.grad is not None for p in self._head)
 
     def _before_forward(self) -> None:
         """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
+        if torch.is_grad_enabled():
+            self._armed.follow()
         (left, had), self._used = self._used, ([], False)
         if had and all(p.grad is None for p in self._head):
             for compact, gradient in left:

@@ -75,10 +75,14 @@ def _on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter]) -> None:
-    """Count the step that an optimizer has made as a write: fused kernels write without saying so."""
+    """Count the step that an optimizer has made as a write: fused kernels write without saying so.
+
+    Parameters without a gradient were not stepped; whoever wrote into their weight meanwhile is to keep that.
+    """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    early = isinstance(optimizer, UpdatesInBackward)  # its gradients are gone
     for parameter in compact:
-        if len(parameter) and id(parameter) in stepped:
+        if len(parameter) and id(parameter) in stepped and (early or parameter.grad is not None):
             torch.autograd.graph.increment_version(parameter)
 
 

@@ -286,13 +286,13 @@ class Tuner:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_alive("step the optimizer")
         self._observed.check_present("step the optimizer")
-        self._attached.check_step()
+        self._attached.before_step()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._snapshot is not None:
             self._snapshot.trained()
         note_writes(optimizer, self._compact)
-        self._attached.stepped()
+        self._attached.after_step()
         self._armed.write_back()
         self._draws.learn(self._arrivals.take_norms())
 
