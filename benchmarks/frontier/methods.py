@@ -147,7 +147,7 @@ METHODS: dict[str, Method] = {
         Method("full", "full fine-tuning", "full fine-tuning", Plain(_everything), _WHOLE, _ADAM),
         Method("lora", "LoRA r8", "LoRA", Plain(_adapters), _ADAPTERS, _ADAM, _PEFT),
         *(_tuned("trady", "trady", ratio) for ratio in RATIOS),
-        *(_tuned("static-random", "static random (PaCA's rule)", ratio) for ratio in RATIOS),
+        *(_tuned("static-random", "static random", ratio) for ratio in RATIOS),
         Method("bitfit", "BitFit", "BitFit", Plain(_biases), _SMALL, _ADAM),
         *(_tuned("trady+", "trady+", ratio) for ratio in LOW_RATIOS),
         *(_blocks(k) for k in (4, 6, 8, 12, 16)),

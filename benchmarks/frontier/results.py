@@ -194,7 +194,7 @@ def duels(found: Sequence[Point]) -> list[Duel]:
 
 def way_of(cost: Row) -> str:
     """Say how a step is run."""
-    parts = ["checkpointing"] * bool(cost["checkpointing"]) + [f"micro-batches of {cost['micro']}"] * bool(
-        cost["micro"]
-    )
+    parts = ["checkpointing"] if cost["checkpointing"] else []
+    if cost["micro"]:
+        parts.append(f"micro-batch {cost['micro']}")
     return ", ".join(parts)

@@ -15,7 +15,7 @@ from benchmarks.tasks import needs
 MIB = 2**20
 
 COLOURS = {
-    "trady+": "#0b6e8a", "trady": "#35a7c4", "static random (PaCA's rule)": "#8f7ac2", "last k blocks": "#c0392b",
+    "trady+": "#0b6e8a", "trady": "#35a7c4", "static random": "#8f7ac2", "last k blocks": "#c0392b",
     "full fine-tuning": "#444444", "LoRA": "#d98a1f", "DoRA": "#b8741a", "rsLoRA": "#e5ab5a", "BitFit": "#5b9a50",
 }  # fmt: skip
 OTHERS = "#7b8a94"
