@@ -2,14 +2,14 @@
 
 A channel's values lie in a compact parameter beside the model. PyTorch's idioms ask a module for its parameters:
 ``zero_grad()``, ``clip_grad_norm_(model.parameters(), …)``, an optimizer over those that require a gradient. So every
-module that holds a layer whose channels may train shows them behind its own, as ``<weight>.channels``, until the tuner
-has finished. Keys of ``state_dict()``, modules and their classes stay as they are.
+module that holds a layer whose channels may train shows them behind its own in ``parameters()``, until the tuner has
+finished. Names (``named_parameters()``, ``state_dict()``), modules and their classes stay as they are.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 
 from torch import nn
@@ -25,19 +25,16 @@ def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for _, parameter in own_named_parameters(module))
 
 
-def _shown(module: nn.Module, extra: Mapping[str, nn.Parameter]) -> MethodType:
-    """Return a ``named_parameters`` of the module that shows others behind its own; of a copy, its own alone."""
+def _shown(module: nn.Module, extra: Sequence[nn.Parameter]) -> MethodType:
+    """Return a ``parameters`` of the module that shows others behind its own; of a copy, its own alone."""
     original = weakref.ref(module)
 
-    def named_parameters(
-        self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from type(self).named_parameters(self, prefix, recurse, remove_duplicate)
+    def parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+        yield from type(self).parameters(self, recurse)
         if recurse and self is original():  # last, so that whoever walks two models meets the same parameters first
-            for name, parameter in extra.items():
-                yield f"{prefix}.{name}" if prefix else name, parameter
+            yield from extra
 
-    return MethodType(named_parameters, module)
+    return MethodType(parameters, module)
 
 
 class ShownParameters:
@@ -55,20 +52,20 @@ class ShownParameters:
         self._modules: list[nn.Module] = []
         for path, module in model.named_modules():
             start = f"{path}." if path else ""
-            inside = {name.removeprefix(start): p for name, p in extra.items() if name.startswith(start)}
+            inside = [parameter for name, parameter in extra.items() if name.startswith(start)]
             if inside:
                 self._show(module, inside)
         for wrapper in wrappers:
-            self._show(wrapper, extra)
+            self._show(wrapper, list(extra.values()))
 
-    def _show(self, module: nn.Module, extra: Mapping[str, nn.Parameter]) -> None:
-        if "named_parameters" in module.__dict__:  # somebody's own: let it be
+    def _show(self, module: nn.Module, extra: Sequence[nn.Parameter]) -> None:
+        if "parameters" in module.__dict__:  # somebody's own: let it be
             return
-        module.__dict__["named_parameters"] = _shown(module, extra)
+        module.__dict__["parameters"] = _shown(module, extra)
         self._modules.append(module)
 
     def remove(self) -> None:
         """Let the modules show their own parameters alone."""
         for module in self._modules:
-            module.__dict__.pop("named_parameters", None)
+            module.__dict__.pop("parameters", None)
         self._modules = []

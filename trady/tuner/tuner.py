@@ -60,9 +60,9 @@ class Tuner:
         self._plan: tuple[Moment, int, Plan] | None = None
         self._draws = Draws(decision, self._armed, self._drawn)
         self._observed = EvidenceState(decision.policy.name, decision.needs)
-        head = decision.analysis.head_parameters
-        self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
+        head = self._examined.head_parameters
         self._attached = Optimizers(self._armed, head.values())
+        self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
         self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
         self._armed.on_gradient.append(self._arrivals)
         if decision.needs:
@@ -109,11 +109,13 @@ class Tuner:
         """
         for layer in self._decision.table:
             yield f"{layer.parameter}.channels", self._armed.layers[layer.name].compact
-        yield from self._decision.analysis.head_parameters.items()
+        yield from self._examined.head_parameters.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of :meth:`named_parameters`."""
         return (parameter for _, parameter in self.named_parameters())
+
+    _examined = property(lambda self: self._decision.analysis)
 
     @property
     def _compact(self) -> list[nn.Parameter]:
@@ -199,11 +201,9 @@ class Tuner:
 
         """
         self._check_alive("observe")
-        observed = self._observed
-        if not observed.wanted:
+        if not (observed := self._observed).wanted:
             return observed.evidence
         first = observed.evidence is None
-
         sweeper = partial(self._sweeper, loss, progress)
         evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot)
         self._draws.observed(evidence)
@@ -233,7 +233,7 @@ class Tuner:
     ) -> Sweeper:
         return Sweeper(
             self._armed,
-            tuple(self._decision.analysis.head_parameters.values()),
+            tuple(self._examined.head_parameters.values()),
             self._decision.sweeps(self._draws.moment, self._draws.selection, numbers),
             loss,
             self._decision.micro_batch,
@@ -314,8 +314,7 @@ class Tuner:
 
         """
         self._check_alive("clip gradients")
-        head = list(self._decision.analysis.head_parameters.values())
-        return clip_all(self._compact, head, self._attached(), ratio, max_norm)
+        return clip_all(self._compact, list(self._examined.head_parameters.values()), self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.
@@ -326,12 +325,11 @@ class Tuner:
 
         """
         self._check_alive("measure")
-        earlier = [] if self._snapshot is None else self._snapshot.tensors
         return measure(
             step,
             self._armed.model,
             inference=inference,
-            compact=self._compact + earlier,
+            compact=self._compact + ([] if self._snapshot is None else self._snapshot.tensors),
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
@@ -373,7 +371,7 @@ class Tuner:
         self._check_alive("read the delta")
         self._armed.write_back()
         return changed_tensors(
-            self._armed.model, self._decision.table, self._draws.touched, self._decision.analysis.head_parameters
+            self._armed.model, self._decision.table, self._draws.touched, self._examined.head_parameters
         )
 
     def finish(self, *, dequantize: bool = False) -> nn.Module:
