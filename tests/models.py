@@ -439,7 +439,7 @@ def gradient_errors(
             layer = tuner.plan.table[name]
             wanted = channels_of(grads[layer.parameter], layer, channels, tuner.selection.outputs.get(name))
             errors[name] = relative_error(named[f"{layer.parameter}.channels"].grad, wanted)
-        for name, parameter in nn.Module.named_parameters(model):
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 errors[name] = relative_error(parameter.grad, grads[name])
             else:

@@ -86,7 +86,7 @@ PARAMETERS: dict[str, Callable[[nn.Module, trady.Tuner], Iterator[nn.Parameter]]
     "all": lambda model, tuner: model.parameters(),
     "those that require a gradient": lambda model, tuner: (p for p in model.parameters() if p.requires_grad),
     "by name": lambda model, tuner: (p for _, p in model.named_parameters()),
-    "without those it shows": lambda model, tuner: (p for _, p in nn.Module.named_parameters(model)),
+    "without those it shows": lambda model, tuner: (p for _, p in model.named_parameters()),
     "of a module around it": lambda model, tuner: Wrapper(model).parameters(),
 }
 

@@ -95,7 +95,7 @@ def test_recurrent_layers_train_by_channel(name: str, train: bool, recompute: st
     plain = copy.deepcopy(model)
     tuner = trady.prepare(model, inputs, budget="elements:150", policy="dynamic-random", recompute=recompute)
     model.train(train)
-    weights = [n for n, p in nn.Module.named_parameters(model) if "weight_ih" in n or "weight_hh" in n]
+    weights = [n for n, p in model.named_parameters() if "weight_ih" in n or "weight_hh" in n]
     assert weights
     assert set(weights) <= {layer.parameter for layer in tuner.plan.table}
     for out, expected in zip(model(*inputs), plain(*inputs), strict=True):

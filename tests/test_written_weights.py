@@ -35,7 +35,7 @@ MASKS = {
 
 
 def own(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, p in nn.Module.named_parameters(model)]
+    return [p for _, p in model.named_parameters()]
 
 
 def clamp_data(model: nn.Module) -> None:
@@ -56,7 +56,7 @@ def max_norm(model: nn.Module) -> None:
 
 
 def mask(model: nn.Module) -> None:
-    for name, p in nn.Module.named_parameters(model):
+    for name, p in model.named_parameters():
         p.data.mul_(MASKS[name])
 
 

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from trady.errors import ModelError
-from trady.model.parameters import own_named_parameters
 from trady.model.prepared import prepared_modules
 from trady.ops.quantized import is_quantized
 
@@ -32,7 +31,7 @@ def frozen_by_hand(model: nn.Module, train: Wish | None = None, freeze: Wish | N
         ModelError: A name or pattern matches no parameter.
 
     """
-    parameters = dict(own_named_parameters(model))
+    parameters = dict(model.named_parameters())
     before = prepared_modules.get(model, frozenset())
     frozen = {
         id(p)
@@ -58,7 +57,7 @@ def as_text(wish: Wish | None) -> str | None:
 
 def _matched(model: nn.Module, wish: Wish, word: str) -> set[str]:
     """Return the names of the parameters that are meant."""
-    names = [name for name, _ in own_named_parameters(model)]
+    names = [name for name, _ in model.named_parameters()]
     places = {id(module): name for name, module in model.named_modules()}
     found: set[str] = set()
     for given in [wish] if isinstance(wish, (str, nn.Module)) else wish:

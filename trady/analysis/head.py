@@ -9,7 +9,7 @@ from torch import nn
 from trady.calls.kinds import RecurrentCall, WeightCall
 from trady.calls.names import name_of
 from trady.errors import ModelError
-from trady.model.parameters import own_named_parameters, own_parameters
+from trady.model.parameters import own_parameters
 from trady.ops.quantized import is_quantized
 from trady.trace.trace import Trace, TracedCall
 
@@ -36,7 +36,7 @@ def find_head(
         return ()
     if head != "auto":
         names = (head,) if isinstance(head, str) else tuple(head)
-        modules, parameters = dict(model.named_modules()), dict(own_named_parameters(model))
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         for name in names:
             if name not in parameters and (name not in modules or next(own_parameters(modules[name]), None) is None):
                 possible = [n for n, m in modules.items() if n and next(m.parameters(False), None) is not None]
@@ -61,7 +61,7 @@ def find_head(
     if all(id(p) in own for p in own_parameters(model.get_submodule(owners[0]))):
         return (owners[0],)
     # The module has other weights too: the head is what the last call reads.
-    return tuple(name for name, parameter in own_named_parameters(model) if id(parameter) in own)
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
 
 
 def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool:
@@ -82,12 +82,12 @@ def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
     """Collect the parameters of the head modules under their full names."""
     found: dict[str, nn.Parameter] = {}
-    parameters = dict(own_named_parameters(model))
+    parameters = dict(model.named_parameters())
     for name in head:
         if name in parameters:
             found[name] = parameters[name]
             continue
-        for inner, parameter in own_named_parameters(model.get_submodule(name)):
+        for inner, parameter in model.get_submodule(name).named_parameters():
             found[f"{name}.{inner}" if name else inner] = parameter
     return found
 

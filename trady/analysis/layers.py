@@ -15,7 +15,7 @@ from trady.analysis.head import head_parameters, stored_as, weight_parameter
 from trady.calls.kinds import WeightCall
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import ModelError
-from trady.model.parameters import own_named_parameters, own_parameters
+from trady.model.parameters import own_parameters
 from trady.ops.quantized import is_quantized
 from trady.quantized.linear import QuantizedLinear
 from trady.trace.trace import Trace, TracedCall
@@ -104,7 +104,7 @@ def _elements(parameter: nn.Parameter, calls: Mapping[int, Sequence[tuple[int, T
 
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in own_named_parameters(model)}
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _reason(

@@ -18,7 +18,6 @@ from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.model.mode import ByMode
-from trady.model.parameters import own_named_parameters
 from trady.quantized.formats import keep_unpacked
 from trady.trace.recorder import trace_forward
 from trady.trace.trace import Trace
@@ -68,7 +67,7 @@ class ModelAnalysis:
 
 
 def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(own_named_parameters(model, remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 

@@ -68,7 +68,7 @@ class Armed:
         self._quantized = route(model)
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[OnGradient] = []
-        #: Called before every forward pass.
+        #: Called before every forward pass, when the weights are up to date.
         self.on_forward: list[Callable[[], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
@@ -127,9 +127,9 @@ class Armed:
             armed.follow()
 
     def _before_forward(self) -> None:
+        self.write_back()
         for call in self.on_forward:
             call()
-        self.write_back()
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Mapping[str, Tensor]]:

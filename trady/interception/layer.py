@@ -109,9 +109,9 @@ class ArmedLayer:
     def follow(self) -> None:
         """Take over what was written into the weight, also where its version does not tell: through ``.data``.
 
-        Called before a forward pass, when little memory is in use, so that the step starts from the weight as it is.
+        Called before a forward pass, when little memory is in use, so that the step starts from the weight as it is,
+        and after :meth:`write_back`: what an optimizer has written into the compact parameter is in the weight by then.
         """
-        self.write_back()
         if self.selected is None or not isinstance(self.truth, DenseWeight):
             return
         # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is

@@ -15,14 +15,9 @@ from types import MethodType
 from torch import nn
 
 
-def own_named_parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that a module has without any tuner, under their names."""
-    return type(module).named_parameters(module, remove_duplicate=remove_duplicate)
-
-
 def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters that a module has without any tuner."""
-    return (parameter for _, parameter in own_named_parameters(module))
+    return (parameter for _, parameter in module.named_parameters())
 
 
 def _shown(module: nn.Module, extra: Sequence[nn.Parameter]) -> MethodType:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.model.eager import uncompiled_name
-from trady.model.parameters import own_parameters
 from trady.ops.quantized import is_quantized
 from trady.training.batch import Loss
 from trady.training.checkpoint import (
@@ -129,9 +128,8 @@ class Loop:
     def _fingerprint(self) -> str:
         trained = {id(parameter) for parameter in self.trainer.parameters()}
         model = self.trainer.model
-        own = {id(p) for p in own_parameters(model)}
-        head = frozenset(name for name, p in model.named_parameters() if id(p) in trained & own)
-        everything = len(head) == len(own)
+        head = frozenset(name for name, p in model.named_parameters() if id(p) in trained)
+        everything = len(head) == sum(1 for _ in model.named_parameters())
         return fingerprint(model, frozenset(model.state_dict()) if everything else head)
 
     def _restore(self, checkpoint: Checkpoint, place: Path, model: str) -> list[EpochMetrics]:

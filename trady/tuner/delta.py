@@ -14,7 +14,6 @@ from trady.channels.selection import Channels, Selection
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
-from trady.model.parameters import own_named_parameters
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
 from trady.quantized.linear import QuantizedLinear, layer_at
@@ -84,7 +83,7 @@ def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
 
 def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Selection:
     """Write changed tensors into a model, all or nothing; return the channels under the names of the weights."""
-    parameters = {uncompiled_name(name): p for name, p in own_named_parameters(model, remove_duplicate=False)}
+    parameters = {uncompiled_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     touched: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     writes: list[Callable[[], object]] = []
