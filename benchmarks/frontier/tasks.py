@@ -99,8 +99,12 @@ def _sst2(folder: Path, length: int, count: int) -> Data:
 
 
 @lru_cache(maxsize=1)
-def _fortunes(folder: Path, length: int, train: int, evaluation: int) -> Data:
-    """Read fortune cookies; the category is to be told from the text."""
+def read_fortunes(folder: Path, length: int, train: int, evaluation: int) -> tuple[Sentences, Sentences]:
+    """Read fortune cookies; the category is to be told from the text.
+
+    Raises:
+        DataError: A category is missing, or there are fewer cookies than are asked for.
+    """
     texts, labels = [], []
     for label, category in enumerate(CATEGORIES):
         try:
@@ -172,7 +176,7 @@ TASKS = {
             "MiniLM-L6 on fortune cookies, 8 categories: 1600 texts of 48 tokens, 2 epochs, 1500 to judge by",
             "text",
             lambda folders: pretrained_minilm({"num_labels": len(CATEGORIES)}),
-            lambda folders: _fortunes(folders.fortunes, 48, 1600, 1500),
+            lambda folders: read_fortunes(folders.fortunes, 48, 1600, 1500),
             _bert_blocks,
             (),
             epochs=2,
@@ -180,4 +184,4 @@ TASKS = {
     )
 }
 
-__all__ = ["FORTUNES", "TASKS", "Folders", "FrontierTask", "Sentences"]
+__all__ = ["CATEGORIES", "FORTUNES", "TASKS", "Folders", "FrontierTask", "Sentences", "read_fortunes"]
