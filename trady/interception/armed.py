@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Change:
     columns: Channels
     columns_before: int
 
+    @property
+    def moves(self) -> tuple[tuple[Channels, int], tuple[Channels, int]]:
+        """Sources and former number of the rows, and of the columns."""
+        return (self.sources, self.rows_before), (self.columns, self.columns_before)
+
 
 class Armed:
     """Hooks, flags and compact parameters of one model. Everything here is undone by :meth:`disarm`.
@@ -68,8 +74,10 @@ class Armed:
         self._quantized = route(model)
         #: Called with (layer, compact parameter) whenever the gradient of a layer's channels has arrived.
         self.on_gradient: list[OnGradient] = []
-        #: Called before every forward pass, when the weights are up to date.
-        self.on_forward: list[Callable[[], None]] = []
+        #: Called with a module and its arguments before every forward pass, when the weights are up to date.
+        self.on_forward: list[Callable[[nn.Module, Any, Any], None]] = []
+        #: Called with a module and what it returned after every forward pass.
+        self.on_output: list[Callable[[nn.Module, Any], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
         self.interceptor = Interceptor(
@@ -80,6 +88,7 @@ class Armed:
             segments,
             fidelity=fidelity,
             before_forward=self._before_forward,
+            after_forward=self._after_forward,
         )
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
@@ -113,6 +122,12 @@ class Armed:
         kept = {name: truth.channels for name, truth in truths.items() if isinstance(truth, QuantizedLinear)}
         return Selection({name: found[0].cpu().numpy() for name, found in kept.items() if found is not None})
 
+    @property
+    def indices(self) -> list[Tensor]:
+        """The indices of the channels that train."""
+        chosen = (layer.selected for layer in self.layers.values())
+        return [tensor for selected in chosen if selected is not None for tensor in selected.tensors]
+
     def write_back(self) -> None:
         """Copy the compact parameters that an optimizer has changed into the weights.
 
@@ -126,10 +141,14 @@ class Armed:
         for armed in self.layers.values():
             armed.follow()
 
-    def _before_forward(self) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.write_back()
         for call in self.on_forward:
-            call()
+            call(module, args, kwargs)
+
+    def _after_forward(self, module: nn.Module, output: Any) -> None:
+        for call in self.on_output:
+            call(module, output)
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Mapping[str, Tensor]]:
@@ -156,6 +175,7 @@ class Armed:
             leave(self._quantized)
             self.on_gradient.clear()
             self.on_forward.clear()
+            self.on_output.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
             for module in self.model.modules():

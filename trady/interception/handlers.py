@@ -30,10 +30,10 @@ class Handlers:
     def __init__(self, layers: Sequence[ArmedLayer], head: set[int], norms: FrozenNorms, fidelity: str) -> None:
         self.layers: Mapping[int, ArmedLayer] = {id(layer.weight): layer for layer in layers}
         self.head, self.norms, self.fidelity = head, norms, fidelity
-        self._on_layer: Callable[[str], None] = lambda name: None
+        self._on_layer: Callable[[str, Tensor], None] = lambda name, out: None
 
-    def watch(self, on_layer: Callable[[str], None]) -> None:
-        """Call ``on_layer`` with the name of every layer that has been computed, from now on."""
+    def watch(self, on_layer: Callable[[str, Tensor], None]) -> None:
+        """Call ``on_layer`` with the name and the result of every layer that has been computed, from now on."""
         self._on_layer = on_layer
 
     def compute(
@@ -69,9 +69,9 @@ class Handlers:
         out = handler(call, _Handled(self, action, graph_only, commit))
         return func(*args, **kwargs) if out is None else out
 
-    def ran(self, layer: str) -> None:
+    def ran(self, layer: str, out: Tensor) -> None:
         """Note that a layer has been computed."""
-        self._on_layer(layer)
+        self._on_layer(layer, out)
 
     def trained(self, weight: int) -> tuple[str, Tensor] | None:
         """Name and leaf of the layer with this weight, given by its identity, where channels of it train."""
@@ -100,5 +100,5 @@ class _Handled:
     def scale_and_shift(self, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
         return self._handlers.norms.scale_and_shift(norm)
 
-    def ran(self, layer: TrainedLayer) -> None:
-        self._handlers.ran(layer.name)
+    def ran(self, layer: TrainedLayer, out: Tensor) -> None:
+        self._handlers.ran(layer.name, out)

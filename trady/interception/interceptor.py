@@ -53,7 +53,9 @@ class Interceptor(CallMode):
         segments: What is recomputed in the backward pass, in training and in evaluation mode.
         fidelity: ``exact``, or the bits in which smooth activations keep their derivative
             (trady.ops.smooth.FIDELITIES).
-        before_forward: Called before every forward pass; what it raises refuses the pass.
+        before_forward: Called with the module and its arguments before every forward pass; what it raises refuses
+            the pass.
+        after_forward: Called with the module and what it returned.
 
     """
 
@@ -66,10 +68,12 @@ class Interceptor(CallMode):
         segments: Segments = NO_SEGMENTS,
         *,
         fidelity: str = "exact",
-        before_forward: Callable[[], None] = lambda: None,
+        before_forward: Callable[[nn.Module, Any, Any], None] = lambda *call: None,
+        after_forward: Callable[[nn.Module, Any], None] = lambda *returned: None,
     ) -> None:
         super().__init__()
-        self._model, self._plans, self._before_forward = model, plans, before_forward
+        self._model, self._plans = model, plans
+        self._before_forward, self._after_forward = before_forward, after_forward
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
         self._programs: dict[Segment, Program] = {}
         self.recompute(segments)
@@ -87,13 +91,13 @@ class Interceptor(CallMode):
         """Keep only the inputs of these segments, from the next forward pass on."""
         self._segments = segments.map(lambda chosen: {segment.first: segment for segment in chosen})
 
-    def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str], None]) -> None:
+    def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str, Tensor], None]) -> None:
         """Run forward passes for a simulator from now on.
 
         Args:
             prepare_call: Changes the arguments of a call before anything else is done with it. The model may
                 hand out fake tensors.
-            on_layer: Called with the name of every layer that has been computed.
+            on_layer: Called with the name and the result of every layer that has been computed.
 
         """
         self._prepare_call = prepare_call
@@ -157,7 +161,7 @@ class Interceptor(CallMode):
         if self._forward is not None:
             self._forward.depth += 1
             return
-        self._before_forward()  # this and the next may refuse: before anything is pushed
+        self._before_forward(module, args, kwargs)  # this and the next may refuse: before anything is pushed
         self._compilers.begin()
         plan = self._plans.of(self._model.training)
         name = self._names.get(id(module), "?")
@@ -193,6 +197,7 @@ class Interceptor(CallMode):
             raise departed(forward, None)
         if forward.wrote and self._prepare_call is None and any(_is_fake(t) for t in tree_iter(output)):
             raise ModelError(_HANDED_OUT_FAKE)
+        self._after_forward(module, output)
 
     def _recover(self) -> None:
         """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.analysis.sample_axes import CallSamples
+from trady.calls.autocast import cast
 from trady.calls.canonical import untransposed
 from trady.calls.recognize import run_on_meta
-from trady.model.batch import without_memory
+from trady.model.batch import tensors_among, without_memory
+from trady.ops.context import autocast_dtype_on, real_type
 from trady.ops.sample_axis import SampleAxis
 
 _META = torch.device("meta")
@@ -182,8 +184,13 @@ class Program:
         return before.results[index] if same else None
 
     def _fake_run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device = self.device or next((t.device for t in tensors_among((*args, *kwargs.values()))), _META)
+        dtype = autocast_dtype_on(device)
         with _disable_current_modes():  # nobody is to count what takes no memory
-            return run_on_meta(function, self._without_memory(args), self._without_memory(kwargs))
+            args, kwargs = self._without_memory(args), self._without_memory(kwargs)
+            if dtype is not None:
+                args, kwargs = cast(function, args, kwargs, dtype, real_type(device))
+            return run_on_meta(function, args, kwargs)
 
     def _as_held(self, value: Any) -> Any:
         slot = self._slots.get(id(value)) if isinstance(value, Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +82,11 @@ class Batch:
         """The batch with every sample in it twice; floating-point values without memory."""
         return self._mapped(lambda t: torch.cat([_bare(t)] * 2) if self._holds_samples(t) else t)
 
+    @cached_property
+    def packed(self) -> PackedBatch:
+        """The batch without tensors that have memory: ids and masks are packed into bytes."""
+        return PackedBatch(tree_map(lambda leaf: _packed(leaf) if isinstance(leaf, Tensor) else leaf, self.inputs))
+
     def to(self, dtype: torch.dtype) -> Batch:
         """Convert floating-point tensors."""
         return self._mapped(lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -116,6 +122,40 @@ class Batch:
     def device_in(self, model: nn.Module) -> torch.device | None:
         """Where ``model`` runs, or else where the batch is; ``None`` if neither has memory."""
         return next((t.device for t in (*model.parameters(), *self.tensors) if not t.is_meta), None)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A batch to keep for later: a plan should not hold memory that training has to do without."""
+
+    inputs: Any
+
+    def unpack(self) -> Batch:
+        """Return the batch: floating-point values without memory, ids and masks as they were."""
+        return Batch(tree_map(lambda leaf: leaf.unpack() if isinstance(leaf, _Packed) else leaf, self.inputs))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor of whole numbers."""
+
+    content: bytes
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def unpack(self) -> Tensor:
+        raw = torch.frombuffer(bytearray(zlib.decompress(self.content)), dtype=torch.uint8)
+        return raw.view(self.dtype).reshape(self.shape).to(self.device)
+
+
+def _packed(tensor: Tensor) -> Tensor | _Packed:
+    if tensor.is_meta or tensor.is_floating_point() or tensor.is_complex():
+        return without_memory(tensor)
+    if tensor.layout != torch.strided or not tensor.numel():
+        return tensor
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return _Packed(zlib.compress(content, 1), tensor.shape, tensor.dtype, tensor.device)
 
 
 def way_of_calling(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

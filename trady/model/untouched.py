@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from trady.model.batch import without_memory
@@ -124,6 +125,41 @@ def unseen() -> Iterator[None]:
     """Context that no mode of PyTorch sees: a trace or a simulation may be running outside."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Context in which modes and hooks may be used, and those from outside see nothing of what is done."""
+    autograd: Any = torch._C._autograd
+    modes: list[Any] = []
+    saving: list[Any] = []
+    everywhere = [(found, dict(found)) for found in map(_global_hooks, _GLOBAL_HOOKS)]
+    with _disable_current_modes():
+        while _get_current_function_mode_stack():
+            modes.append(_pop_mode())
+        while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+            saving.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        for found, _ in everywhere:
+            found.clear()
+        try:
+            yield
+        finally:
+            for found, hooks in everywhere:
+                found.update(hooks)
+            for pack, unpack in reversed(saving):
+                autograd._push_saved_tensors_default_hooks(pack, unpack)
+            for mode in reversed(modes):
+                _push_mode(mode)
+
+
+#: Hooks on every module there is.
+_GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+
+
+def _global_hooks(name: str) -> dict[int, Any]:
+    found: dict[int, Any] = getattr(nn.modules.module, f"_global_{name}")
+    return found
 
 
 class _TensorState:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ samples_under_way: ContextVar[tuple[int, int] | None] = ContextVar("samples_unde
 #: Type of the device that fake tensors stand for, while a step is simulated.
 simulated_device_type: ContextVar[str] = ContextVar("simulated_device_type", default="cpu")
 
+#: What a simulated forward pass computes in under autocast, which does not know fake tensors; ``None`` is without it.
+simulated_autocast_dtype: ContextVar[torch.dtype | None] = ContextVar("simulated_autocast_dtype", default=None)
+
 #: Addresses of storages that are followed at present. Each is a Python object, which counts as one more owner.
 followed_storages: list[Container[int]] = []
 
@@ -28,7 +32,42 @@ T = TypeVar("T", bound=torch.Tensor)
 
 def device_type(tensor: torch.Tensor) -> str:
     """Type of the device that a tensor is on, or that a fake tensor stands for."""
-    return simulated_device_type.get() if tensor.is_meta else tensor.device.type
+    return real_type(tensor.device)
+
+
+def real_type(device: torch.device) -> str:
+    """Type of a device, or of the one that the meta device stands for."""
+    return simulated_device_type.get() if device.type == "meta" else device.type
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What products with this tensor are computed in under autocast; ``None`` where it is off."""
+    return autocast_dtype_on(tensor.device)
+
+
+def autocast_dtype_on(device: torch.device) -> torch.dtype | None:
+    """What products on a device are computed in under autocast; ``None`` where it is off."""
+    if device.type == "meta":
+        return simulated_autocast_dtype.get()
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Context in which calls with this tensor compute in the types of their arguments."""
+    if tensor.is_meta:
+        return simulated_autocast(None)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+@contextmanager
+def simulated_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Context in which fake tensors are computed with as under autocast to ``dtype``; ``None`` is without it."""
+    token = simulated_autocast_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        simulated_autocast_dtype.reset(token)
 
 
 def label_saved(tensor: T, kind: str) -> T:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trady.ops.bits import Clamp, clamp_, select
-from trady.ops.context import label_saved
+from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.operators import WeightOperator
@@ -128,7 +127,7 @@ class _Layer(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        with nullcontext() if call.dtype is None else torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
             inputs = None
             if compact is not None and call.selected is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady.ops.context import device_type
+from trady.ops.context import autocast_dtype, device_type
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
 from trady.ops.native import library, on_a_processor, unwritten
 
@@ -181,9 +181,7 @@ def _all_classes(target: Tensor, ignore_index: int, classes: int) -> bool:
 
 def _result(logits: Tensor) -> torch.dtype:
     """The dtype of PyTorch's own loss: autocast computes it in float32, whatever the scores are."""
-    device = logits.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return _wide(logits.dtype) if autocast else logits.dtype
+    return logits.dtype if autocast_dtype(logits) is None else _wide(logits.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,6 @@ The weight ``W`` of such a layer is the dequantised one with the float channels 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady.errors import ModelError
-from trady.ops.context import label_saved
+from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.layout import take, unviewed
@@ -126,7 +125,7 @@ def _forward(x: Tensor, call: LayerCall, weight: Quantized, *, trains: bool) -> 
     dtype = call.dtype or x.dtype
     if call.graph_only:
         return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0])
-    with nullcontext() if call.dtype is None else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return unviewed(weight.product(x.to(dtype), trains=trains).to(dtype))
 
 

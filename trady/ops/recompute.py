@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from trady.ops.context import internal_query, label_saved, samples_under_way
+from trady.ops.context import (
+    internal_query,
+    label_saved,
+    samples_under_way,
+    simulated_autocast,
+    simulated_autocast_dtype,
+)
 from trady.ops.layout import unviewed
 from trady.ops.sample_axis import SampleAxis
 
@@ -283,6 +289,7 @@ class _Surroundings:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in kinds
         ]
+        self._simulated_autocast = simulated_autocast_dtype.get()
         self._modes = _get_current_function_mode_stack()
         self._before: list[Tensor] | None = self._state()
 
@@ -310,6 +317,7 @@ class _Surroundings:
                     kind, dtype=dtype, enabled=enabled, cache_enabled=cache
                 )
                 stack.enter_context(context)
+            stack.enter_context(simulated_autocast(self._simulated_autocast))
             if self._before is not None:
                 stack.enter_context(torch.random.fork_rng(devices=self._cuda))
                 torch.set_rng_state(self._before[0])

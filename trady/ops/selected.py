@@ -62,6 +62,12 @@ class SelectedChannels:
             return self.group, self.channel
         return self.group.unsqueeze(1), self.channel.unsqueeze(1), self.outputs
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All indices that are kept."""
+        blocks = (tensor for block in self.blocks for tensor in (block.positions, block.groups))
+        return tuple(t for t in (self.index, self.group, self.channel, self.outputs, *blocks) if t is not None)
+
     def __len__(self) -> int:
         return self.index.shape[0]
 
@@ -90,7 +96,10 @@ def select_channels(
             )
         )
     chosen = None if outputs is None else tensor(outputs.copy())
-    return SelectedChannels(tensor(channels.copy()), tensor(group), tensor(channel), tuple(blocks), chosen)
+    index = tensor(channels.copy())
+    if groups == 1:  # the group of all is 0, and the place in it is the channel
+        return SelectedChannels(index, tensor(group[:1]).expand(len(channels)), index, tuple(blocks), chosen)
+    return SelectedChannels(index, tensor(group), tensor(channel), tuple(blocks), chosen)
 
 
 def numbers_on(device: torch.device, values: Indices) -> Tensor:

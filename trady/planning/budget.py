@@ -111,6 +111,10 @@ class InfeasibleBudgetError(BudgetError):
         super().__init__(message)
 
 
+class StepTooLargeError(BudgetError):
+    """A forward pass that was refused before it ran: with it, the step would take more than the budget."""
+
+
 def infeasible_budget(
     budget: Budget, least_amount: int, alternatives: Mapping[str, int] | None = None
 ) -> InfeasibleBudgetError:

@@ -17,7 +17,8 @@ from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, ModelError
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
-from trady.planning.peaks import Peaks
+from trady.planning.conditions import Loop, costlier
+from trady.planning.peaks import Case, Peaks
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
@@ -57,11 +58,13 @@ class Decision:
         start: The moment before the first draw.
         peaks: Simulates steps, and chooses what is recomputed.
         reserve: For the float channels of quantised layers.
-        batch_elements: Elements of the full batch that the plan is for.
+        loop: Predicts steps that differ from those of the example.
         recompute: What was asked for (:data:`trady.planning.recomputation.MODES`).
         fidelity: How exactly smooth activations that are kept are differentiated.
         micro_batch: Samples that the model works on at once; ``None`` is the full batch.
         needs_snapshot: Whether the weights that train are kept to compare with an epoch ago.
+        over_budget: What happens when a step would take more than the budget
+            (:data:`trady.planning.conditions.OVER_BUDGET`).
     """
 
     model: nn.Module
@@ -73,11 +76,12 @@ class Decision:
     start: Moment
     peaks: Peaks
     reserve: Reserve
-    batch_elements: int
+    loop: Loop
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | None = None
     needs_snapshot: bool = False
+    over_budget: str = "adapt"
 
     @property
     def table(self) -> ChannelTable:
@@ -185,6 +189,17 @@ class Decision:
             return True
         kept = self.table.float_bytes(selection | floats)
         return self.scope.has_room(self.spending(moment), selection, kept, self.budget.amount)
+
+    def step_amount(self, moment: Moment, selection: Selection, case: Case, table: ChannelTable) -> int:
+        """What a step of this case takes of the budget, whose channels cost as in ``table``."""
+        seen = replace(self, peaks=Peaks((case,), self.peaks.planner), analysis=replace(self.analysis, table=table))
+        return self.scope.step_amount(seen.spending(moment), selection)
+
+    def allowing(self, case: Case, table: ChannelTable) -> Decision:
+        """Return the decision whose draws leave room for steps of this case too."""
+        if self.scope.bounds_peak:
+            return replace(self, peaks=self.peaks.also(case))
+        return replace(self, analysis=replace(self.analysis, table=costlier(self.table, table)))
 
     # -- draws ---------------------------------------------------------------------------------------
 

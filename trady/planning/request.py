@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trady.analysis.by_hand import Wish, frozen_by_hand
@@ -15,9 +16,11 @@ from trady.errors import BudgetError, ModelError, RankingError
 from trady.evidence.measures import needs_snapshot
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
+from trady.ops.context import autocast_dtype_on
 from trady.ops.smooth import FIDELITIES
 from trady.planning.alternatives import alternatives
 from trady.planning.budget import Budget, InfeasibleBudgetError, infeasible_budget, parse_budget
+from trady.planning.conditions import Conditions, Loop, check_conditions, shapes_of
 from trady.planning.decision import POOL_SHARE, Decision
 from trady.planning.micro_batch import check_micro_batch, chunk_sizes
 from trady.planning.peaks import Peaks
@@ -30,7 +33,7 @@ from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.simulation.simulator import ExampleLoss, Simulator
+from trady.simulation.simulator import ExampleLoss
 
 #: A peak that everything fits in.
 _BOUNDLESS = Budget(PEAK, 2**62)
@@ -61,8 +64,13 @@ class Request:
     loss: Callable[[Any], Tensor] | None = None
     train: Wish | None = None
     freeze: Wish | None = None
+    calls_per_step: int = 1
+    accumulates: bool = False
+    autocast: torch.dtype | None = None
+    over_budget: str = "adapt"
 
     def __post_init__(self) -> None:
+        check_conditions(self.calls_per_step, self.over_budget)
         for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
             if given not in known:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
@@ -149,23 +157,23 @@ class Request:
             )
         recomputes = self.fuse and self.recompute != "none"
         planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner(NO_SEGMENTS, 0)
-        simulator = self._simulator(model, chunk, analysis, batch)
+        calls, waiting = self.calls_per_step, batch.nbytes - chunk.nbytes
+        device = batch.device_in(model) or torch.device("meta")
+        planned = Conditions(
+            (shapes_of(chunk),) * calls, self.accumulates or waiting > 0, self.autocast or autocast_dtype_on(device)
+        )
+        loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
+        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told=self.autocast is not None)
+        if self.limit is not None and self.limit.scope.in_bytes:
+            analysis = replace(analysis, table=loop.table_of([chunk] * calls, planned))
         return self._settle(
             given,
             analysis,
-            Peaks(simulator, planner, accumulates=chunk.nbytes < batch.nbytes),
+            Peaks((loop.case([chunk] * calls, planned),), planner),
             optimizer or OptimizerMemory(),
             micro_batch=None if full else size,
-            batch_elements=batch.elements,
+            loop=loop,
         )
-
-    def _simulator(
-        self, model: nn.Module, chunk: Batch, analysis: ModelAnalysis, batch: Batch
-    ) -> Callable[[], Simulator]:
-        """Return what makes a simulator; it holds no memory of the batch."""
-        loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
-        shapes, waiting, fidelity = chunk.meta, batch.nbytes - chunk.nbytes, self.fidelity
-        return lambda: Simulator(model, shapes, analysis, fidelity=fidelity, waiting_bytes=waiting, loss=loss)
 
     def _settle(
         self,
@@ -175,7 +183,7 @@ class Request:
         optimizer: OptimizerMemory,
         *,
         micro_batch: int | None,
-        batch_elements: int,
+        loop: Loop,
     ) -> Decision:
         """Settle what channels are drawn from, and fit it to the budget."""
         limit, policy, table = self.limit, self.rule, analysis.table
@@ -200,11 +208,12 @@ class Request:
             ),
             peaks,
             reserve(pool),
-            batch_elements,
+            loop,
             self.recompute,
             self.fidelity,
             micro_batch,
             needs_snapshot(needs_of(policy)),
+            self.over_budget,
         )
         start = decision.fit_to_budget(decision.start, first=True)
         return replace(decision, start=replace(start, learns=source == "online"))

@@ -184,7 +184,6 @@ class Spending:
         return (timeline or self.timeline).predicted_peak(
             selection,
             optimizer or self.moment.optimizer,
-            accumulates=self.peaks.accumulates,
             copies=self.needs_snapshot,
             float_bytes=self.reserve.reserved(selection) if float_bytes is None else float_bytes,
             norms=self.moment.learns,

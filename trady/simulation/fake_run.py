@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from trady.calls.autocast import cast
 from trady.calls.decompositions import META_KERNELS
 from trady.calls.mode import CallMode
 from trady.calls.names import in_place
 from trady.calls.questions import answer_about_device
 from trady.memory.live import LiveBytes
 from trady.model.batch import tensors_among, without_memory
-from trady.ops.context import internal_query, simulated_device_type
+from trady.ops.context import internal_query, simulated_autocast_dtype, simulated_device_type
 
 #: Losses whose mean or sum PyTorch's CPU kernels leave in memory as large as their input.
 _AS_LARGE_AS_THEIR_INPUT = frozenset([F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.binary_cross_entropy])
@@ -77,6 +78,8 @@ class FakeRun(CallMode):
         if not bare:
             with self._watching():
                 return func(*args, **kwargs)
+        if (dtype := simulated_autocast_dtype.get()) is not None:
+            args, kwargs = cast(func, args, kwargs, dtype, simulated_device_type.get())
         if func is F.scaled_dot_product_attention:
             return _attention(self._device, *args, **kwargs)
         if func in META_KERNELS:

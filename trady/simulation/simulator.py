@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import Batch
 from trady.model.eager import uncompiled
 from trady.model.untouched import switch_mode, untouched
-from trady.ops.context import internal_query
+from trady.ops.context import internal_query, simulated_autocast
 from trady.simulation.fake_run import FakeRun
 from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
@@ -74,6 +75,8 @@ class Simulator:
         fidelity: As for :func:`trady.prepare`.
         waiting_bytes: Bytes of a larger batch that wait while the model works on this chunk of it.
         loss: What the step makes of the output; a cross entropy, or the model's own loss, where none is given.
+        further: Batches of further forward passes before the backward pass; ``analysis`` has the table of all.
+        autocast: What forward passes compute in under autocast; ``None`` is without it.
 
     """
 
@@ -86,12 +89,15 @@ class Simulator:
         fidelity: str = "exact",
         waiting_bytes: int = 0,
         loss: ExampleLoss | None = None,
+        further: Sequence[Batch] = (),
+        autocast: torch.dtype | None = None,
     ) -> None:
-        self._fidelity, self._loss = fidelity, loss
+        self._fidelity, self._loss, self._autocast = fidelity, loss, autocast
+        self._packed = tuple(each.packed for each in (Batch.of(example), *further))
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
         batch = Batch.of(example)
         # A copy shares what functions close over, which may be the model.
-        self._model, self._copy, self._batch = model, meta_copy(model), batch.meta
+        self._model, self._copy = model, meta_copy(model)
         self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
         self._device = batch.device_in(model) or torch.device("meta")
         self._analysis = analysis.of_copy(model, self._copy)
@@ -103,14 +109,15 @@ class Simulator:
             Bytes of weights, buffers and batch; and how far the peak is above them.
 
         """
-        live = LiveBytes()
-        resident = [*self._copy.parameters(), *self._copy.buffers(), *self._batch.tensors]
-        args, kwargs = self._batch.arguments
+        live, batch = LiveBytes(), self._packed[0].unpack()
+        resident = [*self._copy.parameters(), *self._copy.buffers(), *batch.tensors]
+        args, kwargs = batch.arguments
         with untouched(self._model, self._copy, watches=False) as writes, uncompiled(self._copy):
             switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
-            with FakeRun(self._device, live, writes.watching), torch.no_grad(), live:
+            fake = FakeRun(self._device, live, writes.watching)
+            with fake, torch.no_grad(), live, simulated_autocast(self._autocast):
                 self._copy(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -122,6 +129,7 @@ class Simulator:
         selection: Selection | None = None,
         parts: bool = False,
         optimizer: OptimizerMemory | None = None,
+        again: bool = False,
     ) -> Timeline:
         """Run one step in which one channel of each given layer trains.
 
@@ -131,6 +139,7 @@ class Simulator:
             selection: Channels that train, instead of one of each layer.
             parts: Also say what the peak is made of.
             optimizer: What the optimizer takes; what it keeps is not among the parts.
+            again: Whether the peak is that of a second pass, which finds the gradients of the first.
 
         """
         if selection is None:
@@ -138,7 +147,8 @@ class Simulator:
         with untouched(self._model, self._copy, watches=False) as writes:
             armed = Armed(self._copy, self._analysis, segments, self._fidelity)
             try:
-                return self._follow(armed, writes.watching, selection, parts, optimizer or OptimizerMemory())
+                again = parts and (again or bool(self._waiting.numel()))
+                return self._follow(armed, writes.watching, selection, parts, optimizer or OptimizerMemory(), again)
             finally:
                 armed.disarm()
 
@@ -149,6 +159,7 @@ class Simulator:
         selection: Selection,
         parts: bool,
         optimizer: OptimizerMemory,
+        again: bool,
     ) -> Timeline:
         armed.select(selection)
         intervals: list[Interval] = []
@@ -156,16 +167,28 @@ class Simulator:
         made_of: dict[str, int] = {}
         switch_mode(self._copy, True)
         live.register([*self._copy.parameters(), *self._copy.buffers()], "weights")
-        live.register([*self._batch.tensors, self._waiting], "inputs")
+        batches = [packed.unpack() for packed in self._packed]
+        live.register([*(tensor for batch in batches for tensor in batch.tensors), self._waiting], "inputs")
         compact = [armed.layers[layer.name].compact for layer in self._analysis.table if layer.name in selection]
         head = tuple(self._analysis.head_parameters.values())
-        live.register(compact, "compact parameters")
+        live.register([*compact, *armed.indices], "compact parameters")
 
         def cut(phase: str, layer: str) -> None:
             intervals.append(Interval(phase, layer, live.interval_peak()))
 
-        def ran(layer: str) -> None:
-            cut("forward" if torch._C._current_graph_task_id() == -1 else "recompute", layer)
+        runs: Counter[str] = Counter()
+
+        def ran(layer: str, out: Tensor) -> None:
+            forward = torch._C._current_graph_task_id() == -1
+            cut("forward" if forward else "recompute", layer)
+            runs[layer] += forward
+            if forward and layer in selection and out.grad_fn is not None:
+                out.grad_fn.register_hook(lambda *_: computed(layer))
+
+        def computed(layer: str) -> None:
+            # Autograd hands over the gradient of all uses of a layer together: until then it keeps that of some.
+            if runs[layer] > 1:
+                cut("gradient", layer)
 
         def arrived(layer: str, compact: nn.Parameter) -> None:
             if optimizer.in_backward is not None and compact.grad is not None:
@@ -180,12 +203,12 @@ class Simulator:
         with live:
             live.interval_peak()
             labels: list[Tensor] = []
-            kept = self._forward_and_backward(fake, live, labels)
+            kept = self._forward_and_backward(batches, fake, live, labels)
             cut("end", "")
             cut("step", "")
             if parts:
-                if self._waiting.numel():  # the next part of the batch finds the gradients of this one
-                    kept += self._forward_and_backward(fake, live, labels)
+                if again:
+                    kept += self._forward_and_backward(batches, fake, live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._copy.parameters() if p.grad is not None], "gradients")
                 moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
@@ -194,26 +217,32 @@ class Simulator:
         frees = optimizer.in_backward is not None
         return Timeline(tuple(intervals), self._analysis.table, tuple(map(_form, head)), made_of, frees)
 
-    def _forward_and_backward(self, fake: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
+    def _forward_and_backward(
+        self, batches: Sequence[Batch], fake: FakeRun, live: LiveBytes, labels: list[Tensor]
+    ) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
-        args, kwargs = self._batch.arguments
-        with fake:
-            output = self._copy(*args, **kwargs)
-        loss = self._loss_of(output, fake, labels)
-        del output
+        outputs = []
+        for batch in batches:
+            args, kwargs = batch.arguments
+            with fake, simulated_autocast(self._autocast):
+                outputs.append(self._copy(*args, **kwargs))
+        loss = self._loss_of(outputs, batches[0].samples, fake, labels)
+        del outputs
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
             with fake:
                 _backward(loss)
         return kept
 
-    def _loss_of(self, output: Any, fake: FakeRun, labels: list[Tensor]) -> Tensor | None:
+    def _loss_of(self, outputs: list[Any], samples: int, fake: FakeRun, labels: list[Tensor]) -> Tensor | None:
         if self._loss is not None:
-            with fake, fake.cut(self._loss.samples, self._batch.samples):
-                return self._loss.of(output)
-        if not labels and (count := label_count(output)):
-            labels.append(torch.empty(math.ceil(count * self._full_over_chunk), dtype=torch.int64, device="meta"))
-        return surrogate_loss(output)
+            with fake, fake.cut(self._loss.samples, samples), simulated_autocast(self._autocast):
+                return self._loss.of(outputs[0])
+        if not labels:
+            counts = [math.ceil(label_count(output) * self._full_over_chunk) for output in outputs]
+            labels += [torch.empty(count, dtype=torch.int64, device="meta") for count in counts if count]
+        losses = [loss for output in outputs if (loss := surrogate_loss(output)) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
 
 
 def _form(parameter: Tensor) -> Form:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +40,9 @@ Integers = npt.NDArray[np.int64]
 class Interval:
     """The highest live bytes up to a cut: the end of ``layer``'s ``phase`` (or of the step).
 
-    ``phase`` is ``forward``, ``recompute`` (the layer ran forward again, on a part of the batch), ``backward``,
-    ``end`` (of the backward pass) or ``step``: what is there when the optimizer steps.
+    ``phase`` is ``forward``, ``recompute`` (the layer ran forward again, on a part of the batch), ``gradient`` (the
+    gradient of one of several uses was computed), ``backward`` (that of all uses has arrived), ``end`` (of the backward
+    pass) or ``step``: what is there when the optimizer steps.
     """
 
     phase: str
@@ -58,6 +60,8 @@ class Timeline:
         head: Each of the head's parameters, whose optimizer state counts too.
         parts: What the peak is made of, named as in the ledger; empty where it was not asked for.
         frees_gradients: Whether a compact gradient is used up when it arrives, not at the end of the step.
+        accumulates: Whether the gradients of earlier passes are there all along.
+        beside: Steps under other conditions; the peak of a selection is the highest of all.
     """
 
     intervals: tuple[Interval, ...]
@@ -65,13 +69,14 @@ class Timeline:
     head: tuple[Form, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     frees_gradients: bool = False
+    accumulates: bool = False
+    beside: tuple[Timeline, ...] = ()
 
     def predicted_peak(
         self,
         selection: Selection,
         optimizer: OptimizerMemory | None = None,
         *,
-        accumulates: bool = False,
         copies: int = 0,
         float_bytes: int = 0,
         norms: bool = False,
@@ -81,13 +86,15 @@ class Timeline:
         Args:
             selection: Channels that train.
             optimizer: What the optimizer takes; plain SGD takes nothing.
-            accumulates: Whether the gradients of earlier parts of the batch are there all along.
             copies: Copies of all that trains that are kept beside the optimizer's.
             float_bytes: What the float channels of quantised layers take beside their weights.
             norms: Whether the norms of the channels' gradients are kept until the step.
 
         """
-        optimizer = optimizer or OptimizerMemory()
+        if self.beside:
+            asked = partial(_peak, selection, optimizer, copies, float_bytes, norms)
+            return max(asked(timeline) for timeline in (replace(self, beside=()), *self.beside))
+        optimizer, accumulates = optimizer or OptimizerMemory(), self.accumulates
         layers, weight_bytes = self.table.layers, self.table.weight_element_bytes
         counts = _integers(len(selection.channels.get(layer.name, ())) for layer in layers)
         chosen = [selection.output_count(layer.name) for layer in layers]
@@ -128,7 +135,8 @@ class Timeline:
     @property
     def least_bytes(self) -> int:
         """The peak with one channel a layer."""
-        return max((interval.peak_bytes for interval in self.intervals), default=0)
+        own = max((interval.peak_bytes for interval in self.intervals), default=0)
+        return max(own, *(timeline.least_bytes for timeline in self.beside)) if self.beside else own
 
     def _matrices(self) -> tuple[Integers, Integers, Integers, Integers]:
         """Base bytes of every interval, and what is added to it.
@@ -152,14 +160,29 @@ class Timeline:
             first = again[0] if again else forward[0]
             last = backward[-1] if backward else places["end", ""][-1]
             maps[first : last + 1, i] += -(-saved // len(again)) if again else saved
-            for b in range(first, last + 1) if again else backward:
+            partial_gradients = places.get(("gradient", name), [])
+            for b in range(first, last + 1) if again else sorted({*partial_gradients, *backward}):
                 maps[b, i] += _gathered_bytes(layer, self.table)
                 gradients[b, i] += _FORMS
                 working[b, i] = 1
+            if len(forward) > 1 and backward:  # some uses' gradients wait for those of the others
+                waits = first if again else partial_gradients[0] + 1 if partial_gradients else len(base)
+                gradients[waits : backward[-1] + 1, i] += 1
             if backward:
                 gone = backward[-1] + 1 if self.frees_gradients else len(base)
                 gradients[backward[0] + 1 : gone, i] += 1
         return base, maps, gradients, working
+
+
+def _peak(
+    selection: Selection,
+    optimizer: OptimizerMemory | None,
+    copies: int,
+    float_bytes: int,
+    norms: bool,
+    timeline: Timeline,
+) -> int:
+    return timeline.predicted_peak(selection, optimizer, copies=copies, float_bytes=float_bytes, norms=norms)
 
 
 def compact_forms(table: ChannelTable, selection: Selection) -> list[Form]:

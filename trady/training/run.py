@@ -26,7 +26,7 @@ from trady.training.data.loaders import Batches, evaluation_batches, training_ba
 from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
-from trady.training.precision import Precision
+from trady.training.precision import Precision, compute_dtype
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
@@ -177,6 +177,7 @@ def finetune(
         micro_batch=micro_batch,
         train=train_layers,
         freeze=freeze,
+        autocast=compute_dtype(mixed_precision),
     )
     return run(
         model,

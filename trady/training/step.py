@@ -13,6 +13,7 @@ from torch import nn
 
 from trady.errors import TrainingError
 from trady.model.batch import Batch
+from trady.planning.budget import StepTooLargeError
 from trady.training.batch import Loss, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
@@ -65,7 +66,7 @@ class Stepper:
                 group["channel_clip"] = self.channel_clip
         loss, examples = 0.0, len(split_batch(batch)[1])
         for chunk, share in Batch.of(batch).chunks(self.micro_batch):
-            loss += self._gradients_of(chunk.inputs, share) * share
+            loss += self._within_budget(chunk, share)
         self._average(parameters)
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
@@ -73,6 +74,16 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, examples)
+
+    def _within_budget(self, chunk: Batch, share: float) -> float:
+        """Add the gradients of a chunk; where its forward pass would break the budget, of one half after the other."""
+        try:
+            return self._gradients_of(chunk.inputs, share) * share
+        except StepTooLargeError:  # before anything ran
+            if chunk.samples == 1:
+                raise
+        parts = chunk.chunks(-(-chunk.samples // 2))
+        return sum(self._within_budget(part, share * of_chunk) for part, of_chunk in parts)
 
     def _gradients_of(self, chunk: Any, share: float) -> float:
         """Add the gradients of a chunk of the batch, weighted by its share of the samples; return its loss."""

@@ -176,7 +176,7 @@ class Optimizers:
         left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if p.grad is not None]
         self._used = left, any(p.grad is not None for p in self._head)
 
-    def _before_forward(self) -> None:
+    def _before_forward(self, *_: object) -> None:
         """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
         if torch.is_grad_enabled():
             self._armed.follow()

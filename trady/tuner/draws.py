@@ -49,6 +49,7 @@ class Draws:
         changed: Called after a draw with the compact parameters that have changed.
 
     Attributes:
+        decision: What was decided; it leaves room for what the loop has been seen to do.
         moment: What draws depend on.
         selection: The channels that train.
         touched: Channels that were ever selected.
@@ -58,7 +59,7 @@ class Draws:
     """
 
     def __init__(self, decision: Decision, armed: Armed, changed: Callable[[Sequence[Change]], None]) -> None:
-        self._decision, self._armed, self._changed = decision, armed, changed
+        self.decision, self._armed, self._changed = decision, armed, changed
         self.moment = decision.start
         self.selection, self.touched = Selection(), Selection()
         self.epoch = self.count = 0
@@ -72,30 +73,31 @@ class Draws:
 
     def of(self, moment: Moment) -> Selection:
         """Draw the channels of the running epoch; none while the policy has nothing to draw from."""
-        if self._decision.spending(moment).lacks_evidence:
+        if self.decision.spending(moment).lacks_evidence:
             return Selection()
-        return self._decision.draw(moment, self.epoch, self.count)
+        return self.decision.draw(moment, self.epoch, self.count)
 
     def resample(self, epoch: int) -> None:
         """Draw the channels of an epoch; a ranking that was being learnt is settled when epoch 1 begins."""
         if epoch > 0:
             self._settle()
-        selection = self._with_room(self._decision.draw(self.moment, epoch, 0), epoch)
+        selection = self._with_room(self.decision.draw(self.moment, epoch, 0), epoch)
         self.epoch, self.count = epoch, 0
         self.apply(selection)
 
     def redraw(self) -> None:
         """Draw the channels of the running epoch again."""
-        selection = self._with_room(self._decision.draw(self.moment, self.epoch, self.count + 1), self.epoch)
+        selection = self._with_room(self.decision.draw(self.moment, self.epoch, self.count + 1), self.epoch)
         self.count += 1
         self.apply(selection)
 
-    def apply(self, selection: Selection) -> None:
-        """Let these channels train from now on."""
+    def apply(self, selection: Selection) -> Sequence[Change]:
+        """Let these channels train from now on; return how the compact parameters changed."""
         changes = self._armed.select(selection)
         self.selection = selection
         self.touched |= selection
         self._changed(changes)
+        return changes
 
     def observed(self, evidence: Evidence) -> None:
         """Take in what was measured for the policy."""
@@ -123,12 +125,12 @@ class Draws:
         if self.online is not None:
             ranking, self.online = self.online.ranking(), None
             self.moment = replace(
-                self.moment, ranking=ranking, pool=ranking.top(POOL_SHARE, self._decision.analysis.held), learns=False
+                self.moment, ranking=ranking, pool=ranking.top(POOL_SHARE, self.decision.analysis.held), learns=False
             )
 
     def _with_room(self, drawn: Selection, epoch: int) -> Selection:
         """What was drawn; where the float channels of quantised layers have filled the budget, what trains already."""
-        if self._decision.has_room(self.moment, drawn, self._armed.float_channels):
+        if self.decision.has_room(self.moment, drawn, self._armed.float_channels):
             return drawn
         if not self._full:
             self._full = True

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trady.errors import StateError
+from trady.interception.armed import Change
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward
+from trady.tuner.optimizer_state import rearranged
 from trady.tuner.snapshot import WeightSnapshot
 
 
@@ -72,6 +74,16 @@ def _on_host(norms: Mapping[str, Tensor]) -> dict[str, Any]:
     together = torch.cat([values.to(first.device) for values in norms.values()]).cpu()
     parts = together.split([len(values) for values in norms.values()])
     return {name: part.numpy() for name, part in zip(norms, parts, strict=True)}
+
+
+def keep_gradient(change: Change, gradient: Tensor | None) -> None:
+    """Give the channels that stayed in a draw the gradient that they had; those that joined begin with none."""
+    if gradient is None or not len(change.compact):
+        return
+    for dim, (sources, before) in enumerate(change.moves):
+        if gradient.shape[dim] == before:
+            gradient = rearranged(gradient, sources, dim, mean=False)
+    change.compact.grad = gradient
 
 
 def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter]) -> None:

@@ -43,7 +43,7 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
 
     """
     state: dict[str, Any] | None = optimizer.state.get(change.compact)
-    moves = [(change.sources, change.rows_before), (change.columns, change.columns_before)]
+    moves = change.moves
     remain = all((sources >= 0).any() for sources, _ in moves)
     if not state or not remain or not all(_follows(name, value, change.compact) for name, value in state.items()):
         _start_fresh(optimizer, change.compact)
@@ -58,7 +58,7 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
         for dim, (sources, before) in enumerate(moves):
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
             if value.shape[dim] == before and dim != averaged and not stayed:
-                value = _rearranged(value, sources, dim, mean=name in _SECOND_MOMENTS)
+                value = rearranged(value, sources, dim, mean=name in _SECOND_MOMENTS)
         state[name] = value.squeeze(averaged) if left_out else value
 
 
@@ -85,7 +85,8 @@ def _start_fresh(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> Non
         optimizer.state.pop(compact, None)
 
 
-def _rearranged(value: Tensor, sources: Channels, dim: int, *, mean: bool) -> Tensor:
+def rearranged(value: Tensor, sources: Channels, dim: int, *, mean: bool) -> Tensor:
+    """Rows of what is kept of the channels, in their new order; what joins gets zeros, or the mean of what stayed."""
     stayed = np.flatnonzero(sources >= 0)
     places = numbers_on(value.device, stayed)
     kept = value.index_select(dim, numbers_on(value.device, sources[stayed]))

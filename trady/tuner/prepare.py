@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trady.analysis.by_hand import Wish
@@ -34,6 +35,10 @@ def prepare(
     loss: Callable[[Any], Tensor] | None = None,
     train: Wish | None = None,
     freeze: Wish | None = None,
+    calls_per_step: int = 1,
+    accumulates: bool = False,
+    autocast: torch.dtype | None = None,
+    over_budget: str = "adapt",
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -68,6 +73,14 @@ def prepare(
         train: Names or patterns (``"layer4*"``) of modules or parameters, or modules: channels of these layers alone
             are drawn. Without it, of all layers whose weight has ``requires_grad``.
         freeze: The same for layers that stay as they are. A head that is named trains in any case.
+        calls_per_step: How often your loop calls the model before it runs backward(): 2 for a siamese network, 3 for
+            triplets.
+        accumulates: Whether your loop keeps gradients over a forward pass, to add several up.
+        autocast: The dtype of your loop's ``torch.autocast``; without it, that of the autocast that is on now.
+        over_budget: What happens before a forward pass that the plan does not cover and that would break a budget in
+            bytes (longer sequences, more calls before backward(), gradients that were kept, autocast). ``"adapt"``:
+            fewer channels train from then on; what cannot be helped so is refused. ``"refuse"``: a
+            :class:`trady.errors.BudgetError`. ``"warn"``: a warning, and the pass runs.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -81,7 +94,8 @@ def prepare(
 
     """
     asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    request = Request(*asked)
+    loop = (calls_per_step, accumulates, autocast, over_budget)
+    request = Request(*asked, *loop)
     return Tuner(request.decide(model, example))
 
 
@@ -101,12 +115,16 @@ def plan(
     loss: Callable[[Any], Tensor] | None = None,
     train: Wish | None = None,
     freeze: Wish | None = None,
+    calls_per_step: int = 1,
+    accumulates: bool = False,
+    autocast: torch.dtype | None = None,
+    over_budget: str = "adapt",
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     asked = (budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    request = Request(*asked)
+    request = Request(*asked, calls_per_step, accumulates, autocast, over_budget)
     decision = request.decide(model, example)
     return decision.plan(decision.start)

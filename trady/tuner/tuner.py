@@ -19,7 +19,7 @@ from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
 from trady.memory import Ledger, measure
-from trady.model.eager import UNCOMPILED, is_compiled, unwrap_compiled
+from trady.model.eager import UNCOMPILED, is_compiled
 from trady.model.prepared import refuse_prepared
 from trady.optim.in_backward import UpdatesInBackward, update_forms
 from trady.planning.decision import Decision
@@ -30,11 +30,11 @@ from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.tuner.adoption import Optimizers, innermost
-from trady.tuner.batch_check import BatchCheck
 from trady.tuner.checkpoint import load_state, save_state
 from trady.tuner.delta import changed_tensors
 from trady.tuner.draws import Draws
 from trady.tuner.gradients import Arrivals, clip_all, note_writes
+from trady.tuner.guard import Guard
 from trady.tuner.observed import EvidenceState
 from trady.tuner.optimizer_state import remap_state
 from trady.tuner.snapshot import WeightSnapshot
@@ -45,15 +45,11 @@ class Tuner:
 
     def __init__(self, decision: Decision) -> None:
         decision.check_something_trains()
-        self._decision = decision
         selection = decision.draw(decision.start, 0, 0)
         model = decision.model
         refuse_prepared(model)
         if is_compiled(model):
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
-        # In front of the hooks of the interception.
-        bounded = decision.scope.in_bytes
-        self._batch_check = BatchCheck(unwrap_compiled(model), decision.batch_elements) if bounded else None
         segments = decision.start.recomputation.segments
         self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
         self._finished = False
@@ -65,6 +61,8 @@ class Tuner:
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
         self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
         self._armed.on_gradient.append(self._arrivals)
+        if decision.budget is not None and decision.scope.in_bytes:
+            Guard(self._armed, self._draws, self.parameters())
         if decision.needs:
             if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
@@ -115,11 +113,13 @@ class Tuner:
         """Yield the parameters of :meth:`named_parameters`."""
         return (parameter for _, parameter in self.named_parameters())
 
+    @property
+    def _decision(self) -> Decision:
+        return self._draws.decision
+
     _examined = property(lambda self: self._decision.analysis)
 
-    @property
-    def _compact(self) -> list[nn.Parameter]:
-        return [armed.compact for armed in self._armed.layers.values()]
+    _compact = property(lambda self: [armed.compact for armed in self._armed.layers.values()])
 
     def cost(self) -> Cost:
         """Account for the channels that train now."""
@@ -329,7 +329,7 @@ class Tuner:
             step,
             self._armed.model,
             inference=inference,
-            compact=self._compact + ([] if self._snapshot is None else self._snapshot.tensors),
+            compact=[*self._compact, *self._armed.indices, *(() if self._snapshot is None else self._snapshot.tensors)],
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
@@ -387,8 +387,6 @@ class Tuner:
         self._check_alive("finish again")
         self._attached.end()
         self._armed.disarm()
-        if self._batch_check is not None:
-            self._batch_check.remove()
         self._finished = True
         return in_floating_point(self.model) if dequantize else self.model
 

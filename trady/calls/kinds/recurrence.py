@@ -72,7 +72,7 @@ def _compute(call: RecurrentCall, handling: Handling) -> tuple[Tensor, ...] | No
     with labelled(call.steps.cell):
         out = recurrent(call.x, call.states, leaf, options, call.weight, call.bias, call.projection)
     if own is not None:
-        handling.ran(own)
+        handling.ran(own, out[0])
     return out
 
 

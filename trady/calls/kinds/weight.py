@@ -16,6 +16,7 @@ from trady.calls.handling import Handling, any_trains, labelled, refuse_trained
 from trady.calls.kind import Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
+from trady.ops.context import autocast_dtype
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Convolution, Linear
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
@@ -150,14 +151,16 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
     if fused.norm is not None or fused.clamp is not None or fused.pad:
         handling.commit()
     selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
-    options = LayerCall(operator, selected, fused.clamp, _autocast_dtype(x), handling.graph_only)
+    options = LayerCall(
+        operator, selected, fused.clamp, autocast_dtype(x) if x.dtype != torch.float64 else None, handling.graph_only
+    )
     with labelled(fused.operation or operator.kind):
         if quantized is not None:
             out = quantized_linear(x, leaf, options, quantized)
         else:
             out = layer(x, leaf, options, call.weight, call.bias, scale, shift)
     if own is not None:
-        handling.ran(own)
+        handling.ran(own, out)
     return out if x.dim() == call.x.dim() else out.squeeze(0)
 
 
@@ -172,13 +175,6 @@ def _with_padding(operator: Convolution, pad: tuple[int, ...]) -> Convolution:
         return replace(operator, padding=padding)
     inner = operator.pad or (0,) * (2 * dimensions)
     return replace(operator, pad=tuple(a + b for a, b in zip(full, inner, strict=True)))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 WEIGHT = CallKind(

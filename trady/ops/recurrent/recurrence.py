@@ -14,8 +14,7 @@ is a single product for all steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from trady.ops.context import label_saved
+from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.operators import Linear
@@ -109,7 +108,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the results, and what the backward pass reads."""
     steps = options.steps
-    with _without_autocast(gates):
+    with without_autocast(gates):
         gates = gates.detach() if options.overwrite else gates.clone(memory_format=torch.contiguous_format)
         cell = CELLS[steps.cell][0](steps, gates, starts, weights.to(gates.dtype))
         out = gates.new_empty((*gates.shape[:-1], starts[0].shape[-1]))
@@ -175,7 +174,7 @@ class _Recurrent(torch.autograd.Function):
             torch.zeros_like(start) if end is None else end.clone(memory_format=torch.contiguous_format)
             for start, end in zip(starts, of_ends, strict=True)
         ]
-        with _without_autocast(kept[0]):
+        with without_autocast(kept[0]):
             cell = CELLS[steps.cell][1](steps, kept, starts, ends[1:], weights)
             given = None if of_out is None else steps.views(of_out)
             arrived = kept[0].new_empty((*kept[0].shape[:-1], ends[0].shape[-1])) if of_projection else None
@@ -218,13 +217,3 @@ def _compact_gradient(
 def _product(gradient: Tensor, inputs: Tensor) -> Tensor:
     """Gradient of a full weight, [out, in]."""
     return gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
-
-
-@contextmanager
-def _without_autocast(x: Tensor) -> Iterator[None]:
-    """The steps are computed in the dtype of the gates."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        yield
-    else:
-        with torch.autocast(x.device.type, enabled=False):
-            yield

@@ -96,6 +96,10 @@ class BudgetScope(ABC):
 
         """
 
+    def step_amount(self, spending: Spending, selection: Selection) -> int:
+        """What a step with this selection takes of the budget."""
+        return spending.draw_of(0, 0, None).total(selection)
+
     def kept_while_measuring(self, spending: Spending, trained: Selection) -> int:
         """State and copies of the channels that train, as far as the budget counts them."""
         return spending.kept_bytes(trained, with_head=self.bounds_peak)

@@ -23,6 +23,10 @@ class Peak(BudgetScope):
         """The peak of a step with the smallest selection, or with none."""
         return spending.minimum_peak()
 
+    def step_amount(self, spending: Spending, selection: Selection) -> int:
+        """The peak of the step."""
+        return spending.peak(selection)
+
     def drawable(self, spending: Spending, amount: int) -> list[str]:
         """All of them: the peak of a step is not a sum over channels."""
         return list(spending.table.names)
@@ -57,7 +61,7 @@ class Peak(BudgetScope):
     def measuring(self, spending: Spending, selection: Selection, kept: int, table: ChannelTable) -> int:
         """The peak of a step that updates nothing, and copies of one layer's channels where samples are told apart."""
         timeline = replace(spending.timeline_of(spending.moment.recomputation, spending.table.names), table=table)
-        peak = timeline.predicted_peak(selection, OptimizerMemory(), accumulates=spending.peaks.accumulates)
+        peak = timeline.predicted_peak(selection, OptimizerMemory())
         maps = (len(channels) * table[name].activation_elements for name, channels in selection.items())
         copied = max(maps, default=0) * table.element_bytes if table is not spending.table else 0
         return peak + copied + kept

@@ -24,6 +24,10 @@ class Update(BudgetScope):
         """All of them: float channels of quantised layers are part of what updating adds."""
         return draws
 
+    def step_amount(self, spending: Spending, selection: Selection) -> int:
+        """Saved channels, compact parameters, gradients and state."""
+        return spending.cost(selection).update_bytes
+
     def measuring(self, spending: Spending, selection: Selection, kept: int, table: ChannelTable) -> int:
         """Saved channels and their gradients; the optimizer's state is that of the channels that train."""
         return cost_of(table, selection).update_bytes + kept
