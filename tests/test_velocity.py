@@ -18,6 +18,7 @@ from tests.small_task import small_data, small_net
 from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import StateError
 from trady.evidence.velocity import MOMENTUM
+from trady.memory.live import LiveBytes
 from trady.planning.budget import InfeasibleBudgetError
 from trady.policies import Draw, Evidence, draw_selection, get_policy
 from trady.policies.output_channels import by_unit, costs, unit_weights
@@ -364,3 +365,30 @@ def test_no_more_than_thirty_two_samples_are_looked_at() -> None:
     tuner.resample(0)
     tuner.observe([first, second])
     tuner.finish()
+
+
+@pytest.mark.parametrize(("samples", "size"), [(1, 32), (4, 16)])
+def test_observing_stays_inside_the_budget(samples: int, size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32), nn.ReLU6(), nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(32, 3),
+    )  # fmt: skip
+    x, y = torch.randn(samples, 3, size, size), torch.zeros(samples, dtype=torch.int64)
+    with pytest.raises(trady.BudgetError) as refused:
+        trady.plan(model, x, budget="1 B", policy="velocity")
+    budget = int(1.1 * refused.value.least_amount)  # type: ignore[attr-defined]
+    tuner = trady.prepare(model, x, budget=f"{budget} B", policy="velocity")
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
+    for epoch in range(3):
+        with LiveBytes() as live:
+            live.register([*model.parameters(), *model.buffers(), *tuner.parameters(), x, y])
+            tuner.observe([(x, y)], F.cross_entropy)
+        assert live.peak <= budget
+        assert live.current <= live.peak / 2  # nothing but a copy of what trains is left
+        if epoch:
+            tuner.resample(epoch)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()

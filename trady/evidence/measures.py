@@ -6,6 +6,7 @@ budget, and the next draw has them as :class:`trady.policies.Evidence`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 from trady.errors import PolicyError, StateError
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
-from trady.model.batch import Loss
+from trady.model.batch import Batch, Loss
 from trady.policies.evidence import Evidence, Floats, Needs, Values
 
 
@@ -50,6 +51,7 @@ class MeasureContext:
         loss: From (outputs, targets) to a scalar; ``None`` for the model's own.
         before: What was measured before; ``None`` the first time.
         earlier: Context in which the model has the weights of back then, for measures with ``needs_snapshot``.
+        room: Bytes that a budget leaves beside an inference pass on a batch.
     """
 
     armed: Armed
@@ -58,6 +60,7 @@ class MeasureContext:
     loss: Loss | None
     before: Evidence | None
     earlier: Callable[[], AbstractContextManager[None]] = nullcontext
+    room: Callable[[Batch], float] = lambda batch: math.inf
 
 
 class Measure(Protocol):

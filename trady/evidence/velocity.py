@@ -14,7 +14,8 @@ linear layer over vectors) its cosine could only be 1 or -1, so there the sample
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -43,11 +44,12 @@ MOMENTUM = 0.5
 #: Samples that are looked at. The paper finds that a single image does nearly as well as hundreds.
 MOST_SAMPLES = 32
 
-#: Name of a layer and index of its call, to what it computes: [output channels, positions].
-Maps = dict[tuple[str, int], Tensor]
+#: Name of a layer and index of its call, to the first output channel, and what it and the next compute:
+#: [output channels, positions].
+Maps = dict[tuple[str, int], tuple[int, Tensor]]
 
-#: Shown one of these.
-See = Callable[[tuple[str, int], Tensor], None]
+#: Bytes of a map that are compared at a time, in float64, where a sixteenth of the map is less.
+_CHUNK_BYTES = 1 << 13
 
 
 class Velocity:
@@ -70,14 +72,12 @@ class Velocity:
         """
         found = {layer.name: _Similarity(layer.outputs) for layer in bench.armed.table}
         seen, batches = hashlib.sha256(), 0
-        for given, sample in islice(_samples(bench.batches), MOST_SAMPLES):
+        for number, (given, sample, waiting) in enumerate(islice(_samples(bench.batches), MOST_SAMPLES)):
             batches = given
             for tensor in sample.tensors:
                 seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
             if bench.before is not None:
-                with bench.earlier():
-                    earlier = _maps(bench.armed, sample)
-                _maps(bench.armed, sample, lambda call, now: found[call[0]].add(now, earlier[call]))  # noqa: B023
+                _compare(bench, number, sample, waiting, found)
         digest = np.frombuffer(seen.digest(), dtype=np.uint8)
         if bench.before is not None and not np.array_equal(bench.before.carried[f"{KIND}/samples"], digest):
             raise StateError(_OTHER_SAMPLES)
@@ -92,12 +92,28 @@ _OTHER_SAMPLES = (
 )
 
 
-def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Batch]]:
-    """Every sample as a batch of one, with the number of batches so far."""
+def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Batch, int]]:
+    """Every sample as a batch of one, with the number of batches so far, and the bytes of the others of its batch."""
     for number, batch in enumerate(batches, start=1):
         inputs, _ = split(batch)
-        for sample, _ in Batch.of(inputs).chunks(1):
-            yield number, sample
+        whole = Batch.of(inputs)
+        for sample, _ in whole.chunks(1):
+            yield number, sample, whole.nbytes - sample.nbytes
+
+
+def _compare(
+    bench: MeasureContext, number: int, sample: Batch, waiting_bytes: int, found: Mapping[str, _Similarity]
+) -> None:
+    """Compare the maps of one sample, as many of them at a time as there is room for beside the rest of its batch."""
+    room, done = bench.room(sample) - waiting_bytes - 4 * _CHUNK_BYTES, dict[tuple[str, int], int]()
+    while True:
+        with bench.earlier():
+            earlier = _Keeping(bench.armed, done, room)
+            _run(bench.armed, sample, earlier)
+        if not earlier.found:
+            return
+        _run(bench.armed, sample, _Comparing(bench.armed, earlier, number, found))
+        done.update(earlier.done)
 
 
 def _velocities(table: ChannelTable, before: Evidence | None, phi: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -114,20 +130,30 @@ class _Similarity:
 
     def __init__(self, outputs: int) -> None:
         self._outputs = outputs
-        self._products: list[Floats] = []
+        self._by_map: dict[tuple[int, int], Floats] = {}
         self._single = True
 
-    def add(self, now: Tensor, before: Tensor) -> None:
-        """Take in two maps [outputs, positions]."""
+    def add(self, which: tuple[int, int], start: int, now: Tensor, before: Tensor) -> None:
+        """Take in two maps [outputs, positions], from an output channel on.
+
+        Args:
+            which: Numbers of the sample and of the layer's call.
+            start: The first of the output channels.
+            now: Maps of now.
+            before: Maps of an epoch ago.
+        """
         self._single &= now.shape[1] == 1
-        a, b = now.double(), before.double()
-        self._products.append(torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]).cpu().numpy())
+        products = self._by_map.setdefault(which, np.zeros((3, self._outputs)))
+        rows = max(1, max(now.nbytes // 16, _CHUNK_BYTES) // max(8 * now.shape[1], 1))
+        for first, (a, b) in enumerate(zip(now.split(rows), before.split(rows), strict=True)):
+            place = start + first * rows
+            products[:, place : place + len(a)] = _products(a.double(), b.double())
 
     def mean(self) -> Floats:
         """The mean over the maps; over one map of all samples where each is a single number."""
-        if not self._products:
+        if not self._by_map:
             return np.ones(self._outputs)
-        product, now, before = np.stack(self._products, 1)  # each [maps, outputs]
+        product, now, before = np.stack(list(self._by_map.values()), 1)  # each [maps, outputs]
         if self._single:
             product, now, before = (each.sum(0, keepdims=True) for each in (product, now, before))
         norms = np.sqrt(now * before)
@@ -137,24 +163,25 @@ class _Similarity:
         return mean
 
 
-def _maps(armed: Armed, sample: Batch, see: See | None = None) -> Maps:
-    """Run one sample through the untouched model; return the maps of all calls, or show each and keep none."""
-    watching = _Watching(armed, see)
+def _products(a: Tensor, b: Tensor) -> Floats:
+    products: Floats = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]).cpu().numpy()
+    return products
+
+
+def _run(armed: Armed, sample: Batch, watching: CallMode) -> None:
+    """Run one sample through the untouched model."""
     args, kwargs = sample.arguments
     with untouched(armed.model, sample.inputs), armed.interceptor.off(), torch.no_grad():
         armed.model.eval()
         with watching:
             armed.model(*args, **kwargs)
-    return watching.found
 
 
-class _Watching(CallMode):
+class _Looking(CallMode):
     """Looks at what every layer computes; a later operation may overwrite it in place."""
 
-    def __init__(self, armed: Armed, see: See | None) -> None:
+    def __init__(self, armed: Armed) -> None:
         super().__init__()
-        self.found: Maps = {}
-        self._see = see or (lambda call, maps: self.found.update({call: maps.clone()}))
         self._names = {id(layer.weight): name for name, layer in armed.layers.items()}
         self._calls: dict[str, int] = {}
 
@@ -171,8 +198,58 @@ class _Watching(CallMode):
                 before = states_before(out[0].detach(), call.states[0].detach().to(out[0].dtype), call.steps)
                 seen = F.linear(before, call.weight.detach().to(before.dtype))
             maps = seen.detach().movedim(-1 - spatial, 0).flatten(1) if seen.dim() > 1 else seen.detach().unsqueeze(1)
-            self._see((name, number), maps)
+            self.see((name, number), maps)
         return out
+
+    def see(self, call: tuple[str, int], maps: Tensor) -> None:
+        """Look at what a layer has computed, ``[output channels, positions]``."""
+        raise NotImplementedError
+
+
+class _Keeping(_Looking):
+    """Keeps copies of maps, of as many output channels as there is room for, but of one at least.
+
+    Args:
+        armed: The armed model.
+        done: Output channels of each call that were looked at before.
+        room: Bytes that the copies may take.
+
+    Attributes:
+        found: The maps, and the first output channel of each.
+        done: Output channels of each call that have been looked at, with those in ``found``.
+    """
+
+    def __init__(self, armed: Armed, done: Mapping[tuple[str, int], int], room: float) -> None:
+        super().__init__(armed)
+        self.found: Maps = {}
+        self.done = dict(done)
+        self._room = room
+
+    def see(self, call: tuple[str, int], maps: Tensor) -> None:
+        """Keep a copy."""
+        start = self.done.get(call, 0)
+        left, of_one = len(maps) - start, maps[:1].nbytes
+        fits = left if self._room == math.inf else int(self._room // max(of_one, 1))
+        count = min(left, max(fits, int(not self.found)))
+        if count > 0:
+            self.found[call] = start, maps[start : start + count].clone()
+            self.done[call] = start + count
+            self._room -= count * of_one
+
+
+class _Comparing(_Looking):
+    """Compares maps with those of an epoch ago, and lets these go."""
+
+    def __init__(self, armed: Armed, earlier: _Keeping, number: int, found: Mapping[str, _Similarity]) -> None:
+        super().__init__(armed)
+        self._earlier, self._number, self._found = earlier.found, number, found
+
+    def see(self, call: tuple[str, int], maps: Tensor) -> None:
+        """Compare."""
+        if call in self._earlier:
+            start, before = self._earlier.pop(call)
+            which = self._number, call[1]
+            self._found[call[0]].add(which, start, maps[start : start + len(before)], before)
 
 
 def _bytes(tensor: Tensor) -> bytes:

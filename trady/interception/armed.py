@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis
@@ -141,10 +142,15 @@ class Armed:
         for armed in self.layers.values():
             armed.follow()
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.write_back()
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
+            return False
+        for armed in self.layers.values():
+            armed.write_back()
+            armed.hear_last()
         for call in self.on_forward:
             call(module, args, kwargs)
+        return True
 
     def _after_forward(self, module: nn.Module, output: Any) -> None:
         for call in self.on_output:

@@ -17,11 +17,10 @@ from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import kind_of, recognize
-from trady.errors import StateError
-from trady.interception.layer import came_too_late
 from trady.interception.program import Entry, Program, Slot
 from trady.ops.operators import Linear
 from trady.ops.recompute import Chunk, Recipe, recomputed
+from trady.ops.selected import SelectedChannels
 
 
 class Compute(Protocol):
@@ -56,7 +55,7 @@ class DeferredSegment:
         segment: Segment,
         steps: tuple[Step, ...],
         compute: Compute,
-        trains: Callable[[int], tuple[str, Tensor] | None],
+        trains: Callable[[int], tuple[SelectedChannels, Tensor] | None],
         before: Program | None = None,
     ) -> None:
         self.segment = segment
@@ -112,7 +111,7 @@ class DeferredSegment:
             averages=averages,
             leaves=[leaf for _, leaf in trained.values()],
             draws=any(draws_numbers(entry.function, entry.args, entry.kwargs) for entry in program.entries),
-            check=_check(trained, self._trains),
+            check=_check(trained),
         )
         inputs = program.inputs
         program.let_go()
@@ -228,13 +227,9 @@ def _computes_more(action: Action | None) -> bool:
     return action is not None and not (isinstance(action, WithLayer) and action.clamp is None and action.norm is None)
 
 
-def _check(
-    trained: dict[int, tuple[str, Tensor]], now: Callable[[int], tuple[str, Tensor] | None]
-) -> Callable[[], None]:
+def _check(trained: dict[int, tuple[SelectedChannels, Tensor]]) -> Callable[[], None]:
     def check() -> None:
-        for identity, (name, leaf) in trained.items():
-            current = now(identity)
-            if current is None or current[1] is not leaf:
-                raise StateError(came_too_late(name))
+        for selected, _ in trained.values():
+            selected.check_current()
 
     return check

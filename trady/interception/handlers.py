@@ -13,6 +13,7 @@ from trady.calls.recognize import kind_of, recognize
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.layer import ArmedLayer
 from trady.ops.frozen_norm import FrozenNorm
+from trady.ops.selected import SelectedChannels
 
 
 class Handlers:
@@ -73,10 +74,10 @@ class Handlers:
         """Note that a layer has been computed."""
         self._on_layer(layer, out)
 
-    def trained(self, weight: int) -> tuple[str, Tensor] | None:
-        """Name and leaf of the layer with this weight, given by its identity, where channels of it train."""
+    def trained(self, weight: int) -> tuple[SelectedChannels, Tensor] | None:
+        """Channels that train of the layer with this weight, given by its identity, and what gets their gradient."""
         layer = self.layers.get(weight)
-        return None if layer is None or layer.leaf is None or layer.selected is None else (layer.name, layer.leaf)
+        return None if layer is None or layer.leaf is None or layer.selected is None else (layer.selected, layer.leaf)
 
 
 class _Handled:

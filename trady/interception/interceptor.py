@@ -32,7 +32,7 @@ from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
 from trady.interception.program import Program
 from trady.model.batch import tensors_among, way_of_calling
-from trady.model.eager import COMPILED, CompilersOff
+from trady.model.eager import COMPILED, CompilersOff, is_written_down
 from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.ops.context import internal_query
@@ -54,7 +54,7 @@ class Interceptor(CallMode):
         fidelity: ``exact``, or the bits in which smooth activations keep their derivative
             (trady.ops.smooth.FIDELITIES).
         before_forward: Called with the module and its arguments before every forward pass; what it raises refuses
-            the pass.
+            the pass, and a pass for which it returns false is left to PyTorch.
         after_forward: Called with the module and what it returned.
 
     """
@@ -68,7 +68,7 @@ class Interceptor(CallMode):
         segments: Segments = NO_SEGMENTS,
         *,
         fidelity: str = "exact",
-        before_forward: Callable[[nn.Module, Any, Any], None] = lambda *call: None,
+        before_forward: Callable[[nn.Module, Any, Any], bool] = lambda *call: True,
         after_forward: Callable[[nn.Module, Any], None] = lambda *returned: None,
     ) -> None:
         super().__init__()
@@ -155,13 +155,14 @@ class Interceptor(CallMode):
     # -- one forward pass --------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._enabled or tracing.get():
+        if not self._enabled or tracing.get() or (self._forward is None and is_written_down()):
             return
         self._recover()
         if self._forward is not None:
             self._forward.depth += 1
             return
-        self._before_forward(module, args, kwargs)  # this and the next may refuse: before anything is pushed
+        if not self._before_forward(module, args, kwargs):  # this and the next may refuse: before anything is pushed
+            return
         self._compilers.begin()
         plan = self._plans.of(self._model.training)
         name = self._names.get(id(module), "?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from trady.channels.table import Layer
 from trady.errors import StateError
 from trady.model.untouched import unseen
-from trady.ops.selected import DenseWeight, SelectedChannels
+from trady.ops.selected import DenseWeight, Draw, SelectedChannels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
 
@@ -34,14 +35,15 @@ class ArmedLayer:
         weight: The frozen weight.
         truth: What the trained channels are read from and written to: this weight, or of a quantised one the layer
             with its float channels.
-        compact: What an optimizer updates: the same object over all draws, while its shape changes.
-        leaf: The same values as the graph's own leaf: one a draw, since autograd remembers a leaf's shape
-            as long as any graph refers to it.
+        compact: What an optimizer updates, a leaf of the graph: the same object over all draws, of another shape.
+        leaf: What gets the gradient of a forward pass: the compact parameter, or gates; ``None`` when nothing trains.
         selected: The channels; ``None`` when none trains.
     """
 
-    __slots__ = ("_attribute", "_on_gradient", "_owner", "_written", "compact", "leaf", "name", "selected", "truth",
-                 "weight")  # fmt: skip
+    __slots__ = (
+        "__weakref__", "_attribute", "_hook", "_on_gradient", "_owner", "_written", "compact", "leaf", "name",
+        "selected", "truth", "weight",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -56,6 +58,11 @@ class ArmedLayer:
         self.truth: DenseWeight | QuantizedLinear
         self.truth = quantized.get(id(self.weight)) or DenseWeight(self.weight, layer.kind, layer.groups)
         self.compact = nn.Parameter(self.truth.empty())
+        # It knows the layer weakly: a cycle would keep the memory of a tuner that nobody holds any more.
+        known = weakref.ref(self)
+        self._hook = self.compact.register_post_accumulate_grad_hook(
+            lambda _: None if (found := known()) is None else found._arrived()
+        )
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
         self._written = self._versions
@@ -73,12 +80,20 @@ class ArmedLayer:
             by_output: Whether gradients are clipped by output channel, since not all of them train.
 
         """
-        self.selected = selected
-        self.compact.data = self.truth.empty() if selected is None else self.truth.gather(selected)
+        if self.selected is not None and self.selected.draw is not None:
+            self.selected.draw.over = True
+        self.selected = None if selected is None else replace(selected, draw=Draw(self.name))
         self.compact.grad = None
+        _forget_graphs(self.compact)
+        self.compact.data = self.truth.empty() if selected is None else self.truth.gather(selected)
         clip_by_output(self.compact, by_output)
-        self.leaf = None if selected is None else self._new_leaf()
+        self.leaf = None if selected is None else self.compact
         self._written = self._versions
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another tensor is in the weight's place, maybe for one call (``torch.func.functional_call``)."""
+        return self._owner._parameters.get(self._attribute) is not self.weight
 
     def write_back(self) -> None:
         """Copy the compact parameter into the weight if an optimizer has changed it.
@@ -91,8 +106,7 @@ class ArmedLayer:
         """
         if self.selected is None:
             return
-        now = self._owner._parameters.get(self._attribute)
-        if now is not self.weight or now.device != self.compact.device:
+        if self.is_replaced or self.weight.device != self.compact.device:
             raise StateError(
                 f"the weight of {self.name} was moved or replaced after the model had been prepared: "
                 "do that first, then call trady.prepare and build the optimizer"
@@ -105,6 +119,12 @@ class ArmedLayer:
             else:
                 self.truth.scatter_(self.selected, self.compact.detach())
         self._written = self._versions
+
+    def hear_last(self) -> None:
+        """Be told of a gradient after everybody else: an optimizer may use it up then."""
+        hooks = getattr(self.compact, "_post_accumulate_grad_hooks", None) or {}
+        if len(hooks) > 1 and next(reversed(hooks)) != self._hook.id:
+            hooks[self._hook.id] = hooks.pop(self._hook.id)
 
     def follow(self) -> None:
         """Take over what was written into the weight, also where its version does not tell: through ``.data``.
@@ -140,27 +160,17 @@ class ArmedLayer:
         finally:
             self.leaf, self.selected = leaf, selected
 
-    def _new_leaf(self) -> Tensor:
-        leaf = self.compact.detach().requires_grad_()
-
-        def deliver(leaf: Tensor) -> None:
-            if self.leaf is not leaf:
-                raise StateError(came_too_late(self.name))
-            gradient, leaf.grad, compact = leaf.grad, None, self.compact
-            if compact.grad is None:
-                compact.grad = gradient
-            elif gradient is not None:
-                compact.grad.add_(gradient)
-            for callback in self._on_gradient:
-                callback(self.name, compact)
-
-        leaf.register_post_accumulate_grad_hook(deliver)
-        return leaf
+    def _arrived(self) -> None:
+        for callback in self._on_gradient:
+            callback(self.name, self.compact)
 
 
-def came_too_late(layer: str) -> str:
-    """Say that a backward pass came too late."""
-    return (
-        f"a backward pass reached {layer} after its channels were drawn again: run backward() before "
-        "resample(), and before the optimizer step of another batch"
-    )
+def _forget_graphs(leaf: nn.Parameter) -> None:
+    """Let graphs that are still alive keep their own idea of a leaf: autograd remembers its shape with them.
+
+    A new type makes it forget; the values are gone.
+    """
+    other = torch.float16 if leaf.dtype == torch.float32 else torch.float32
+    before = leaf.dtype
+    leaf.data = leaf.data.new_empty(0, dtype=other)
+    leaf.data = leaf.data.new_empty(0, dtype=before)

@@ -33,6 +33,30 @@ UNCOMPILED = (
 )
 
 
+#: Why a prepared model does not train inside of a transform of torch.func.
+TRANSFORMED = (
+    "torch.func's vmap, grad and the like were put around a prepared model, whose channels they do not reach: call it "
+    "under torch.no_grad(), inside `with tuner.untouched():`, or after tuner.finish()"
+)
+
+
+def is_written_down() -> bool:
+    """Whether PyTorch writes a model down instead of running it: ``torch.jit.trace``, ``torch.export``, ONNX.
+
+    A prepared model is plain PyTorch then: its weights hold what was trained.
+
+    Raises:
+        ModelError: A transform of ``torch.func`` is at work that wants gradients.
+    """
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    if torch.is_grad_enabled():
+        raise ModelError(TRANSFORMED)
+    return True
+
+
 def compiler_is_loaded() -> bool:
     """Whether anything can be compiled yet: ``torch.compile`` loads its parts when it is first called."""
     return "torch._dynamo" in sys.modules

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from trady.errors import ModelError
+
 #: A module's name and the code of a forward hook on it.
 KnownHooks = frozenset[tuple[str, Any]]
+
+
+class _ScriptedError(ModelError, AttributeError):
+    """For whoever asks with a default, it is an attribute that is missing."""
 
 
 class Hook:
@@ -28,10 +34,20 @@ class Hook:
     def __call__(self, *arguments: Any) -> None:
         """Run the hook."""
         if self._function is not None:
+            if torch.compiler.is_exporting():  # plain PyTorch is what is to be exported
+                return
             if torch.compiler.is_dynamo_compiling() and self._refuse is not None:
                 # What is raised in traced code only ends the tracing; out here it reaches the caller.
                 torch.compiler.disable(self._refuse)()
             self._function(*arguments)
+
+    @property
+    def __name__(self) -> str:
+        """What ``torch.jit.script`` asks for, and nobody else: hooks are called, not compiled."""
+        raise _ScriptedError(
+            "torch.jit.script was called with a prepared model: call tuner.finish() first, or trace it "
+            "(torch.jit.trace, torch.export)"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook(None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from trady.model.batch import without_memory
@@ -137,6 +138,9 @@ def apart() -> Iterator[None]:
     with _disable_current_modes():
         while _get_current_function_mode_stack():
             modes.append(_pop_mode())
+        devices = [mode for mode in reversed(modes) if isinstance(mode, DeviceContext)]  # torch.set_default_device
+        for mode in devices:
+            _push_mode(mode)
         while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
             saving.append(top)
             autograd._pop_saved_tensors_default_hooks()
@@ -149,6 +153,8 @@ def apart() -> Iterator[None]:
                 found.update(hooks)
             for pack, unpack in reversed(saving):
                 autograd._push_saved_tensors_default_hooks(pack, unpack)
+            for _ in devices:
+                _pop_mode()
             for mode in reversed(modes):
                 _push_mode(mode)
 

@@ -203,6 +203,7 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, call: L
     """Add the gradient of the selected channels, whose ``inputs`` were kept, to ``total``."""
     selected = call.selected
     assert selected is not None
+    selected.check_current()
     if selected.outputs is None:
         call.operator.weight_gradient(gradient, inputs, selected, total)
         return

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trady.errors import StateError
+
 #: Indices of channels, sorted.
 Indices = npt.NDArray[np.int64]
 
@@ -34,6 +36,19 @@ class Block:
     channels_a_group: int
 
 
+@dataclass(eq=False)
+class Draw:
+    """The draw that channels were selected in.
+
+    Attributes:
+        layer: Name of the layer.
+        over: Whether other channels train by now.
+    """
+
+    layer: str
+    over: bool = False
+
+
 @dataclass(frozen=True)
 class SelectedChannels:
     """Sorted input channels of one layer, how they fall into its groups, and which output channels train.
@@ -46,6 +61,7 @@ class SelectedChannels:
         outputs: int64 [m], the output channels that train; ``None`` for all. Only in layers with one group.
         gates: Samples of the batch where the layer's leaf holds gates ``[n, samples]`` instead of weights (factors
             of 1 on the input, :mod:`trady.ops.gates`); ``None`` elsewhere.
+        draw: What tells one draw from the next.
     """
 
     index: Tensor
@@ -54,6 +70,19 @@ class SelectedChannels:
     blocks: tuple[Block, ...]
     outputs: Tensor | None = None
     gates: int | None = None
+    draw: Draw | None = None
+
+    def check_current(self) -> None:
+        """Refuse a gradient of channels that train no more: the leaf that would get it holds others by now.
+
+        Raises:
+            StateError: Channels were drawn again since the forward pass.
+        """
+        if self.draw is not None and self.draw.over:
+            raise StateError(
+                f"a backward pass reached {self.draw.layer} after its channels were drawn again: run backward() before "
+                "resample(), and before the optimizer step of another batch"
+            )
 
     @property
     def place(self) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from trady.analysis.model_analysis import ModelAnalysis
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError
 from trady.model.batch import Batch, PackedBatch
+from trady.model.untouched import apart
 from trady.planning.peaks import Case
 from trady.simulation.simulator import ExampleLoss, Simulator
 from trady.trace.recorder import trace_forward
@@ -94,6 +95,11 @@ class Loop:
         known = conditions.calls[:1] == self.planned.calls[:1] and not further
         simulator = self._simulator(first, further, analysis, conditions.autocast, self.loss if known else None)
         return Case(simulator, accumulates=conditions.accumulates)
+
+    def inference_bytes(self, batch: Batch) -> int:
+        """The peak of an inference pass of the plain model on a batch, weights included."""
+        with apart():
+            return sum(Simulator(self.model, batch, self.analysis).inference_bytes())
 
     def table_of(self, batches: Sequence[Batch], conditions: Conditions) -> ChannelTable:
         """Return what channels cost in a step: the layers and their order are those of the example.

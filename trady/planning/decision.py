@@ -15,6 +15,7 @@ from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
 from trady.errors import BudgetError, ModelError
+from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.conditions import Loop, costlier
@@ -28,6 +29,7 @@ from trady.planning.spending import Moment, Spending
 from trady.policies import Needs, Policy, needs_of
 from trady.ranking.online import OnlineRanking
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
+from trady.simulation.timeline import compact_forms
 
 #: The pool holds the layers that carry this share of the cumulated layer RGN (arXiv 2510.19675, section 4).
 POOL_SHARE = 0.97
@@ -194,6 +196,25 @@ class Decision:
         """What a step of this case takes of the budget, whose channels cost as in ``table``."""
         seen = replace(self, peaks=Peaks((case,), self.peaks.planner), analysis=replace(self.analysis, table=table))
         return self.scope.step_amount(seen.spending(moment), selection)
+
+    def room(self, moment: Moment, trained: Selection, batch: Batch) -> float:
+        """Bytes that the budget leaves beside an inference pass of the plain model on a batch, while nothing trains.
+
+        Args:
+            moment: The moment.
+            trained: Channels that train, which are kept in compact parameters, with their state and copies.
+            batch: The batch.
+        """
+        if self.budget is None or not self.scope.bounds_peak:
+            return math.inf
+        spending = self.spending(moment)
+        compact = sum(form.whole for form in compact_forms(self.table, trained))
+        return (
+            self.budget.amount
+            - self.loop.inference_bytes(batch)
+            - spending.kept_bytes(trained, with_head=True)
+            - compact
+        )
 
     def allowing(self, case: Case, table: ChannelTable) -> Decision:
         """Return the decision whose draws leave room for steps of this case too."""

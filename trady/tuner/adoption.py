@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trady.errors import StateError, TradyError
-from trady.interception.armed import Armed
+from trady.interception.armed import Armed, Change
 from trady.model.parameters import ShownParameters, own_parameters
+from trady.tuner.optimizer_state import remap_state
 
 #: Attributes by which a wrapper holds the optimizer that it wraps.
 _WRAPPED = ("optimizer", "base_optimizer")
@@ -134,6 +135,8 @@ class Optimizers:
         #: Gradients that were there after the last step, and whether the head had any.
         self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
+        #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
+        self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
         self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
         self._strangers = StrangerCheck(self._compact.values(), self)
@@ -165,9 +168,24 @@ class Optimizers:
             raise
         if all(known is not optimizer for known in self()):
             self._known.append(weakref.ref(optimizer))
+            loaded = self._loaded
+            optimizer.register_load_state_dict_post_hook(lambda optimizer: loaded.add(optimizer))
+
+    def drawn(self, changes: Sequence[Change]) -> None:
+        """Let the state follow the channels."""
+        for optimizer in self():
+            for change in changes:
+                remap_state(optimizer, change)
+
+    def restored(self, changes: Sequence[Change]) -> None:
+        """Let the state follow channels that a checkpoint has chosen, but where it was loaded from there before."""
+        for optimizer in self():
+            for change in () if optimizer in self._loaded else changes:
+                remap_state(optimizer, change)
 
     def before_step(self) -> None:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
+        self._loaded.clear()
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
 

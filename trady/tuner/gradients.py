@@ -50,9 +50,6 @@ class Arrivals:
             rows = gradient.detach().flatten(1)
             wide = torch.promote_types(rows.dtype, torch.float32)
             self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square_()
-        # No node of the graph accumulates into a compact parameter, so nobody else runs these hooks.
-        for hook in tuple((getattr(compact, "_post_accumulate_grad_hooks", None) or {}).values()):
-            hook(compact)
         for optimizer in reversed(self._attached()):
             if isinstance(optimizer, UpdatesInBackward) and compact.grad is not None:
                 optimizer.gradient_arrived(compact)

@@ -15,7 +15,7 @@ from trady.errors import CheckpointError, StateError
 from trady.evidence.measures import MeasureContext, gather_evidence
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
-from trady.model.batch import Loss
+from trady.model.batch import Batch, Loss
 from trady.policies.evidence import Evidence, Needs
 from trady.tuner.snapshot import WeightSnapshot
 
@@ -64,10 +64,11 @@ class EvidenceState:
         batches: Iterable[Any],
         loss: Loss | None,
         snapshot: WeightSnapshot | None,
+        room: Callable[[Batch], float],
     ) -> Evidence:
         """Measure, and from now on compare with the weights of now; see :meth:`trady.Tuner.observe`."""
         earlier = nullcontext if snapshot is None else snapshot.restored
-        context = MeasureContext(armed, sweeper, batches, loss, self.evidence, earlier)
+        context = MeasureContext(armed, sweeper, batches, loss, self.evidence, earlier, room)
         self.evidence, self.epoch = gather_evidence(self.needs, context), None
         if snapshot is not None:
             snapshot.begin()

@@ -36,7 +36,6 @@ from trady.tuner.draws import Draws
 from trady.tuner.gradients import Arrivals, clip_all, note_writes
 from trady.tuner.guard import Guard
 from trady.tuner.observed import EvidenceState
-from trady.tuner.optimizer_state import remap_state
 from trady.tuner.snapshot import WeightSnapshot
 
 
@@ -52,7 +51,7 @@ class Tuner:
             warnings.warn(UNCOMPILED, TradyWarning, stacklevel=3)
         segments = decision.start.recomputation.segments
         self._armed = Armed(model, decision.analysis, segments, decision.fidelity)
-        self._finished = False
+        self._finished = self._restoring = False
         self._plan: tuple[Moment, int, Plan] | None = None
         self._draws = Draws(decision, self._armed, self._drawn)
         self._observed = EvidenceState(decision.policy.name, decision.needs)
@@ -205,7 +204,8 @@ class Tuner:
             return observed.evidence
         first = observed.evidence is None
         sweeper = partial(self._sweeper, loss, progress)
-        evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot)
+        room = partial(self._decision.room, self._draws.moment, self._draws.selection)
+        evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot, room)
         self._draws.observed(evidence)
         if first:
             self._draws.apply(self._draws.of(self._draws.moment))
@@ -276,9 +276,7 @@ class Tuner:
         return self._draws.selection
 
     def _drawn(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            for optimizer in self._attached():
-                remap_state(optimizer, change)
+        (self._attached.restored if self._restoring else self._attached.drawn)(changes)
         if self._snapshot is not None:
             self._snapshot.drawn({change.layer for change in changes})
         self._arrivals.forget()
@@ -352,7 +350,7 @@ class Tuner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on a model as it was before the first step.
 
-        Call it before the optimizer's own ``load_state_dict``.
+        The optimizer's own ``load_state_dict`` may come before or after it.
 
         Raises:
             CheckpointError: The state is of another model, policy, seed or version, or damaged.
@@ -360,7 +358,11 @@ class Tuner:
 
         """
         self._check_alive("load a state")
-        load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
+        self._restoring = True
+        try:
+            load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
+        finally:
+            self._restoring = False
 
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.
