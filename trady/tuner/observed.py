@@ -141,6 +141,8 @@ class EvidenceState:
                 carried[rest] = tensor.numpy()
             else:
                 kind, _, name = rest.partition("/")
+                if kind not in values:
+                    raise CheckpointError(f"the checkpoint is damaged: it has measured {kind!r}")
                 values[kind][name] = tensor.numpy()
         epoch = meta["epoch"]
         return Evidence(values, carried, int(meta["batches"])), None if epoch is None else int(epoch)

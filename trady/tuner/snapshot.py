@@ -143,7 +143,7 @@ class WeightSnapshot:
                 name: tensors[f"{_HEAD}/{name}"].to(parameter.device, copy=True)
                 for name, parameter in self._parameters.items()
             }
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint is damaged ({error}); use an older one or start a new run"
             ) from error
