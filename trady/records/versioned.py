@@ -81,8 +81,8 @@ class Format:
             reason = f" ({self.changed})" if self.changed else ""
             found = schema.shown(data.get("version"))
             raise self.error(
-                f"the {self.noun} is of version {found}, this trady reads version {self.version}{reason}: use the trady "
-                f"that wrote it, or {self.remedy}"
+                f"the {self.noun} is of version {found}, this trady reads version {self.version}{reason}: "
+                f"use the trady that wrote it, or {self.remedy}"
             )
         return data
 

@@ -86,7 +86,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     """
     transformers = import_transformers(name)
     with quiet(transformers), hub_errors(name):
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     task = _task(config, tokens)
     classifies = task != "AutoModelForCausalLM"
     _refuse_other_inputs(name, task, tokens, length, config)
@@ -101,7 +101,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = 0
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, task).from_config(config)
+            model: nn.Module = getattr(transformers, task).from_config(config, trust_remote_code=False)
         image_size = 0 if tokens else preprocessing(transformers, name, config)[1]
     vocabulary = int(config.get_text_config().vocab_size) if tokens else None
     return Skeleton(model, vocabulary, not classifies, image_size, wanted)
