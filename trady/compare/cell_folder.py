@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trady.compare.cells import Cell
 from trady.errors import StateError
+from trady.records import schema
 from trady.records.files import write_json
 from trady.records.versioned import Format
 from trady.training.run_folder import RunFolder
@@ -149,7 +149,9 @@ class CellFolder:
         Raises:
             StateError: It is damaged.
         """
-        return CELL.load(path, partial(CELL.read, kind)) if path.exists() else CELL.read(kind, {})
+        data = CELL.read_json(path) if path.exists() else {}
+        with CELL.named(path), CELL.reading():
+            return schema.read(kind, data)
 
     @contextlib.contextmanager
     def alone(self, patience_seconds: float) -> Iterator[bool]:

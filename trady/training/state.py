@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,15 +55,54 @@ def optimizer_to_state(optimizer: torch.optim.Optimizer) -> State:
     return State(tensors, {"scalars": scalars, "param_groups": given["param_groups"]})
 
 
+#: Options that every version of an optimizer has written; a record without them is damaged.
+_ALWAYS = ("lr", "momentum", "betas", "eps", "weight_decay")
+
+#: State that is smaller than its parameter: means of rows and columns.
+_FACTORS = ("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
+
+
+def _checked(group: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group; those that later versions of an optimizer have are its own."""
+    schema.read(_Group, group)
+    if missing := [name for name in _ALWAYS if name in own and name not in group]:
+        raise ValueError(f"a group lacks {', '.join(missing)}")
+    for name, value in group.items():
+        if name in own and name != "params" and not _alike(own[name], value):
+            raise ValueError(f"{name} of a group is {schema.shown(value)}")
+    if len(group["params"]) != len(own["params"]):
+        raise ValueError(f"a group has {len(group['params'])} parameters, not {len(own['params'])}")
+    return {**{name: value for name, value in own.items() if name != "params"}, **group}
+
+
 def _alike(own: object, value: object) -> bool:
     """Return whether an option that was read can stand in the place of an optimizer's own."""
     if own is None or value is None:
         return own is None or isinstance(own, bool)
     if isinstance(own, (list, tuple)):
-        return isinstance(value, list) and len(own) == len(value) and all(map(_alike, own, value))
-    if isinstance(own, (int, float)):
-        return isinstance(value, (int, float)) and isinstance(own, bool) == isinstance(value, bool)
+        return isinstance(value, (list, tuple)) and len(own) == len(value) and all(map(_alike, own, value))
+    if isinstance(own, (int, float)) and not isinstance(own, bool):
+        return isinstance(value, torch.Tensor) or schema.read(float, value) is not None
     return isinstance(value, type(own))
+
+
+def _check_shapes(
+    values: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse the state of other parameters, which a step would fail with."""
+    numbers = [number for group in groups for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {number: parameter.shape for number, parameter in zip(numbers, parameters, strict=True)}
+    alike: dict[int, set[str]] = {}
+    for number, state in values.items():
+        if number not in shapes:
+            raise ValueError(f"it has a state of parameter {number}, which is in no group")
+        if set(state) != alike.setdefault(min(len(shapes[number]), 2), set(state)):
+            raise ValueError(f"the state of parameter {number} lacks what others have, or has more")
+        for name, value in state.items():
+            whole = isinstance(value, torch.Tensor) and value.dim() > 0 and name not in _FACTORS
+            if whole and value.numel() > 1 and value.shape != shapes[number]:
+                raise ValueError(f"{name} of parameter {number} is {list(value.shape)}, not {list(shapes[number])}")
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -78,13 +117,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
         for key, value in (*state.tensors.items(), *record.scalars.items()):
             index, name = key.split("/", 1)
             values.setdefault(int(index), {})[name] = value
-        for group, own in zip(record.param_groups, optimizer.param_groups, strict=False):
-            # What PyTorch adds in later versions has its default there; what is missing otherwise is damage.
-            schema.read(_Group, group)
-            for name, value in group.items():
-                if name in own and name != "params" and not _alike(own[name], value):
-                    raise ValueError(f"{name} of a group is {schema.shown(value)}")
+        groups = [_checked(group, own) for group, own in zip(record.param_groups, optimizer.param_groups, strict=True)]
+        _check_shapes(values, groups, optimizer)
     try:
-        optimizer.load_state_dict({"state": values, "param_groups": [dict(group) for group in record.param_groups]})
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error

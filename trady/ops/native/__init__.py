@@ -156,7 +156,8 @@ def _kept(folder: Path, key: str) -> Path | None:
         whole = stat.S_ISREG(state.st_mode) and _is_ours(state) and str(state.st_size) == length
         if whole and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             return path
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder
+            path.unlink()
     return None
 
 

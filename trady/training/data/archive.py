@@ -7,6 +7,7 @@ array of any size. So every size is compared with the others, down to the bytes 
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -99,7 +100,7 @@ class Archive:
         if said > most:
             raise ValueError(f"{part.filename} says that {stored} bytes hold {said}: it is cut short, or a zip bomb")
         with self._zip.open(part) as file:
-            version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+            version = np.lib.format.read_magic(file)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             if version not in read_header:
                 raise ValueError(f"{part.filename} is of version {version} of NumPy's format; 1.0 and 2.0 are read")
@@ -123,5 +124,5 @@ class Archive:
 #: What zipfile, zlib and NumPy raise about a damaged file.
 _DAMAGE = (
     ArithmeticError, AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, RecursionError,
-    RuntimeError, SyntaxError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
+    RuntimeError, SyntaxError, TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip

@@ -100,9 +100,11 @@ def _pixels(images: Array, key: str, name: str) -> Pixels:
 def _names(array: Array, key: str, name: str) -> tuple[str, ...]:
     if array.ndim != 1 or array.dtype.kind not in "USiu":
         raise DataError(f"{name}: {key} is {array.dtype} {list(array.shape)}; expected one name a class")
-    return tuple(
-        value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in array.tolist()
-    )
+    try:
+        values = array.tolist()
+    except (SystemError, ValueError) as error:
+        raise DataError(f"{name}: {key} holds what is no text: {error}") from error
+    return tuple(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values)
 
 
 def _classes(labels: list[Array], name: str) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ from trady.records.translated import in_our_words
 from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.models.source import LoadedModel, ModelSource, known_names, possible_models
 
+#: More than any model has.
+MOST_LAYERS = 2000
+
 _EXAMPLES = "folders and Hub names that transformers can read"
 
 
@@ -76,6 +79,19 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+def read_config(transformers: Any, name: str) -> Any:
+    """Return a model's configuration; its own code, if it has any, is not run.
+
+    Raises:
+        ValueError: It asks for more layers than any model has, which would be built one after the other.
+    """
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for key, value in config.to_dict().items():
+        if ("layer" in key or "depth" in key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"its configuration says {key} = {value}; no model has more than {MOST_LAYERS}")
+    return config
+
+
 def preprocessing(transformers: Any, name: str, config: Any) -> tuple[Normalization, int]:
     """Read the mean, standard deviation and size from the model's own preprocessor, if it has one."""
     try:
@@ -101,7 +117,7 @@ def _matches(name: str) -> bool:
 def _image_format(name: str) -> tuple[Normalization, int]:
     transformers = import_transformers(name)
     with hub_errors(name):
-        return preprocessing(transformers, name, transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+        return preprocessing(transformers, name, read_config(transformers, name))
 
 
 def _check(name: str) -> None:
