@@ -46,6 +46,7 @@ def work(folder: Path, names: tuple[str, ...], seed: int, first: int, last: int,
     limit = _address_space() + MOST_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     counts: Counter[str] = Counter()
+    parent = os.getppid()
     with progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as here:
         for number in range(first, last):
             here[:8] = struct.pack("<q", number)
@@ -55,6 +56,8 @@ def work(folder: Path, names: tuple[str, ...], seed: int, first: int, last: int,
             if fault is not None:
                 print(json.dumps({"number": number, "reader": reader.name, "outcome": outcome, **fault}), flush=True)
             if number % 200 == 199:
+                if os.getppid() != parent:  # nobody listens any more
+                    return
                 print(json.dumps({"counts": counts}), flush=True)
                 counts.clear()
         here[:8] = struct.pack("<q", last)

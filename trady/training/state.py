@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,13 @@ def _alike(own: object, value: object) -> bool:
     return isinstance(value, type(own))
 
 
+def _check_ranges(group: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> None:
+    """Have an optimizer of PyTorch's check its options itself, as it does when it is made."""
+    if kind.__module__.startswith("torch.optim."):
+        taken = {name: group[name] for name in inspect.signature(kind).parameters if name in group and name != "params"}
+        kind([torch.zeros(1)], **taken)
+
+
 def _check_shapes(
     values: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
 ) -> None:
@@ -93,6 +101,7 @@ def _check_shapes(
     numbers = [number for group in groups for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = {number: parameter.shape for number, parameter in zip(numbers, parameters, strict=True)}
+    dtypes = {number: parameter.dtype for number, parameter in zip(numbers, parameters, strict=True)}
     alike: dict[int, set[str]] = {}
     for number, state in values.items():
         if number not in shapes:
@@ -101,6 +110,8 @@ def _check_shapes(
             raise ValueError(f"the state of parameter {number} lacks what others have, or has more")
         for name, value in state.items():
             whole = isinstance(value, torch.Tensor) and value.dim() > 0 and name not in _FACTORS
+            if isinstance(value, torch.Tensor) and value.is_complex() and not dtypes[number].is_complex:
+                raise ValueError(f"{name} of parameter {number} is {value.dtype}")
             if whole and value.numel() > 1 and value.shape != shapes[number]:
                 raise ValueError(f"{name} of parameter {number} is {list(value.shape)}, not {list(shapes[number])}")
 
@@ -118,6 +129,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
             index, name = key.split("/", 1)
             values.setdefault(int(index), {})[name] = value
         groups = [_checked(group, own) for group, own in zip(record.param_groups, optimizer.param_groups, strict=True)]
+        for group in groups:
+            _check_ranges(group, type(optimizer))
         _check_shapes(values, groups, optimizer)
     try:
         optimizer.load_state_dict({"state": values, "param_groups": groups})

@@ -137,6 +137,8 @@ class EvidenceState:
             if not key.startswith(PREFIX) or key.startswith(EARLIER):
                 continue
             part, _, rest = key.removeprefix(PREFIX).partition("/")
+            if tensor.is_complex():
+                raise CheckpointError(f"the checkpoint is damaged: {key!r} is {tensor.dtype}")
             if part == _CARRIED:
                 carried[rest] = tensor.numpy()
             else:
