@@ -16,6 +16,7 @@ from trady.compare.cells import Cell
 from trady.errors import StateError
 from trady.records import schema
 from trady.records.files import write_json
+from trady.records.reading import read_bytes
 from trady.records.versioned import Format
 from trady.training.run_folder import RunFolder
 
@@ -140,7 +141,7 @@ class CellFolder:
     def epochs_done(self) -> int:
         """Return how many epochs the metrics have."""
         with contextlib.suppress(OSError):
-            return self.run.metrics.read_bytes().count(b"\n")
+            return read_bytes(self.run.metrics).count(b"\n")
         return 0
 
     def load(self, kind: type[T], path: Path) -> T:

@@ -151,14 +151,14 @@ class StudyFolder:
             if not seed.lstrip("-").isdecimal():
                 raise StateError(f"{result.parent} is no run of this study; move it away")
             runs.append((dataset, int(seed)))
-        units = tuple(Unit(dataset, seed, epoch) for dataset, seed in sorted(runs) for epoch in range(epochs))
-        if not units:
+        if not runs:
             raise StateError(f"no run of the study in {self.path} is finished; go on with trady study MODEL DATASET …")
-        if missing := [unit for unit in units if not self.has(unit)]:
-            raise StateError(
-                f"{self.path} lacks the records of {missing[0]}; remove that run's folder and run it again"
-            )
-        return units
+        units = []
+        for unit in (Unit(dataset, seed, epoch) for dataset, seed in sorted(runs) for epoch in range(epochs)):
+            if not self.has(unit):
+                raise StateError(f"{self.path} lacks the records of {unit}; remove that run's folder and run it again")
+            units.append(unit)
+        return tuple(units)
 
 
 def table_to_json(table: ChannelTable) -> dict[str, Any]:

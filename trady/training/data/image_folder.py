@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,10 @@ def _decode(
     for path, label in files:
         try:
             check_regular(path)
-            with Image.open(path) as image:
-                square = _square(image, image_size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS says it in our words
+                with Image.open(path) as image:
+                    square = _square(image, image_size)
         except Exception as error:  # whatever the decoder of a damaged file raises
             if isinstance(lack := in_our_words(error), ResourceError) and not isinstance(error, MemoryError):
                 raise lack from error
