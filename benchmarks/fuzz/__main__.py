@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from benchmarks.fuzz.readers import READERS
 
 #: A process that does not go on for so long is ended: what hangs inside of a library does not see the alarm.
 PATIENCE_SECONDS = 20
+
+Tell = Callable[[dict[str, Any]], None]
 
 FAULTS = ("exception", "hang", "allocation", "crash")
 
@@ -67,7 +70,7 @@ def main() -> None:
     sys.exit(bool(faults))
 
 
-def _run(folder: Path, names: list[str], seed: int, first: int, last: int, tell: Any) -> int:
+def _run(folder: Path, names: list[str], seed: int, first: int, last: int, tell: Tell) -> int:
     """Let a process read files from ``first`` on; return the number of the file to go on with."""
     progress = folder / "progress"
     progress.write_bytes(struct.pack("<q", first - 1))
@@ -79,30 +82,9 @@ def _run(folder: Path, names: list[str], seed: int, first: int, last: int, tell:
         ",".join(names),
         str(seed),
     ]
-    process = subprocess.Popen(
-        [*command, str(first), str(last), str(progress)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    rest, at, since = b"", first - 1, time.monotonic()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if selector.select(1.0):
-                chunk = process.stdout.read()
-                if chunk == b"":
-                    break
-                *lines, rest = (rest + (chunk or b"")).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"{"):
-                        tell(json.loads(line))
-            now = struct.unpack("<q", progress.read_bytes())[0]
-            if now != at:
-                at, since = now, time.monotonic()
-            # The first files wait for imports and for the samples.
-            elif time.monotonic() - since > PATIENCE_SECONDS * (10 if at < first else 1):
-                process.kill()
-    code = process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        _listen(process, progress, first, tell)
+        code = process.wait()
     if code == 0:
         return last
     at = struct.unpack("<q", progress.read_bytes())[0]
@@ -114,6 +96,30 @@ def _run(folder: Path, names: list[str], seed: int, first: int, last: int, tell:
     # What this process had counted since its last report, fewer than 200 files, is lost.
     tell({"counts": {f"{reader} {outcome}": 1}})
     return at + 1
+
+
+def _listen(process: subprocess.Popen[bytes], progress: Path, first: int, tell: Tell) -> None:
+    """Take in what a process tells until it ends; end it if it does not go on."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    rest, at, since = b"", first - 1, time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if selector.select(1.0):
+                chunk = process.stdout.read()
+                if chunk == b"":
+                    return
+                *lines, rest = (rest + (chunk or b"")).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"{"):
+                        tell(json.loads(line))
+            now = struct.unpack("<q", progress.read_bytes())[0]
+            if now != at:
+                at, since = now, time.monotonic()
+            # The first files wait for imports and for the samples.
+            elif time.monotonic() - since > PATIENCE_SECONDS * (10 if at < first else 1):
+                process.kill()
 
 
 def _table(names: list[str], counts: Counter[str]) -> None:
