@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -72,11 +75,11 @@ def test_what_a_reader_does_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_p
             pass
 
     monkeypatch.setattr(worker, "MOST_SECONDS", 1)
-    handler = worker.signal.signal(worker.signal.SIGALRM, worker._too_long)
+    handler = signal.signal(signal.SIGALRM, worker._too_long)
     try:
         told = {read.__name__: worker.outcome_of(faulty(read), tmp_path)[0] for read in (raises, takes, hangs)}
     finally:
-        worker.signal.signal(worker.signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, handler)
     assert told == {"raises": "exception", "takes": "allocation", "hangs": "hang"}
 
 
@@ -93,9 +96,9 @@ def test_the_command_counts_every_file_and_goes_on_after_a_crash(
         "    if n == 4: os.abort()\n"
         "    print(json.dumps({'counts': {'plan refused': 1}}), flush=True)\n"
     )
-    real = command.subprocess.Popen
+    real = subprocess.Popen
     monkeypatch.setattr(
-        command.subprocess, "Popen", lambda given, **more: real([sys.executable, str(script), *given[1:]], **more)
+        subprocess, "Popen", lambda given, **more: real([sys.executable, str(script), *given[1:]], **more)
     )
     monkeypatch.setattr(sys, "argv", ["fuzz", "--files", "9", "--reader", "plan", "--out", str(tmp_path / "out.json")])
     with pytest.raises(SystemExit) as ended:
@@ -108,7 +111,7 @@ def test_the_command_counts_every_file_and_goes_on_after_a_crash(
 
 def test_values_are_drawn_as_copies() -> None:
     before = repr(mutations._VALUES)
-    draw = worker.random.Random(0)
+    draw = Random(0)
     for _ in range(300):
         mutations.json_of(json.dumps({"a": [1, {"b": 2}], "c": "d"}).encode(), draw)
     assert repr(mutations._VALUES) == before

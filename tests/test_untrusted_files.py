@@ -341,7 +341,12 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple
     """Build or load kernels in a folder of their own; return them and how often a compiler ran."""
     runs: list[int] = []
     compile_, compiler = native._build, shutil.which("cc") or ""
-    monkeypatch.setattr(native, "_build", lambda *given: (runs.append(1), compile_(*given))[1])
+
+    def counted(*given: Any) -> None:
+        runs.append(1)
+        compile_(*given)
+
+    monkeypatch.setattr(native, "_build", counted)
 
     def build() -> tuple[Any, int]:
         runs.clear()
@@ -418,7 +423,7 @@ def test_a_folder_of_data_that_cannot_be_read_is_an_error_of_the_family(
     def refuse(*given: Any, **more: Any) -> None:
         raise PermissionError(13, "Permission denied", str(place))
 
-    monkeypatch.setattr(image_folder.Path, "iterdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     (tmp_path / "p").mkdir()
     with pytest.raises((DataError, FileError), match="Permission denied"):
         load_data(tmp_path / "p", image_size=4)

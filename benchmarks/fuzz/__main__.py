@@ -74,20 +74,14 @@ def _run(folder: Path, names: list[str], seed: int, first: int, last: int, tell:
     """Let a process read files from ``first`` on; return the number of the file to go on with."""
     progress = folder / "progress"
     progress.write_bytes(struct.pack("<q", first - 1))
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.fuzz.worker",
-        str(folder / f"files-{first}"),
-        ",".join(names),
-        str(seed),
-    ]
+    given = (folder / f"files-{first}", ",".join(names), seed, first, last, progress)
+    command = [sys.executable, "-m", "benchmarks.fuzz.worker", *map(str, given)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         _listen(process, progress, first, tell)
         code = process.wait()
     if code == 0:
         return last
-    at = struct.unpack("<q", progress.read_bytes())[0]
+    at: int = struct.unpack("<q", progress.read_bytes())[0]
     if at < first:
         raise SystemExit(f"the process ended with {code} before its first file; run {' '.join(command)} to see why")
     reader = names[at % len(names)]
