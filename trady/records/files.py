@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trady.errors import TradyError
+from trady.errors import FileError, TradyError
+from trady.records.reading import other_kind
 from trady.records.translated import at, in_our_words
 
 
@@ -22,8 +23,10 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises:
         ResourceError: The disk is full; the file is as it was before.
-        FileError: It cannot be written there.
+        FileError: It cannot be written there, or a folder, a device or a pipe is there, which would be replaced.
     """
+    if path.exists() and (kind := other_kind(path.stat().st_mode)) is not None:
+        raise FileError(f"{path}: {kind}; nothing was written: name a file")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         write(temporary)
