@@ -231,6 +231,19 @@ def test_a_study_of_endless_epochs_is_refused_at_once(files: Path) -> None:
         settings.write_text(whole)
 
 
+def test_a_result_of_endless_epochs_takes_no_memory(files: Path) -> None:
+    reader = BY_NAME["cells"]
+    place = worker._pristine(files, reader)
+    result = place / "done" / "result.json"
+    whole = result.read_text()
+    try:
+        result.write_text(json.dumps({**json.loads(whole), "epochs": 1 << 40}))
+        with pytest.raises(CheckpointError, match="does not have the epochs 0 to 1099511627775"):
+            reader.read(place)
+    finally:
+        result.write_text(whole)
+
+
 def test_a_pipe_in_the_place_of_a_record_keeps_nobody_waiting(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint", Checkpoint(0, 1, {}, "", {}))
     for name in ("checkpoint.json", "tensors.safetensors"):

@@ -106,7 +106,7 @@ class RunFolder:
         # A kill may have cut a line short; it is always the last.
         lines = METRICS.read_lines(EpochMetrics, self.metrics, until_damage=True) if self.metrics.exists() else []
         history = [epoch for epoch in lines if epoch.epoch <= last_epoch]
-        if [epoch.epoch for epoch in history] != list(range(last_epoch + 1)):
+        if len(history) != last_epoch + 1 or any(epoch.epoch != at for at, epoch in enumerate(history)):
             raise CheckpointError(
                 f"{self.metrics} does not have the epochs 0 to {last_epoch} that {self.checkpoint} says are "
                 "done; start the run again with --overwrite"
