@@ -26,8 +26,8 @@ TRAIN = ("train", "training")
 
 EVALUATION = ("val", "valid", "validation", "test")
 
-#: Larger images are taken for damage: decoded, this many pixels are half a GiB.
-MOST_PIXELS = 2**27
+#: Larger images are taken for damage: decoding and converting this many pixels takes up to 0.8 GiB.
+MOST_PIXELS = 2**26
 
 #: Decoded images that take more are kept in a temporary file instead of memory.
 IN_MEMORY_BYTES = 2**30
