@@ -19,6 +19,7 @@ import torch
 from benchmarks.fuzz import __main__ as command
 from benchmarks.fuzz import mutations, samples, worker
 from benchmarks.fuzz.readers import READERS, Reader
+from tests.little_memory import little_memory
 from trady import load_data
 from trady.errors import CheckpointError, DataError, ModelError, StateError
 from trady.ops import native
@@ -184,6 +185,17 @@ def test_class_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", images=np.zeros((4, 4, 4), np.uint8), labels=np.array([0, 1, 0, 1]), classes=names)
     with pytest.raises(DataError, match="classes holds what is no text"):
         load_data(tmp_path / "d.npz", image_size=4)
+
+
+def test_a_chunk_of_an_image_that_says_it_is_huge_takes_no_memory(tmp_path: Path) -> None:
+    samples.pictures(tmp_path)
+    place = tmp_path / "photos" / "cat" / "0.png"
+    content = place.read_bytes()
+    at = content.index(b"IDAT")
+    place.write_bytes(content[: at - 4] + b"\xf0\0\0\0" + content[at:])
+    with little_memory(1 << 30):  # its pixels are all there
+        found = load_data(tmp_path / "photos", image_size=8)
+    assert len(found.train) + len(found.evaluation) == 7
 
 
 def test_a_header_of_numpys_that_does_not_end_is_refused(tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ import ast
 import io
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import pytest
 from PIL import Image
 
 import trady
+from tests.little_memory import little_memory
 from tests.small_task import write_npz
 from trady import load_data
 from trady.errors import DataError, FileError, ModelError, ResourceError
@@ -30,18 +29,6 @@ from trady.training.data import image_folder, room
 from trady.training.data.fashion_mnist import read_idx
 
 ROOT = Path(trady.__file__).parent.parent
-
-
-@contextmanager
-def little_memory(spare: int) -> Iterator[None]:
-    """Let the process take only so many bytes more: an array that is too large is an error, not a slow machine."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # -- .npz ----------------------------------------------------------------------------------------------------------

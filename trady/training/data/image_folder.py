@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trady.errors import DataError, ResourceError
-from trady.records.reading import check_regular
+from trady.records.reading import read_bytes
 from trady.records.translated import in_our_words
 from trady.training.data.datasets import Pixels
 from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
@@ -28,6 +29,9 @@ EVALUATION = ("val", "valid", "validation", "test")
 
 #: Larger images are taken for damage: decoding and converting this many pixels takes up to 0.8 GiB.
 MOST_PIXELS = 2**26
+
+#: The largest image file.
+MOST_BYTES = 2**29
 
 #: Decoded images that take more are kept in a temporary file instead of memory.
 IN_MEMORY_BYTES = 2**30
@@ -94,10 +98,11 @@ def _decode(
     labels: list[int] = []
     for path, label in files:
         try:
-            check_regular(path)
+            # From memory: a decoder that is told to read 4 GiB of a file would take as much.
+            content = io.BytesIO(read_bytes(path, MOST_BYTES))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS says it in our words
-                with Image.open(path) as image:
+                with Image.open(content) as image:
                     square = _square(image, image_size)
         except Exception as error:  # whatever the decoder of a damaged file raises
             if isinstance(lack := in_our_words(error), ResourceError) and not isinstance(error, MemoryError):
