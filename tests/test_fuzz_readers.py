@@ -129,7 +129,7 @@ def test_values_are_drawn_as_copies() -> None:
         (lambda group: group.update(lr=10**30), "does not fit in 64 bits"),
         (lambda group: group.update(betas=[0.9, 7.0]), "Invalid beta parameter"),
         (lambda group: group.update(amsgrad=3), "amsgrad of a group is 3"),
-        (lambda group: group.update(params=[0]), "has 1 parameters, not"),
+        (lambda group: group.update(params=[0]), r"its groups have \[1\] parameters, these \[2\]"),
         (lambda group: group.update(params=["0"]), "not a whole number"),
     ],
 )

@@ -65,14 +65,11 @@ _FACTORS = ("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
 
 def _checked(group: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a parameter group; those that later versions of an optimizer have are its own."""
-    schema.read(_Group, group)
     if missing := [name for name in _ALWAYS if name in own and name not in group]:
         raise ValueError(f"a group lacks {', '.join(missing)}")
     for name, value in group.items():
         if name in own and name != "params" and not _alike(own[name], value):
             raise ValueError(f"{name} of a group is {schema.shown(value)}")
-    if len(group["params"]) != len(own["params"]):
-        raise ValueError(f"a group has {len(group['params'])} parameters, not {len(own['params'])}")
     return {**{name: value for name, value in own.items() if name != "params"}, **group}
 
 
@@ -124,6 +121,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
     """
     record = OPTIMIZER.read(_OptimizerRecord, dict(state.meta))
     values: dict[int, dict[str, Any]] = {}
+    with OPTIMIZER.reading():
+        there = [len(schema.read(_Group, group).params) for group in record.param_groups]
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    if there != here:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state does not fit this optimizer: its groups have {there} parameters, these {here}"
+        )
     with OPTIMIZER.reading():
         for key, value in (*state.tensors.items(), *record.scalars.items()):
             index, name = key.split("/", 1)
