@@ -129,7 +129,7 @@ def test_values_are_drawn_as_copies() -> None:
         (lambda group: group.update(lr=10**30), "does not fit in 64 bits"),
         (lambda group: group.update(betas=[0.9, 7.0]), "Invalid beta parameter"),
         (lambda group: group.update(amsgrad=3), "amsgrad of a group is 3"),
-        (lambda group: group.update(params=[0]), r"its groups have \[1\] parameters, these \[2\]"),
+        (lambda group: group.update(params=[0]), r"its groups have \[1\] parameters, and there are \[2\]"),
         (lambda group: group.update(params=["0"]), "not a whole number"),
     ],
 )
@@ -145,9 +145,11 @@ def test_options_of_an_optimizer_that_it_cannot_have_are_refused(change: Callabl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("0/exp_avg"), "lacks what others have"),
-        (lambda tensors: tensors.update({"0/exp_avg": torch.zeros(5, 3)}), r"is \[5, 3\], not \[4, 3\]"),
+        (lambda tensors: tensors.pop("0/exp_avg"), "lacks exp_avg"),
+        (lambda tensors: tensors.update({"0/exp_avg": torch.zeros(5, 3)}), r"is \[5, 3\], and the parameter \[4, 3\]"),
         (lambda tensors: tensors.update({"0/exp_avg": torch.zeros(4, 3, dtype=torch.complex64)}), "complex64"),
+        (lambda tensors: tensors.update({"0/exp_avg": torch.zeros(())}), r"is \[\], and the parameter"),
+        (lambda tensors: tensors.update({"0/step": torch.zeros(3)}), r"step of parameter 0 is \[3\]"),
         (lambda tensors: tensors.update({"9/exp_avg": torch.zeros(1)}), "which is in no group"),
         (lambda tensors: tensors.update({"x/exp_avg": torch.zeros(1)}), "damaged"),
         (lambda tensors: tensors.update({"exp_avg": torch.zeros(1)}), "damaged"),
