@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -97,14 +98,17 @@ def _delta(folder: Path) -> None:
     trady.apply_delta(samples.small_net(), folder / "delta.safetensors")
 
 
-_sessions: dict[str, tuple[trady.Tuner, torch.optim.Optimizer]] = {}
+@functools.cache
+def _session(policy: str) -> tuple[trady.Tuner, torch.optim.Optimizer, dict[str, Any], dict[str, Any]]:
+    tuner, optimizer = samples.session(policy)
+    return tuner, optimizer, copy.deepcopy(tuner.state_dict()), copy.deepcopy(optimizer.state_dict())
 
 
 def _checkpoint(folder: Path, policy: str) -> None:
     found = load_checkpoint(folder / "checkpoint")
-    if policy not in _sessions:
-        _sessions[policy] = samples.session(policy)
-    tuner, optimizer = _sessions[policy]
+    tuner, optimizer, state_of_tuner, state_of_optimizer = _session(policy)
+    tuner.load_state_dict(state_of_tuner)
+    optimizer.load_state_dict(copy.deepcopy(state_of_optimizer))
     trainer = found.states.get("trainer")
     if trainer is not None:
         tuner.load_state_dict({"tensors": dict(trainer.tensors), "meta": dict(trainer.meta)})

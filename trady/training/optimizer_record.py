@@ -27,6 +27,9 @@ _ALWAYS = ("lr", "momentum", "betas", "eps", "weight_decay")
 #: State that is smaller than its parameter: means of rows and columns.
 _FACTORS = ("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
 
+#: Steps are counted in floating point, which holds whole numbers up to this one.
+_MOST_STEPS = 2**53
+
 Groups = list[dict[str, Any]]
 
 Values = dict[int, dict[str, Any]]
@@ -91,8 +94,10 @@ def _checked(group: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _alike(own: object, value: object) -> bool:
     """Return whether an option that was read can stand in the place of an optimizer's own."""
-    if own is None or value is None:
-        return own is None or isinstance(own, bool)
+    if own is None:  # such as fused, which PyTorch decides, or a rate that the optimizer finds by itself
+        return value is None or isinstance(value, bool) or _alike(0.0, value)
+    if value is None:
+        return isinstance(own, bool)
     if isinstance(own, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(own) == len(value) and all(map(_alike, own, value))
     if isinstance(own, (int, float)) and not isinstance(own, bool):
@@ -104,14 +109,14 @@ def _check_state(values: Values, groups: Sequence[Mapping[str, Any]], optimizer:
     """Refuse options and state that a step would fail with."""
     parameters: dict[int, tuple[Tensor, Mapping[str, Any]]] = {}
     for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for parameter in own["params"][:1]:
+            _kept(type(optimizer), group, parameter)
         parameters.update({number: (p, group) for number, p in zip(group["params"], own["params"], strict=True)})
-    for group in groups:
-        _kept(type(optimizer), group, 1)
     for number, state in values.items():
         if number not in parameters:
             raise ValueError(f"it has a state of parameter {number}, which is in no group")
         parameter, group = parameters[number]
-        kept = _kept(type(optimizer), group, parameter.dim()) or {}
+        kept = _kept(type(optimizer), group, parameter) or {}
         if missing := set(kept) - set(state):
             raise ValueError(f"the state of parameter {number} lacks {', '.join(sorted(missing))}")
         for name, value in state.items():
@@ -125,25 +130,31 @@ def _check_value(what: str, value: object, parameter: Tensor, kept: object, fact
         return
     if value.is_complex() and not parameter.is_complex():
         raise ValueError(f"{what} is {value.dtype}")
-    single = value.numel() == 1 and (not isinstance(kept, Tensor) or kept.dim() == 0)
-    if value.shape != parameter.shape and not single:
+    single, whole = value.numel() == 1, value.shape == parameter.shape
+    if isinstance(kept, Tensor):
+        single, whole = single and kept.dim() == 0, whole and (kept.dim() > 0 or not parameter.dim())
+    if not (single or whole):
         raise ValueError(f"{what} is {list(value.shape)}, and the parameter {list(parameter.shape)}")
+    if what.startswith("step ") and single and not 0 <= float(value) <= _MOST_STEPS:
+        raise ValueError(f"{what} is {float(value)}")
 
 
-def _kept(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], dimensions: int) -> dict[str, Any] | None:
-    """Return what an optimizer of PyTorch's keeps of a parameter with so many dimensions; ``None`` if that is unknown.
+def _kept(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], like: Tensor) -> dict[str, Any] | None:
+    """Return what an optimizer of PyTorch's keeps of a small parameter like another; ``None`` if that is unknown.
 
     Raises:
-        ValueError: An option is out of range.
+        ValueError: An option is out of range, or not possible on this device.
     """
     if not kind.__module__.startswith("torch.optim."):
         return None
     options = {name: group[name] for name in inspect.signature(kind).parameters if name in group and name != "params"}
-    parameter = torch.nn.Parameter(torch.zeros((2,) * dimensions))
+    parameter = torch.nn.Parameter(like.detach().new_zeros((2,) * like.dim()))
     optimizer = kind([parameter], **options)
     parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
+    except AssertionError as error:  # options that go together on other devices only
+        raise ValueError(error) from error
     except (RuntimeError, TypeError):  # it wants sparse gradients, or a function to call
         return None
     return dict(optimizer.state[parameter])
