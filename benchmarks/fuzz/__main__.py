@@ -21,6 +21,9 @@ from benchmarks.fuzz.readers import READERS
 #: A process that does not go on for so long is ended: what hangs inside of a library does not see the alarm.
 PATIENCE_SECONDS = 20
 
+#: For imports and for the samples, on a machine that is busy.
+START_SECONDS = 1200
+
 Tell = Callable[[dict[str, Any]], None]
 
 FAULTS = ("exception", "hang", "allocation", "crash")
@@ -111,8 +114,7 @@ def _listen(process: subprocess.Popen[bytes], progress: Path, first: int, tell: 
             now = struct.unpack("<q", progress.read_bytes())[0]
             if now != at:
                 at, since = now, time.monotonic()
-            # The first files wait for imports and for the samples.
-            elif time.monotonic() - since > PATIENCE_SECONDS * (10 if at < first else 1):
+            elif time.monotonic() - since > (PATIENCE_SECONDS if at >= first else START_SECONDS):
                 process.kill()
 
 
