@@ -170,6 +170,23 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_a_lack_of_memory_or_descriptors_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "x.json"
+    place.write_text("{}")
+    for error in (MemoryError(), OSError(errno.EMFILE, "Too many open files")):
+
+        def fail(*given: Any, error: BaseException = error) -> bytes:
+            raise error
+
+        monkeypatch.setattr("trady.records.versioned.read_bytes", fail)
+        with pytest.raises(ResourceError):
+            RECIPE.read_json(place)
+        with pytest.raises(ResourceError):
+            trady.Plan.load(place)
+
+
 def test_tensors_are_read_and_refused_in_our_words(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -159,10 +159,11 @@ class Format:
             yield
         except TradyError:
             raise
-        except OSError as error:
+        except (MemoryError, OSError) as error:
             if isinstance(lack := in_our_words(error), ResourceError):
                 raise lack from error
-            raise self.error(f"cannot read the {self.noun} {path}: {error.strerror or error}; {self.remedy}") from error
+            said = getattr(error, "strerror", None) or error
+            raise self.error(f"cannot read the {self.noun} {path}: {said}; {self.remedy}") from error
         except (ValueError, RecursionError) as error:
             raise self.error(f"{path} is no {self.noun}, or is cut short ({error}); {self.remedy}") from error
 
