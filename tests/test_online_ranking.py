@@ -213,7 +213,7 @@ def test_the_state_of_another_model_is_refused() -> None:
         ({"window": None}, "damaged"),
         ({"layers": 3}, "damaged"),
         ({"share": 2}, "share 2"),
-        ({"metric": "size"}, "metric 'size'"),
+        ({"metric": "size"}, "metric is 'size'; possible are 'rgn'"),
         ({"drawable": ["z"]}, "drawable layers that the model lacks: z"),
     ],
 )

@@ -41,5 +41,13 @@ class MatrixError(TradyError, ValueError):
     """A matrix of runs with mistakes, all of them in the message."""
 
 
+class FileError(TradyError, OSError):
+    """A file or folder that cannot be read or written, whatever it holds."""
+
+
+class ResourceError(TradyError, OSError):
+    """Disk or memory ran out; the command line ends with code 3, and what was complete before still is."""
+
+
 class TradyWarning(UserWarning):
     """Something that goes on, but not as it was planned."""

@@ -129,6 +129,21 @@ class ChannelTable:
         """Input channels of all layers together."""
         return sum(layer.channels for layer in self.layers)
 
+    def check_sizes(self) -> None:
+        """Make sure that a table that was read can be one.
+
+        Raises:
+            ValueError: Two layers have the same name, or a size is not possible.
+
+        """
+        if len(self.by_name) < len(self.layers):
+            raise ValueError("two layers have the same name")
+        for layer in self.layers:
+            sizes = (layer.channels, layer.groups, *layer.weight_shape, *(n for s in layer.output_shapes for n in s))
+            costs = (layer.weight_elements, layer.activation_elements, layer.flops)
+            if len(layer.weight_shape) < 2 or min(sizes) < 1 or min(costs) < 0 or layer.elements < 1:
+                raise ValueError(f"the sizes of layer {layer.name!r} are not possible")
+
     def mistake(self, selection: Selection) -> str | None:
         """The first layer or channel of a selection that this model does not have; ``None`` if it has them all."""
         for name, channels in selection.items():

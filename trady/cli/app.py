@@ -18,13 +18,17 @@ from trady.cli.commands.plan import plan
 from trady.cli.commands.rank import rank
 from trady.cli.commands.search import search
 from trady.cli.commands.study import study
-from trady.errors import TradyError
+from trady.errors import ResourceError
+from trady.records.translated import in_our_words
 
 DEBUG = "--debug"
 
+#: Exit codes (docs/cli.md): what was asked for cannot be done; disk or memory ran out; Ctrl-C.
+REFUSED, EXHAUSTED, INTERRUPTED = 2, 3, 130
+
 
 class Commands(TyperGroup):
-    """Turns errors of trady's into one message and exit code 2, Ctrl-C into 130."""
+    """Turns errors about a person's files, data, disk and memory into one message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take ``--debug`` anywhere on the line."""
@@ -36,17 +40,21 @@ class Commands(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except TradyError as error:
+        except Exception as error:
+            told = in_our_words(error)
+            if told is None:
+                raise
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-            raise typer.Exit(2) from error
+            text = f"error: {told}".encode("utf-8", "backslashreplace").decode()
+            Console(stderr=True, soft_wrap=True).print(text, style="red", highlight=False, markup=False)
+            raise typer.Exit(EXHAUSTED if isinstance(told, ResourceError) else REFUSED) from error
         except KeyboardInterrupt as interrupt:
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
             message = str(interrupt) or "stopped"
             print(message, file=sys.stderr)  # noqa: T201
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 import traceback
@@ -11,11 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trady.compare.cells import Cell
+from trady.errors import StateError
+from trady.records import schema
 from trady.records.files import write_json
+from trady.records.reading import read_bytes
+from trady.records.versioned import Format
 from trady.training.run_folder import RunFolder
+
+CELL = Format(None, "record of a cell", StateError, "remove the cell's folder, and run it again")
+
+T = TypeVar("T")
 
 
 class Status(str, Enum):
@@ -48,6 +55,26 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """What ``error.json`` holds.
+
+    Attributes:
+        status: ``infeasible`` or ``failed``.
+        message: Why.
+    """
+
+    status: Status
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """Of ``cell.json``, what tells one cell from another."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
 class CellFolder:
     """The folder of one cell: a run folder with ``cell.json`` and, where it went wrong, ``error.json``."""
 
@@ -70,9 +97,18 @@ class CellFolder:
             return Status.MISSING
         if self.run.result.exists():
             return Status.DONE
-        if (error := self.read(self.error)) is not None:
-            return Status(error["status"])
+        with contextlib.suppress(StateError):  # a damaged note is none: the cell is run again
+            if self.error.exists():
+                return self.failure().status
         return Status.STARTED
+
+    def failure(self) -> Failure:
+        """Return why the cell has no result.
+
+        Raises:
+            StateError: The file is damaged.
+        """
+        return self.load(Failure, self.error)
 
     @property
     def identity(self) -> Path:
@@ -105,16 +141,18 @@ class CellFolder:
     def epochs_done(self) -> int:
         """Return how many epochs the metrics have."""
         with contextlib.suppress(OSError):
-            return self.run.metrics.read_bytes().count(b"\n")
+            return read_bytes(self.run.metrics).count(b"\n")
         return 0
 
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """Return what a JSON file holds; ``None`` where there is none, or it is not an object."""
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+    def load(self, kind: type[T], path: Path) -> T:
+        """Return what a JSON file of the cell holds; where there is none, its defaults.
+
+        Raises:
+            StateError: It is damaged.
+        """
+        data = CELL.read_json(path) if path.exists() else {}
+        with CELL.named(path), CELL.reading():
+            return schema.read(kind, data)
 
     @contextlib.contextmanager
     def alone(self, patience_seconds: float) -> Iterator[bool]:
@@ -146,5 +184,7 @@ class CellFolder:
                 place.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
-        found = self.read(self.identity)
-        return found is not None and found.get("digest") == self.cell.digest
+        try:
+            return self.load(_Identity, self.identity).digest == self.cell.digest
+        except StateError:
+            return False

@@ -11,6 +11,9 @@ from trady.errors import MatrixError
 #: The driver's variable for the devices that a process sees; read once, with the first tensor on a device.
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
+#: Of Python 3.11 and later.
+SAFE_PATH = "PYTHONSAFEPATH"
+
 
 def visible_devices() -> tuple[str, ...]:
     """List the CUDA devices that this process may use, as :data:`VARIABLE` names them."""
@@ -29,17 +32,21 @@ def least_used(devices: Sequence[str], in_use: Sequence[str | None]) -> str | No
 
 @contextmanager
 def seen_by_children(device: str | None) -> Iterator[None]:
-    """Let processes started inside the context see this device alone; ``None`` changes nothing."""
-    before = os.environ.get(VARIABLE)
-    if device is not None:
-        os.environ[VARIABLE] = device
+    """Let processes started inside the context see this device alone; ``None`` shows what this process sees.
+
+    They look for Python's own modules in its own folders, not in the current one first.
+    """
+    given = {SAFE_PATH: "1"} if device is None else {SAFE_PATH: "1", VARIABLE: device}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         yield
     finally:
-        if device is not None:
-            os.environ.pop(VARIABLE)
-            if before is not None:
-                os.environ[VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def check_share(gpus_per_cell: float | None) -> None:

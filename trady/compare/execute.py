@@ -22,6 +22,7 @@ from trady.ranking.priors import read_ranking
 from trady.records.version import __version__
 from trady.training.data.datasets import DataSplit, Normalization
 from trady.training.data.load import check_examples, load_data
+from trady.training.models.here import importable_here
 from trady.training.models.load import image_format, load_model
 from trady.training.result import Result
 from trady.training.run import finetune
@@ -60,7 +61,8 @@ class Workplace:
         torch.set_num_threads(self.threads)
         os.environ["TRADY_PRIORS"] = os.devnull  # shipped priors only: another machine has others of its own
         for name in self.imports:
-            importlib.import_module(name)
+            with importable_here():
+                importlib.import_module(name)
 
     def cell_folder(self, job: Job) -> CellFolder:
         """Return the folder of a cell."""

@@ -101,11 +101,11 @@ def _lines(axis: Axes, summary: Summary, tasks: Sequence[tuple[str, str]], looks
         x = [at for at, _ in points]
         y = [100 * statistics.fmean(statistics.fmean(seeds.values()) for seeds in group) for _, group in points]
         if not x:
-            axis.plot([], [], **look, markersize=4.5, label=policy)
+            axis.plot([], [], **look, markersize=4.5, label=report.label(policy))
         elif not scores.takes_budget:
-            axis.axhline(y[0], **look, label=policy)
+            axis.axhline(y[0], **look, label=report.label(policy))
         else:
-            axis.plot(x, y, **look, markersize=4.5, label=policy)
+            axis.plot(x, y, **look, markersize=4.5, label=report.label(policy))
             for at, group in points:
                 seeds = [100 * value for values in group for value in values.values()] if len(tasks) == 1 else []
                 axis.plot([at] * len(seeds), seeds, ".", color=look["color"], markersize=3, alpha=0.5)

@@ -16,6 +16,8 @@ from trady.compare.matrix import WITHOUT_BUDGET, Matrix, Override
 from trady.compare.names import Surroundings, did_you_mean
 from trady.compare.training import Training
 from trady.errors import MatrixError
+from trady.records.reading import read_bytes
+from trady.training.models.here import importable_here
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,21 +82,20 @@ def read_matrix(
 
 def _parse(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MatrixError(f"{file} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(read_bytes(file).decode("utf-8"))
+    except OSError as error:
+        raise MatrixError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8, and numbers and dates that do not exist
         raise MatrixError(f"{file} is not TOML: {error}") from error
 
 
 def _import(modules: object) -> list[str]:
     """Import what the file names; return the mistakes."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     mistakes = []
     for name in modules if isinstance(modules, list) else []:
         try:
-            importlib.import_module(str(name))
+            with importable_here():
+                importlib.import_module(str(name))
         except Exception as error:  # a module of the user's own may raise anything
             mistakes.append(f"imports: {name!r} cannot be imported: {type(error).__name__}: {error}")
     return mistakes

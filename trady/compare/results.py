@@ -10,8 +10,17 @@ from typing import Any
 from trady.compare.cells import Job
 from trady.compare.execute import Workplace
 from trady.compare.rows import Row, make_row
+from trady.errors import StateError
 from trady.records.files import write_lines, write_whole
+from trady.records.versioned import Format
 
+RESULTS = Format(
+    None,
+    "table of results",
+    StateError,
+    "move it away: it is made again from the cells that are still there",
+    version=None,
+)
 LINES = "results.jsonl"
 TABLE = "results.parquet"
 #: Rows of cells that are done and not in the matrix of the last call; another matrix may need them again.
@@ -29,12 +38,12 @@ def collect(jobs: Sequence[Job], place: Workplace) -> list[Row]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file such as ``results.jsonl``; none where there is no such file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [Row.from_json(json.loads(line)) for line in lines]
+    """Return the rows of a file such as ``results.jsonl``; none where there is no such file.
+
+    Raises:
+        StateError: It is damaged.
+    """
+    return RESULTS.read_lines(Row, path) if path.exists() else []
 
 
 def done_digests(out: Path) -> set[str]:

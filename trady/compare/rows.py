@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trady.compare.cell_folder import CellFolder, Status
+from trady.records.schema import Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,6 @@ class Row:
         """Return the row as plain values."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Row:
-        """Read what :meth:`to_json` wrote; fields that are not known are left out."""
-        known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
     @property
     def done(self) -> bool:
         """Whether it has an accuracy."""
@@ -109,26 +104,72 @@ def make_row(folder: CellFolder) -> Row:
         settings=dict(cell.settings),
     )
     if status is Status.DONE:
-        return Row.from_json({**row.to_json(), **_figures(folder)})
+        return replace(row, **_figures(folder))
     if status in (Status.FAILED, Status.INFEASIBLE):
-        error = folder.read(folder.error) or {}
-        return Row.from_json({**row.to_json(), "message": error.get("message")})
+        return replace(row, message=folder.failure().message)
     return row
 
 
+@dataclass(frozen=True)
+class _SettingsRecord:
+    """Of the settings in ``result.json``."""
+
+    batch_size: Positive
+
+
+@dataclass(frozen=True)
+class _ResultRecord:
+    """Of ``result.json``, what a row shows."""
+
+    accuracy: float
+    best_accuracy: float
+    train_loss: float
+    epochs: Positive
+    steps: Natural
+    seconds: float
+    peak_bytes: Natural
+    saved_bytes: Natural
+    trainable_parameters: Natural
+    settings: _SettingsRecord
+
+
+@dataclass(frozen=True)
+class _PlanRecord:
+    """Of ``plan.json``, what a row shows; one of the head alone has little of it."""
+
+    weight_sparsity: float | None = None
+    activation_sparsity: float | None = None
+    flops_reduction: float | None = None
+    ranking: str | None = None
+    pool: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _MachineRecord:
+    """Of ``cell.json``, what the cell ran on."""
+
+    device: str | None = None
+    threads: int | None = None
+    torch: str | None = None
+    trady: str | None = None
+
+
+@dataclass(frozen=True)
+class _CellRecord:
+    """Of ``cell.json``."""
+
+    machine: _MachineRecord = _MachineRecord()
+
+
 def _figures(folder: CellFolder) -> dict[str, Any]:
-    result = folder.read(folder.run.result) or {}
-    plan = folder.read(folder.run.plan) or {}
-    machine = (folder.read(folder.identity) or {}).get("machine", {})
-    history = folder.run.history(result["epochs"] - 1)
-    batch_size = result["settings"]["batch_size"]
-    named = ("accuracy", "best_accuracy", "train_loss", "epochs", "steps", "seconds", "peak_bytes", "saved_bytes")
-    planned = ("weight_sparsity", "activation_sparsity", "flops_reduction", "ranking")
+    result, plan = folder.load(_ResultRecord, folder.run.result), folder.load(_PlanRecord, folder.run.plan)
+    machine = folder.load(_CellRecord, folder.identity).machine
+    history = folder.run.history(result.epochs - 1)
     return {
-        **{name: result[name] for name in (*named, "trainable_parameters")},
-        **{name: plan.get(name) for name in planned},
-        **{name: machine.get(name) for name in ("device", "threads", "torch", "trady")},
-        "pool_layers": len(plan["pool"]) if "pool" in plan else None,
+        **{name: value for name, value in vars(result).items() if name != "settings"},
+        **{name: value for name, value in vars(plan).items() if name != "pool"},
+        **vars(machine),
+        "pool_layers": None if plan.pool is None else len(plan.pool),
         "evaluation_loss": history[-1].evaluation_loss,
-        "step_seconds": statistics.median(batch_size / epoch.samples_per_second for epoch in history),
+        "step_seconds": statistics.median(result.settings.batch_size / epoch.samples_per_second for epoch in history),
     }

@@ -22,6 +22,7 @@ from trady.compare.results import collect, done_digests, write_rows
 from trady.compare.rows import Row
 from trady.compare.summary import Summary, summarize
 from trady.errors import MatrixError
+from trady.records.translated import file_errors
 
 EngineName = Literal["local", "ray"]
 
@@ -43,6 +44,7 @@ class Table:
     out: Path
 
 
+@file_errors()
 def compare(
     matrix: str | Path,
     out: str | Path,
@@ -80,6 +82,7 @@ def compare(
 
     Raises:
         MatrixError: The file has mistakes, or there are too few GPUs.
+        FileError: The folder cannot be written; ResourceError where the disk is full or memory ran out.
         StateError: Ray is asked for and not installed.
     """
     if workers is not None and workers < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from trady.compare import tables
@@ -26,9 +27,9 @@ def view(summary: Summary) -> RenderableType:
 
 
 def _table(values: Values) -> Table:
-    table = Table(caption=values.caption, caption_justify="left")
+    table = Table(caption=escape(values.caption), caption_justify="left")
     for index, name in enumerate(values.header):
-        table.add_column(name, justify="left" if index == 0 or name == "why" else "right", overflow="fold")
+        table.add_column(escape(name), justify="left" if index == 0 or name == "why" else "right", overflow="fold")
     for row in values.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

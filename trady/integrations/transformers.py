@@ -247,6 +247,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
                 f"{folder} holds no state of trady's ({FOLDER}/): it was not written by a Trainer with a budget"
             )
         checkpoint = load_checkpoint(folder / FOLDER)
+        if "tuner" not in checkpoint.states:
+            raise CheckpointError(f"{folder / FOLDER} is of no Trainer; name another one, or start again")
         state = checkpoint.states["tuner"]
         self._armed().load_state_dict({"tensors": dict(state.tensors), "meta": dict(state.meta)})
         return checkpoint.epoch

@@ -7,11 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from trady.errors import TradyError
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
 from trady.records.files import write_json
+from trady.records.translated import file_errors
 from trady.records.versioned import Format
 from trady.report.units import format_bytes
 
@@ -96,7 +98,7 @@ class Ledger:
         Args:
             rows: How many of the largest savers to show.
         """
-        return Group(self._peaks(), self._savers(rows), *self.remarks)
+        return Group(self._peaks(), self._savers(rows), *map(escape, self.remarks))
 
     def __rich__(self) -> RenderableType:
         return self.table()
@@ -124,18 +126,13 @@ class Ledger:
         Raises:
             TradyError: If the data are not a ledger's.
         """
-        checked = _FORMAT.check(data)
-        with _FORMAT.reading():
-            values = {field.name: checked[field.name] for field in fields(cls)}
-            values["saved"] = tuple(Saved(**saved) for saved in values["saved"])
-            values["remarks"] = tuple(values["remarks"])
-            return cls(**values)
+        return _FORMAT.read(cls, data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced completely or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.to_json())
+        with file_errors():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
@@ -151,7 +148,7 @@ class Ledger:
         table.add_column("", justify="right")
         for part, amount in self.parts.items():
             if amount:
-                table.add_row(part, format_bytes(amount))
+                table.add_row(escape(part), format_bytes(amount))
         table.add_section()
         table.add_row("peak", format_bytes(self.peak_bytes), style="bold")
         if self.inference_peak_bytes:
@@ -176,7 +173,7 @@ class Ledger:
         table.add_column("bytes", justify="right")
         for saved in self.saved[:rows]:
             size = format_bytes(saved.bytes)
-            table.add_row(saved.layer, saved.operation, saved.kind, str(saved.tensors), size)
+            table.add_row(*map(escape, (saved.layer, saved.operation, saved.kind)), str(saved.tensors), size)
         if rest := self.saved[rows:]:
             tensors, remaining = sum(entry.tensors for entry in rest), sum(entry.bytes for entry in rest)
             table.add_row(f"({len(rest)} more)", "", "", str(tensors), format_bytes(remaining))

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from trady.channels.cost import Cost, Sparsity
 from trady.channels.selection import Selection
-from trady.channels.table import ChannelTable, FrozenLayer, Layer
-from trady.errors import CheckpointError
+from trady.channels.table import ChannelTable
 from trady.memory.recorder import PARTS
 from trady.planning.budget import Budget
+from trady.planning.plan_record import FORMAT, PlanRecord
 from trady.records.files import write_json
-from trady.records.versioned import Format
 from trady.report.units import BAR_WIDTH, format_bytes, format_count, format_fine_percent, format_percent
-
-FORMAT = Format("trady-plan", "plan", CheckpointError, "make one with trady.plan(...).save(path)")
 
 
 @dataclass(frozen=True)
@@ -139,42 +137,17 @@ class Plan:
         """
         from trady.planning.budget import parse_budget
 
-        data = FORMAT.check(data)
+        record = FORMAT.read(PlanRecord, data)
         with FORMAT.reading():
-            table = ChannelTable(
-                layers=tuple(Layer(**_tuples(layer)) for layer in data["layers"]),
-                frozen=tuple(FrozenLayer(**frozen) for frozen in data["frozen"]),
-                batch=data["batch"],
-                element_bytes=data["element_bytes"],
-                weight_element_bytes=data["weight_element_bytes"],
-                parameters=data["parameters"],
-            )
+            table = record.table
+            stored = {f.name for f in fields(PlanRecord)} & {f.name for f in fields(cls)}
             return cls(
-                model=data["model"],
-                budget=None if data["budget"] is None else parse_budget(data["budget"]),
-                policy=data["policy"],
-                seed=data["seed"],
-                table=table,
-                pool=tuple(data["pool"]),
-                ranking=data["ranking"],
-                head=tuple(data["head"]),
-                head_parameters=data["head_parameters"],
-                selection=Selection.from_json(data["selection"]),
-                cost=Cost(**data["cost"]),
-                predicted_peak_bytes=data["predicted_peak_bytes"],
-                least_peak_bytes=data["least_peak_bytes"],
-                recomputed=tuple(data.get("recomputed", ())),
-                recomputable=data.get("recomputable", 0),
-                recomputed_share=data.get("recomputed_share", 0.0),
-                fidelity=data.get("fidelity", "exact"),
-                sparsity=Sparsity(**data["sparsity"]) if "sparsity" in data else None,
-                predicted_parts=dict(data.get("predicted_parts", {})),
-                micro_batch=data.get("micro_batch"),
-                measured_on=data.get("measured_on", ""),
-                needs=tuple(data.get("needs", ())),
-                needs_each_epoch=data.get("needs_each_epoch", False),
-                observed=data.get("observed", True),
-                held=tuple(data.get("held", ())),
+                **{
+                    **{name: getattr(record, name) for name in stored},
+                    "budget": None if record.budget is None else parse_budget(record.budget),
+                    "table": table,
+                    "selection": record.drawn(table),
+                }
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -207,13 +180,6 @@ def _rendered(*parts: Any) -> str:
     return capture.get()
 
 
-def _tuples(layer: dict[str, Any]) -> dict[str, Any]:
-    def freeze(value: Any) -> Any:
-        return tuple(map(freeze, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-    return {name: freeze(value) for name, value in layer.items()}
-
-
 #: The number of layers shown one by one.
 ROWS = 24
 
@@ -238,14 +204,14 @@ def view(plan: Plan, *, least_budget_bytes: int | None = None, rows: int | None 
 def _choice(plan: Plan, least_budget_bytes: int | None) -> Table:
     limit = plan.budget if plan.budget is not None else "no budget"
     table = Table(
-        title=f"{plan.model}: {plan.policy} in {limit}, {plan.table.batch} samples at a time",
+        title=escape(f"{plan.model}: {plan.policy} in {limit}, {plan.table.batch} samples at a time"),
         title_justify="left",
         show_header=False,
     )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _facts(plan, least_budget_bytes):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -319,13 +285,13 @@ def _recomputation(plan: Plan) -> Iterable[tuple[str, str]]:
 
 
 def _peak(plan: Plan) -> Table:
-    peak = sum(plan.predicted_parts.values())
+    peak = max(1, sum(plan.predicted_parts.values()))
     table = Table(title="Predicted peak of a step", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     for part, amount in _in_order(plan.predicted_parts):
-        table.add_row(part, format_bytes(amount), "█" * round(BAR_WIDTH * amount / peak))
+        table.add_row(escape(part), format_bytes(amount), "█" * round(BAR_WIDTH * amount / peak))
     table.add_section()
     table.add_row("peak", format_bytes(peak), "")
     return table
@@ -349,8 +315,8 @@ def _layers(plan: Plan, rows: int | None) -> Table:
         drawn = len(plan.selection.channels.get(layer.name, ()))
         saved = drawn * layer.activation_elements * plan.table.batch * plan.table.element_bytes
         table.add_row(
-            layer.name,
-            layer.kind if layer.groups == 1 else f"{layer.kind}, {layer.groups} groups",
+            escape(layer.name),
+            escape(layer.kind if layer.groups == 1 else f"{layer.kind}, {layer.groups} groups"),
             "yes" if layer.name in pool else "",
             f"{layer.channels}",
             f"{drawn}" if drawn else "",
@@ -359,5 +325,5 @@ def _layers(plan: Plan, rows: int | None) -> Table:
             format_bytes(saved) if drawn else "",
         )
     for name in plan.head:
-        table.add_row(name, "head", "", "", "all", "", "", "")
+        table.add_row(escape(name), "head", "", "", "all", "", "", "")
     return table

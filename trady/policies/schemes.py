@@ -11,6 +11,7 @@ from typing import Any
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import PolicyError
 from trady.records.files import write_json
+from trady.records.schema import Natural
 from trady.records.versioned import Format
 
 FORMAT = Format("trady-scheme", "scheme", PolicyError, "search one with trady search")
@@ -90,9 +91,8 @@ class Scheme:
         """
         if not isinstance(data, Mapping) or not {"layer_indices", "channel_ratios"} <= set(data):
             raise PolicyError("this is no scheme: it lacks layer_indices and channel_ratios; trady search writes one")
-        FORMAT.check({**FORMAT.header(), **data})  # published schemes have no header
-        with FORMAT.reading():
-            return cls(tuple(data["layer_indices"]), tuple(data["channel_ratios"]), int(data.get("layer_count", 0)))
+        record = FORMAT.read(_Record, {**FORMAT.header(), **data})  # published schemes have no header
+        return cls(record.layer_indices, record.channel_ratios, record.layer_count)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; one of that name is replaced completely or not at all."""
@@ -107,6 +107,15 @@ class Scheme:
 
         """
         return FORMAT.load(path, cls.from_json)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The entries of a scheme's file, under the names that MCUNetV3 gives them."""
+
+    layer_indices: tuple[int, ...]
+    channel_ratios: tuple[float, ...]
+    layer_count: Natural = 0
 
 
 def scheme_layers(table: ChannelTable) -> list[Layer]:

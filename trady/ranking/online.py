@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -14,12 +15,31 @@ from trady.errors import RankingError
 from trady.ranking.ranking import SCORE, LayerRanking, listed, same_layers, structure_digest
 from trady.ranking.scores import Floats, Metric, spearman, top_layers
 from trady.ranking.structural import structural_ranking
+from trady.records.schema import Natural
 from trady.records.versioned import Format
 
 #: What was learnt so far, as JSON.
 FORMAT = Format(
     "trady-online-ranking", "online ranking", RankingError, "start it again with an empty one", version=2, changed=SCORE
 )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What an online ranking is gone on with from: its options, and what it has added up."""
+
+    layers: tuple[str, ...]
+    drawable: tuple[str, ...]
+    metric: Metric
+    min_observations: int
+    share: float
+    agreement: float
+    window: int
+    sums: tuple[float, ...]
+    counts: tuple[Natural, ...]
+    history: tuple[tuple[float, ...], ...]
+    batches: Natural
+    ignored: Natural
 
 
 class OnlineRanking:
@@ -189,25 +209,24 @@ class OnlineRanking:
         Raises:
             RankingError: When it is something else, of another version, model, or damaged.
         """
-        checked = FORMAT.check(data)
+        record = FORMAT.read(_Record, data)
         with FORMAT.reading():
-            if checked["layers"] != list(table.names):
-                same_layers(checked["layers"], table.names, "the online ranking")
+            if record.layers != table.names:
+                same_layers(record.layers, table.names, "the online ranking")
                 raise RankingError("the online ranking has the model's layers in another order")
             ranking = cls(
                 table,
-                drawable=checked["drawable"],
-                metric=checked["metric"],
-                min_observations=checked["min_observations"],
-                share=checked["share"],
-                agreement=checked["agreement"],
-                window=checked["window"],
+                drawable=record.drawable,
+                metric=record.metric,
+                min_observations=record.min_observations,
+                share=record.share,
+                agreement=record.agreement,
+                window=record.window,
             )
-            ranking._sums = _state(checked["sums"], len(table))
-            ranking._counts = _state(checked["counts"], len(table)).astype(np.int64)
-            ranking._history.extend(_state(scores, len(table)) for scores in checked["history"])
-            ranking._batches = int(checked["batches"])
-            ranking._ignored = int(checked["ignored"])
+            ranking._sums = _state(record.sums, len(table))
+            ranking._counts = _state(record.counts, len(table)).astype(np.int64)
+            ranking._history.extend(_state(scores, len(table)) for scores in record.history)
+            ranking._batches, ranking._ignored = record.batches, record.ignored
         return ranking
 
     @property
@@ -243,6 +262,6 @@ class OnlineRanking:
 
 def _state(values: object, size: int) -> Floats:
     array = np.asarray(values, dtype=np.float64)
-    if array.shape != (size,) or not np.isfinite(array).all() or (array < 0).any():
-        raise RankingError(f"the online ranking is damaged: it needs {size} finite numbers, one a layer")
+    if array.shape != (size,) or (array < 0).any():
+        raise RankingError(f"the online ranking is damaged: it needs {size} numbers from 0, one a layer")
     return array

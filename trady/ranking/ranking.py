@@ -34,6 +34,21 @@ FORMAT = Format(
 )
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The entries of a ranking's file, all of them; :class:`LayerRanking` explains them."""
+
+    scores: Mapping[str, float]
+    metric: Metric
+    source: Source
+    structure: str
+    channels: Mapping[str, tuple[float, ...]]
+    batches: int
+    elements: Mapping[str, int]
+    measured_on: str
+    norm: Norm
+
+
 def structure_digest(table: ChannelTable) -> str:
     """Sixteen hexadecimal digits of the layers' kinds, weight shapes and groups, in order of execution.
 
@@ -203,30 +218,18 @@ class LayerRanking:
         Raises:
             RankingError: When it is something else, of another version, or damaged.
         """
-        checked = FORMAT.check(data)
+        record = FORMAT.read(_Record, data)
         with FORMAT.reading():
-            return cls(
-                scores=checked["scores"],
-                metric=checked["metric"],
-                source=checked["source"],
-                structure=checked["structure"],
-                channels={name: tuple(values) for name, values in checked["channels"].items()},
-                batches=checked["batches"],
-                elements=checked["elements"],
-                measured_on=checked["measured_on"],
-                norm=checked["norm"],
-            )
+            return cls(**vars(record))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; a file of that name is replaced completely or not at all.
 
         Raises:
-            RankingError: When the file cannot be written.
+            FileError: When the file cannot be written.
+            ResourceError: When the disk is full.
         """
-        try:
-            write_json(Path(path), self.to_json())
-        except OSError as error:
-            raise RankingError(f"cannot write the ranking to {path}: {error.strerror or error}") from error
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerRanking:

@@ -5,23 +5,41 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from trady.errors import FileError, TradyError
+from trady.records.reading import other_kind
+from trady.records.translated import at, in_our_words
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``."""
+    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
+
+    Raises:
+        ResourceError: The disk is full; the file is as it was before.
+        FileError: It cannot be written there, or a folder, a device or a pipe is there, which would be replaced.
+    """
+    if path.exists() and (kind := other_kind(path.stat().st_mode)) is not None:
+        raise FileError(f"{path}: {kind}; nothing was written: name a file")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         write(temporary)
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
+    except TradyError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise (in_our_words(at(error, path)) or error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,8 @@
-"""JSON with a format and a version: the header that is written, and how anything else is refused.
+"""What is written with a format and a version, and how anything else is refused: the one way in which files are read.
 
 A record starts with ``{"format": NAME, "version": N}``. Whatever reads it says the same of the same mistake: another
-format, another version, a missing entry, a wrong value, a file that cannot be read. The class of the error is the
-record's own.
+format, another version, a missing entry, a value of another type (:mod:`trady.records.schema`), a file that cannot be
+read. The class of the error is the record's own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from trady.errors import TradyError
+from trady.errors import ResourceError, TradyError
+from trady.records import schema
+from trady.records.reading import check_regular, read_bytes
+from trady.records.translated import in_our_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -30,7 +35,7 @@ class Format:
         error: Raised for a record that cannot be read.
         remedy: What to do about one that is damaged, or of another version.
         elsewhere: What to do about something else in its place; the same when left out.
-        version: The version that is written and read; ``None`` where the name says it.
+        version: The version that is written and read; ``None`` where the name says it; without a name there is none.
         changed: What is another since the version before, for those who have a record of that.
     """
 
@@ -47,6 +52,20 @@ class Format:
         version = {} if self.version is None else {"version": self.version}
         return {"format": self.name, **version}
 
+    def read(self, kind: type[T], data: object) -> T:
+        """Return a record as an object of a type, if its header is this format's.
+
+        Args:
+            kind: A dataclass; its fields are the entries, with their types (:func:`trady.records.schema.read`).
+            data: JSON values.
+
+        Raises:
+            TradyError: Of class ``error``: it is something else, of another version, or an entry is missing or wrong.
+        """
+        checked = self.check(data)
+        with self.reading():
+            return schema.read(kind, checked)
+
     def check(self, data: object) -> Mapping[str, Any]:
         """Return the record, if its header is this format's.
 
@@ -55,13 +74,15 @@ class Format:
         """
         given = data.get("format") if isinstance(data, Mapping) else type(data).__name__
         if not isinstance(data, Mapping) or given != self.name:
-            expected = f"its format is {given!r}, not {self.name!r}" if self.name else f"it is a {given}"
+            its = f"its format is {schema.shown(given)}" if isinstance(data, Mapping) else f"it is a {given}"
+            expected = f"{its}, not {self.name!r}" if self.name else its
             raise self.error(f"this is no {self.noun} ({expected}); {self.elsewhere or self.remedy}")
-        if self.version is not None and data.get("version") != self.version:
+        if None not in (self.name, self.version) and data.get("version") != self.version:
             reason = f" ({self.changed})" if self.changed else ""
+            found = schema.shown(data.get("version"))
             raise self.error(
-                f"the {self.noun} is of version {data.get('version')!r}, this trady reads version {self.version}"
-                f"{reason}: use the trady that wrote it, or {self.remedy}"
+                f"the {self.noun} is of version {found}, this trady reads version {self.version}{reason}: "
+                f"use the trady that wrote it, or {self.remedy}"
             )
         return data
 
@@ -70,11 +91,13 @@ class Format:
         """Turn what goes wrong while entries are read into an error of class ``error``."""
         try:
             yield
-        except self.error:
+        except (self.error, MemoryError):
             raise
+        except schema.MismatchError as error:
+            raise self.error(f"the {self.noun} is damaged: {error}; {self.remedy}") from error
         except KeyError as error:
             raise self.error(f"the {self.noun} is damaged: it lacks {error}; {self.remedy}") from error
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise self.error(f"the {self.noun} is damaged ({reason}); {self.remedy}") from error
 
@@ -84,10 +107,63 @@ class Format:
         Raises:
             TradyError: Of class ``error``: it cannot be read, or is cut short.
         """
+        with self._opening(path):
+            return json.loads(read_bytes(path).decode("utf-8"))
+
+    def read_lines(self, kind: type[T], path: str | os.PathLike[str], *, until_damage: bool = False) -> list[T]:
+        """Return the records of a file with one in each line.
+
+        Args:
+            kind: As in :meth:`read`.
+            path: The file.
+            until_damage: Stop at the first line that cannot be read, which a kill may have cut short.
+
+        Raises:
+            TradyError: Of class ``error``: the file cannot be read, or a line is damaged.
+        """
+        with self._opening(path):
+            lines = read_bytes(path).split(b"\n")
+        found: list[T] = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                with self.named(f"{os.fspath(path)}, line {number}"), self._opening("it"):
+                    found.append(self.read(kind, json.loads(line.decode("utf-8"))))
+            except self.error:
+                if until_damage:
+                    break
+                raise
+        return found
+
+    def read_tensors(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """Return the tensors of a safetensors file.
+
+        Raises:
+            TradyError: Of class ``error``: it cannot be read, or is cut short.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        with self._opening(path):
+            check_regular(path)
+            try:
+                return load_file(path)
+            except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+                raise ValueError(error) from error
+
+    @contextmanager
+    def _opening(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Turn what goes wrong while a file is opened and decoded into an error of class ``error``."""
         try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise self.error(f"cannot read the {self.noun} {path}: {error.strerror or error}; {self.remedy}") from error
+            yield
+        except TradyError:
+            raise
+        except (MemoryError, OSError) as error:
+            if isinstance(lack := in_our_words(error), ResourceError):
+                raise lack from error
+            said = getattr(error, "strerror", None) or error
+            raise self.error(f"cannot read the {self.noun} {path}: {said}; {self.remedy}") from error
         except (ValueError, RecursionError) as error:
             raise self.error(f"{path} is no {self.noun}, or is cut short ({error}); {self.remedy}") from error
 

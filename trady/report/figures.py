@@ -19,6 +19,7 @@ STYLE: Any = {  # matplotlib's type for it is the list of all its keys
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "svg.hashsalt": "trady",  # the same numbers give the same file
+    "text.parse_math": False,  # names may hold dollars
 }
 
 #: Distinguishable without colour vision too ("muted" of Tol, Colour Schemes, SRON 2021), the strongest first.
@@ -30,6 +31,11 @@ GREY = "#8a949b"
 #: Dashed lines are reserved for limits and references.
 LINES = ("-", ":", "-.")
 MARKERS = "osDv^<>PX*"
+
+
+def label(name: str) -> str:
+    """Return a name for a legend, which would leave out one that begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _SPECIAL = re.compile("|".join(re.escape(character) for character in _LATEX))
 
 def markdown(table: Table) -> str:
     """Return a pipe table, its columns padded so that it reads as text too, with the caption above."""
-    rows = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in (table.header, *table.rows)]
+    rows = [[_plain(text) for text in row] for row in (table.header, *table.rows)]
     widths = [max(3, *(len(text) for text in column)) for column in zip(*rows, strict=True)]
 
     def line(row: list[str]) -> str:
@@ -41,6 +41,11 @@ def markdown(table: Table) -> str:
     lines = [line(rows[0]), f"|{rule}|", *(line(row) for row in rows[1:])]
     caption = f"{table.caption}\n\n" if table.caption else ""
     return caption + "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Keep a name from ending a cell or beginning an HTML element."""
+    return re.sub(r"<(?=[A-Za-z!/?])", r"\\<", text.replace("|", "\\|").replace("\n", " "))
 
 
 def latex(table: Table) -> str:

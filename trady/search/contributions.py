@@ -33,7 +33,7 @@ Told = Callable[[str, float | None, int, int], None]
 
 HEAD_ALONE = "head"
 
-_FORMAT = Format(None, "analysis of trady search", CheckpointError, "remove it, and search again", version=None)
+_FORMAT = Format(None, "analysis of trady search", CheckpointError, "remove it, and search again")
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,17 @@ def _key(place: int, ratio: float) -> str:
     return f"{place}@{ratio:g}"
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The entries of the file."""
+
+    accuracies: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+
 def _from_json(data: Any) -> Contributions:
-    with _FORMAT.reading():
-        accuracies = {str(key): float(value) for key, value in _FORMAT.check(data)["accuracies"].items()}
-        return Contributions(accuracies, dict(data["settings"]))
+    record = _FORMAT.read(_Record, data)
+    return Contributions(record.accuracies, record.settings)
 
 
 def _read(file: Path | None, settings: Mapping[str, Any]) -> Contributions:

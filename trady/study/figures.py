@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trady.errors import TrainingError
-from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg, looks
+from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg, label, looks
 from trady.study.heavy_tails import TOP_SHARES
 from trady.study.stability import POOL_SHARE
 from trady.study.statistics import Statistics
@@ -65,12 +65,14 @@ def tail_curves(found: Statistics) -> Figure:
     figure, (axis,) = _panels(1, 3.4)
     longest: Sequence[float] = ()
     for look, curve in zip(looks(), found.heavy_tails.curves, strict=False):
-        axis.loglog(curve.medians, curve.exceeding, look.line, color=look.color, label=curve.dataset)
+        axis.loglog(curve.medians, curve.exceeding, look.line, color=look.color, label=label(curve.dataset))
         longest = max(longest, curve.exceeding, key=len)
     normal = NormalDist()
     # The first share is 1, and no value is exceeded by all.
     gaussian = [normal.inv_cdf(1 - share / 2) / normal.inv_cdf(0.75) for share in longest[1:]]
     axis.loglog(gaussian, longest[1:], color=GREY, linestyle="--", label="Gaussian")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")  # powers of ten would be set as mathematics
     axis.set(xlabel="|noise| over its median", ylabel="share of values beyond", xlim=(0.5, None))
     axis.legend()
     return figure
@@ -126,7 +128,7 @@ def cumulated_rgn(found: Statistics) -> Figure:
     for look, (dataset, curve) in zip(looks(), found.stability.curves.items(), strict=False):
         k = next(at for at, share in enumerate(curve, start=1) if share >= POOL_SHARE - 1e-12)
         axis.plot(range(1, len(curve) + 1), [100 * share for share in curve], look.line, color=look.color,
-                  label=f"{dataset}: K = {k}")  # fmt: skip
+                  label=label(f"{dataset}: K = {k}"))  # fmt: skip
         axis.plot([k], [100 * curve[k - 1]], look.marker, color=look.color)
     axis.axhline(100 * POOL_SHARE, color=GREY, linestyle="--", linewidth=1)
     axis.set(xlabel="layers, by falling RGN", ylabel="% of cumulated layer RGN", ylim=(0, 102))
@@ -160,12 +162,12 @@ def kept_gradient(found: Statistics) -> Figure:
     for axis, dataset in zip(axes, datasets, strict=True):
         points = [point for point in found.kept if point.dataset == dataset]
         x = [100 * point.share for point in points]
-        for color, (name, label) in zip(
+        for color, (name, title) in zip(
             (*COLORS[:2], GREY),
             (("rgn", "highest RGN"), ("norm", "highest norm"), ("random", "at random")),
             strict=True,
         ):
-            axis.plot(x, [100 * getattr(point, name) for point in points], "o-", markersize=3, color=color, label=label)
+            axis.plot(x, [100 * getattr(point, name) for point in points], "o-", markersize=3, color=color, label=title)
         axis.set_xscale("log")
         ticks = [0.3, 1, 3, 10, 30, 100]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -182,9 +184,9 @@ def online_ranking(found: Statistics) -> Figure:
     for look, elements in zip(looks(), dict.fromkeys(point.elements for point in found.online), strict=False):
         points = [point for point in found.online if point.elements == elements]
         x = [point.draws for point in points]
-        label = f"{elements:,} elements".replace(",", " ")
+        title = f"{elements:,} elements".replace(",", " ")
         line, color = f"{look.marker}-", look.color
-        agreement.plot(x, [point.spearman for point in points], line, markersize=3.5, color=color, label=label)
+        agreement.plot(x, [point.spearman for point in points], line, markersize=3.5, color=color, label=title)
         agreement.plot(x, [point.spearman_same_steps for point in points], ":", linewidth=1.2, color=color)
         overlap.plot(x, [point.overlap for point in points], line, markersize=3.5, color=color)
     k = found.online[0].k_offline

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
+from trady.records import schema
 from trady.records.files import write_json
+from trady.records.schema import Positive
 from trady.study.settings import FORMAT, StudySettings
 
 
@@ -133,7 +134,10 @@ class StudyFolder:
         """
         data = _read(self.table, self.path)
         with FORMAT.named(self.table), FORMAT.reading():
-            return ChannelTable(tuple(_layer(layer) for layer in data["layers"]), batch=int(data["batch"]))
+            table = schema.read(_TableRecord, data)
+            layers = ChannelTable(table.layers, batch=table.batch)
+            layers.check_sizes()
+            return layers
 
     def units(self, epochs: int) -> tuple[Unit, ...]:
         """Return the epochs of the runs that are finished, in order.
@@ -144,15 +148,17 @@ class StudyFolder:
         runs: list[tuple[str, int]] = []
         for result in sorted((self.path / "runs").glob("*/result.json")):
             dataset, _, seed = result.parent.name.rpartition("-seed")
+            if not seed.lstrip("-").isdecimal():
+                raise StateError(f"{result.parent} is no run of this study; move it away")
             runs.append((dataset, int(seed)))
-        units = tuple(Unit(dataset, seed, epoch) for dataset, seed in sorted(runs) for epoch in range(epochs))
-        if not units:
+        if not runs:
             raise StateError(f"no run of the study in {self.path} is finished; go on with trady study MODEL DATASET …")
-        if missing := [unit for unit in units if not self.has(unit)]:
-            raise StateError(
-                f"{self.path} lacks the records of {missing[0]}; remove that run's folder and run it again"
-            )
-        return units
+        units = []
+        for unit in (Unit(dataset, seed, epoch) for dataset, seed in sorted(runs) for epoch in range(epochs)):
+            if not self.has(unit):
+                raise StateError(f"{self.path} lacks the records of {unit}; remove that run's folder and run it again")
+            units.append(unit)
+        return tuple(units)
 
 
 def table_to_json(table: ChannelTable) -> dict[str, Any]:
@@ -160,18 +166,12 @@ def table_to_json(table: ChannelTable) -> dict[str, Any]:
     return {"layers": [asdict(layer) for layer in table], "batch": table.batch}
 
 
-def _layer(values: dict[str, Any]) -> Layer:
-    def shapes(given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(shape) for shape in given)
+@dataclass(frozen=True)
+class _TableRecord:
+    """What ``layers.json`` holds."""
 
-    return Layer(
-        **{
-            **values,
-            "weight_shape": tuple(values["weight_shape"]),
-            "input_shapes": shapes(values["input_shapes"]),
-            "output_shapes": shapes(values["output_shapes"]),
-        }
-    )
+    layers: tuple[Layer, ...]
+    batch: Positive
 
 
 def _read(path: Path, study: Path) -> Any:

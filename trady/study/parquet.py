@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 
 from trady.errors import StateError
 from trady.records.files import write_whole
+from trady.records.reading import check_regular
 from trady.study.estimate import Estimate
 from trady.study.folder import Unit
 from trady.study.noise import LayerNoise
 from trady.study.power_laws import Comparison, PowerLaw
 from trady.study.recorder import EpochRecord
+from trady.study.settings import FORMAT
 
 _ESTIMATE = pa.struct([("value", pa.float64()), ("low", pa.float64()), ("high", pa.float64()), ("samples", pa.int64())])
 _COMPARISON = pa.struct([("ratio", pa.float64()), ("p", pa.float64())])
@@ -85,12 +87,18 @@ def read_norms(path: Path) -> tuple[tuple[int, ...], Norms]:
     Raises:
         StateError: The file is damaged.
     """
-    table = _read(path, b"trady-study-norms-1")
+    table = _read(path, _NORMS)
     steps = tuple(dict.fromkeys(table["step"].to_pylist()))
     norms: dict[str, list[npt.NDArray[np.float32]]] = {}
-    for layer, values in zip(table["layer"].to_pylist(), table["squared_norms"], strict=True):
-        norms.setdefault(layer, []).append(values.values.to_numpy(zero_copy_only=False))
-    return steps, {layer: np.stack(values) for layer, values in norms.items()}
+    with FORMAT.named(path), FORMAT.reading():
+        for layer, values in zip(table["layer"].to_pylist(), table["squared_norms"], strict=True):
+            if values.values is None or values.values.null_count:
+                raise ValueError(f"norms of layer {layer!r} are missing")
+            norms.setdefault(layer, []).append(values.values.to_numpy(zero_copy_only=False))
+        found = {layer: np.stack(values) for layer, values in norms.items()}
+        if not found or {len(values) for values in found.values()} != {len(steps)}:
+            raise ValueError("not every layer has norms of every step")
+    return steps, found
 
 
 def read_noise(path: Path) -> list[LayerNoise]:
@@ -99,7 +107,9 @@ def read_noise(path: Path) -> list[LayerNoise]:
     Raises:
         StateError: The file is damaged.
     """
-    return [_layer_noise(row) for row in _read(path, b"trady-study-noise-1").to_pylist()]
+    rows = _read(path, _NOISE).to_pylist()
+    with FORMAT.named(path), FORMAT.reading():
+        return [_layer_noise(row) for row in rows]
 
 
 def _unit_columns(unit: Unit, count: int) -> dict[str, list[Any]]:
@@ -108,23 +118,42 @@ def _unit_columns(unit: Unit, count: int) -> dict[str, list[Any]]:
 
 def _write(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda place: pq.write_table(table, place, compression="zstd"))
+    write_whole(path, lambda place: pq.write_table(table, place, compression="zstd", write_page_checksum=True))
 
 
-def _read(path: Path, expected: bytes) -> pa.Table:
+def _read(path: Path, expected: pa.Schema) -> pa.Table:
+    again = "remove that run's folder and run it again"
     try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise StateError(f"{path} cannot be read ({error}); remove that run's folder and run it again") from error
-    if (table.schema.metadata or {}).get(b"format") != expected:
+        check_regular(path)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            # Not its metadata, chunk by chunk: where these are damaged, pyarrow ends the process.
+            table = file.read()
+            table.validate(full=True)
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError, pa.ArrowException) as error:
+        # pyarrow says that memory ran out where a damaged file asks for an absurd amount of it.
+        raise StateError(f"{path} cannot be read ({str(error)[:200]}); {again}") from error
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"format") != expected.metadata[b"format"]:
         raise StateError(f"{path} is not what a study of this version of trady writes")
+    if not table.schema.remove_metadata().equals(expected.remove_metadata()):
+        raise StateError(f"{path} has other columns than a study writes; {again}")
     return table
+
+
+def _complete(value: object) -> bool:
+    """Return whether nothing inside of a value is missing."""
+    if isinstance(value, (dict, list)):
+        return all(map(_complete, value.values() if isinstance(value, dict) else value))
+    return value is not None
 
 
 def _layer_noise(row: dict[str, Any]) -> LayerNoise:
     def estimate(values: dict[str, Any] | None) -> Estimate | None:
         return None if values is None else Estimate(**values)
 
+    estimates = ("stable", "gaussian", "hill", "power_law")
+    if not all(_complete(value) for name, value in row.items() if value is not None or name not in estimates):
+        raise ValueError(f"numbers of layer {row['layer']!r} are missing")
     law = row["power_law"]
     if law is not None:
         rivals = {name: Comparison(**law[name]) for name in ("against_lognormal", "against_exponential")}

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from trady.channels.table import ChannelTable
+from trady.errors import StateError
 from trady.ranking.scores import Floats, layer_score
 from trady.study.folder import StudyFolder, Unit
 from trady.study.noise import LayerNoise
@@ -95,11 +96,18 @@ def read_records(folder: StudyFolder) -> Records:
     for dataset, seed in dict.fromkeys((unit.dataset, unit.seed) for unit in units):
         for metrics in RunFolder(folder.run(dataset, seed)).history(settings.epochs - 1):
             accuracy[Unit(dataset, seed, metrics.epoch)] = metrics.accuracy
-    return Records(
-        settings=settings,
-        table=folder.load_table(),
-        units=units,
-        norms={unit: read_norms(folder.norms(unit))[1] for unit in units},
-        noise={unit: read_noise(folder.noise(unit)) for unit in units},
-        accuracy=accuracy,
-    )
+    table = folder.load_table()
+    norms = {unit: read_norms(folder.norms(unit))[1] for unit in units}
+    noise = {unit: read_noise(folder.noise(unit)) for unit in units}
+    for unit in units:
+        there = {name: values.shape[1] for name, values in norms[unit].items()}
+        if there != {layer.name: layer.channels for layer in table}:
+            raise StateError(
+                f"{folder.norms(unit)} has other layers than {folder.table}; remove that run's folder and run it again"
+            )
+        if strangers := [each.layer for each in noise[unit] if each.layer not in table.by_name]:
+            raise StateError(
+                f"{folder.noise(unit)} has {strangers[0]!r}, which {folder.table} has not; "
+                "remove that run's folder and run it again"
+            )
+    return Records(settings=settings, table=table, units=units, norms=norms, noise=noise, accuracy=accuracy)

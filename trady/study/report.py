@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trady.records.files import write_json, write_lines
+from trady.records.translated import file_errors
 from trady.report.page import Figure, Part, Section, Table, Text, page
 from trady.study.estimate import Estimate
 from trady.study.figures import draw_all
@@ -14,6 +15,7 @@ from trady.study.stability import Agreement
 from trady.study.statistics import Statistics
 
 
+@file_errors()
 def write_report(folder: StudyFolder, found: Statistics) -> None:
     """Write the figures, the page and, last, ``study.json``.
 

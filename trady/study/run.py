@@ -18,6 +18,7 @@ from trady.errors import DataError, ModelError, TrainingError
 from trady.planning.budget import parse_budget
 from trady.planning.request import Request
 from trady.policies import get_policy, needs_of
+from trady.records.translated import file_errors
 from trady.study.folder import StudyFolder, Unit
 from trady.study.gradients import GradientSource, PlainGradients, SweptGradients
 from trady.study.parquet import write_noise, write_norms
@@ -56,6 +57,7 @@ class StudyTask:
     model: Callable[[int], nn.Module]
 
 
+@file_errors()
 def record(
     folder: StudyFolder,
     settings: StudySettings,

@@ -56,9 +56,8 @@ class StudySettings:
         Raises:
             StateError: It is something else, or of another version.
         """
-        with FORMAT.named(where), FORMAT.reading():
-            values = FORMAT.check(data)
-            return cls(**{key: value for key, value in values.items() if key not in FORMAT.header()})
+        with FORMAT.named(where):
+            return FORMAT.read(cls, data)
 
     def check_same(self, there: StudySettings, where: str) -> None:
         """Refuse to add runs to a study with other settings.

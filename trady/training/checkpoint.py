@@ -8,18 +8,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records.files import flush, separate
+from trady.records.reading import check_regular
+from trady.records.schema import Natural
 from trady.records.versioned import Format
 from trady.training.state import State
 
@@ -47,6 +49,25 @@ class Checkpoint:
     settings: Mapping[str, Any]
     model: str
     states: Mapping[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _TensorFile:
+    """The digest of the file beside the description."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``checkpoint.json`` holds."""
+
+    epoch: Natural
+    step: Natural
+    settings: Mapping[str, Any]
+    model: str
+    states: Mapping[str, dict[str, Any]]
+    tensors: _TensorFile
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -103,17 +124,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     place = find_checkpoint(folder)
     if place is None:
         raise CheckpointError(f"{folder} does not exist; start the run without --resume")
-    description = FORMAT.load(place / DESCRIPTION, FORMAT.check)
-    tensors = _tensors(place / TENSORS, description)
-    with FORMAT.named(place / DESCRIPTION), FORMAT.reading():
-        states = {name: State(_state(tensors, name), meta) for name, meta in dict(description["states"]).items()}
-        return Checkpoint(
-            int(description["epoch"]),
-            int(description["step"]),
-            dict(description["settings"]),
-            str(description["model"]),
-            states,
-        )
+    record = FORMAT.load(place / DESCRIPTION, partial(FORMAT.read, _Record))
+    tensors = _tensors(place / TENSORS, record.tensors.sha256)
+    states = {name: State(_state(tensors, name), meta) for name, meta in record.states.items()}
+    return Checkpoint(record.epoch, record.step, record.settings, record.model, states)
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
@@ -148,16 +162,14 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    expected = description.get("tensors")
+def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
-        if not isinstance(expected, dict) or _digest(path) != expected.get("sha256"):
+        check_regular(path)
+        if _digest(path) != sha256:
             raise _damaged(path, "it is truncated or changed: its checksum is not the one written with it")
-        return load_file(path)
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
+    return FORMAT.read_tensors(path)
 
 
 def _state(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

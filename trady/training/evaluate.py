@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trady.training.batch import Loss, forward, logits, split_batch
+from trady.training.batch import Loss, batch_errors, forward, logits, readable, split_batch
 from trady.training.data.loaders import Batches
 from trady.training.precision import autocast
 
@@ -21,9 +21,9 @@ def evaluate(
     correct = examples = 0
     total = 0.0
     try:
-        for batch in batches:
+        for batch in readable(batches):
             inputs, labels = split_batch(batch)
-            with autocast(accelerator.device, precision):
+            with batch_errors(inputs, labels), autocast(accelerator.device, precision):
                 output = forward(model, inputs)
                 value = loss(output, labels)
             hits = logits(output).argmax(-1) == labels

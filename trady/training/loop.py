@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
-from trady.training.batch import Loss
+from trady.training.batch import Loss, readable
 from trady.training.checkpoint import (
     Checkpoint,
     check_settings,
@@ -202,7 +202,7 @@ class Loop:
         self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
         sums = _Sums()
         started = time.perf_counter()
-        for step, batch in enumerate(self.batches, start=first):
+        for step, batch in enumerate(readable(self.batches), start=first):
             sums.steps, sums.rate = step + 1, self.schedule.rate(step)
             try:
                 if step - first in self.redraws:

@@ -6,6 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trady.errors import CheckpointError
+from trady.records.versioned import Format
+
+METRICS = Format(None, "metrics of a run", CheckpointError, "start the run again with --overwrite")
+
 
 @dataclass(frozen=True)
 class EpochMetrics:

@@ -66,7 +66,7 @@ class Lines:
         if not self.console.is_terminal:
             return
         if self._bar is None:
-            self._bar = Progress(TextColumn("{task.description}"), console=self.console, transient=True)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), console=self.console, transient=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()
         self._bar.update(self._task, description=f"{self.title} epoch {epoch + 1}/{epochs}: observing, {passes} passes")
@@ -78,7 +78,7 @@ class Lines:
         if not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -108,6 +108,7 @@ class Lines:
             f"{self.accuracy}, {metrics.samples_per_second:.0f} samples/s, "
             f"peak {format_bytes(metrics.peak_bytes)}{self.budget}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 

@@ -19,8 +19,9 @@ from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.records.translated import file_errors
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.training.batch import Loss, cross_entropy, split_batch
+from trady.training.batch import Loss, cross_entropy, readable, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.loaders import Batches, evaluation_batches, training_batches
 from trady.training.data.observed_batches import measured_on
@@ -164,6 +165,8 @@ def finetune(
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         CheckpointError: The checkpoint is damaged, or of another model, version or setting.
         ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
+        ResourceError: Disk or memory ran out; the last checkpoint is kept.
+        FileError: The run folder cannot be written.
         TrainingError: A setting is out of range, or the loss is no longer finite; the last good checkpoint is kept.
     """
     request = Request(
@@ -262,7 +265,7 @@ def run(
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
     folder = None if options.out is None else RunFolder(Path(options.out))
     resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
-    with own_randomness():
+    with file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(
@@ -302,7 +305,7 @@ def _trainer(
         asked = request.micro_batch  # without a budget, "auto" is the full batch
         frozen = frozen_by_hand(model, request.train, request.freeze)
         return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
-    example, labels = split_batch(send_to_device(next(iter(loader)), accelerator.device))
+    example, labels = split_batch(send_to_device(next(readable(loader)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
     return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))

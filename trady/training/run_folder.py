@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from trady.errors import CheckpointError, StateError
 from trady.records.files import flush, write_json, write_lines, write_tensors
 from trady.training.checkpoint import find_checkpoint, remove_leftovers
-from trady.training.metrics import EpochMetrics
+from trady.training.metrics import METRICS, EpochMetrics
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,10 @@ class RunFolder:
 
     def history(self, last_epoch: int) -> list[EpochMetrics]:
         """Return the metrics of the epochs up to ``last_epoch``."""
-        known = {field.name for field in fields(EpochMetrics)}
-        history: list[EpochMetrics] = []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        for line in lines:
-            try:
-                values = json.loads(line)
-                epoch = EpochMetrics(**{key: value for key, value in values.items() if key in known})
-            except (ValueError, TypeError, AttributeError):
-                break  # a kill cut this line short; it is always the last
-            if epoch.epoch <= last_epoch:
-                history.append(epoch)
-        if [epoch.epoch for epoch in history] != list(range(last_epoch + 1)):
+        # A kill may have cut a line short; it is always the last.
+        lines = METRICS.read_lines(EpochMetrics, self.metrics, until_damage=True) if self.metrics.exists() else []
+        history = [epoch for epoch in lines if epoch.epoch <= last_epoch]
+        if len(history) != last_epoch + 1 or any(epoch.epoch != at for at, epoch in enumerate(history)):
             raise CheckpointError(
                 f"{self.metrics} does not have the epochs 0 to {last_epoch} that {self.checkpoint} says are "
                 "done; start the run again with --overwrite"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trady.errors import CheckpointError
+from trady.training.optimizer_record import read_optimizer
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
     Raises:
         CheckpointError: The optimizer is another, or over other parameters.
     """
-    values: dict[int, dict[str, Any]] = {}
-    for key, value in (*state.tensors.items(), *state.meta["scalars"].items()):
-        index, name = key.split("/", 1)
-        values.setdefault(int(index), {})[name] = value
+    groups, values = read_optimizer(optimizer, state.tensors, state.meta)
     try:
-        optimizer.load_state_dict({"state": values, "param_groups": list(state.meta["param_groups"])})
-    except (KeyError, ValueError) as error:
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's optimizer state does not fit this optimizer: {error}") from error

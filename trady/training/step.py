@@ -14,7 +14,7 @@ from torch import nn
 from trady.errors import TrainingError
 from trady.model.batch import Batch
 from trady.planning.budget import StepTooLargeError
-from trady.training.batch import Loss, forward, split_batch
+from trady.training.batch import Loss, batch_errors, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
 
@@ -88,7 +88,7 @@ class Stepper:
     def _gradients_of(self, chunk: Any, share: float) -> float:
         """Add the gradients of a chunk of the batch, weighted by its share of the samples; return its loss."""
         inputs, labels = split_batch(chunk)
-        with autocast(self.accelerator.device, self.precision):
+        with batch_errors(inputs, labels), autocast(self.accelerator.device, self.precision):
             value = self.loss(forward(self.trainer.model, inputs), labels)
         loss = float(value.detach())
         if not math.isfinite(loss):

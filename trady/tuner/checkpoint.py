@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from trady.planning.decision import Decision
 from trady.planning.spending import Moment
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking, structure_digest
+from trady.records.schema import Natural
 from trady.records.versioned import Format
 from trady.tuner.delta import load_changed_tensors
 from trady.tuner.draws import Draws, Progress
@@ -25,7 +26,44 @@ from trady.tuner.snapshot import WeightSnapshot
 #: The header of a tuner's state.
 STATE = Format("trady-tuner", "state of a trady tuner", CheckpointError, "start a new run")
 
-_REQUIRED = {"structure", "policy", "seed", "selection", "pool", "ranking", "online"}
+
+@dataclass(frozen=True)
+class _ObservedRecord:
+    """What of the evidence is no tensor."""
+
+    kinds: tuple[str, ...]
+    batches: Natural
+    epoch: int | None
+
+
+@dataclass(frozen=True)
+class _SliceRecord:
+    """Channels of a layer whose earlier weights are among the tensors."""
+
+    layer: str
+    channels: tuple[Natural, ...]
+    outputs: tuple[Natural, ...] | None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The JSON values of a tuner's state."""
+
+    structure: str
+    policy: str
+    seed: int
+    epoch: int
+    redraw: int
+    steps: Natural
+    state_copies: Natural
+    pool: tuple[str, ...]
+    selection: Mapping[str, Any]
+    ranking: dict[str, Any] | None
+    online: dict[str, Any] | None
+    policy_options: str = ""
+    state_factors: tuple[tuple[float, ...], ...] | None = None
+    observed: _ObservedRecord | None = None
+    earlier: tuple[_SliceRecord, ...] | None = None
 
 
 def save_state(
@@ -111,10 +149,8 @@ def _read_progress(
             raise CheckpointError(
                 f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
             )
-    try:
+    with STATE.reading():
         return _progress(decision, moment, observed, meta, state["tensors"]), meta
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint is damaged ({error}); use an older one or start a new run") from error
 
 
 def _progress(
@@ -145,8 +181,8 @@ def _progress(
 
 def _checked_meta(state: Mapping[str, Any]) -> Mapping[str, Any]:
     meta = STATE.check(state.get("meta"))
-    if "tensors" not in state:
+    tensors = state.get("tensors")
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError("this is no state of a trady tuner: it has no tensors")
-    if missing := _REQUIRED - set(meta):
-        raise CheckpointError(f"the checkpoint is damaged: it lacks {', '.join(sorted(missing))}")
+    STATE.read(_Record, meta)
     return meta

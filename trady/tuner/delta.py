@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,10 +18,13 @@ from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
 from trady.quantized.linear import QuantizedLinear, layer_at
+from trady.records.versioned import Format
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
 
 _OUTPUTS = "::outputs"
+
+FORMAT = Format(None, "delta", CheckpointError, "take delta.safetensors from a run folder, or train again")
 
 #: ``groups`` of a weight that is stored input-major, [in, out].
 _INPUT_MAJOR = 0
@@ -61,23 +65,28 @@ def changed_tensors(
     return tensors
 
 
-def apply_delta(model: nn.Module, delta: Mapping[str, Tensor]) -> nn.Module:
+def apply_delta(model: nn.Module, delta: Mapping[str, Tensor] | str | os.PathLike[str]) -> nn.Module:
     """Write a delta into the base model it was trained from.
 
     Args:
         model: The base model; changed in place. It may be stored quantised where the delta was trained in floating
             point, or the other way round: a delta holds whole channels, which a quantised layer keeps in floating
             point beside its weight.
-        delta: The tensors of ``Tuner.delta()``, or of ``delta.safetensors``.
+        delta: The tensors of ``Tuner.delta()``, or the file ``delta.safetensors`` of a run.
 
     Returns:
         The same model, now the fine-tuned one.
 
     Raises:
-        CheckpointError: The delta is of another model, or damaged; the model is left as it was.
+        CheckpointError: The delta is of another model, damaged, or cannot be read; the model is left as it was.
 
     """
-    load_changed_tensors(model, delta)
+    if isinstance(delta, Mapping):
+        load_changed_tensors(model, delta)
+        return model
+    tensors = FORMAT.read_tensors(delta)
+    with FORMAT.named(delta):
+        load_changed_tensors(model, tensors)
     return model
 
 
@@ -94,6 +103,8 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
             raise CheckpointError(f"the delta changes {name or key!r}, which this {type(model).__name__} does not have")
         layer = _layer(model, name)
         if part == "whole":
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"the delta is damaged: {name!r} is {tensor.dtype}")
             if is_quantized(parameter):
                 raise CheckpointError(
                     f"the delta changes all of {name!r}, which this model stores quantised: apply it to a base in "
@@ -105,6 +116,9 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
             values, groups = tensors.get(name + _VALUES), tensors.get(name + _GROUPS)
             if values is None or groups is None:
                 raise CheckpointError(f"the delta is damaged: {name!r} has channels but no values")
+            if groups.numel() != 1 or groups.dtype != torch.int64 or not values.is_floating_point():
+                kinds = f"{values.dtype} values and {groups.dtype} groups"
+                raise CheckpointError(f"the delta is damaged: {name!r} has {kinds}")
             count = int(groups)
             weight = parameter.detach() if layer is None else torch.empty(layer.shape, device="meta")
             if weight.dim() < 2 or count < 0 or (count and weight.shape[0] % count):
@@ -126,6 +140,8 @@ def load_changed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Sel
             touched[name] = tensor.cpu().numpy()
         elif part not in ("values", "groups", "outputs"):
             raise CheckpointError(f"the delta holds {key!r}, which is no part of a trady delta")
+        elif name + _CHANNELS not in tensors:
+            raise CheckpointError(f"the delta is damaged: {name!r} has {part} but no channels")
     with torch.no_grad():
         for write in writes:
             write()

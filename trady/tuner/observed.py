@@ -138,10 +138,14 @@ class EvidenceState:
             if not key.startswith(PREFIX) or key.startswith(EARLIER):
                 continue
             part, _, rest = key.removeprefix(PREFIX).partition("/")
+            if tensor.is_complex():
+                raise CheckpointError(f"the checkpoint is damaged: {key!r} is {tensor.dtype}")
             if part == _CARRIED:
                 carried[rest] = tensor.numpy()
             else:
                 kind, _, name = rest.partition("/")
+                if kind not in values:
+                    raise CheckpointError(f"the checkpoint is damaged: it has measured {kind!r}")
                 values[kind][name] = tensor.numpy()
         epoch = meta["epoch"]
         return Evidence(values, carried, int(meta["batches"])), None if epoch is None else int(epoch)

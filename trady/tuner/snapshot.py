@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from trady.channels.selection import Channels
+from trady.channels.selection import Channels, Selection
 from trady.errors import CheckpointError
 from trady.interception.armed import Armed
 from trady.model.python_state import PythonState
@@ -143,7 +143,7 @@ class WeightSnapshot:
                 name: tensors[f"{_HEAD}/{name}"].to(parameter.device, copy=True)
                 for name, parameter in self._parameters.items()
             }
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint is damaged ({error}); use an older one or start a new run"
             ) from error
@@ -154,6 +154,11 @@ class WeightSnapshot:
         armed = self._armed.layers[layer.name]
         channels = np.asarray(meta["channels"], dtype=np.int64)
         outputs = None if meta["outputs"] is None else np.asarray(meta["outputs"], dtype=np.int64)
+        mistake = self._armed.table.mistake(
+            Selection({layer.name: channels}, {} if outputs is None else {layer.name: outputs})
+        )
+        if mistake is not None:
+            raise ValueError(f"its earlier weights are of {mistake}")
         a_group = layer.channels // layer.groups
         selected = select_channels(channels, layer.groups, a_group, armed.weight.device, outputs)
         if armed.truth.gather(selected).shape != values.shape:

@@ -1,5 +1,7 @@
 """Loads the C kernels, compiled once with the machine's own compiler and kept in the user's cache.
 
+A library is loaded only if nobody else could have written it and it is as long and has the digest that its name says.
+
 No compiler, no cache, ``TRADY_NATIVE=0``: :func:`library` returns ``None`` and the callers use
 plain PyTorch, which gives the same results more slowly. The kernels run on the threads that
 PyTorch uses itself (the OpenMP runtime it has loaded), so ``torch.set_num_threads`` holds for both.
@@ -13,6 +15,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,6 +56,8 @@ _TELL_SUCCESS = ("trady_depthwise", "trady_depthwise_input", "trady_depthwise_we
 
 #: From this size on the allocator asks the system each time; smaller tensors mostly get memory used before.
 _LARGE_BYTES = 32 << 20
+
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 #: Tried in this order; the last one asks nothing special of compiler or machine.
 _COMPILE_FLAGS = (
@@ -116,21 +121,66 @@ def _cache_folders() -> list[Path]:
 def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDLL | None:
     sources = b"".join(source.read_bytes() for source in SOURCES)
     key = hashlib.sha256(sources + " ".join([compiler, *flags, _processor()]).encode()).hexdigest()[:16]
-    path = folder / f"kernels-{key}.so"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        if not all(_is_ours(state) for state in (folder.lstat(), folder.stat())):
             return None
-        if not path.exists():
-            _build(compiler, flags, path)
+        path = _kept(folder, key)
+        if path is None:
+            path = _keep(compiler, flags, folder, key)
         # Imported by torch already: its OpenMP runtime satisfies the kernels' undefined symbols.
         loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
-    except (OSError, subprocess.SubprocessError):
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int if name in _TELL_SUCCESS else None
+    except (AttributeError, OSError, subprocess.SubprocessError):
         return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name in _TELL_SUCCESS else None
     return loaded
+
+
+def _is_ours(state: os.stat_result) -> bool:
+    """Return whether nobody else can have written what is run from here; of a link only its owner counts."""
+    if not hasattr(os, "getuid"):
+        return True
+    return state.st_uid == os.getuid() and (stat.S_ISLNK(state.st_mode) or not state.st_mode & _WRITABLE_BY_OTHERS)
+
+
+def _kept(folder: Path, key: str) -> Path | None:
+    """Return the library of an earlier run, if it is whole and ours; remove any that is not.
+
+    Its name says its length and its digest. A truncated library would end every process that loads it with SIGBUS.
+    """
+    for path in sorted(folder.glob(f"kernels-{key}-*.so")):
+        length, _, digest = path.stem.removeprefix(f"kernels-{key}-").partition("-")
+        state = path.lstat()
+        whole = stat.S_ISREG(state.st_mode) and _is_ours(state) and str(state.st_size) == length
+        if whole and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+            return path
+        with contextlib.suppress(OSError):  # a folder
+            path.unlink()
+    return None
+
+
+def _keep(compiler: str, flags: list[str], folder: Path, key: str) -> Path:
+    """Compile the kernels, and give the library its name once it is on the disk completely."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "kernels.so"
+        _build(compiler, flags, made)
+        made.chmod(0o600)
+        content = made.read_bytes()
+        path = folder / f"kernels-{key}-{len(content)}-{hashlib.sha256(content).hexdigest()}.so"
+        _flush(made)
+        made.replace(path)
+        _flush(folder)
+    return path
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.errors import DataError
+from trady.records.translated import file_errors
 from trady.training.data.datasets import CENTERED, DataSplit, ImageDataset, Labels, Normalization, epoch_order
 from trady.training.data.source import OnUnreadable, RawData, RawSplit, format_of
 
@@ -46,13 +47,15 @@ def load_data(
 
     Raises:
         DataError: The source cannot be read, or its images and labels do not fit together.
+        ResourceError: There is no memory, or no space on the disk, for its images.
     """
     if image_size < 1:
         raise DataError(f"image_size is {image_size}; it must be at least 1")
     if on_unreadable not in ("refuse", "skip"):
         raise DataError(f"on_unreadable is {on_unreadable!r}; give 'refuse' or 'skip'")
     name = str(source)
-    raw = format_of(name).read(name, image_size, on_unreadable)
+    with file_errors():
+        raw = format_of(name).read(name, image_size, on_unreadable)
     train, evaluation = train_and_evaluation(raw, seed, name)
     if split != "evaluation" and not len(train.labels):
         raise DataError(f"{name} has no images to train on")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trady.errors import DataError
+from trady.training.data.archive import Archive
 from trady.training.data.datasets import Pixels
 from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
 
@@ -23,6 +22,11 @@ LABELS = ("labels", "label", "y", "targets", "Y")
 
 TRAIN = ("train", "training")
 
+CLASSES = ("classes", "class_names", "label_names")
+
+#: Labels may run to this many times the number of classes that occur; a head has a row for every one in between.
+MOST_GAP = 10
+
 EVALUATION = ("test", "val", "valid", "validation", "evaluation", "eval")
 
 
@@ -32,35 +36,26 @@ def matches(name: str) -> bool:
 
 
 def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
-    """Read images and labels; never anything pickled."""
-    arrays = _load(Path(name))
-    train = _find(arrays, TRAIN)
-    evaluation = _find(arrays, EVALUATION)
-    if train is None:
-        train = _find(arrays, None)
-    if train is None:
-        shapes = ", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items())
-        raise DataError(
-            f"{name} holds {shapes or 'no arrays'}; expected x_train, y_train, x_test, y_test "
-            "(or train_images, train_labels, test_images, test_labels; or images, labels)"
-        )
-    splits = [_split(keys, arrays, name) for keys in (train, evaluation) if keys is not None]
-    return RawData(
-        splits[0], splits[1] if len(splits) > 1 else None, _classes(arrays, [s.labels for s in splits], name)
-    )
+    """Read images and labels; never anything pickled, and nothing that is not needed."""
+    with Archive(Path(name)) as archive:
+        train = _find(archive.names, TRAIN)
+        evaluation = _find(archive.names, EVALUATION)
+        if train is None:
+            train = _find(archive.names, None)
+        if train is None:
+            raise DataError(
+                f"{name} holds {', '.join(archive.names) or 'no arrays'}; expected x_train, y_train, x_test, y_test "
+                "(or train_images, train_labels, test_images, test_labels; or images, labels)"
+            )
+        found = [keys for keys in (train, evaluation) if keys is not None]
+        named = next((key for key in CLASSES if key in archive.names), None)
+        arrays = archive.read([key for keys in found for key in keys] + ([] if named is None else [named]))
+    splits = [_split(keys, arrays, name) for keys in found]
+    classes = _classes([s.labels for s in splits], name) if named is None else _names(arrays[named], named, name)
+    return RawData(splits[0], splits[1] if len(splits) > 1 else None, classes)
 
 
-def _load(path: Path) -> dict[str, Array]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}") from error
-
-
-def _find(arrays: Mapping[str, Array], parts: Iterable[str] | None) -> tuple[str, str] | None:
+def _find(names: Collection[str], parts: Iterable[str] | None) -> tuple[str, str] | None:
     """Return the names of the images and labels of a split, whichever spelling the file uses."""
 
     def spellings(words: Iterable[str]) -> list[str]:
@@ -68,8 +63,8 @@ def _find(arrays: Mapping[str, Array], parts: Iterable[str] | None) -> tuple[str
             return list(words)
         return [key for word in words for part in parts for key in (f"{word}_{part}", f"{part}_{word}")]
 
-    images = next((key for key in spellings(IMAGES) if key in arrays), None)
-    labels = next((key for key in spellings(LABELS) if key in arrays), None)
+    images = next((key for key in spellings(IMAGES) if key in names), None)
+    labels = next((key for key in spellings(LABELS) if key in names), None)
     return (images, labels) if images and labels else None
 
 
@@ -102,16 +97,39 @@ def _pixels(images: Array, key: str, name: str) -> Pixels:
     return images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
 
 
-def _classes(arrays: Mapping[str, Array], labels: list[Array], name: str) -> tuple[str, ...]:
-    for key in ("classes", "class_names", "label_names"):
-        if key in arrays:
-            return tuple(str(value) for value in arrays[key].tolist())
-    found = np.concatenate(labels)
-    if found.dtype.kind not in "iuf" or not len(found):
-        if found.dtype.kind not in "iuf":
-            raise DataError(f"{name}: labels are {found.dtype}; class indices must be whole numbers")
+def _names(array: Array, key: str, name: str) -> tuple[str, ...]:
+    if array.ndim != 1 or array.dtype.kind not in "USiu":
+        raise DataError(f"{name}: {key} is {array.dtype} {list(array.shape)}; expected one name a class")
+    try:
+        values = array.tolist()
+    except (SystemError, ValueError) as error:
+        raise DataError(f"{name}: {key} holds what is no text: {error}") from error
+    return tuple(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values)
+
+
+def _classes(labels: list[Array], name: str) -> tuple[str, ...]:
+    """Return a name for every class, its number, where the file has no names."""
+    for each in labels:
+        if each.dtype.kind not in "iuf":
+            raise DataError(f"{name}: labels are {each.dtype}; class indices must be whole numbers")
+    found = np.unique(np.concatenate(labels))
+    if not len(found):
         return ()
-    return tuple(str(index) for index in range(max(int(found.max()), 0) + 1))
+    if not np.isfinite(found).all():
+        raise DataError(f"{name}: labels are not all finite; class indices must be whole numbers")
+    count = max(int(found[-1]), 0) + 1
+    if count > MOST_GAP * len(found):
+        raise DataError(
+            f"{name}: the largest label is {count - 1}, but only {len(found)} classes occur ({_some(found)}); a head "
+            f"for {count} classes would mostly stand empty. Number the classes from 0 (np.unique(labels, "
+            "return_inverse=True)[1]), or add an array named classes with a name for each"
+        )
+    return tuple(map(str, range(count)))
+
+
+def _some(values: Array) -> str:
+    shown = [f"{value:g}" for value in values[:5].tolist()]
+    return ", ".join(shown) + (", …" if len(values) > 5 else "")
 
 
 NPZ = DataFormat("an .npz file", "data.npz", matches, read, lambda name: Path(name).is_file())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trady.errors import ModelError
-from trady.training.models.from_transformers import hub_errors, import_transformers, preprocessing, quiet
+from trady.training.models.from_transformers import hub_errors, import_transformers, preprocessing, quiet, read_config
 
 #: Dtypes by the names that a user types.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,10 +86,10 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     """
     transformers = import_transformers(name)
     with quiet(transformers), hub_errors(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-    task = _task(config, tokens)
-    classifies = task != "AutoModelForCausalLM"
-    _refuse_other_inputs(name, task, tokens, length, config)
+        config = read_config(transformers, name)
+        task = _task(config, tokens)
+        classifies = task != "AutoModelForCausalLM"
+        _refuse_other_inputs(name, task, tokens, length, config)
     with quiet(transformers), hub_errors(name):
         key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
         wanted = dtype or getattr(config, key, None) or torch.float32
@@ -101,7 +101,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = 0
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, task).from_config(config)
+            model: nn.Module = getattr(transformers, task).from_config(config, trust_remote_code=False)
         image_size = 0 if tokens else preprocessing(transformers, name, config)[1]
     vocabulary = int(config.get_text_config().vocab_size) if tokens else None
     return Skeleton(model, vocabulary, not classifies, image_size, wanted)

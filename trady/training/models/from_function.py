@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import nn
 
 from trady.errors import ModelError
 from trady.training.data.datasets import Normalization
+from trady.training.models.here import importable_here
 from trady.training.models.source import LoadedModel, ModelSource
 
 
@@ -20,17 +19,18 @@ def _matches(name: str) -> bool:
 
 def _find_function(name: str) -> Callable[[int], object]:
     module_name, _, function_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        function: Callable[[int], object] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        with importable_here():
+            function: Callable[[int], object] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
         raise ModelError(f"no function {function_name!r} in module {module_name!r}: {error}") from error
     return function
 
 
 def _load(name: str, num_classes: int) -> LoadedModel:
-    made = _find_function(name)(num_classes)
+    function = _find_function(name)
+    with importable_here():  # a function may import more when it is called
+        made = function(num_classes)
     if isinstance(made, LoadedModel):
         return made
     if isinstance(made, nn.Module):

@@ -10,9 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from trady.errors import ModelError
+from trady.errors import ModelError, ResourceError, TradyError
+from trady.records.translated import in_our_words
 from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.models.source import LoadedModel, ModelSource, known_names, possible_models
+
+#: More than any model has.
+MOST_LAYERS = 2000
 
 _EXAMPLES = "folders and Hub names that transformers can read"
 
@@ -21,7 +25,7 @@ def _load(name: str, num_classes: int) -> LoadedModel:
     transformers = import_transformers(name)
     with quiet(transformers), hub_errors(name):
         model: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(
-            name, num_labels=num_classes, ignore_mismatched_sizes=True
+            name, num_labels=num_classes, ignore_mismatched_sizes=True, trust_remote_code=False
         )
         normalization, image_size = preprocessing(transformers, name, model.config)
     return LoadedModel(model, normalization, image_size)
@@ -59,8 +63,33 @@ def hub_errors(name: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a name into a ``ModelError`` that lists what can be named."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no image model {name!r}; there are {possible_models()}. The reason: {error}") from error
+    except TradyError:
+        raise
+    except Exception as error:  # whatever a configuration, weights or the network are like; no code of theirs is run
+        if isinstance(lack := in_our_words(error), ResourceError):
+            raise lack from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name!r} comes with Python code of its own, which trady never runs; load the model yourself, in a "
+                "function, and give package.module:function"
+            ) from error
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ModelError(
+            f"no image model {name!r}; there are {possible_models()}. The reason: {kind}{error}"
+        ) from error
+
+
+def read_config(transformers: Any, name: str) -> Any:
+    """Return a model's configuration; its own code, if it has any, is not run.
+
+    Raises:
+        ValueError: It asks for more layers than any model has, which would be built one after the other.
+    """
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for key, value in config.to_dict().items():
+        if ("layer" in key or "depth" in key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"its configuration says {key} = {value}; no model has more than {MOST_LAYERS}")
+    return config
 
 
 def preprocessing(transformers: Any, name: str, config: Any) -> tuple[Normalization, int]:
@@ -88,7 +117,7 @@ def _matches(name: str) -> bool:
 def _image_format(name: str) -> tuple[Normalization, int]:
     transformers = import_transformers(name)
     with hub_errors(name):
-        return preprocessing(transformers, name, transformers.AutoConfig.from_pretrained(name))
+        return preprocessing(transformers, name, read_config(transformers, name))
 
 
 def _check(name: str) -> None:
