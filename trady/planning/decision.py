@@ -165,7 +165,7 @@ class Decision:
         """Recompute as little as a peak budget allows; else what takes the peak near to that of inference."""
         assert self.budget is not None
         if self.scope.bounds_peak:
-            return spending.recomputing(self.budget.amount)
+            return spending.recomputing(self.budget.peak_bytes or 0)
         resident, working = self.peaks.inference_bytes
         near_inference = resident + int(PEAK_OVER_INFERENCE * working)
         return spending.recomputing(near_inference, optimizer=OptimizerMemory(), capacity=self.budget.amount)

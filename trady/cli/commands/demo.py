@@ -60,6 +60,7 @@ def demo(
 
     from trady.cli.demo_table import as_table, draw
     from trady.planning.budget import Budget, parse_budget
+    from trady.planning.process_memory import ready_for
     from trady.planning.scopes import PEAK
     from trady.records.files import write_json
     from trady.report.units import format_bytes
@@ -71,6 +72,7 @@ def demo(
         console.width = 120
     recipe = SHORT if short else LONG
     given = None if budget is None else parse_budget(budget)
+    ready_for(given)
     folder = Path(out)
     normalization, _ = image_format(MODEL)
     data = load_data(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,17 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 Example = tuple[torch.Tensor, int]
+
+
+class PixelSource(Protocol):
+    """Images that are read when they are asked for: an array, or something that is indexed like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[N, H, W]`` or ``[N, H, W, C]``."""
+
+    def __getitem__(self, index: Labels, /) -> Pixels:
+        """Return the images at ``index``, as an array."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class ImageDataset(Dataset[Example]):
     """
 
     def __init__(self, pixels: Pixels, labels: Labels, image_size: int, normalization: Normalization) -> None:
-        self.pixels = pixels
+        self.pixels: Pixels | PixelSource = pixels
         self.labels = labels
         self.image_size = image_size
         self.normalization = normalization
