@@ -62,7 +62,7 @@ def wait_for_compiler() -> bool:
         gone=_keep_out,
     )
     # Whether an operand is an expression: asked for every operation on the meta device.
-    postpone(ALGEBRA, {}, {"Basic": ("torch._prims_common",)})
+    postpone(ALGEBRA, {}, {"Basic": ("torch", "torch._prims_common")})
     postpone("torch.utils._sympy.functions", {}, {"Max": ("torch._prims_common",)})
     return shapes is not None and compiler is not None
 

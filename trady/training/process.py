@@ -70,8 +70,8 @@ def process_now(budget: Budget | None, warned: bool) -> tuple[Resident | None, b
         return now, warned
     warnings.warn(
         f'the process took {format_bytes(now.peak_bytes)} of the budget "{budget}": what is outside of the step, such '
-        "as reading data, the evaluation or an import, took more than was left. Train on smaller batches or less data, or "
-        "give a larger budget",
+        "as reading data, the evaluation or an import, took more than was left. Train on smaller batches or less data, "
+        "or give a larger budget",
         TradyWarning,
         stacklevel=2,
     )

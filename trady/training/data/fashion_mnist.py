@@ -15,6 +15,9 @@ from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSpl
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
+#: Files are unpacked in pieces of that size.
+_PIECE_BYTES = 1 << 20
+
 HUB_NAME = "zalando-datasets/fashion_mnist"
 
 CLASSES = (
@@ -53,8 +56,11 @@ def _idx_split(split: str) -> RawSplit:
 
 def read_idx(path: Path) -> Pixels:
     """Read a gzipped IDX file of bytes: two zeros, type 8, the number of axes, their lengths, the data."""
+    content = bytearray()
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:  # in pieces, so that neither file nor data is in memory twice
+            while piece := file.read(_PIECE_BYTES):
+                content += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":

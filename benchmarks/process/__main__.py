@@ -1,0 +1,211 @@
+"""What a process takes for a training, part by part.
+
+``growth`` is the memory of the process over the ledger's peak, with the processor time that a step costs, for several
+settings of the allocator. ``prediction`` holds what process budgets predict against what runs took. ``imports`` is what
+lies in memory before a model does. ``limit`` runs the demo and three workloads again and again in a group of the kernel's
+that kills what exceeds the budget. Everything is measured in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.options import add_json, add_models, add_workloads, console_for, machine, main, models_folder
+from benchmarks.process.growth import Growth
+from benchmarks.process.hard_limit import run_limited
+from benchmarks.process.imports import STATES
+from benchmarks.process.training import Trained
+from trady.errors import TrainingError
+from trady.planning.budget import Budget, parse_budget
+from trady.planning.scopes import PROCESS
+from trady.report.units import format_bytes
+
+WORKLOADS = ("mbv2-w0.35", "mcunet-5fps", "effnet", "resnet50", "minilm", "vit-tiny")
+
+PARTS = ("growth", "imports", "prediction", "limit")
+
+#: Growth over the ledger's peak, and how far a prediction may be off.
+MOST_GROWTH, MOST_ERROR = 1.15, 0.05
+
+#: What runs under a hard limit beside the demo.
+LIMITED = ("mbv2-w0.35", "effnet", "minilm")
+
+_MIB = 1 << 20
+
+#: Above the minimum, in MiB: hardly anything trains, or much of it.
+_ABOVE = (4, 32)
+
+
+def growth(workloads: Sequence[str], thresholds: Sequence[int], models: Path) -> list[Growth]:
+    """Measure every workload with every setting."""
+    pairs = [(name, kib) for name in workloads for kib in thresholds]
+    return [Growth(**_child("growth", name, str(kib), str(models))) for name, kib in pairs]
+
+
+def prediction(workloads: Sequence[str], models: Path) -> list[Trained]:
+    """Train every workload in two budgets, without a limit."""
+    return [_trained(name, budget, models) for name in workloads for budget in _budgets(name, models)]
+
+
+def limit(workloads: Sequence[str], demo_budget: str, runs: int, models: Path) -> list[dict[str, Any]]:
+    """Run the demo and workloads under a hard limit at the budget."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        demo = [sys.executable, "-m", "trady", "demo", "--short", "--budget", demo_budget, "--out", folder, "--json"]
+        rows.append(_limited("demo", demo, demo_budget, runs))
+    for name in workloads:
+        budget = _budgets(name, models)[0]
+        command = [sys.executable, "-m", "benchmarks.process.training", name, budget, str(models)]
+        rows.append(_limited(name, command, budget, runs))
+    return rows
+
+
+def _limited(name: str, command: Sequence[str], budget: str, runs: int) -> dict[str, Any]:
+    outcomes = [run_limited(command, parse_budget(budget).amount, os.environ) for _ in range(runs)]
+    failed = next((o for o in outcomes if o.code and not o.killed), None)
+    if failed is not None:
+        raise TrainingError(f"{name} in {budget} ended with exit code {failed.code}: {failed.errors}")
+    return {
+        "run": name,
+        "budget": budget,
+        "runs": runs,
+        "killed": sum(o.killed for o in outcomes),
+        "group_peak_bytes": max(o.group_peak_bytes for o in outcomes),
+        "process_peak_bytes": max((_process_peak(o.output) for o in outcomes if not o.killed), default=None),
+        "seconds": sum(o.seconds for o in outcomes) / runs,
+    }
+
+
+def _process_peak(output: str) -> int:
+    """What a run says of itself."""
+    found = json.loads(output[output.index("{") :])
+    return int(found["measured_bytes"] if "measured_bytes" in found else found["process_peak_bytes"])
+
+
+def _budgets(name: str, models: Path) -> list[str]:
+    least = _trained(name, "process:1 MiB", models).minimum_bytes
+    return [str(Budget(PROCESS, (-(-least // _MIB) + above) * _MIB)) for above in _ABOVE]
+
+
+def _trained(name: str, budget: str, models: Path) -> Trained:
+    return Trained(**_child("training", name, budget, str(models)))
+
+
+def _child(module: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"benchmarks.process.{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TrainingError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _show(console: Any, parts: Mapping[str, Any]) -> None:
+    if "growth" in parts:
+        table = _table(
+            "growth of the process over the ledger's peak", "workload", "gives back from", "ledger", "growth"
+        )
+        _columns(table, "ratio", "once", "processor time of a step")
+        for row in (Growth(**each) for each in parts["growth"]):
+            setting = f"{row.threshold_kib} KiB" if row.threshold_kib else "glibc's own"
+            figures = (row.ledger_bytes, row.growth_bytes)
+            cells = (*map(format_bytes, figures), f"{row.ratio:.2f}", format_bytes(row.once_bytes))
+            table.add_row(row.workload, setting, *cells, f"{row.cpu_seconds:.3f} s")
+        console.print(table)
+    if "imports" in parts:
+        table = _table("resident memory", "after", "as PyTorch imports", "with the compiler waiting")
+        for state in STATES:
+            table.add_row(state, *(format_bytes(parts["imports"][how][state]) for how in ("before", "after")))
+        console.print(table)
+    if "prediction" in parts:
+        table = _table("process budgets", "workload", "budget", "predicted", "measured", "error", "channels")
+        for trained in (Trained(**each) for each in parts["prediction"]):
+            figures = (trained.predicted_bytes, trained.measured_bytes)
+            cells = (*map(format_bytes, figures), f"{_error(trained):+.1%}", str(trained.channels))
+            table.add_row(trained.workload, trained.budget, *cells)
+        console.print(table)
+    if "limit" in parts:
+        table = _table(
+            "under a hard limit", "run", "limit", "runs", "killed", "peak of the process", "charged by the kernel"
+        )
+        for row in parts["limit"]:
+            figures = (row["process_peak_bytes"] or 0, row["group_peak_bytes"])
+            table.add_row(row["run"], row["budget"], str(row["runs"]), str(row["killed"]), *map(format_bytes, figures))
+        console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    return _columns(table, *columns)
+
+
+def _columns(table: Table, *columns: str) -> Table:
+    for column in columns:
+        table.add_column(column, justify="left" if not table.columns else "right", no_wrap=True)
+    return table
+
+
+def _error(trained: Trained) -> float:
+    return trained.measured_bytes / trained.predicted_bytes - 1
+
+
+def _missed(parts: Mapping[str, Any]) -> bool:
+    """Whether a bar is: growth as trady sets the allocator, predictions, kills."""
+    grown = [Growth(**each).ratio for each in parts.get("growth", ()) if each["threshold_kib"] == 128]
+    wrong = [abs(_error(Trained(**each))) for each in parts.get("prediction", ())]
+    return (
+        any(ratio > MOST_GROWTH for ratio in grown)
+        or any(error > MOST_ERROR for error in wrong)
+        or any(row["killed"] for row in parts.get("limit", ()))
+    )
+
+
+def run() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.process", description=__doc__)
+    add_models(parser)
+    add_workloads(parser, WORKLOADS)
+    add_json(parser)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which (default: all)")
+    parser.add_argument("--thresholds", nargs="+", type=int, default=[0, 128], metavar="KIB", help="0 is glibc's own")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="runs under the limit (default: 20)")
+    parser.add_argument("--demo-budget", default="process:512 MiB", help="default: %(default)s")
+    options = parser.parse_args()
+    models, parts = models_folder(options.models), _earlier(options.json)
+    if "growth" in options.part:
+        parts["growth"] = [asdict(row) for row in growth(options.workload, options.thresholds, models)]
+    if "imports" in options.part:
+        parts["imports"] = {how: _child("imports", how) for how in ("before", "after")}
+    if "prediction" in options.part:
+        parts["prediction"] = [asdict(row) for row in prediction(options.workload, models)]
+    if "limit" in options.part:
+        limited = [name for name in LIMITED if name in options.workload]
+        parts["limit"] = limit(limited, options.demo_budget, options.runs, models)
+    _show(console_for(options.json), parts)
+    if options.json is not None:
+        text = json.dumps({"machine": machine(), **parts}, indent=1) + "\n"
+        sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
+    return 1 if _missed(parts) else 0
+
+
+def _earlier(target: str | None) -> dict[str, Any]:
+    """Parts that are in the file already, and stay unless they are measured again."""
+    if target in (None, "-") or not Path(str(target)).exists():
+        return {}
+    found: dict[str, Any] = json.loads(Path(str(target)).read_text(encoding="utf-8"))
+    return {part: found[part] for part in PARTS if part in found}
+
+
+if __name__ == "__main__":
+    main(run)
