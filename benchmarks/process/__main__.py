@@ -1,9 +1,9 @@
 """What a process takes for a training, part by part.
 
 ``growth`` is the memory of the process over the ledger's peak, with the processor time that a step costs, for several
-settings of the allocator. ``prediction`` holds what process budgets predict against what runs took. ``imports`` is what
-lies in memory before a model does. ``limit`` runs the demo and three workloads again and again in a group of the kernel's
-that kills what exceeds the budget. Everything is measured in processes of their own.
+settings of the allocator. ``imports`` is what lies in memory before a model does. ``prediction`` holds what process
+budgets predict against what runs took. ``limit`` runs the demo and three workloads again and again in a group of the
+kernel's that kills what exceeds the budget. Everything is measured in processes of their own.
 """
 
 from __future__ import annotations
