@@ -38,8 +38,8 @@ PARTS = ("growth", "imports", "prediction", "limit")
 #: Growth over the ledger's peak, and how far a prediction may be off.
 MOST_GROWTH, MOST_ERROR = 1.15, 0.05
 
-#: What runs under a hard limit beside the demo.
-LIMITED = ("mbv2-w0.35", "effnet", "minilm")
+#: What runs under a hard limit.
+LIMITED = ("demo", "mbv2-w0.35", "effnet", "vit-tiny")
 
 _MIB = 1 << 20
 
@@ -58,17 +58,15 @@ def prediction(workloads: Sequence[str], models: Path) -> list[Trained]:
     return [_trained(name, budget, models) for name in workloads for budget in _budgets(name, models)]
 
 
-def limit(workloads: Sequence[str], demo_budget: str, runs: int, models: Path) -> list[dict[str, Any]]:
-    """Run the demo and workloads under a hard limit at the budget."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        demo = [sys.executable, "-m", "trady", "demo", "--short", "--budget", demo_budget, "--out", folder, "--json"]
-        rows.append(_limited("demo", demo, demo_budget, runs))
-    for name in workloads:
-        budget = _budgets(name, models)[0]
-        command = [sys.executable, "-m", "benchmarks.process.training", name, budget, str(models)]
-        rows.append(_limited(name, command, budget, runs))
-    return rows
+def limit(name: str, demo_budget: str, runs: int, models: Path) -> dict[str, Any]:
+    """Run the demo or a workload under a hard limit at the budget."""
+    if name == "demo":
+        with tempfile.TemporaryDirectory() as folder:
+            demo = ["trady", "demo", "--short", "--budget", demo_budget, "--out", folder, "--json"]
+            return _limited(name, [sys.executable, "-m", *demo], demo_budget, runs)
+    budget = _budgets(name, models)[0]
+    command = [sys.executable, "-m", "benchmarks.process.training", name, budget, str(models)]
+    return _limited(name, command, budget, runs)
 
 
 def _limited(name: str, command: Sequence[str], budget: str, runs: int) -> dict[str, Any]:
@@ -180,7 +178,10 @@ def run() -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="which (default: all)")
     parser.add_argument("--thresholds", nargs="+", type=int, default=[0, 128], metavar="KIB", help="0 is glibc's own")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="runs under the limit (default: 20)")
-    parser.add_argument("--demo-budget", default="process:512 MiB", help="default: %(default)s")
+    parser.add_argument(
+        "--limited", nargs="+", choices=LIMITED, default=list(LIMITED), help="what runs under the limit"
+    )
+    parser.add_argument("--demo-budget", default="process:384 MiB", help="default: %(default)s")
     options = parser.parse_args()
     models, parts = models_folder(options.models), _earlier(options.json)
     if "growth" in options.part:
@@ -190,8 +191,9 @@ def run() -> int:
     if "prediction" in options.part:
         parts["prediction"] = [asdict(row) for row in prediction(options.workload, models)]
     if "limit" in options.part:
-        limited = [name for name in LIMITED if name in options.workload]
-        parts["limit"] = limit(limited, options.demo_budget, options.runs, models)
+        limited = {name: limit(name, options.demo_budget, options.runs, models) for name in options.limited}
+        kept = [row for row in parts.get("limit", ()) if row["run"] not in limited]
+        parts["limit"] = [*kept, *limited.values()]
     _show(console_for(options.json), parts)
     if options.json is not None:
         text = json.dumps({"machine": machine(), **parts}, indent=1) + "\n"

@@ -24,7 +24,7 @@ from trady.planning.budget import InfeasibleBudgetError, parse_budget
 from trady.planning.process_memory import ready_for
 
 #: Batches of an epoch.
-_BATCHES = 4
+_BATCHES = 2
 
 
 @dataclass(frozen=True)
