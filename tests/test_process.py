@@ -36,7 +36,9 @@ def test_pages_count_when_they_are_written() -> None:
     assert resident_bytes_of(block.ctypes.data, block.nbytes) < 1 << 20
     block[:] = 1
     now = resident()
-    assert before is not None and untouched is not None and now is not None
+    assert before is not None
+    assert untouched is not None
+    assert now is not None
     assert untouched.resident_bytes - before.resident_bytes < 8 << 20
     assert now.resident_bytes - untouched.resident_bytes > 56 << 20
     assert now.anonymous_bytes - untouched.anonymous_bytes > 56 << 20
@@ -58,7 +60,8 @@ def test_the_peak_is_counted_afresh() -> None:
     if not reset_peak():
         pytest.skip("the kernel does not count peaks afresh")
     low = resident()
-    assert high is not None and low is not None
+    assert high is not None
+    assert low is not None
     assert low.peak_bytes < high.peak_bytes
     assert low.peak_bytes - low.resident_bytes < 8 << 20
 
@@ -98,7 +101,7 @@ def test_freed_tensors_go_back_to_the_kernel() -> None:
 
 
 def test_elsewhere_it_says_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator.os, "confstr", lambda name: None, raising=False)
+    monkeypatch.setattr("os.confstr", lambda name: None, raising=False)
     assert not allocator.return_freed_memory()
     allocator.trim()
 

@@ -20,6 +20,10 @@ from trady.process.resident import resident, resident_bytes_of
 _GROWN_BYTES = 8 << 20
 
 
+#: What is measured is rounded up to that, so that a process that is started again mostly has the same room.
+_GRAIN_BYTES = 4 << 20
+
+
 def is_process(budget: Budget) -> bool:
     """Whether a budget bounds the memory of the process."""
     return isinstance(budget.scope, Process)
@@ -84,7 +88,8 @@ def _measure(model: nn.Module, batch: Batch) -> ProcessMemory | None:
         return None
     there = sum(_resident_bytes(tensor) for tensor in tensors if tensor.device.type == "cpu")
     everything = sum(tensor.nbytes for tensor in tensors)
-    return ProcessMemory(now.resident_bytes - there, everything, GROWTH if returns else GROWTH_WHERE_KEPT)
+    other = -(-(now.resident_bytes - there) // _GRAIN_BYTES) * _GRAIN_BYTES
+    return ProcessMemory(other, everything, GROWTH if returns else GROWTH_WHERE_KEPT)
 
 
 def _resident_bytes(tensor: Tensor) -> int:

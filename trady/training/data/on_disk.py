@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class PixelsOnDisk:
         self._image_bytes = int(np.prod(pixels.shape[1:]))
         images = max(1, _PIECE_BYTES // max(self._image_bytes, 1))
         try:
-            self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self._own(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
             for start in range(0, len(pixels), images):
                 self._file.write(np.ascontiguousarray(pixels[start : start + images]).data)
             self._file.flush()
@@ -65,4 +66,9 @@ class PixelsOnDisk:
         return {**self.__dict__, "_file": f"/proc/{os.getpid()}/fd/{self._file.fileno()}"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _file=Path(state["_file"]).open("rb"))  # noqa: SIM115
+        self.__dict__.update(state)
+        self._own(Path(state["_file"]).open("rb"))  # noqa: SIM115
+
+    def _own(self, file: Any) -> None:
+        self._file = file
+        weakref.finalize(self, file.close)
