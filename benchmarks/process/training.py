@@ -22,6 +22,7 @@ from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import WORKLOADS
 from trady.planning.budget import InfeasibleBudgetError, parse_budget
 from trady.planning.process_memory import ready_for
+from trady.process.resident import resident
 
 #: Batches of an epoch.
 _BATCHES = 2
@@ -38,6 +39,7 @@ class Trained:
         predicted_bytes: The peak of the process that the plan has told.
         measured_bytes: What it was.
         channels: Channels that were trained.
+        file_bytes: Pages of files in ``measured_bytes``: the code of Python and PyTorch.
     """
 
     workload: str
@@ -46,6 +48,7 @@ class Trained:
     predicted_bytes: int = 0
     measured_bytes: int = 0
     channels: int = 0
+    file_bytes: int = 0
 
 
 class _Samples(Dataset[Any]):
@@ -91,12 +94,15 @@ def train(name: str, budget: str, models: Path) -> Trained:
         except InfeasibleBudgetError as error:
             return Trained(name, budget, error.least_amount)
         plan = json.loads((out / "plan.json").read_text())
+    now = resident()
+    assert now is not None
     return Trained(
         name,
         budget,
         predicted_bytes=plan["predicted_process_bytes"],
         measured_bytes=result.process_peak_bytes or 0,
         channels=result.history[-1].channels,
+        file_bytes=now.resident_bytes - now.anonymous_bytes,
     )
 
 
