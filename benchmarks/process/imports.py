@@ -48,4 +48,4 @@ def measure(how: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(sys.argv[1])) + "\n")
+    sys.stdout.write(json.dumps({"how": sys.argv[1], **measure(sys.argv[1])}) + "\n")
