@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.process.hard_limit import run_limited
+from trady.errors import TrainingError
 from trady.process import allocator
 from trady.process.resident import reset_peak, resident, resident_bytes_of
 
@@ -153,6 +156,23 @@ print(json.dumps([stood_in, twice, waiting(), compiler_is_loaded(), kept_out is 
     assert found == [True, 2.0, [], True, True]
 
 
+def test_what_a_person_keeps_from_the_compiler_is_kept_from_it() -> None:
+    found = afresh(
+        """
+import json, torch
+from trady.process.compiler import wait_for_compiler, compiler_is_loaded
+wait_for_compiler()
+@torch.compiler.disable
+def plain(x):
+    return torch.compiler.is_compiling()
+def both(x):
+    return torch.compiler.is_compiling(), plain(x)
+print(json.dumps([compiler_is_loaded(), torch.compile(both, backend="eager")(torch.ones(1))]))
+"""
+    )
+    assert found == [True, [True, False]]
+
+
 def test_a_submodule_brings_its_package_once() -> None:
     found = afresh(
         """
@@ -219,3 +239,19 @@ print(json.dumps([wait_for_compiler(), sys.modules["torch._dynamo"] is there, co
 """
     )
     assert found == [False, True, True]
+
+
+# -- the hard limit of benchmarks.process
+
+
+def test_a_hard_limit_kills_what_exceeds_it_and_nothing_else() -> None:
+    command = [sys.executable, "-c", "import sys; block = b'x' * (int(sys.argv[1]) << 20); print(len(block))"]
+    try:
+        within = run_limited([*command, "8"], 64 << 20, os.environ)
+        above = run_limited([*command, "128"], 64 << 20, os.environ)
+    except TrainingError as error:
+        pytest.skip(str(error))
+    assert (within.killed, within.code, within.output.strip()) == (False, 0, str(8 << 20))
+    assert 8 << 20 < within.group_peak_bytes <= 64 << 20
+    assert above.killed
+    assert not above.output

@@ -73,7 +73,8 @@ def compiler_is_loaded() -> bool:
 
 
 def _disable(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if fn is None:
+    # PyTorch's own functions ask again when they are told to; what a person keeps from the compiler is wrapped once.
+    if fn is None or kwargs != {"wrapping": False}:
         return ASK
     _left_alone.append(fn)
     return fn

@@ -114,7 +114,8 @@ def finetune(
         train: A map-style dataset of (inputs, label), or a ``DataLoader`` of (inputs, labels) or
             of dicts with ``labels``.
         evaluation: The same, to measure accuracy on after each epoch.
-        budget: What a training step may take, e.g. ``"300 MiB"``. ``policy="full"`` takes
+        budget: What a training step may take, e.g. ``"300 MiB"``, or the process as a whole, ``"process:400 MiB"``
+            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file. ``policy="full"`` takes
             none, ``head`` needs none.
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
