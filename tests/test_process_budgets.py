@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from trady.planning.request import Request
 from trady.planning.scopes import PROCESS
 from trady.planning.scopes.process import FIRST_STEP_BYTES, Process, ProcessMemory
 from trady.process.resident import Resident
-from trady.training.data.datasets import CENTERED, ImageDataset
+from trady.training.data.datasets import CENTERED, ImageDataset, Pixels
 from trady.training.data.on_disk import PixelsOnDisk
 from trady.training.process import in_process, process_now
 
@@ -253,7 +253,7 @@ def test_batches_are_the_same_bit_for_bit(images: Any, tmp_path: Path) -> None:
     data = ImageDataset(images, labels, 16, CENTERED)
     wanted, wanted_labels = data.batch([4, 2, 9])
     part = data.head(20, seed=0).batch(range(20))[0]
-    data.pixels = PixelsOnDisk(images, tmp_path)
+    data.pixels = cast(Pixels, PixelsOnDisk(images, tmp_path))
     found, found_labels = data.batch([4, 2, 9])
     assert torch.equal(found, wanted)
     assert torch.equal(found_labels, wanted_labels)

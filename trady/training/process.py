@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from trady.planning.request import Request
 from trady.process.resident import Resident, resident
 from trady.report.units import format_bytes
 from trady.training.data.augment import as_it_is
-from trady.training.data.datasets import ImageDataset
+from trady.training.data.datasets import ImageDataset, Pixels
 from trady.training.data.on_disk import PixelsOnDisk
 
 #: Images that take less stay in memory.
@@ -80,7 +80,7 @@ def process_now(budget: Budget | None, warned: bool) -> tuple[Resident | None, b
 
 def _to_disk(data: Any, folder: Path) -> None:
     if isinstance(data, ImageDataset) and isinstance(data.pixels, np.ndarray) and data.pixels.nbytes > _IN_MEMORY_BYTES:
-        data.pixels = PixelsOnDisk(data.pixels, folder)
+        data.pixels = cast(Pixels, PixelsOnDisk(data.pixels, folder))
 
 
 def _existing(out: Path | None) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +17,6 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 Example = tuple[torch.Tensor, int]
-
-
-class PixelSource(Protocol):
-    """Images that are read when they are asked for: an array, or something that is indexed like one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``[N, H, W]`` or ``[N, H, W, C]``."""
-
-    def __getitem__(self, index: Labels, /) -> Pixels:
-        """Return the images at ``index``, as an array."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +50,14 @@ class ImageDataset(Dataset[Example]):
     """Images and labels; pixels stay bytes until a batch is read.
 
     Args:
-        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8.
+        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8; an array, or what is indexed like one.
         labels: ``[N]``, int64.
         image_size: Height and width of the images that come out.
         normalization: Applied to the resized pixels.
     """
 
     def __init__(self, pixels: Pixels, labels: Labels, image_size: int, normalization: Normalization) -> None:
-        self.pixels: Pixels | PixelSource = pixels
+        self.pixels = pixels
         self.labels = labels
         self.image_size = image_size
         self.normalization = normalization
