@@ -79,8 +79,9 @@ def process_now(budget: Budget | None, warned: bool) -> tuple[Resident | None, b
 
 
 def _to_disk(data: Any, folder: Path) -> None:
-    if isinstance(data, ImageDataset) and isinstance(data.pixels, np.ndarray) and data.pixels.nbytes > _IN_MEMORY_BYTES:
-        data.pixels = cast(Pixels, PixelsOnDisk(data.pixels, folder))
+    pixels: Any = data.pixels if isinstance(data, ImageDataset) else None
+    if isinstance(pixels, np.ndarray) and pixels.nbytes > _IN_MEMORY_BYTES:
+        data.pixels = cast(Pixels, PixelsOnDisk(pixels, folder))
 
 
 def _existing(out: Path | None) -> Path:
