@@ -40,8 +40,12 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+#: What is of the process that runs, not of the run.
+OF_THE_PROCESS = {"seconds", "samples_per_second", "process_bytes", "process_peak_bytes"}
+
+
 def without_clock(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in ("seconds", "samples_per_second")} for m in metrics]
+    return [{k: v for k, v in m.items() if k not in OF_THE_PROCESS} for m in metrics]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -26,11 +26,12 @@ from trady.model.batch import (
     way_of_calling,
     without_memory,
 )
-from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
+from trady.model.eager import COMPILED, uncompiled
 from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
 from trady.model.parameters import own_parameters
 from trady.model.untouched import switch_mode, untouched
+from trady.process.compiler import compiler_is_loaded
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.trace import Trace, TracedCall, Value

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
+from trady.planning.budget import Budget
 from trady.training.batch import Loss, readable
 from trady.training.checkpoint import (
     Checkpoint,
@@ -29,6 +30,7 @@ from trady.training.interrupt import Interrupts
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
+from trady.training.process import process_now
 from trady.training.progress import Display
 from trady.training.randomness import seed_epoch
 from trady.training.result import Result
@@ -78,6 +80,7 @@ class Loop:
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
         observed: Batches (inputs, labels) that a policy is measured on.
         redraws: Steps of an epoch before which channels are drawn again.
+        budget: What the run may take.
     """
 
     trainer: Trainer
@@ -92,7 +95,9 @@ class Loop:
     folder: RunFolder | None
     observed: Iterable[Any] = ()
     redraws: frozenset[int] = frozenset()
+    budget: Budget | None = None
     _finished: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
     _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
 
     def run(self, checkpoint: Path | None) -> Result:
@@ -164,6 +169,7 @@ class Loop:
         if not evaluation_loss < float("inf"):
             raise self._stopped(f"the evaluation loss became {evaluation_loss}", epoch, sums.steps - 1, sums.rate)
         drawn = self.trainer.draw()
+        process, self._warned = process_now(self.budget, self._warned)
         metrics = EpochMetrics(
             epoch=epoch,
             step=sums.steps,
@@ -180,6 +186,8 @@ class Loop:
             samples_per_second=sums.examples * self.accelerator.num_processes / training_seconds,
             micro_batch=self.trainer.micro_batch,
             observing_seconds=observing_seconds,
+            process_bytes=None if process is None else process.resident_bytes,
+            process_peak_bytes=None if process is None else process.peak_bytes,
         )
         self.display.end_epoch(metrics)
         return metrics

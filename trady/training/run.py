@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.planning.budget import Budget
+from trady.planning.process_memory import is_process
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
@@ -28,6 +29,7 @@ from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision, compute_dtype
+from trady.training.process import in_process
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
@@ -113,7 +115,8 @@ def finetune(
         train: A map-style dataset of (inputs, label), or a ``DataLoader`` of (inputs, labels) or
             of dicts with ``labels``.
         evaluation: The same, to measure accuracy on after each epoch.
-        budget: What a training step may take, e.g. ``"300 MiB"``. ``policy="full"`` takes
+        budget: What a training step may take, e.g. ``"300 MiB"``, or the process as a whole, ``"process:400 MiB"``
+            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file. ``policy="full"`` takes
             none, ``head`` needs none.
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
@@ -227,6 +230,15 @@ def run(
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
+    folder = None if options.out is None else RunFolder(Path(options.out))
+    resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
+    request = in_process(
+        request,
+        (train, evaluation),
+        None if folder is None else folder.path,
+        resumed=folder.plan if folder is not None and resuming else None,
+        processes=accelerator.num_processes,
+    )
     loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
@@ -263,8 +275,6 @@ def run(
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
-    folder = None if options.out is None else RunFolder(Path(options.out))
-    resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
     with file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
@@ -281,6 +291,7 @@ def run(
             loss=options.loss or cross_entropy,
             factory=factory,
             folder=folder,
+            budget=request.limit,
         )
         try:
             return loop.run(folder.checkpoint if folder is not None and resuming else None)
@@ -326,4 +337,5 @@ def _display(progress: bool | Display, accelerator: Accelerator, title: str, bud
         return progress
     if not progress or not accelerator.is_main_process:
         return Silent()
-    return Lines(title, None if budget is None else budget.peak_bytes)
+    amount = budget.amount if budget is not None and is_process(budget) else None
+    return Lines(title, None if budget is None else budget.peak_bytes, process_budget_bytes=amount)

@@ -23,7 +23,8 @@ def finetune(
     budget: Annotated[
         str | None,
         typer.Option(
-            help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". --policy full takes none.'
+            help='What may be taken: "300 MiB" (by a step), "process:400 MiB" (by all in memory), "update:1 MiB" or '
+            '"elements:27946". --policy full takes none.'
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",
@@ -71,6 +72,7 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
+    from trady.report.units import format_bytes
     from trady.training.data.augment import check_name
     from trady.training.data.load import check_examples
     from trady.training.run import RunOptions, run
@@ -125,4 +127,7 @@ def finetune(
     if as_json:
         options.print_json({**result.to_json(), "out": out, "skipped": list(task.data.skipped)})
     else:
-        typer.echo(f"accuracy {result.accuracy:.1%}; weights, metrics and plan are in {out}")
+        taken = f"peak of a step {format_bytes(result.peak_bytes)}"
+        if result.process_peak_bytes is not None:
+            taken += f", of the process {format_bytes(result.process_peak_bytes)}"
+        typer.echo(f"accuracy {result.accuracy:.1%}; {taken}; weights, metrics and plan are in {out}")

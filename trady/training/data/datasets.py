@@ -50,7 +50,7 @@ class ImageDataset(Dataset[Example]):
     """Images and labels; pixels stay bytes until a batch is read.
 
     Args:
-        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8.
+        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8; an array, or what is indexed like one.
         labels: ``[N]``, int64.
         image_size: Height and width of the images that come out.
         normalization: Applied to the resized pixels.
