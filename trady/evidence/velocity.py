@@ -70,7 +70,7 @@ class Velocity:
         """
         found = {layer.name: _Similarity(layer.outputs) for layer in bench.armed.table}
         seen, batches = hashlib.sha256(), 0
-        for given, sample in islice(_samples(bench.batches), MOST_SAMPLES):
+        for given, sample in islice(_samples(bench.batches, bench.armed.model), MOST_SAMPLES):
             batches = given
             for tensor in sample.tensors:
                 seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
@@ -92,11 +92,11 @@ _OTHER_SAMPLES = (
 )
 
 
-def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Batch]]:
+def _samples(batches: Iterable[Any], model: nn.Module) -> Iterator[tuple[int, Batch]]:
     """Every sample as a batch of one, with the number of batches so far."""
     for number, batch in enumerate(batches, start=1):
         inputs, _ = split(batch)
-        for sample, _ in Batch.of(inputs).chunks(1):
+        for sample, _ in Batch.of(inputs, model).chunks(1):
             yield number, sample
 
 

@@ -19,6 +19,7 @@ from trady.analysis.sample_axes import CallSamples
 from trady.calls.canonical import untransposed
 from trady.calls.recognize import run_on_meta
 from trady.model.batch import without_memory
+from trady.model.structure import is_sparse
 from trady.ops.sample_axis import SampleAxis
 
 _META = torch.device("meta")
@@ -259,7 +260,7 @@ class Program:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.shape, tensor.layout if is_sparse(tensor) else tensor.stride(), tensor.dtype
 
 
 def _fill(value: Any, values: dict[int, Tensor], inputs: list[Tensor], samples: int) -> Any:

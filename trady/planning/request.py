@@ -111,7 +111,7 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-        batch = Batch.of(example)
+        batch = Batch.of(example, model)
         refused: InfeasibleBudgetError | None = None
         sizes = chunk_sizes(batch, self.micro_batch)
         for size in sizes:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
 from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import NO_SEGMENTS, Segments
@@ -21,6 +20,7 @@ from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import Batch
 from trady.model.eager import uncompiled
+from trady.model.structure import tensors_in
 from trady.model.untouched import switch_mode, untouched
 from trady.ops.context import internal_query
 from trady.simulation.fake_run import FakeRun
@@ -89,7 +89,7 @@ class Simulator:
     ) -> None:
         self._fidelity, self._loss = fidelity, loss
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
-        batch = Batch.of(example)
+        batch = Batch.of(example, model)
         # A copy shares what functions close over, which may be the model.
         self._model, self._copy, self._batch = model, meta_copy(model), batch.meta
         self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
@@ -280,4 +280,4 @@ def _own_loss(output: Any) -> Tensor | None:
 
 def _floats(output: Any) -> list[Tensor]:
     tree = dict(output) if hasattr(output, "keys") else output
-    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
+    return [t for t in tensors_in(tree) if t.is_floating_point() and t.requires_grad]

@@ -30,6 +30,7 @@ from trady.model.eager import COMPILED, compiler_is_loaded, uncompiled
 from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
 from trady.model.parameters import own_parameters
+from trady.model.structure import is_sparse, with_tensors
 from trady.model.untouched import switch_mode, untouched
 from trady.quantized.linear import routed
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
@@ -62,7 +63,7 @@ def trace_forward(model: nn.Module, example: Batch | Any, *, training: bool | No
 
 
 def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Trace:
-    batch = Batch.of(example)
+    batch = Batch.of(example, model)
     args, kwargs = batch.arguments
     recorder = _Recorder(model, batch.device_in(model))
     with ExitStack() as stack:
@@ -80,7 +81,8 @@ def _trace(model: nn.Module, example: Batch | Any, training: bool | None) -> Tra
         token = tracing.set(True)
         try:
             with recorder:
-                output = model(*tree_map(recorder.without_values, args), **tree_map(recorder.without_values, kwargs))
+                args, kwargs = with_tensors((args, kwargs), recorder.without_values)
+                output = model(*args, **kwargs)
         except ModelError:
             raise
         except Exception as error:
@@ -148,7 +150,7 @@ class _Recorder(CallMode):
 
     def without_values(self, value: Any) -> Any:
         """Replace an input by a fake tensor; ids and masks stay: models look at their values."""
-        keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+        keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()) or is_sparse(value)
         return value if keep else self.to_meta(value)
 
     def compiling(self) -> None:
