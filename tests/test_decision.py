@@ -28,7 +28,7 @@ from trady.planning.request import Request
 from trady.planning.scopes import PEAK, BudgetScope
 from trady.planning.spending import Spending
 from trady.simulation.simulator import Simulator
-from trady.trace import recorder
+from trady.trace import forward as recorder
 
 IMAGES = torch.zeros(8, 3, 12, 12)
 

@@ -26,7 +26,7 @@ from tests.models import (
 from trady.analysis.model_analysis import analyse_model
 from trady.calls.actions import InPlace
 from trady.errors import BudgetError, ModelError
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 
 
 def table(model: nn.Module, example: Any, **options: Any) -> trady.ChannelTable:

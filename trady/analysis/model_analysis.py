@@ -19,7 +19,7 @@ from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.model.mode import ByMode
 from trady.quantized.formats import keep_unpacked
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 from trady.trace.trace import Trace
 
 #: Traces of one batch.
@@ -160,6 +160,6 @@ def find_recomputable(
 
 def _samples(model: nn.Module, batch: Batch, trace: Trace, *, training: bool) -> list[CallSamples | None]:
     try:
-        return samples_of(trace, trace_forward(model, batch.doubled, training=training))
+        return samples_of(trace, trace_forward(model, batch.doubled, training=training, like=trace))
     except ModelError:  # it takes batches of one size only
         return [None] * len(trace.calls)

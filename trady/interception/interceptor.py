@@ -25,7 +25,7 @@ from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device
 from trady.errors import ModelError
 from trady.interception.deferred_segment import DeferredSegment
-from trady.interception.follower import action_at, departed, place_of, segment_at
+from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
@@ -156,6 +156,7 @@ class Interceptor(CallMode):
         self._recover()
         if self._forward is not None:
             self._forward.depth += 1
+            entered(self._forward, self._names.get(id(module), "?"))
             return
         self._before_forward()  # this and the next may refuse: before anything is pushed
         self._compilers.begin()
@@ -174,6 +175,7 @@ class Interceptor(CallMode):
             outermost=sys._getframe(2),
             plan=plan if known else None,
             span=span if span is not None and name else (0, sys.maxsize),
+            modules=[name],
             segments=(self._segments.of(self._model.training) or {}) if known else {},
         )
         self.__enter__()
@@ -184,6 +186,7 @@ class Interceptor(CallMode):
             return
         forward.depth -= 1
         if forward.depth:
+            left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None

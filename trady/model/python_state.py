@@ -46,11 +46,13 @@ class PythonState:
 
     Attributes:
         tensors: All tensors that were found, each once.
+        generators: All random generators that were found.
 
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.tensors: list[Tensor] = []
+        self.generators: list[Any] = []
         self._found: list[tuple[Any, Part, list[Any]]] = []
         kinds: dict[type, _Kind] = {}
         seen: set[int] = set()
@@ -65,6 +67,8 @@ class PythonState:
             seen.add(id(value))
             if isinstance(value, Tensor):
                 self.tensors.append(value)
+            if kind.opaque:
+                self.generators.append(value)
             for part in kind.parts:
                 content = part[0](value)
                 self._found.append((value, part, content))
@@ -228,6 +232,11 @@ class RandomState:
         torch.set_rng_state(self._torch)
         for module, states in self._devices:
             module.set_rng_state_all(states)
+
+
+def generators_of(roots: Iterable[Any]) -> list[Any]:
+    """The random generators that modules hold."""
+    return PythonState(roots).generators
 
 
 def seed_generators(seed: int) -> None:

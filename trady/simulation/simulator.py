@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trady.analysis.fusion import FusionPlan
 from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Selection
@@ -110,7 +111,9 @@ class Simulator:
             switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
-            with FakeRun(self._device, live, writes.watching), torch.no_grad(), live:
+            plan = self._analysis.plans.evaluation or FusionPlan(())
+            plan.draws.arm([self._copy, self._batch.inputs])
+            with FakeRun(self._device, live, writes.watching, plan.answers), torch.no_grad(), live:
                 self._copy(*args, **kwargs)
         return before, live.highest()[0] - before
 
@@ -174,7 +177,7 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        fake = FakeRun(self._device, live, watching)
+        fake = FakeRun(self._device, live, watching, self._analysis.plans.training.answers)
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
@@ -197,6 +200,8 @@ class Simulator:
     def _forward_and_backward(self, fake: FakeRun, live: LiveBytes, labels: list[Tensor]) -> list[Storage]:
         """Run one pass; return what was alive in its middle. ``labels`` takes up what the step reads them from."""
         args, kwargs = self._batch.arguments
+        self._analysis.plans.training.draws.arm([self._copy, self._batch.inputs])
+        fake.begin()
         with fake:
             output = self._copy(*args, **kwargs)
         loss = self._loss_of(output, fake, labels)
