@@ -35,6 +35,7 @@ from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff
 from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
+from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
@@ -157,6 +158,8 @@ class Interceptor(CallMode):
         if self._forward is not None:
             self._forward.depth += 1
             entered(self._forward, self._names.get(id(module), "?"))
+            return
+        if not has_weights(module):  # on its own it may be running in another model, which shares it
             return
         self._before_forward()  # this and the next may refuse: before anything is pushed
         self._compilers.begin()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from trady.model.python_state import generators_of
+from trady.model.untouched import unseen
 
 _WORDS = 624
 
@@ -48,10 +49,11 @@ class Draws:
 
         """
         words = _state(self)
-        generators = [_PYTHON, _NUMPY, _TORCH, *filter(None, map(_of_own, generators_of(roots)))]
-        for generator in generators:
-            generator.arm(words)
-        return Watch(generators)
+        with unseen():
+            generators = [_PYTHON, _NUMPY, _TORCH, *filter(None, map(_of_own, generators_of(roots)))]
+            for generator in generators:
+                generator.arm(words)
+            return Watch(generators)
 
 
 class Watch:
@@ -75,7 +77,8 @@ class Watch:
 
     def words(self) -> int:
         """The most words that one of them has given since it was set."""
-        return max(generator.place() - start for generator, start in self._generators)
+        with unseen():
+            return max(generator.place() - start for generator, start in self._generators)
 
     def host_words(self) -> int:
         """The same of Python's and NumPy's."""
