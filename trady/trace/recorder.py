@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -199,6 +201,7 @@ class _Recorder(CallMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
+        in_function = not torch.is_grad_enabled() and _in_custom_function()
         sources = [untransposed(t) for t in tensors]
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
@@ -216,6 +219,8 @@ class _Recorder(CallMode):
             numbers=tuple(numbers_among((*args, *kwargs.values()))),
             shapes=tuple(tuple(t.shape) for t in tensors),
             keywords={name: tuple(numbers_among((value,))) for name, value in kwargs.items()},
+            in_function=in_function,
+            without_gradient=not (in_function or torch.is_grad_enabled()),
             auxiliary=not any(t.is_meta or id(t) in self._own for t in sources),
         )
         self.trace.calls.append(entry)
@@ -229,7 +234,11 @@ class _Recorder(CallMode):
             out = self._run_on_meta(func, args, kwargs, entry)
         changed = [_version(tensor) != version for tensor, version in zip(touched, versions, strict=True)]
         entry.written = tuple(place for place, new in zip(places, changed, strict=True) if new)
-        made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        # What writes into a weight or a buffer hands out that very one.
+        same = {id(twin): t for t, twin, new in zip(tensors, touched, changed, strict=True) if new and twin is not t}
+        if same:
+            out = tree_map(lambda leaf: same.get(id(leaf), leaf), out)
+        made = [t for t in tree_iter(out) if isinstance(t, Tensor) and id(t) not in self._own]
         entry.makes = tuple(self._register(t, index, tensors) for t in made)
         entry.output_shape = tuple(made[0].shape) if made else ()
         if isinstance(call, RecurrentCall):
@@ -303,6 +312,17 @@ class _Recorder(CallMode):
         values.append(value)
         self._current[id(tensor)] = (value.reference, len(values) - 1)
         return len(values) - 1
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def _in_custom_function() -> bool:
+    """Whether a custom autograd function is running, which switches gradients off as ``no_grad`` does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_in(known: Mapping[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:

@@ -74,6 +74,8 @@ class TracedCall:
         keywords: The whole numbers among each of its keyword arguments.
         auxiliary: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
         looks: Whether it needs the values of activations: no fake tensor can do it.
+        in_function: Whether it runs inside of a custom autograd function, which may have a gradient of its own.
+        without_gradient: Whether gradients are switched off where it runs.
     """
 
     function: Any
@@ -92,6 +94,8 @@ class TracedCall:
     keywords: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     auxiliary: bool = False
     looks: bool = False
+    in_function: bool = False
+    without_gradient: bool = False
 
 
 @dataclass
