@@ -330,7 +330,8 @@ def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[i
 def _auxiliary_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
     """Whether ids or masks change after a call of the segment has read them: it is computed later than that."""
     read: set[int | None] = set()
-    for entry in calls:
+    last = max(index for index, entry in enumerate(calls) if not entry.auxiliary)  # with it, the segment is computed
+    for entry in calls[:last]:
         if not entry.auxiliary:
             read.update(sources[value] for value in entry.reads)
         elif any(value is None or sources[value] in read for value in entry.written):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from trady.model.python_state import generators_of
 from trady.model.untouched import unseen
@@ -48,12 +49,21 @@ class Draws:
             roots: Modules and batches whose own generators are set too.
 
         """
-        words = _state(self)
+        words, roots = _state(self), list(roots)
         with unseen():
+            _with_twisters(roots)
             generators = [_PYTHON, _NUMPY, _TORCH, *filter(None, map(_of_own, generators_of(roots)))]
             for generator in generators:
                 generator.arm(words)
             return Watch(generators)
+
+
+def _with_twisters(roots: Iterable[Any]) -> None:
+    """Give modules a generator whose numbers can be chosen in the place of one of another kind (``default_rng``)."""
+    for module in (module for root in roots if isinstance(root, nn.Module) for module in root.modules()):
+        for name, held in vars(module).items():
+            if isinstance(held, np.random.Generator) and not isinstance(held.bit_generator, np.random.MT19937):
+                vars(module)[name] = np.random.Generator(np.random.MT19937(0))
 
 
 class Watch:
@@ -108,6 +118,14 @@ def _numpy(generator: Any) -> _Generator:
     return _Generator(arm, lambda: int(generator.get_state(legacy=False)["state"]["pos"]))
 
 
+def _numpy_of_new_kind(generator: np.random.Generator) -> _Generator:
+    def arm(words: list[int]) -> None:
+        key = np.array(words, dtype=np.uint32)
+        generator.bit_generator.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 0}}
+
+    return _Generator(arm, lambda: int(generator.bit_generator.state["state"]["pos"]))
+
+
 #: Where PyTorch's state of a generator on the CPU has what (``CPUGeneratorImplStateLegacy``), in bytes.
 _LEFT, _NEXT, _STATE = 8, 16, 24
 
@@ -141,6 +159,8 @@ def _of_own(generator: Any) -> _Generator | None:
         return _torch(generator) if generator.device.type == "cpu" else None
     if isinstance(generator, np.random.RandomState) and generator.get_state(legacy=False)["bit_generator"] == "MT19937":
         return _numpy(generator)
+    if isinstance(generator, np.random.Generator) and isinstance(generator.bit_generator, np.random.MT19937):
+        return _numpy_of_new_kind(generator)
     return None
 
 
