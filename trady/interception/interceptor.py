@@ -159,8 +159,8 @@ class Interceptor(CallMode):
             self._forward.depth += 1
             entered(self._forward, self._names.get(id(module), "?"))
             return
-        if not has_weights(module):  # on its own it may be running in another model, which shares it
-            return
+        if not has_weights(module) and torch._C._current_graph_task_id() == -1:
+            return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
         self._before_forward()  # this and the next may refuse: before anything is pushed
         self._compilers.begin()
         plan = self._plans.of(self._model.training)
