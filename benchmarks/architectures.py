@@ -35,6 +35,7 @@ from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.tasks import Task, needs, own_loss, seeded
 from trady.errors import TradyError
 from trady.planning.budget import InfeasibleBudgetError
+from trady.planning.request import Request
 
 MOST_GRADIENT_ERROR, MOST_PREDICTION_ERROR = 1e-4, 0.03
 
@@ -65,7 +66,7 @@ TASKS = {
 }
 
 #: Random numbers that decide what is dropped: a step each.
-SEEDS = (1, 2, 3, 4, 5, 6)
+SEEDS = (1, 2, 3, 4)
 
 #: Samples of audio that are too few to mask features in, and those that are not.
 AUDIO, LONG_AUDIO, NEEDS_LONG_AUDIO = 800, 8000, ("data2vec-audio", "sew", "unispeech")
@@ -263,7 +264,7 @@ def _trained(architecture: str, dense: Task) -> Result:
 
     sparse = task_of(architecture)
     try:
-        tuner = trady.prepare(sparse.model, sparse.batch, budget="peak:1 B", ranking="structural")
+        Request("peak:1 B", ranking="structural").decide(sparse.model, sparse.batch, explain=False)
     except InfeasibleBudgetError as error:
         limit = int(1.1 * error.least_amount)
     tuner = trady.prepare(sparse.model, sparse.batch, budget=f"peak:{limit} B", ranking="structural")
