@@ -75,6 +75,7 @@ class FusionPlan:
         draws: What random numbers were.
         answers: To the calls that look at values.
         decisions: The calls in front of which the model may decide to go another way.
+        rounds: Passes of the model in front of this one, with what it kept in Python from one to the next.
     """
 
     steps: tuple[Step, ...]
@@ -85,6 +86,7 @@ class FusionPlan:
     draws: Draws = Draws()
     answers: tuple[Answer, ...] = ()
     decisions: frozenset[int] = frozenset()
+    rounds: int = 0
 
 
 def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
@@ -123,6 +125,7 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
         trace.draws,
         trace.answers,
         frozenset(trace.decisions),
+        trace.rounds,
     )
 
 

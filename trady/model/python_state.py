@@ -77,6 +77,13 @@ class PythonState:
             if kind.leads_to is not None:
                 waiting += kind.leads_to(value)
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything has changed but the state of random generators."""
+        opaque = {id(generator) for generator in self.generators}
+        pairs = ((read(value), content) for value, (read, _), content in self._found if id(value) not in opaque)
+        return any(len(now) != len(then) or not all(map(operator.is_, now, then)) for now, then in pairs)
+
     def restore(self) -> None:
         """Put everything back that has changed."""
         for value, (read, write), content in self._found:

@@ -177,7 +177,12 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        fake = FakeRun(self._device, live, watching, self._analysis.plans.training.answers)
+        plan = self._analysis.plans.training
+        for _ in range(plan.rounds):  # for what the model keeps in Python from one to the next
+            with armed.interceptor.off(), FakeRun(self._device, None, watching, plan.answers), torch.no_grad():
+                args, kwargs = self._batch.arguments
+                self._copy(*args, **kwargs)
+        fake = FakeRun(self._device, live, watching, plan.answers)
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:

@@ -20,6 +20,7 @@ from trady.trace.observer import Observer
 from trady.trace.recorder import NeedsValuesError, pass_of_ours, record
 from trady.trace.refusal import refusal
 from trady.trace.trace import Trace
+from trady.trace.ways import note_other_ways
 
 #: Random numbers are tried one by one up to so many: a pass each.
 _MOST_FLIPS = 64
@@ -62,28 +63,29 @@ def _trace(model: nn.Module, batch: Batch, training: bool | None, like: Trace | 
     if any(not answer.decides for answer in like.answers):
         raise ModelError("what the model sees in the example has a size that depends on its values")
     try:
-        return record(model, batch, training, draws=like.draws, answers=Replay(like.answers, any_size=True))
+        answers = Replay(like.answers, any_size=True)
+        return record(model, batch, training, draws=like.draws, answers=answers, rounds=like.rounds)
     except NeedsValuesError as error:
         raise refusal(model, batch, error) from error.__cause__
 
 
-def _traced(model: nn.Module, batch: Batch, training: bool | None, draws: Draws) -> Trace:
-    """Trace with these random numbers."""
+def _traced(model: nn.Module, batch: Batch, training: bool | None, draws: Draws, rounds: int = 0) -> Trace:
+    """Trace with these random numbers, after so many passes."""
     answers: Answers | None = None
     try:
-        trace = record(model, batch, training, draws=draws)
+        trace = record(model, batch, training, draws=draws, rounds=rounds)
     except NeedsValuesError as error:
         has_values = not any(t.is_meta for t in (*model.parameters(), *model.buffers(), *batch.tensors))
         try:
             answers = Replay(_observed(model, batch, training, draws)) if has_values else Assumed()
-            trace = record(model, batch, training, draws=draws, answers=answers)
+            trace = record(model, batch, training, draws=draws, answers=answers, rounds=rounds)
         except ModelError:
             raise
         except Exception as second:
             raise refusal(model, batch, error if isinstance(second, NeedsValuesError) else second) from second
     if trace.host_words:
         again = None if answers is None else Replay(trace.answers)
-        trace = record(model, batch, training, draws=draws, answers=again, watching=True)
+        trace = record(model, batch, training, draws=draws, answers=again, watching=True, rounds=rounds)
     return trace
 
 
@@ -96,36 +98,32 @@ def _observed(model: nn.Module, batch: Batch, training: bool | None, draws: Draw
 
 
 def _largest(model: nn.Module, batch: Batch, training: bool | None) -> Trace:
-    """Trace on the way on which most of the model runs, where it decides at random.
+    """Trace on the way on which most of the model runs, where it decides at random or by what it keeps in Python.
 
     Numbers close to one leave layers in where the model asks ``random < p``, those close to zero where it asks the
-    other way round. Where neither way has all weights of the other one, the numbers are tried one by one.
+    other way round. Where neither way has all weights of the other one, the numbers are tried one by one. A model that
+    keeps something in Python from one pass to the next is traced in its second pass too.
     """
-    best = _traced(model, batch, training, Draws())
-    if not best.words:
-        return best
-    other = _tried(model, batch, training, Draws(high=False))
-    if other is None:
-        return best
-    everything = _weights(best) | _weights(other)
-    best = max(best, other, key=_reach)
-    for word in range(min(max(best.words, other.words), _MOST_FLIPS)):
-        if _weights(best) >= everything:
+    ways = [_traced(model, batch, training, Draws())]
+
+    def try_way(draws: Draws, rounds: int = 0) -> None:
+        try:
+            ways.append(_traced(model, batch, training, draws, rounds))
+        except ModelError:
+            return  # the model cannot run like this
+
+    if ways[0].words:
+        try_way(Draws(high=False))
+    for word in range(min(max(way.words for way in ways), _MOST_FLIPS)):
+        best = max(ways, key=_reach)
+        if all(_weights(best) >= _weights(way) for way in ways):
             break
-        flipped = replace(best.draws, flipped=best.draws.flipped | {word})
-        found = _tried(model, batch, training, flipped)
-        if found is not None:
-            everything |= _weights(found)
-            best = max(best, found, key=_reach)
+        try_way(replace(best.draws, flipped=best.draws.flipped | {word}))
+    if ways[0].keeps_state:
+        try_way(max(ways, key=_reach).draws, rounds=1)
+    best = max(ways, key=_reach)
+    note_other_ways(best, [way for way in ways if way is not best])
     return best
-
-
-def _tried(model: nn.Module, batch: Batch, training: bool | None, draws: Draws) -> Trace | None:
-    """Trace with these random numbers, unless the model cannot run with them."""
-    try:
-        return _traced(model, batch, training, draws)
-    except ModelError:
-        return None
 
 
 def _weights(trace: Trace) -> set[int]:

@@ -34,9 +34,10 @@ from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
 from trady.model.parameters import own_parameters
 from trady.model.structure import is_sparse, with_tensors
-from trady.model.untouched import switch_mode, untouched
+from trady.model.python_state import PythonState
+from trady.model.untouched import switch_mode, unseen, untouched
 from trady.quantized.linear import routed
-from trady.trace.answers import Answers
+from trady.trace.answers import Answers, Replay
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 from trady.trace.draws import Draws, Watch
 from trady.trace.trace import Trace, TracedCall, Value
@@ -54,6 +55,7 @@ def record(
     draws: Draws,
     answers: Answers | None = None,
     watching: bool = False,
+    rounds: int = 0,
 ) -> Trace:
     """Run a model on shapes alone; it is untouched afterwards (:func:`trady.model.untouched.untouched`).
 
@@ -64,6 +66,7 @@ def record(
         draws: What random numbers are.
         answers: What the model is told where it looks at values.
         watching: Whether to note when Python's or NumPy's random numbers are drawn, which costs time.
+        rounds: Passes that the model makes before, for what it keeps in Python.
 
     Raises:
         NeedsValuesError: The model looks at values, and has been told none.
@@ -71,22 +74,22 @@ def record(
     """
     args, kwargs = batch.arguments
     with pass_of_ours(model, batch, training, draws) as watch:
+        for _ in range(rounds):
+            before = _Recorder(model, batch.device_in(model), None if answers is None else Replay(answers.all), None)
+            _run(before, model, args, kwargs)
         recorder = _Recorder(model, batch.device_in(model), answers, watch if watching else None)
+        with unseen():
+            state = PythonState([model])
         with _module_spans(model, recorder):
-            try:
-                with recorder:
-                    args, kwargs = with_tensors((args, kwargs), recorder.without_values)
-                    output = model(*args, **kwargs)
-            except ModelError:
-                raise
-            except Exception as error:
-                raise NeedsValuesError from error
+            output = _run(recorder, model, args, kwargs)
         if recorder.needs_values and answers is None:
             raise NeedsValuesError
         trace = recorder.trace
         trace.hooks = forward_hooks(model)
         trace.draws, trace.words = draws, watch.words() if recorder.decides_at_random else 0
         trace.host_words = watch.host_words()
+        with unseen():
+            trace.rounds, trace.keeps_state = rounds, state.changed
         # What the output and the model's attributes hold shows before the attributes are put back.
         outputs = list(tree_iter(output))
         recorder.settle()
@@ -94,6 +97,17 @@ def record(
     trace.batch, trace.way = batch.samples, way_of_calling(*batch.arguments)
     trace.answers = () if answers is None else answers.all
     return trace
+
+
+def _run(recorder: _Recorder, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        with recorder:
+            args, kwargs = with_tensors((args, kwargs), recorder.without_values)
+            return model(*args, **kwargs)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise NeedsValuesError from error
 
 
 @contextmanager
@@ -143,6 +157,7 @@ class _Recorder(CallMode):
         self.needs_values = self.decides_at_random = False
         self._answers, self._watch = answers, watch
         self._drawn: dict[int, weakref.ref[Tensor]] = {}
+        self._lately_gone: list[Value] = []
         self._device = device
         self.containers: list[str] = [""]
         self.modules: list[str] = [""]
@@ -299,6 +314,17 @@ class _Recorder(CallMode):
         if value.ended is None:
             early = self._watch is not None and not self._watch.moved()
             value.ended = len(self.trace.calls) - early / 2
+            self._lately_gone.append(value)
+
+    def left(self) -> None:
+        """Note that a module has returned: what was gone by then is not there when its caller decides."""
+        here = len(self.trace.calls)
+        drawn = self._watch is not None and self._watch.moved()
+        if not drawn and here not in self.trace.decisions[-1:]:
+            for value in self._lately_gone:
+                if value.ended == here:
+                    value.ended = here - 0.5
+        self._lately_gone.clear()
 
     def _register(self, tensor: Tensor, producer: int, arguments: list[Tensor]) -> int:
         old = self._value_of(tensor)
@@ -365,6 +391,7 @@ def _module_spans(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             return
         recorder.trace.spans.append((names[id(module)], starts[depth][1], len(recorder.trace.calls)))
         del starts[depth:]  # with the modules inside that raised
+        recorder.left()
         for stack in (recorder.modules, recorder.sections, recorder.containers):
             del stack[depth + 1 :]
 

@@ -111,6 +111,8 @@ class Trace:
         hooks: The model's forward hooks when the pass had ended: some models hang them in when they first need them.
         draws: What random numbers were.
         answers: To the calls that look at values.
+        rounds: Passes of the model in front of this one, with what it kept in Python from one to the next.
+        keeps_state: Whether it kept something there.
         words: 32-bit words that a random generator has given, where the model has decided by them; else 0.
         host_words: Those of Python's and NumPy's generators, whatever they were for.
         decisions: The calls in front of which the model has learnt something that it may decide by: a value, or a random
@@ -125,6 +127,8 @@ class Trace:
     hooks: KnownHooks = frozenset()
     draws: Draws = Draws()
     answers: tuple[Answer, ...] = ()
+    rounds: int = 0
+    keeps_state: bool = False
     words: int = 0
     host_words: int = 0
     decisions: tuple[int, ...] = ()
