@@ -252,7 +252,9 @@ def _trained(architecture: str, dense: Task) -> Result:
     tuner = trady.prepare(
         sparse.model, sparse.batch, policy=share, budget=budget, ranking="structural", recompute="all"
     )
-    _backward(sparse, SEEDS[0])  # in their first pass some models put modules in the place of others, which draws numbers
+    _backward(
+        sparse, SEEDS[0]
+    )  # in their first pass some models put modules in the place of others, which draws numbers
     errors = [0.0]
     for seed in SEEDS:
         for parameter in (*tuner.parameters(), *dense.model.parameters()):

@@ -133,7 +133,9 @@ def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:
     steps = []
     for index, entry in enumerate(trace.calls):
         parameters = tuple(id(p) for p in entry.parameters if isinstance(p, torch.nn.Parameter))
-        steps.append(Step(entry.function, parameters, actions.get(index), index, index, entry.scope == "", entry.module))
+        steps.append(
+            Step(entry.function, parameters, actions.get(index), index, index, entry.scope == "", entry.module)
+        )
     for index, action in actions.items():
         if not isinstance(action, (WithLayer, InPlace)):
             continue

@@ -14,7 +14,20 @@ from trady.errors import ModelError
 from trady.model.python_state import PythonState
 
 #: What holds no tensor that a model would be given.
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Generator, nn.Module, type)
+_PLAIN = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Generator,
+    nn.Module,
+    type,
+)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -23,7 +36,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         if isinstance(leaf, Tensor):
             yield leaf
         elif not isinstance(leaf, _PLAIN):
-            yield from PythonState([leaf]).tensors
+            yield from reversed(PythonState([leaf]).tensors)  # they are found from the last to the first
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
