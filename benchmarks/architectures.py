@@ -1,10 +1,10 @@
 """Architectures of transformers, in small: are the gradients the dense model's, and does a peak budget hold?
 
-Every model is built from its configuration with random weights, two layers and 32 features where it has such settings.
-Sizes alone are set: dropout, layers that are left out at random and masked features are as the library has them. The
-gradients of a fifth of the channels of every layer are compared with those of the plain model that draws the same random
-numbers, with everything recomputed that can be; then steps are measured that were given 1.1 times the least peak. Models
-that transformers cannot build or run like this are left out, with the reason.
+Every model is built from its configuration with random weights, two layers and 32 features where it has such
+settings. Sizes alone are set: dropout, layers that are left out at random and masked features are as the library has
+them. The gradients of a fifth of the channels of every layer are compared with those of the plain model that draws
+the same random numbers, with everything recomputed that can be; then steps are measured that were given 1.1 times the
+least peak. Models that transformers cannot build or run like this are left out, with the reason.
 """
 
 from __future__ import annotations

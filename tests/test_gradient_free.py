@@ -26,6 +26,9 @@ def _encoder() -> nn.Sequential:
 class Momentum(nn.Module):
     """An online encoder and one that follows it, a predictor, and a queue of what was seen."""
 
+    queue: Tensor
+    place: Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.online, self.predictor, self.how = _encoder(), nn.Linear(6, 6), how
@@ -105,6 +108,8 @@ def test_its_budget_is_kept(how: str) -> None:
 
 def test_an_average_that_is_taken_inside_of_the_pass_hides_no_layer() -> None:
     class Centred(nn.Module):
+        centre: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.body, self.head = _encoder(), nn.Linear(6, 4)

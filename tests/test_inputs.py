@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -40,7 +41,7 @@ class Named(NamedTuple):
 
 class Nested:
     def __init__(self, x: Tensor) -> None:
-        self.store = {"x": x, "of": [x.sum(1)]}
+        self.store: dict[str, Any] = {"x": x, "of": [x.sum(1)]}
 
 
 class Net(nn.Module):
@@ -145,6 +146,10 @@ class Convolves(nn.Module):
         return self.head(F.gelu(self.product(adjacency, self.second(x))))
 
 
+def _convolved(model: nn.Module, x: Tensor, adjacency: Tensor) -> Tensor:
+    return model(x, adjacency).square().sum()
+
+
 def _graph(nodes: int, edges: int, layout: torch.layout) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(nodes)
     places = torch.randint(0, nodes, (2, edges), generator=generator)
@@ -166,7 +171,7 @@ def test_a_sparse_matrix_is_multiplied_exactly(product: Any, layout: torch.layou
     tuner = armed(model, _graph(20, 60, layout), recompute=recompute)
     for size in ((20, 60), (15, 30)):
         x, adjacency = _graph(*size, layout)
-        assert_dense_gradients(model, tuner, lambda model, x=x, a=adjacency: model(x, a).square().sum())
+        assert_dense_gradients(model, tuner, partial(_convolved, x=x, adjacency=adjacency))
     tuner.finish()
 
 

@@ -48,8 +48,8 @@ class Deep(nn.Module):
         super().__init__()
         self.stem, self.head = nn.Conv1d(3, 8, 1), nn.Linear(8, 3)
         self.blocks = nn.ModuleList(block() for _ in range(DEPTH))
-        self.skips, self.generators = skips, [random.Random(1), np.random.RandomState(1), torch.Generator()]
-        self.new_kind = np.random.default_rng(1)
+        self.skips, self.of_python, self.of_numpy = skips, random.Random(1), np.random.RandomState(1)
+        self.of_torch, self.new_kind = torch.Generator(), np.random.default_rng(1)
         self.drawn: list[bool] = []
         self.calls = 0
 
@@ -80,9 +80,9 @@ SKIPS: dict[str, Callable[[Deep, int], Any]] = {
     "bernoulli": lambda model, place: bool(torch.bernoulli(torch.tensor(LEFT_OUT))),
     "python": lambda model, place: random.random() < LEFT_OUT,
     "numpy": lambda model, place: np.random.uniform(0, 1) < LEFT_OUT,  # noqa: NPY002
-    "own, of Python": lambda model, place: model.generators[0].random() < LEFT_OUT,
-    "own, of NumPy": lambda model, place: model.generators[1].uniform() < LEFT_OUT,
-    "own, of PyTorch": lambda model, place: torch.rand((), generator=model.generators[2]) < LEFT_OUT,
+    "own, of Python": lambda model, place: model.of_python.random() < LEFT_OUT,
+    "own, of NumPy": lambda model, place: model.of_numpy.uniform() < LEFT_OUT,
+    "own, of PyTorch": lambda model, place: torch.rand((), generator=model.of_torch) < LEFT_OUT,
     "own, of NumPy's new kind": lambda model, place: model.new_kind.random() < LEFT_OUT,
     "drawn before": _before,
     "either way": _either_way,
@@ -167,7 +167,8 @@ class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.other = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1)
-        self.head, self.passes, self.memory = nn.Linear(8, 3), 0, None
+        self.head, self.passes = nn.Linear(8, 3), 0
+        self.memory: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1

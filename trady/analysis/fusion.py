@@ -83,7 +83,7 @@ class FusionPlan:
     saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     hooks: KnownHooks = frozenset()
     way: tuple[Any, ...] = ()
-    draws: Draws = Draws()
+    draws: Draws = field(default_factory=Draws)
     answers: tuple[Answer, ...] = ()
     decisions: frozenset[int] = frozenset()
     rounds: int = 0

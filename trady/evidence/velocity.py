@@ -92,7 +92,7 @@ _OTHER_SAMPLES = (
 )
 
 
-def _samples(batches: Iterable[Any], model: nn.Module) -> Iterator[tuple[int, Batch]]:
+def _samples(batches: Iterable[Any], model: torch.nn.Module) -> Iterator[tuple[int, Batch]]:
     """Every sample as a batch of one, with the number of batches so far."""
     for number, batch in enumerate(batches, start=1):
         inputs, _ = split(batch)

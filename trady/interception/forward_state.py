@@ -49,7 +49,7 @@ class ForwardState:
         self.cursor = self.span[0]
 
     def decided(self) -> None:
-        """Note that the model may decide now, if the plan says so: what is behind is done, and it may leave the plan."""
+        """Note that the model may decide now, if the plan says so: what is behind is done, so it may leave the plan."""
         if self.plan is not None and self.writing is None and self.cursor in self.plan.decisions:
             self.at_risk = False
 

@@ -69,7 +69,8 @@ class Call:
             recalled[id(place)] = _Recalled(tensor)
             return place
 
-        return cls(*with_tensors((args, kwargs), remembered), autocast, recalled)
+        kept_args, kept_kwargs = with_tensors((args, kwargs), remembered)
+        return cls(kept_args, kept_kwargs, autocast, recalled)
 
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments once more; floating-point tensors that are gone come back as zeros."""

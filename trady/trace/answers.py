@@ -1,7 +1,7 @@
 """What a model has seen where it looked at values, to be told again where tensors have none.
 
-A trace runs on the meta device. A model may look at values all the same: an assertion, a check of its arguments, an index
-made of a mask, a matching of predictions and labels. Such calls are answered once, in a pass on the real example
+A trace runs on the meta device. A model may look at values all the same: an assertion, a check of its arguments, an
+index made of a mask, a matching of predictions and labels. Such calls are answered once, in a pass on the real example
 (:mod:`trady.trace.observer`), and the answers are repeated in every pass without values.
 """
 
@@ -108,9 +108,7 @@ class Replay:
     def __init__(self, answers: tuple[Answer, ...], *, any_size: bool = False) -> None:
         self.all, self._next, self._any_size = answers, 0, any_size
 
-    def to(
-        self, function: Any, arguments: Sequence[Any], origin: Callable[[], list[str]] = lambda: []
-    ) -> Answer | None:
+    def to(self, function: Any, arguments: Sequence[Any], origin: Callable[[], list[str]] = list) -> Answer | None:
         """Return the next answer if it is to this call."""
         if self._next == len(self.all):
             return None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,12 +31,13 @@ from trady.model.eager import COMPILED, uncompiled
 from trady.model.hooks import forward_hooks
 from trady.model.mode import Section, current_section, tracing
 from trady.model.parameters import own_parameters
-from trady.model.structure import is_sparse, with_tensors
 from trady.model.python_state import PythonState
+from trady.model.structure import is_sparse, with_tensors
 from trady.model.untouched import switch_mode, unseen, untouched
 from trady.quantized.linear import routed
 from trady.trace.answers import Answers, Replay
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
+from trady.trace.custom_functions import in_custom_function
 from trady.trace.draws import Draws, Watch
 from trady.trace.trace import Trace, TracedCall, Value
 
@@ -182,7 +181,7 @@ class _Recorder(CallMode):
 
     def without_values(self, value: Any) -> Any:
         """Replace an input by a fake tensor; ids and masks stay: models look at their values."""
-        keep = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()) or is_sparse(value)
+        keep = (isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())) or is_sparse(value)
         return value if keep else self.to_meta(value)
 
     def settle(self) -> None:
@@ -216,7 +215,7 @@ class _Recorder(CallMode):
         if func in READS_ONE and id(tensors[0]) in self._counters:
             return batches_counted(func, tensors[0])
         call = recognize(func, args, kwargs)
-        in_function = not torch.is_grad_enabled() and _in_custom_function()
+        in_function = not torch.is_grad_enabled() and in_custom_function()
         sources = [untransposed(t) for t in tensors]
         reads = tuple(v for v in map(self._value_of, tensors) if v is not None)
         for value in reads:
@@ -338,17 +337,6 @@ class _Recorder(CallMode):
         values.append(value)
         self._current[id(tensor)] = (value.reference, len(values) - 1)
         return len(values) - 1
-
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-
-
-def _in_custom_function() -> bool:
-    """Whether a custom autograd function is running, which switches gradients off as ``no_grad`` does."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not _APPLY:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _is_in(known: Mapping[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:

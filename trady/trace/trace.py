@@ -115,8 +115,8 @@ class Trace:
         keeps_state: Whether it kept something there.
         words: 32-bit words that a random generator has given, where the model has decided by them; else 0.
         host_words: Those of Python's and NumPy's generators, whatever they were for.
-        decisions: The calls in front of which the model has learnt something that it may decide by: a value, or a random
-            number. Another pass may go another way from there.
+        decisions: The calls in front of which the model has learnt something that it may decide by: a value, or a
+            random number. Another pass may go another way from there.
     """
 
     calls: list[TracedCall] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Trace:
     batch: int = 1
     way: tuple[Any, ...] = ()
     hooks: KnownHooks = frozenset()
-    draws: Draws = Draws()
+    draws: Draws = field(default_factory=Draws)
     answers: tuple[Answer, ...] = ()
     rounds: int = 0
     keeps_state: bool = False

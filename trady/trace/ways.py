@@ -12,8 +12,8 @@ from trady.trace.trace import Trace, TracedCall
 def note_other_ways(trace: Trace, others: Sequence[Trace]) -> None:
     """Add the places where other passes of the model have left this one to its decisions.
 
-    A model may draw its numbers long before it decides by them, or decide by what it keeps in Python. Where a module was
-    left out, others that lie beside it (the layers of an encoder) may be left out as well.
+    A model may draw its numbers long before it decides by them, or decide by what it keeps in Python. Where a module
+    was left out, others that lie beside it (the layers of an encoder) may be left out as well.
     """
     found = {place for other in others for place in _departures(trace, other)}
     outermost = {start: name for name, start, _ in trace.spans if name}  # modules end from the inside outwards
