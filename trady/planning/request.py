@@ -120,7 +120,7 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-        batch = Batch.of(example)
+        batch = Batch.of(example, model)
         limit = self.limit
         known = self if limit is None else replace(self, budget=measured(limit, model, batch))
         return known._decide_size(model, batch, optimizer, explain=explain)
