@@ -130,7 +130,7 @@ def test_every_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "something"}, "this is no checkpoint .*choose another folder"),
-        ({"version": 2}, "version 2, this trady reads version 1: .*--overwrite"),
+        ({"version": 3}, "version 3, this trady reads version 2 and 1: .*--overwrite"),
         ({"tensors": None}, "checksum"),
         ({"states": 3}, "damaged"),
         ({"epoch": None}, "damaged"),

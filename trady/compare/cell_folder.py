@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trady.compare.cells import Cell
-from trady.records.files import write_json
+from trady.errors import LockedError
+from trady.records.files import remove_temporaries, write_json
+from trady.records.lock import locked
+from trady.training.checkpoint import remove_checkpoint
 from trady.training.run_folder import RunFolder
+
+#: The file that is locked while a cell runs.
+CELL_LOCK = ".cell.lock"
 
 
 class Status(str, Enum):
@@ -97,10 +101,9 @@ class CellFolder:
 
     def drop_weights(self) -> None:
         """Remove weights and checkpoints, which the tables do not need."""
-        for path in (self.run.model, self.run.delta):
+        for path in self.run.weights:
             path.unlink(missing_ok=True)
-        for path in self.path.glob("checkpoint*"):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(self.run.checkpoint)
 
     def epochs_done(self) -> int:
         """Return how many epochs the metrics have."""
@@ -118,32 +121,18 @@ class CellFolder:
 
     @contextlib.contextmanager
     def alone(self, patience_seconds: float) -> Iterator[bool]:
-        """Lock the folder against other processes; yield whether that worked.
+        """Lock the folder against other processes that run cells; yield whether that worked.
 
-        The system frees the lock when the process ends, however it ends. On systems without such locks nothing is
-        locked.
+        The run in it has a lock of its own, against those who train in the folder without a comparison.
         """
-        try:
-            import fcntl
-        except ImportError:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path, name=CELL_LOCK, patience_seconds=patience_seconds))
+            except LockedError:
+                yield False
+                return
+            remove_temporaries(self.path, alone=True)
             yield True
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        place = self.path / ".lock"
-        until = time.monotonic() + patience_seconds
-        with place.open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > until:
-                        yield False
-                        return
-                    time.sleep(0.1)
-            yield True
-            if self.status() is Status.DONE:
-                place.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         found = self.read(self.identity)

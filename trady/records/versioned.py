@@ -31,6 +31,7 @@ class Format:
         remedy: What to do about one that is damaged, or of another version.
         elsewhere: What to do about something else in its place; the same when left out.
         version: The version that is written and read; ``None`` where the name says it.
+        reads: Earlier versions that are read as well.
         changed: What is another since the version before, for those who have a record of that.
     """
 
@@ -41,6 +42,7 @@ class Format:
     elsewhere: str = ""
     version: int | None = 1
     changed: str = ""
+    reads: tuple[int, ...] = ()
 
     def header(self) -> dict[str, Any]:
         """Return the first entries of a record."""
@@ -57,10 +59,11 @@ class Format:
         if not isinstance(data, Mapping) or given != self.name:
             expected = f"its format is {given!r}, not {self.name!r}" if self.name else f"it is a {given}"
             raise self.error(f"this is no {self.noun} ({expected}); {self.elsewhere or self.remedy}")
-        if self.version is not None and data.get("version") != self.version:
+        if self.version is not None and data.get("version") not in (self.version, *self.reads):
             reason = f" ({self.changed})" if self.changed else ""
+            read = " and ".join(map(str, (self.version, *self.reads)))
             raise self.error(
-                f"the {self.noun} is of version {data.get('version')!r}, this trady reads version {self.version}"
+                f"the {self.noun} is of version {data.get('version')!r}, this trady reads version {read}"
                 f"{reason}: use the trady that wrote it, or {self.remedy}"
             )
         return data

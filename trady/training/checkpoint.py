@@ -1,10 +1,9 @@
-"""Checkpoints: a folder with tensors and JSON, replaced after each epoch."""
+"""Checkpoints: a folder with tensors and JSON, both checksummed, replaced as a whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,15 +18,23 @@ from torch import nn
 from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
-from trady.records.files import flush, separate
+from trady.records.files import flush, remove_tree, separate, temporary_name
 from trady.records.versioned import Format
 from trady.training.state import State
 
+#: Version 1 had no checksum of the description, no digest of the data, and no epochs that are half done.
 FORMAT = Format(
-    "trady-checkpoint", "checkpoint", CheckpointError, "start the run again with --overwrite", "choose another folder"
+    "trady-checkpoint",
+    "checkpoint",
+    CheckpointError,
+    "start the run again with --overwrite",
+    "choose another folder",
+    version=2,
+    reads=(1,),
 )
 TENSORS = "tensors.safetensors"
 DESCRIPTION = "checkpoint.json"
+_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,13 @@ class Checkpoint:
     """All that a run needs to go on as if it had never stopped.
 
     Attributes:
-        epoch: The last epoch that is done, from 0.
+        epoch: The last epoch that is done, from 0; -1 before the first is.
         step: Optimizer steps done so far.
         settings: What the run was started with; a resumed run must have the same.
         model: Fingerprint of the untouched model.
-        states: State of the trainer and of the optimizer, by name.
+        states: State of the trainer, of the optimizer and, in the middle of an epoch, of that epoch, by name.
+        data: What the data is like (:mod:`trady.training.data.identity`); ``None`` where it was not recorded.
+        structure: Fingerprint of the model without its weights; empty where it was not recorded.
     """
 
     epoch: int
@@ -47,6 +56,8 @@ class Checkpoint:
     settings: Mapping[str, Any]
     model: str
     states: Mapping[str, State] = field(default_factory=dict)
+    data: Mapping[str, Any] | None = None
+    structure: str = ""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -55,30 +66,40 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     The new one is written beside the old one; the old one is renamed out of the way, the new
     one takes its name, the old one is removed. :func:`load_checkpoint` looks in both places.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary, previous = temporary_name(folder), _previous(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _fill(temporary, checkpoint)
+        if folder.exists():
+            remove_tree(previous)
+            folder.rename(previous)
+        temporary.rename(folder)
+    except Exception:  # a full disk, mostly: what was there stays, and room is made for saying so
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(folder.parent)
+    remove_tree(previous)
+
+
+def _fill(place: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"{name}:{k}": v for name, state in checkpoint.states.items() for k, v in state.tensors.items()}
-    save_file(separate(tensors), temporary / TENSORS, {"format": str(FORMAT.name)})
+    save_file(separate(tensors), place / TENSORS, {"format": str(FORMAT.name)})
     description = {
         **FORMAT.header(),
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
         "model": checkpoint.model,
+        "structure": checkpoint.structure,
         "settings": dict(checkpoint.settings),
+        "data": None if checkpoint.data is None else dict(checkpoint.data),
         "states": {name: dict(state.meta) for name, state in checkpoint.states.items()},
-        "tensors": {"file": TENSORS, "sha256": _digest(temporary / TENSORS)},
+        "tensors": {"file": TENSORS, "sha256": _digest(place / TENSORS)},
     }
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-    for path in (temporary / TENSORS, temporary / DESCRIPTION, temporary):
+    text = json.dumps({**description, _CHECKSUM: _checksum(description)}, indent=1)
+    (place / DESCRIPTION).write_text(text, encoding="utf-8")
+    for path in (place / TENSORS, place / DESCRIPTION, place):
         flush(path)
-    previous = _previous(folder)
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    temporary.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -87,11 +108,15 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the incomplete checkpoint that a killed run has left."""
-    for path in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove the checkpoint before the last one, which a kill in the middle of :func:`save_checkpoint` leaves."""
     if folder.is_dir():
-        shutil.rmtree(_previous(folder), ignore_errors=True)
+        remove_tree(_previous(folder))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; a kill leaves it whole or not there."""
+    while (place := find_checkpoint(folder)) is not None:
+        remove_tree(place)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -103,7 +128,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     place = find_checkpoint(folder)
     if place is None:
         raise CheckpointError(f"{folder} does not exist; start the run without --resume")
-    description = FORMAT.load(place / DESCRIPTION, FORMAT.check)
+    description = FORMAT.load(place / DESCRIPTION, _checked)
     tensors = _tensors(place / TENSORS, description)
     with FORMAT.named(place / DESCRIPTION), FORMAT.reading():
         states = {name: State(_state(tensors, name), meta) for name, meta in dict(description["states"]).items()}
@@ -113,22 +138,49 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             dict(description["settings"]),
             str(description["model"]),
             states,
+            description.get("data"),
+            str(description.get("structure", "")),
         )
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
     """Refuse to go on with other settings than the run was started with."""
-    keys = sorted({*checkpoint.settings, *settings})
-    changed = [
-        f"{key} was {checkpoint.settings.get(key)!r}, is now {settings.get(key)!r}"
-        for key in keys
-        if checkpoint.settings.get(key) != settings.get(key)
-    ]
-    if changed:
+    if changed := differences(checkpoint.settings, settings):
         raise CheckpointError(
             f"{place} belongs to a run with other settings: {'; '.join(changed)}; "
             "resume with the same ones, or start again in another folder or with --overwrite"
         )
+
+
+def check_data(checkpoint: Checkpoint, data: Mapping[str, Any], place: Path) -> None:
+    """Refuse to go on with other data than the run was started with, as far as both are known."""
+    if checkpoint.data is not None and (changed := differences(checkpoint.data, data)):
+        raise CheckpointError(
+            f"{place} belongs to a run on other data: {'; '.join(changed)}; resume with the same files, image size, "
+            "limit and classes, or start again in another folder or with --overwrite"
+        )
+
+
+def check_model(checkpoint: Checkpoint, model: str, structure: str, place: Path) -> None:
+    """Refuse to go on with another model than the run was started with."""
+    if checkpoint.model == model:
+        return
+    difference = ""
+    if checkpoint.structure:
+        same = checkpoint.structure == structure
+        difference = ": its layers are the same, its weights are others" if same else ": its layers are others"
+    raise CheckpointError(
+        f"{place} is of another model{difference} ({checkpoint.model}, this one is {model}); resume with the "
+        "model and the pretrained weights that the run was started with"
+    )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what has changed, in words."""
+    keys = sorted({*before, *now})
+    return [
+        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
+    ]
 
 
 def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
@@ -146,6 +198,23 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
                 bits: Any = inner.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
                 digest.update(memoryview(bits))
     return digest.hexdigest()[:16]
+
+
+def _checked(data: object) -> Mapping[str, Any]:
+    """Return a description, if it is one and nobody has changed it since."""
+    description = dict(FORMAT.check(data))
+    written = description.pop(_CHECKSUM, None)
+    if (written is not None or description["version"] != 1) and written != _checksum(description):
+        raise CheckpointError(
+            f"the checkpoint is damaged: it was changed, its checksum is not the one written with it; {FORMAT.remedy}"
+        )
+    return description
+
+
+def _checksum(description: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(description))
+    text = json.dumps(as_read, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
