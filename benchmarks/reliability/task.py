@@ -7,6 +7,7 @@ process of its own all the same, with its own files, memory and signal handlers.
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torch.utils.data import Dataset
 
 from trady.errors import TradyError
 from trady.training import saver
-from trady.training.checkpoint import Checkpoint
+from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.data.datasets import CENTERED, ImageDataset
 from trady.training.interrupt import Stopped
 from trady.training.metrics import EpochMetrics
@@ -53,7 +55,8 @@ class Network(nn.Module):
         """Take images ``[N, 3, H, W]`` to scores ``[N, CLASSES]``."""
         x = torch.relu(self.norm(self.first(x)))
         x = torch.relu(self.third(torch.relu(self.second(x))))
-        return self.classifier(self.dropout(x.mean((2, 3))))
+        scores: Tensor = self.classifier(self.dropout(x.mean((2, 3))))
+        return scores
 
 
 class Shifted(Dataset[tuple[Tensor, int]]):
@@ -66,8 +69,6 @@ class Shifted(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        import random
-
         image, label = self.images[index]
         drawn = float(torch.rand(())) + float(np.random.random()) + random.random()  # noqa: NPY002
         return image + 0.1 * drawn, label
@@ -197,15 +198,14 @@ class _Journal(Silent):
     @contextmanager
     def watching(self) -> Iterator[_Journal]:
         """Be told of checkpoints."""
-        original = saver.save_checkpoint
 
         def saved(folder: Path, checkpoint: Checkpoint) -> None:
-            original(folder, checkpoint)
+            save_checkpoint(folder, checkpoint)
             self.note(f"saved {checkpoint.step}")
 
-        saver.save_checkpoint = saved
         self.note("started 0")
-        yield self
+        with patch.object(saver, "save_checkpoint", saved):
+            yield self
         self.note("ended 0")
 
     def note(self, line: str) -> None:

@@ -83,11 +83,13 @@ class CellFolder:
         """Which cell it is, and what it runs on."""
         return self.path / "cell.json"
 
-    def begin(self, machine: Mapping[str, Any]) -> None:
-        """Write which cell this is and what it runs on, and remove an earlier error."""
+    def begin(self, machine: Mapping[str, Any], *, keep: str = "weights") -> None:
+        """Write which cell this is, what it runs on and what stays of it, and remove an earlier error."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.error.unlink(missing_ok=True)
-        write_json(self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine)})
+        write_json(
+            self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine), "keep": keep}
+        )
 
     def write_error(self, status: Status, error: BaseException | str) -> Outcome:
         """Record why the cell could not be run."""
@@ -98,6 +100,16 @@ class CellFolder:
             self.begin({})
         write_json(self.error, {"status": str(status), "type": kind, "message": text, "traceback": trace})
         return Outcome(status, text)
+
+    def clear_up(self) -> None:
+        """End what a worker was killed in: a finished cell that was to keep its results alone drops its weights."""
+        left = (self.path / CELL_LOCK, self.run.checkpoint, *self.run.weights)
+        if self.status() is not Status.DONE or not any(path.exists() for path in left):
+            return
+        if (self.read(self.identity) or {}).get("keep") == "results":
+            with self.alone(0.0) as alone:
+                if alone:
+                    self.drop_weights()
 
     def drop_weights(self) -> None:
         """Remove weights and checkpoints, which the tables do not need."""

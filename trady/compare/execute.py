@@ -75,7 +75,7 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
             return Outcome(Status.BUSY, f"another process works in {folder.path}")
         if folder.status() is Status.DONE:
             return Outcome(Status.DONE)
-        folder.begin(machine())
+        folder.begin(machine(), keep=place.keep)
         try:
             seconds = _train(job, folder, keep_best=place.keep == "weights").seconds
         except LockedError as error:

@@ -7,6 +7,7 @@ from what another one is writing.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import platform
@@ -37,7 +38,11 @@ def remove_temporaries(folder: Path, *, alone: bool) -> None:
         alone: Whether nobody else writes there (:func:`trady.records.lock.locked`). Otherwise only what a process of
             this machine has left is removed, once that is gone.
     """
-    for path in folder.glob("*.tmp-*") if folder.is_dir() else ():
+    _remove_leftovers(folder, "*.tmp-*", alone=alone)
+
+
+def _remove_leftovers(folder: Path, pattern: str, *, alone: bool) -> None:
+    for path in folder.glob(pattern) if folder.is_dir() else ():
         found = _TEMPORARY.match(path.name)
         if found is None:
             continue
@@ -58,8 +63,12 @@ def remove_tree(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``."""
+    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
+
+    What a killed process has left of writing the same file is removed.
+    """
     temporary = temporary_name(path)
+    _remove_leftovers(path.parent, f"{glob.escape(temporary.name.partition('.tmp-')[0])}.tmp-*", alone=False)
     try:
         write(temporary)
         flush(temporary)
@@ -79,6 +88,15 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file by these lines."""
     text = "".join(f"{line}\n" for line in lines)
     write_whole(path, lambda place: _write_text(place, text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by this content."""
+
+    def write(place: Path) -> None:
+        place.write_bytes(content)
+
+    write_whole(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

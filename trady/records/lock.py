@@ -147,13 +147,23 @@ def _take(place: Path) -> int | None:
 def _take_by_record(place: Path) -> int | None:
     holder = Holder.read(place)
     if holder is not None and holder.host == platform.node() and not is_running(holder.pid):
-        place.unlink(missing_ok=True)
+        _remove_stale(place, holder)
     try:
         descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return None
     _write(descriptor)
     return descriptor
+
+
+def _remove_stale(place: Path, holder: Holder) -> None:
+    """Remove the lock of a process that is gone, unless somebody else has done so and taken it meanwhile."""
+    aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    with suppress(OSError):
+        place.rename(aside)
+        if Holder.read(aside) != holder:
+            os.link(aside, place)
+        aside.unlink()
 
 
 def _write(descriptor: int) -> None:

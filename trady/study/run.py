@@ -84,6 +84,10 @@ def record(
         DataError: There are too few images for the batches of noise.
     """
     folder.begin(settings)
+    for name in names:
+        for seed in seeds:
+            if _finished(folder, name, seed):  # perhaps killed before its weights were dropped
+                _drop_weights(RunFolder(folder.run(name, seed)))
     todo = {name: [seed for seed in seeds if not _finished(folder, name, seed)] for name in names}
     total, done = sum(map(len, todo.values())), 0
     for name, make in zip(names, tasks, strict=True):

@@ -143,21 +143,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
 
 
-def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path) -> None:
-    """Refuse to go on with other settings than the run was started with."""
+def check_settings(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path, data: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse to go on with other settings than the run was started with, or on other data as far as both are known."""
+    mistakes = []
     if changed := differences(checkpoint.settings, settings):
+        mistakes.append(f"with other settings: {'; '.join(changed)}")
+    if checkpoint.data is not None and data is not None and (changed := differences(checkpoint.data, data)):
+        mistakes.append(f"on other data: {'; '.join(changed)}")
+    if mistakes:
         raise CheckpointError(
-            f"{place} belongs to a run with other settings: {'; '.join(changed)}; "
-            "resume with the same ones, or start again in another folder or with --overwrite"
-        )
-
-
-def check_data(checkpoint: Checkpoint, data: Mapping[str, Any], place: Path) -> None:
-    """Refuse to go on with other data than the run was started with, as far as both are known."""
-    if checkpoint.data is not None and (changed := differences(checkpoint.data, data)):
-        raise CheckpointError(
-            f"{place} belongs to a run on other data: {'; '.join(changed)}; resume with the same files, image size, "
-            "limit and classes, or start again in another folder or with --overwrite"
+            f"{place} belongs to a run {', and '.join(mistakes)}; resume with the same ones, or start again in another "
+            "folder or with --overwrite"
         )
 
 
@@ -177,10 +175,20 @@ def check_model(checkpoint: Checkpoint, model: str, structure: str, place: Path)
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what has changed, in words."""
-    keys = sorted({*before, *now})
     return [
-        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
+        _difference(key, before.get(key), now.get(key))
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, list) and isinstance(now, list):  # names of classes, of which there may be a thousand
+        if len(before) != len(now):
+            return f"{key} were {len(before)}, are now {len(now)}"
+        at = next(index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
+        return f"{key}: number {at} was {before[at]!r}, is now {now[at]!r}"
+    return f"{key} was {before!r}, is now {now!r}"
 
 
 def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:

@@ -16,7 +16,6 @@ from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.training.batch import Loss
 from trady.training.checkpoint import (
     Checkpoint,
-    check_data,
     check_model,
     check_settings,
     fingerprint,
@@ -156,9 +155,7 @@ class Loop:
     def _restore(self, checkpoint: Checkpoint, model: str, structure: str) -> tuple[list[EpochMetrics], _Within | None]:
         assert self.folder is not None
         place = self.folder.checkpoint
-        check_settings(checkpoint, self.settings.to_json(), place)
-        if self.data is not None:
-            check_data(checkpoint, self.data, place)
+        check_settings(checkpoint, self.settings.to_json(), place, self.data)
         check_model(checkpoint, model, structure, place)
         if set(checkpoint.states) - {WITHIN} != {"trainer", "optimizer"}:
             raise CheckpointError(
