@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from tests.command import start
+from tests.small_runs import lines, run, without_clock
 from tests.small_task import small_data, write_npz
-from tests.test_training import lines, run, without_clock
 from trady.errors import CheckpointError, TrainingError
 from trady.training import interrupt
+from trady.training import run as module
 from trady.training.checkpoint import load_checkpoint
 from trady.training.durations import parse_seconds
 from trady.training.interrupt import Interrupts, Stopped
 from trady.training.progress import Silent
 from trady.training.randomness import random_state, reading_randomness, set_random_state
+from trady.training.saver import Saving
 from trady.training.within_epoch import WITHIN
 
 posix = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a system without SIGHUP")
@@ -61,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trady, learning its ranking": {"ranking": "online", "momentum": 0.9},
     "augmented, AdamW": {"augment": "light", "optimizer": "adamw", "lr": 0.01},
     "several draws": {"policy": "dynamic-random", "draws_per_epoch": 3, "momentum": 0.9},
-    "evidence of each epoch": {"policy": "velocity", "observed_batches": 2, "momentum": 0.9},
+    "evidence of each epoch": {"policy": "velocity", "budget": "update:16 KiB", "observed_batches": 2, "momentum": 0.9},
     "micro-batches": {"micro_batch": 3},
     "updates in backward": {"optimizer": "adamw-in-backward", "lr": 0.01},
     "full": {"policy": "full", "momentum": 0.9},
@@ -175,6 +178,43 @@ def test_a_signal_saves_the_run_and_says_so_and_leaves_with_its_number(
 
 
 @posix
+@pytest.mark.parametrize("in_a_step", [False, True])
+def test_readers_that_the_same_signal_has_ended_do_not_hide_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_a_step: bool
+) -> None:
+    """As where a scheduler signals all processes of a job, or a terminal is closed."""
+
+    def killed(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    class Read(Dataset[tuple[torch.Tensor, int]]):
+        reads, whole = 0, small_data(48, 0)
+
+        def __len__(self) -> int:
+            return 48
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            self.reads += 1
+            if self.reads == 33 and not in_a_step:
+                killed()
+            return self.whole[index]
+
+    class Step(Silent):
+        steps = 0
+
+        def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+            self.steps += 1
+            if self.steps == 4 and in_a_step:
+                killed()
+
+    with pytest.raises(Stopped):
+        run(tmp_path, policy="full", data=(Read(), small_data(24, 1)), progress=Step(), checkpoint_every=1e-9)
+    assert "SIGTERM: stopped; the last checkpoint is kept" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "checkpoint").step == 3  # the fourth is half done, or not read
+
+
+@posix
 def test_handlers_of_the_user_and_what_nohup_ignores_are_left_alone() -> None:
     for handler in (signal.SIG_IGN, lambda *_: None):
         before = signal.signal(signal.SIGHUP, handler)
@@ -191,6 +231,7 @@ def test_handlers_of_the_user_and_what_nohup_ignores_are_left_alone() -> None:
 STUCK = """
 import hashlib, sys
 from trady.training import interrupt
+from trady.training import run as module
 interrupt.LEAVE_SECONDS = 0.2
 with interrupt.Interrupts(lambda name: f"{name}: the last checkpoint is kept"):
     print("in a step", flush=True)
@@ -233,11 +274,11 @@ def test_an_epoch_of_one_process_is_not_gone_on_with_where_it_cannot_be(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, policy="full", progress=Raise(signal.SIGINT, 2))
-    from accelerate import Accelerator
-
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Saving", lambda every, within_epochs, best: Saving(every, False, best))
+        with pytest.raises(CheckpointError, match="in the middle of an epoch, by one process"):
+            run(tmp_path, policy="full", resume=True)
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(CheckpointError, match="in the middle of an epoch, by one process"):
-        run(tmp_path, policy="full", resume=True)
     with pytest.raises(TrainingError, match="checkpoint_every works in one process, and these are 2"):
         run(tmp_path, policy="full", resume=True, checkpoint_every="1min")
 

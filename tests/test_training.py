@@ -19,29 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import trady
+from tests.small_runs import BUDGET, lines, run, without_clock
 from tests.small_task import StopAfter, small_data, small_net, write_npz
 from trady.errors import BudgetError, DataError, PolicyError, StateError, TrainingError
 from trady.training.interrupt import Interrupts
 from trady.training.run import finetune
 from trady.training.schedule import make_schedule
 
-BUDGET = "update:12 KiB"
 POLICIES = ("trady", "dynamic-random", "head", "full")
-
-
-def run(out: Path | None, **options: Any) -> Any:
-    settings: dict[str, Any] = {"budget": BUDGET, "epochs": 3, "batch_size": 8, "lr": 0.05, **options}
-    model = settings.pop("model", None) or small_net()
-    train, evaluation = settings.pop("data", None) or (small_data(48, 0), small_data(24, 1))
-    return finetune(model, train, evaluation, out=out, progress=settings.pop("progress", False), **settings)
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clock(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in ("seconds", "samples_per_second")} for m in metrics]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -76,7 +76,7 @@ def page(tallies: Sequence[Tally], seed: int, seconds: float, when: datetime) ->
         for name, tally in zip(("kills", "terms", "hangups", "pairs", "disks"), tallies, strict=False)
     )
     bad = sum(tally.bad for tally in tallies)
-    verdict = "Nothing went wrong." if not bad else f"{bad} things went wrong."
+    verdict = "Nothing went wrong." if not bad else f"Wrong: {bad}."
     return "\n".join(
         [
             "# Reliability",
@@ -90,7 +90,7 @@ def page(tallies: Sequence[Tally], seed: int, seconds: float, when: datetime) ->
             "",
             *lines,
             "",
-            f"{verdict}",
+            verdict,
             "",
             _EXPLANATION.format(setups="\n".join(f"- {name}" for name in SETUPS)),
         ]

@@ -77,7 +77,8 @@ class Interrupts:
             signal.set_wakeup_fd(before)
             os.close(writing)
             self._wakeup = None
-        if kind is None:
+        # A signal to all processes of a group ends readers of data too, which raises whatever it raises.
+        if kind is None or issubclass(kind, Exception):
             self.check()
 
     def check(self) -> None:

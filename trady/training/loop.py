@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,9 @@ from trady.training.state import State, load_optimizer_state
 from trady.training.step import NotFiniteError, Stepper, StepResult
 from trady.training.trainer import Trainer
 from trady.training.within_epoch import WITHIN, EpochSums
+
+#: After the last batch.
+_NOTHING = object()
 
 #: An epoch that is half done, and the random numbers that come next in it.
 _Within = tuple[EpochSums, State]
@@ -247,7 +250,8 @@ class Loop:
         self.display.start_epoch(sums.epoch, self.settings.epochs, left)
         before, started = sums.examples, time.perf_counter()
         seed, process = self.settings.seed, self.accelerator.process_index
-        for batch in read_epoch(self.batches, seed, sums.epoch, process, sums.batches):
+        batches = read_epoch(self.batches, seed, sums.epoch, process, sums.batches)
+        while (batch := self._read(batches, sums, random)) is not _NOTHING:
             if random is not None:
                 set_random_state(random)
                 random = None
@@ -273,6 +277,15 @@ class Loop:
             set_random_state(random)
         if not sums.examples:
             raise DataError("the training data gave no batch")
+
+    def _read(self, batches: Iterator[Any], sums: EpochSums, random: State | None) -> Any:
+        """Return the next batch; save the epoch if it is to stop and its readers have stopped before it."""
+        try:
+            return next(batches, _NOTHING)
+        except Exception:
+            if self._interrupts.noted:
+                self._pause(sums, random)
+            raise
 
     def _observe(self, epoch: int) -> float:
         """Measure what the next draw needs; return the seconds it took."""

@@ -103,6 +103,7 @@ class RunFolder:
             LockedError: Another process works here.
         """
         with locked(self.path):
+            flush(self.path.parent)
             self._clear_up()
             try:
                 yield
