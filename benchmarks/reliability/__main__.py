@@ -27,6 +27,7 @@ from benchmarks.reliability.report import COLUMNS, page, row
 from benchmarks.reliability.task import warm_up
 from benchmarks.reliability.trials import Tally, Trials
 from trady.errors import TrainingError
+from trady.records.files import write_bytes
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
@@ -50,37 +51,45 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise TrainingError("these trials fork processes and send them signals, which Windows does not have")
     torch.set_num_threads(1)
     seed = int(time.time()) if chosen.seed is None else chosen.seed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, started = options.console_for(chosen.json), time.monotonic()
-    tallies = []
+    tallies: list[Tally] = []
+    stopped = False
     warm_up()
     with tempfile.TemporaryDirectory(prefix="trady-reliability-") as folder:
         trials = Trials(Path(folder), random.Random(seed))
-        for name, kind in (
-            ("kills", trials.kills(chosen.kills)),
-            ("terms", trials.terms(chosen.terms, signal.SIGTERM)),
-            ("hangups", trials.terms(chosen.hangups, signal.SIGHUP)),
-            ("pairs", trials.pairs(chosen.pairs)),
-            ("disks", trials.full_disks(chosen.disks)),
-        ):
-            if getattr(chosen, name) > 0:
-                tallies.append(_follow(kind, console))
+        kinds = {
+            "pairs": trials.pairs(chosen.pairs),
+            "disks": trials.full_disks(chosen.disks),
+            "hangups": trials.terms(chosen.hangups, signal.SIGHUP),
+            "terms": trials.terms(chosen.terms, signal.SIGTERM),
+            "kills": trials.kills(chosen.kills),
+        }
+        try:
+            for name, kind in kinds.items():
+                if getattr(chosen, name) > 0:
+                    _follow(kind, console, tallies)
+        except KeyboardInterrupt:
+            stopped = True
+            console.print("stopped; this is what has been done")
     seconds = time.monotonic() - started
     console.print(_table(tallies))
     for line in (line for tally in tallies for line in tally.said):
         console.print(line, style="red", highlight=False, markup=False)
     if chosen.write:
-        PAGE.write_text(page(tallies, seed, seconds, datetime.datetime.now().astimezone()), encoding="utf-8")
+        asked = " ".join(f"--{name} {getattr(chosen, name)}" for name in kinds)
+        write_bytes(PAGE, page(tallies, asked, seed, seconds, datetime.datetime.now().astimezone()).encode())
         console.print(f"written: {PAGE}")
     options.write_json(chosen.json, {"seed": seed, "seconds": seconds, "trials": [asdict(each) for each in tallies]})
-    return 1 if any(tally.bad for tally in tallies) else 0
+    return 130 if stopped else 1 if any(tally.bad for tally in tallies) else 0
 
 
-def _follow(kind: Iterator[Tally], console: Console) -> Tally:
+def _follow(kind: Iterator[Tally], console: Console, tallies: list[Tally]) -> None:
     tally = next(kind)
+    tallies.append(tally)
     for tally in kind:
         if tally.trials % 10 == 0:
             console.print(f"{tally.kind}: {tally.trials} done, {tally.bad} wrong", highlight=False)
-    return tally
 
 
 def _table(tallies: Sequence[Tally]) -> Table:

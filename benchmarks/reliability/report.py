@@ -68,13 +68,9 @@ def row(tally: Tally) -> tuple[str, ...]:
     return (tally.kind, *map(str, counts), slowest)
 
 
-def page(tallies: Sequence[Tally], seed: int, seconds: float, when: datetime) -> str:
+def page(tallies: Sequence[Tally], asked: str, seed: int, seconds: float, when: datetime) -> str:
     """Return the page of the documentation."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *map(row, tallies))]
-    counts = " ".join(
-        f"--{name} {tally.trials}"
-        for name, tally in zip(("kills", "terms", "hangups", "pairs", "disks"), tallies, strict=False)
-    )
     bad = sum(tally.bad for tally in tallies)
     verdict = "Nothing went wrong." if not bad else f"Wrong: {bad}."
     return "\n".join(
@@ -85,7 +81,7 @@ def page(tallies: Sequence[Tally], seed: int, seconds: float, when: datetime) ->
             f"{platform.system()} {platform.machine()}, seed {seed}. This page is written by",
             "",
             "```bash",
-            f"python -m benchmarks.reliability {counts} --write",
+            f"python -m benchmarks.reliability {asked} --write",
             "```",
             "",
             *lines,

@@ -161,6 +161,8 @@ class Run:
         if pid:
             return pid
         code = MISTAKE
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # whatever this command was started with, such as nohup
         try:
             errors = os.open(f"{self.journal}.errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(errors, 2)
