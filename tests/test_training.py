@@ -210,6 +210,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+def test_a_loss_that_is_not_finite_names_a_checkpoint_inside_its_epoch(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"loss became nan in epoch 2, step 9, .*the checkpoint of step 8 is kept"):
+        run(tmp_path, policy="full", model=Exploding(after=8), checkpoint_every=1e-9)
+
+
 def test_a_diverging_rate_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
         run(tmp_path, policy="full", lr=1e30, max_grad_norm=None, warmup_epochs=0)

@@ -103,9 +103,12 @@ def locked(folder: Path, *, name: str = LOCK, patience_seconds: float = 0.0) -> 
         yield
     finally:
         if descriptor in _held:  # a forked child that gets here has no lock to give back
-            place.unlink(missing_ok=True)  # while it is held: whoever waits for this file sees that it is gone
             _held.discard(descriptor)
-            os.close(descriptor)
+            if fcntl is None:  # Windows removes no file that is open
+                os.close(descriptor)
+            place.unlink(missing_ok=True)  # while it is held: whoever waits for this file sees that it is gone
+            if fcntl is not None:
+                os.close(descriptor)
         if made:
             with suppress(OSError):
                 folder.rmdir()
@@ -135,8 +138,10 @@ def _take(place: Path) -> int | None:
             return _take(place)
     except OSError as error:
         os.close(descriptor)
-        if error.errno not in _WITHOUT_LOCKS:
+        if isinstance(error, BlockingIOError):
             return None
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
         if _is_empty(place):
             place.unlink(missing_ok=True)
         return _take_by_record(place)
@@ -167,8 +172,9 @@ def _remove_stale(place: Path, holder: Holder) -> None:
 
 
 def _write(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, (json.dumps(asdict(Holder.me())) + "\n").encode())
+    with suppress(OSError):  # on a full disk it is locked, and only does not say by whom
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, (json.dumps(asdict(Holder.me())) + "\n").encode())
 
 
 def _is_at(descriptor: int, place: Path) -> bool:

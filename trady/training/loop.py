@@ -126,8 +126,9 @@ class Loop:
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         if found is not None:
             load_optimizer_state(optimizer, found.states["optimizer"])
+        folder, saved_step = self._writable(), 0 if found is None else found.step
         self._saver = Saver(
-            self._writable(), self.saving, self.settings, self.data, model, structure, self.trainer, optimizer
+            folder, self.saving, self.settings, self.data, model, structure, self.trainer, optimizer, saved_step
         )
         if found is not None and within is None:
             self._saver.best(history)
@@ -313,11 +314,11 @@ class Loop:
         return result, ledger.peak_bytes, ledger.saved_bytes
 
     def _stopped(self, what: str, sums: EpochSums) -> TrainingError:
-        kept = (
-            f"the checkpoint of epoch {sums.epoch} is kept in {self.folder.checkpoint}"
-            if self.folder is not None and sums.epoch > 0
-            else "there is no checkpoint yet"
-        )
+        kept, saved = "there is no checkpoint yet", self._saver.saved_step
+        if self.folder is not None and saved:
+            whole = saved == sums.epoch * len(self.batches)
+            of = f"epoch {sums.epoch}" if whole else f"step {saved}"
+            kept = f"the checkpoint of {of} is kept in {self.folder.checkpoint}"
         return TrainingError(
             f"{what} in epoch {sums.epoch + 1}, step {sums.steps + 1}, at a learning rate of {sums.rate:.3g}; {kept}. "
             f"Try a lower rate (--lr {self.settings.lr / 4:.2g}), a longer warm-up (--warmup-epochs) "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Saver:
         structure: The same without its weights.
         trainer: What is trained.
         optimizer: Updates it.
+        saved_step: Optimizer steps that the checkpoint has; 0 while there is none.
     """
 
     folder: RunFolder | None
@@ -59,17 +60,17 @@ class Saver:
     structure: str
     trainer: Trainer
     optimizer: torch.optim.Optimizer
-    clock: Callable[[], float] = time.monotonic
+    saved_step: int = 0
     _saved_at: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self._saved_at = self.clock()
+        self._saved_at = time.monotonic()
 
     @property
     def due(self) -> bool:
         """Whether it is time to save the middle of an epoch."""
         every = self.saving.every_seconds
-        return every is not None and self.clock() - self._saved_at >= every
+        return every is not None and time.monotonic() - self._saved_at >= every
 
     def within(self, sums: EpochSums, random: State | None) -> None:
         """Save the middle of an epoch.
@@ -106,7 +107,7 @@ class Saver:
         settings = self.settings.to_json()
         made = Checkpoint(epoch, step, settings, self.model, states, self.data, self.structure)
         save_checkpoint(self.folder.checkpoint, made)
-        self._saved_at = self.clock()
+        self.saved_step, self._saved_at = step, time.monotonic()
 
 
 def all_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:

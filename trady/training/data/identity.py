@@ -20,6 +20,10 @@ from trady.training.data.datasets import ImageDataset
 #: Of more content than this, evenly spaced examples of this size together are looked at.
 CONTENT_BYTES = 2**28
 
+#: Floating-point types that NumPy has; the others are compared as integers.
+_OF_NUMPY = {torch.float16, torch.float32, torch.float64}
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 #: Names under which data sets keep the classes of all examples.
 _TARGETS = ("targets", "labels")
 
@@ -46,7 +50,7 @@ def _facts(data: Any) -> dict[str, Any]:
             "labels": _digest([data.labels]),
             "pixels": _digest([data.pixels]),
         }
-    facts = {"type": type(data).__name__, "examples": len(data) if isinstance(data, Sized) else None}
+    facts = {"type": type(data).__name__, "examples": _length(data)}
     if isinstance(data, TensorDataset):
         return {**facts, "tensors": _digest([_array(tensor) for tensor in data.tensors])}
     if isinstance(data, Subset):
@@ -68,18 +72,18 @@ def _below(name: str, data: Any) -> dict[str, Any]:
 def _told(data: Any) -> dict[str, Any]:
     """What a data set says of itself, in the words that torchvision's and most others have."""
     found: dict[str, Any] = {}
-    classes = getattr(data, "classes", None)
+    classes = _attribute(data, "classes")
     if (
         isinstance(classes, Sequence)
         and not isinstance(classes, str)
         and all(isinstance(name, str) for name in classes)
     ):
         found["classes"] = list(classes)
-    columns = getattr(data, "column_names", None)
+    columns = _attribute(data, "column_names")
     if isinstance(columns, Sequence) and all(isinstance(name, str) for name in columns):
         found["columns"] = list(columns)
     for name in _TARGETS:
-        targets = getattr(data, name, None)
+        targets = _attribute(data, name)
         if isinstance(targets, (list, tuple, np.ndarray, torch.Tensor)):
             array = _array(targets)
             if array.ndim == 1 and array.dtype.kind in "iu":
@@ -87,10 +91,27 @@ def _told(data: Any) -> dict[str, Any]:
     return found
 
 
+def _length(data: Any) -> int | None:
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except Exception:  # somebody's own code
+        return None
+
+
+def _attribute(data: Any, name: str) -> Any:
+    try:
+        return getattr(data, name, None)
+    except Exception:  # a property of somebody's own
+        return None
+
+
 def _array(values: Any) -> np.ndarray[Any, Any]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        values = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+        values = values.to_dense() if values.layout != torch.strided else values
+        if values.dtype not in _OF_NUMPY and values.element_size() in _AS_INTEGERS:
+            values = values.view(_AS_INTEGERS[values.element_size()])
+        values = values.numpy()
     array: np.ndarray[Any, Any] = np.asarray(values)
     return array
 
