@@ -27,9 +27,9 @@ COLUMNS = (
 )
 
 _EXPLANATION = """\
-A trial stops a small run somehow, at a random moment between the start of its process and its end. It is started again
-with `resume=True`, and stopped again, until it ends. Each run is one of these, with a checkpoint every 0.05 s and after
-each epoch:
+A trial stops a small run somehow, at a random moment: one in three lies anywhere between the start of its process and
+its end, two in three after its first step. It is started again with `resume=True`, and stopped again, until it ends.
+Each run is one of these, with a checkpoint every 0.05 s and after each epoch:
 
 {setups}
 
