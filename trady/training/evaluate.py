@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -13,9 +15,14 @@ from trady.training.precision import autocast
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, loss: Loss, accelerator: Accelerator, precision: str
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    accelerator: Accelerator,
+    precision: str,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode."""
+    """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode; call ``between`` after each batch."""
     was_training = model.training
     model.eval()
     correct = examples = 0
@@ -31,6 +38,7 @@ def evaluate(
             correct += int(gathered[0].sum())
             examples += len(gathered[0])
             total += float(gathered[1].sum())
+            between()
     finally:
         model.train(was_training)
     return correct / examples, total / examples

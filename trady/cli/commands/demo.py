@@ -88,7 +88,10 @@ def demo(
         f"weights included. The budget is {limit}."
     )
     _show_plan(console, data, recipe, limit, seed)
-    results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
+    try:
+        results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the demo starts from the beginning") from None
     ranking = results["trady"].ranking
     if ranking is not None:
         known = f"measured on {ranking.measured_on}" if ranking.source == "prior" else "learnt in the first epoch"
