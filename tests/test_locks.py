@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trady.errors import LockedError, StateError
+from trady.errors import FileError, LockedError, ResourceError, StateError
 from trady.records import lock
 from trady.records.files import append_line, remove_temporaries, remove_tree, temporary_name, write_json
 from trady.records.lock import LOCK, Holder, locked, refuse_locked
@@ -199,6 +199,27 @@ def test_a_folder_is_removed_whole_or_left_for_the_next_start(tmp_path: Path, mo
     remove_tree(folder)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"pid": "1", "host": "a", "since": "b"}', b'{"pid": 1, "host": 2, "since": "b"}', b"\xff",
+     b"[" * 100_000],
+)  # fmt: skip
+def test_a_lock_that_says_nothing_is_nobodys(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LOCK).write_bytes(content)
+    assert Holder.read(tmp_path / LOCK) is None
+    with locked(tmp_path):
+        holder = Holder.read(tmp_path / LOCK)
+        assert holder is not None
+        assert (holder.pid, holder.host) == (os.getpid(), platform.node())
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = "file/run: Not a directory.*give a file or folder"
+    with pytest.raises(FileError, match=message), locked(tmp_path / "file" / "run"):
+        pass
+
+
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, write = tmp_path / "metrics.jsonl", os.write
     append_line(path, "first")
@@ -213,7 +234,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         return written
 
     monkeypatch.setattr(os, "write", nearly_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceError, match=r"metrics.jsonl: the disk is full \(No space left"):
         append_line(path, "second")
     room = 100
     append_line(path, "third")

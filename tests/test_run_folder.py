@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from tests.command import MODEL, start, trady_here
 from tests.small_runs import lines, run
 from tests.small_task import StopAfter, small_data, small_net, write_npz
-from trady.errors import CheckpointError, LockedError, StateError, TrainingError
+from trady.errors import CheckpointError, LockedError, ResourceError, StateError, TrainingError
 from trady.records.lock import locked
 from trady.training import checkpoint, saver
 from trady.training.checkpoint import DESCRIPTION, TENSORS, find_checkpoint, load_checkpoint, save_checkpoint
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_and_no_temporary_file(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceError, match=r"/checkpoint: the disk is full \(No space left.*--resume"):
         run(tmp_path, policy="full")
     assert load_checkpoint(tmp_path / "checkpoint").epoch == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from trady.errors import TradyError
+from trady.errors import ResourceError, TradyError
 from trady.training import saver
 from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.data.datasets import CENTERED, ImageDataset
@@ -35,7 +35,7 @@ from trady.training.run import finetune
 
 CLASSES, SIZE, BATCH = 3, 12, 8
 
-#: What a process ends with: refused, stopped by the system, or by a mistake of the program.
+#: What a process ends with: refused, out of disk or memory, or by a mistake of the program.
 REFUSED, NO_ROOM, MISTAKE = 2, 3, 70
 
 
@@ -182,11 +182,11 @@ class Run:
             return int(stop.code or 0)
         except TradyError as error:
             print(error, file=sys.stderr, flush=True)
-            return REFUSED
+            return NO_ROOM if isinstance(error, ResourceError) else REFUSED
         except Exception:
             traceback.print_exc()
             sys.stderr.flush()
-            return NO_ROOM
+            return MISTAKE
         return 0
 
 

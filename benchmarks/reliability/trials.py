@@ -271,7 +271,7 @@ class Trials:
                 code = _wait(limited.start())
                 if code:
                     tally.trials += 1
-                    self._after(limited, code, NO_ROOM, tally)
+                    self._after(limited, code, NO_ROOM if limited.file_bytes is None else REFUSED, tally)
                     make_room()
                     self._finish(replace(limited, file_bytes=None), tally)
             self._forget(run)
@@ -283,7 +283,7 @@ class Trials:
         steps = _steps_of_last_start(run)
         tally.training += bool(steps)
         tally.writing += any(".tmp-" in path.name for path in run.folder.rglob("*")) if run.folder.is_dir() else 0
-        if code != expected and not (code == REFUSED and expected == NO_ROOM):
+        if code != expected:
             tally.blame("mistakes", f"it ended with {code}: {_errors(run)[-1500:]}")
         told = [int(line.split()[1]) for line in _lines(run) if line.startswith("saved")]
         if told and _saved_step(run, tally) < told[-1]:

@@ -20,6 +20,7 @@ from types import ModuleType
 
 from trady.errors import LockedError, StateError, TradyError
 from trady.records.processes import is_running
+from trady.records.translated import writing
 from trady.records.versioned import Format
 
 fcntl: ModuleType | None
@@ -87,19 +88,14 @@ def locked(folder: Path, *, name: str = LOCK, patience_seconds: float = 0.0) -> 
 
     Raises:
         LockedError: Somebody else works there; it says who, where and since when.
+        ResourceError: The disk is full.
+        FileError: The folder cannot be made, or nothing can be written there.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder / name
-    until = time.monotonic() + patience_seconds
-    while (descriptor := _take(place)) is None:
-        if time.monotonic() >= until:
-            holder = Holder.read(place)
-            raise LockedError(
-                f"{folder} is in use by {holder or 'another process'}: wait until it is done, stop it, or name "
-                f"another folder{_by_hand(place, holder)}"
-            )
-        time.sleep(min(_POLL_SECONDS, patience_seconds))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _wait_for(place, patience_seconds)
     _held.add(descriptor)
     try:
         yield
@@ -125,6 +121,20 @@ def refuse_locked(folder: Path, *, name: str = LOCK) -> None:
     if (folder / name).exists():
         with locked(folder, name=name):
             pass
+
+
+def _wait_for(place: Path, patience_seconds: float) -> int:
+    """Return the open lock, as soon as nobody else has it."""
+    until = time.monotonic() + patience_seconds
+    while (descriptor := _take(place)) is None:
+        if time.monotonic() >= until:
+            holder = Holder.read(place)
+            raise LockedError(
+                f"{place.parent} is in use by {holder or 'another process'}: wait until it is done, stop it, or name "
+                f"another folder{_by_hand(place, holder)}"
+            )
+        time.sleep(min(_POLL_SECONDS, patience_seconds))
+    return descriptor
 
 
 def _take(place: Path) -> int | None:
