@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -20,6 +22,7 @@ def evaluate(
     accelerator: Accelerator,
     precision: str,
     micro_batch: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode.
 
@@ -30,6 +33,7 @@ def evaluate(
         accelerator: Where it runs.
         precision: ``no`` or ``bf16``.
         micro_batch: Samples of a forward pass, as many as training takes; ``None`` is the full batch.
+        between: Called after each batch.
     """
     was_training = model.training
     model.eval()
@@ -50,6 +54,7 @@ def evaluate(
             correct += int(gathered[0].sum())
             examples += len(gathered[0])
             total += float(gathered[1].sum())
+            between()
     finally:
         model.train(was_training)
     return correct / examples, total / examples

@@ -94,7 +94,10 @@ def demo(
     if is_process(limit):
         methods = tuple(method for method in METHODS if method != "full")
         console.print("Full fine-tuning takes no budget, so it is left out: it would take what this process may not.")
-    results = {method: _train(method, data, recipe, limit, folder, seed) for method in methods}
+    try:
+        results = {method: _train(method, data, recipe, limit, folder, seed) for method in methods}
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the demo starts from the beginning") from None
     ranking = results["trady"].ranking
     if ranking is not None:
         known = f"measured on {ranking.measured_on}" if ranking.source == "prior" else "learnt in the first epoch"
