@@ -24,7 +24,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 #: What is of the process that runs, not of the run.
-OF_THE_PROCESS = {"seconds", "samples_per_second", "process_bytes", "process_peak_bytes"}
+OF_THE_PROCESS = {"seconds", "samples_per_second", "observing_seconds", "process_bytes", "process_peak_bytes"}
 
 
 def without_clock(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
