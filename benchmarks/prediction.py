@@ -30,11 +30,14 @@ from benchmarks.workloads import WORKLOADS, Workload
 from trady.model.batch import Batch
 from trady.planning.budget import Budget, InfeasibleBudgetError
 from trady.planning.request import Request
-from trady.planning.scopes import ELEMENTS, PEAK, SCOPES, UPDATE, BudgetScope
+from trady.planning.scopes import ELEMENTS, PEAK, UPDATE, BudgetScope
 from trady.report.units import format_bytes
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.optimizers import OptimizerFactory, memory_of
 from trady.tuner.tuner import Tuner
+
+#: The kinds of budget that tensors decide; ``benchmarks.process`` has that of the process.
+PREDICTED = (PEAK, UPDATE, ELEMENTS)
 
 #: How far a prediction may lie from the measured peak.
 MOST_ERROR = 0.03
@@ -100,7 +103,7 @@ def limits(workload: Workload, task: Task, optimizer: str = "sgd") -> dict[Budge
         full = step.ledger().peak_bytes
     everything = trady.plan(task.model, task.batch, policy="full").cost
     most = {PEAK: full, UPDATE: everything.update_bytes, ELEMENTS: everything.elements}
-    return {scope: (least(task, scope, optimizer), most[scope]) for scope in SCOPES.values()}
+    return {scope: (least(task, scope, optimizer), highest) for scope, highest in most.items()}
 
 
 def least(task: Task, scope: BudgetScope, optimizer: str) -> int:
@@ -155,7 +158,7 @@ def trials(
     if not budgets + draws:
         return []
     bounds = limits(workload, task, optimizer)
-    scopes = [list(SCOPES.values())[i % len(SCOPES)] for i in range(budgets)] + [PEAK] * draws
+    scopes = [list(PREDICTED)[i % len(PREDICTED)] for i in range(budgets)] + [PEAK] * draws
     found = []
     for number, scope in enumerate(scopes, 1):
         started = time.perf_counter()
@@ -194,7 +197,7 @@ def as_table(found: Sequence[Trial]) -> Table:
     for column in ("steps", "lowest", "mean", "highest", "inside the budget", "fullest"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys(trial.workload for trial in found):
-        for scope in SCOPES.values():
+        for scope in PREDICTED:
             group = [t for t in found if t.workload == name and t.budget.startswith(f"{scope}:")]
             if not group:
                 continue

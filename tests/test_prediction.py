@@ -17,7 +17,7 @@ from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import Workload
 from tests.small_task import pixels, small_net
 from trady.planning.budget import Budget, parse_budget
-from trady.planning.scopes import ELEMENTS, PEAK, SCOPES
+from trady.planning.scopes import ELEMENTS, PEAK
 
 
 def task() -> Task:
@@ -41,7 +41,7 @@ def test_random_budgets_of_every_kind_are_predicted_and_kept(
     trials = figures["trials"]
     assert code == 0, trials
     scopes = [parse_budget(trial["budget"]).scope for trial in trials]
-    assert scopes == [*SCOPES.values(), *SCOPES.values(), PEAK, PEAK]
+    assert scopes == [*prediction.PREDICTED, *prediction.PREDICTED, PEAK, PEAK]
     assert len({trial["budget"] for trial in trials}) == 8
     assert all(trial["channels"] > 0 for trial in trials if trial["budget_bytes"] is None)
     assert all(trial["kept"] and abs(trial["error"]) <= prediction.MOST_ERROR for trial in trials)

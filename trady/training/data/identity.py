@@ -135,7 +135,8 @@ def _content(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
     """Yield an array in parts of some MiB; of a very large one, evenly spaced examples."""
     if not array.size:
         return
-    array = np.atleast_1d(array)
+    if not array.ndim:
+        array = np.atleast_1d(array)
     step = -(-array.nbytes // CONTENT_BYTES)
     at_once = max(1, 2**22 * len(array) // array.nbytes)
     for start in range(0, len(array), at_once * step):

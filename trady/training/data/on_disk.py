@@ -33,6 +33,7 @@ class PixelsOnDisk:
 
     def __init__(self, pixels: Pixels, folder: Path) -> None:
         self.shape, self.dtype, self.ndim = pixels.shape, pixels.dtype, pixels.ndim
+        self.size, self.nbytes = pixels.size, pixels.nbytes
         self._image_bytes = int(np.prod(pixels.shape[1:]))
         images = max(1, _PIECE_BYTES // max(self._image_bytes, 1))
         try:
@@ -49,8 +50,10 @@ class PixelsOnDisk:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def __getitem__(self, index: npt.NDArray[np.int64]) -> Pixels:
+    def __getitem__(self, index: npt.NDArray[np.int64] | slice) -> Pixels:
         """Read the images at ``index``."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
         wanted = np.empty((len(index), *self.shape[1:]), dtype=np.uint8)
         for image, at in zip(wanted, index.tolist(), strict=True):
             if not -len(self) <= at < len(self):
