@@ -145,6 +145,30 @@ def test_longer_sequences_of_as_many_tokens_train_fewer_channels_inside_the_budg
     assert max(peaks(tuner, optimizer, plain, [ids(16, 16), ids(8, 32), ids(4, 8)])) <= budget
 
 
+class Scaled(Text):
+    """The same with a second argument."""
+
+    def forward(self, ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        out = super().forward(ids)
+        return out if scale is None else out * scale
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_model_that_is_called_by_keywords_is_held_to_its_budget(positional: bool) -> None:
+    def call(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        scale = torch.ones(3)
+        F.cross_entropy(model(x, scale=scale) if positional else model(ids=x, scale=scale), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    example: Any = {"ids": ids(16, 16), "scale": torch.ones(3)}
+    tuner, optimizer, budget = tuned(Scaled(), example, 1.35, torch.optim.SGD)
+    before = tuner.selection.count
+    with pytest.warns(TradyWarning, match=r"ids: \(8, 32\) int64.* is not covered .* channels train from now on"):
+        assert max(peaks(tuner, optimizer, call, [ids(8, 32)])) <= budget
+    assert 0 < tuner.selection.count < before
+
+
 def test_a_pass_that_cannot_fit_is_refused_before_it_runs() -> None:
     model = Text()
     tuner, optimizer, _ = tuned(model, ids(16, 16), 1.05, torch.optim.SGD)
