@@ -141,6 +141,8 @@ def test_an_interrupted_run_ends_bit_for_bit_as_the_old_one_did(tmp_path: Path) 
         for key, value in epoch.to_json().items():
             if isinstance(value, float) and key not in OF_THE_PROCESS:
                 assert value == pytest.approx(before[key], rel=TOLERANCE, abs=0), key
+            elif key == "peak_bytes":  # indices of channels are counted by now
+                assert before[key] <= value <= before[key] + 64
             elif key not in OF_THE_PROCESS:
                 assert value == before[key], key
     close(load_file(out / "delta.safetensors"), load_file(FILES / "delta.safetensors"))

@@ -172,6 +172,7 @@ print(json.dumps({
     assert abs(found["result"] / found["predicted"] - 1) < 0.1
     assert found["on disk"]
     assert found["left"] == [
+        "best.safetensors",
         "checkpoint",
         "delta.safetensors",
         "metrics.jsonl",
