@@ -50,7 +50,7 @@ def evaluate(
                 hits.append(logits(output).argmax(-1) == labels)
                 losses.append(value.float().expand(len(labels)))
                 del output
-            gathered = accelerator.gather_for_metrics((torch.cat(hits), torch.cat(losses)))
+            gathered = accelerator.gather_for_metrics((_joined(hits), _joined(losses)))
             correct += int(gathered[0].sum())
             examples += len(gathered[0])
             total += float(gathered[1].sum())
@@ -58,3 +58,7 @@ def evaluate(
     finally:
         model.train(was_training)
     return correct / examples, total / examples
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
