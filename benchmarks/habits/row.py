@@ -266,13 +266,15 @@ def minimum(model: nn.Module, example: Any, options: dict[str, Any]) -> int:
 def _following(side: Side) -> Iterator[None]:
     """Note, or repeat, what each step of an optimizer trains."""
 
-    def before(*_: Any) -> None:
-        for each in side.tuners if side._plain else side.recorded:
-            each.before_step() if side._plain else each.note()
+    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for tuner, recorded in zip(side.tuners, side.recorded, strict=False):
+            if _updates(optimizer, tuner):  # else it is another's, or one that a prediction simulates
+                tuner.before_step() if side._plain else recorded.note()
 
-    def after(*_: Any) -> None:
-        for each in side.tuners if side._plain else ():
-            each.after_step()
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for tuner in side.tuners if side._plain else ():
+            if _updates(optimizer, tuner):
+                tuner.after_step()
 
     handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
     try:
@@ -280,6 +282,11 @@ def _following(side: Side) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _updates(optimizer: torch.optim.Optimizer, tuner: Any) -> bool:
+    trained = {id(p) for p in tuner.parameters()}
+    return any(id(p) in trained for group in optimizer.param_groups for p in group["params"])
 
 
 def _run(program: Program, side: Side) -> dict[str, Tensor]:
