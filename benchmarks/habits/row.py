@@ -233,6 +233,9 @@ class Masked:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self._named.items() if name in self._trains)
 
+    def observe(self, batches: object, loss: object) -> None:
+        pass
+
     def resample(self, epoch: int) -> None:
         pass
 
