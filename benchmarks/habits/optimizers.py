@@ -340,7 +340,8 @@ ROWS.add("a layer that does not exist: freeze=", refused=r"freeze='encoder' matc
 
 def _frozen_module(side: Side) -> None:
     model = perceptron()
-    before = model[0].weight.detach().clone()
+    first = model.get_parameter("0.weight")
+    before = first.detach().clone()
     tuner = side.prepare(model, X, freeze=model[0])
     train(model, tuner.attach(sgd(model.parameters())))
-    assert torch.equal(before, model[0].weight), "0 has trained"
+    assert torch.equal(before, first), "0 has trained"

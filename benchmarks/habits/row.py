@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import trady
 from trady.channels.selection import Selection
-from trady.errors import StateError, TradyError
+from trady.errors import StateError, TradyError, TradyWarning
 from trady.ops.selected import channel_major
 from trady.planning.budget import InfeasibleBudgetError
 
@@ -38,9 +38,9 @@ class Row:
     Attributes:
         idiom: What people write, in a few words.
         program: A function that does it, whatever the model is.
-        expected: ``equal``; ``kept``, where a loop that was not planned trains fewer channels from some step on;
-            or ``refused``.
-        says: A regular expression that the message of a refusal matches.
+        expected: ``equal``; ``kept``, where the plain run cannot follow and the budget alone is looked at; ``refused``;
+            or ``differs``, for what is known not to work.
+        says: A regular expression that the message of a refusal, or a warning on the way, matches.
     """
 
     idiom: str
@@ -56,7 +56,7 @@ class Outcome:
     Attributes:
         idiom: Of the row.
         expected: By the row.
-        happened: ``equal``, ``kept``, ``refused: …`` or what went wrong.
+        happened: ``equal``, ``kept``, ``refused: …``, ``differs: …`` or what else went wrong.
         error: Largest difference of a tensor from the plain run's, relative to its largest entry.
         budget_bytes: Where a step was measured.
         peak_bytes: The highest one.
@@ -75,12 +75,20 @@ class Outcome:
 class Rows(list[Row]):
     """Rows that are written as functions."""
 
-    def add(self, idiom: str, *, refused: str | None = None, kept: bool = False) -> Callable[[Program], Program]:
-        """Take in a program; expect weights equal to the plain model's unless something else is named."""
+    def add(
+        self, idiom: str, *, refused: str = "", told: str = "", expected: str = "equal"
+    ) -> Callable[[Program], Program]:
+        """Take in a program.
+
+        Args:
+            idiom: What it does.
+            refused: Expect a refusal whose message matches.
+            told: Expect a warning that matches.
+            expected: As for :class:`Row`.
+        """
 
         def take(program: Program) -> Program:
-            expected = "refused" if refused is not None else "kept" if kept else "equal"
-            self.append(Row(idiom, program, expected, refused or ""))
+            self.append(Row(idiom, program, "refused" if refused else expected, refused or told))
             return program
 
         return take
@@ -107,7 +115,7 @@ class Side:
         Args:
             model: Stays the one that is called.
             example: A batch.
-            over: Asks for a peak budget of so many times the minimum, and measures the steps that :meth:`step` is given.
+            over: Asks for a peak budget of so many times the minimum, and lets :meth:`step` measure.
             options: Of :func:`trady.prepare`.
         """
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -302,14 +310,17 @@ def _run(program: Program, side: Side) -> dict[str, Tensor]:
 def try_row(row: Row) -> Outcome:
     """Run a row's program with a prepared model and with a plain one."""
     side = Side()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             found = _run(row.program, side)
         except TradyError as error:
             return _outcome(row, side, f"refused: {error}")
         except Exception as error:
             return _outcome(row, side, f"{type(error).__name__}: {error}")
+        told = [" ".join(str(each.message).split()) for each in caught if issubclass(each.category, TradyWarning)]
+        if row.says and row.expected != "refused" and not any(re.search(row.says, message) for message in told):
+            return _outcome(row, side, f"nobody was told: {told}")
         try:
             expected = _run(row.program, Side(side.recorded))
         except Exception as error:
@@ -322,7 +333,7 @@ def try_row(row: Row) -> Outcome:
     equal = worst[0] <= ERRORS.get(expected[worst[1]].dtype, 1e-4)
     if row.expected == "kept":
         return _outcome(row, side, "kept")
-    return _outcome(row, side, "equal" if equal else f"{worst[1]} differs", worst[0])
+    return _outcome(row, side, "equal" if equal else f"differs: {worst[1]}", worst[0])
 
 
 def _untrained(side: Side, after: dict[str, Tensor]) -> str:

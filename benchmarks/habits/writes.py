@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.habits.networks import X, loss_of, own, perceptron, sgd, train
 from benchmarks.habits.row import Rows, Side
+from trady.errors import TradyError
 
 ROWS = Rows()
 
@@ -118,7 +120,7 @@ def _best(side: Side) -> None:
     train(model, optimizer, 2)
     best = copy.deepcopy(model.state_dict())
     train(model, optimizer, 2)
-    side.result("last", model[2].weight)
+    side.result("last", model.get_parameter("2.weight"))
     model.load_state_dict(best)
 
 
@@ -200,7 +202,7 @@ def _q_learning(side: Side) -> None:
         optimizer.step()
         if step % 2:
             target.load_state_dict(model.state_dict())
-    side.result("target", target[2].weight)
+    side.result("target", target.get_parameter("2.weight"))
 
 
 # -- gradients that are asked for by name --------------------------------------------------------------
@@ -241,7 +243,7 @@ def _adversarial(side: Side) -> None:
         optimizer.step()
 
 
-@ROWS.add("second derivatives (a gradient penalty)", refused=r".")
+@ROWS.add("second derivatives (a gradient penalty)", refused=r"differentiated a second time \(create_graph=True")
 def _penalty(side: Side) -> None:
     model = perceptron()
     tuner = side.prepare(model, X)
@@ -261,11 +263,8 @@ def _wrong_shape(side: Side) -> None:
     tuner = side.prepare(model, X)
     optimizer = tuner.attach(sgd(model.parameters()))
     for _ in range(3):
-        try:
+        with suppress(RuntimeError, TradyError):
             model(X[:, :5])
-        except Exception as error:
-            assert "shape" in str(error) or "feature" in str(error), error
-        else:
             raise AssertionError("no error")
         train(model, optimizer, 1)
 
@@ -316,7 +315,7 @@ def _finished(side: Side) -> None:
     tuner = side.prepare(model, X)
     train(model, tuner.attach(sgd(model.parameters())), 2)
     tuner.finish()
-    side.result("prepared", model[0].weight)
+    side.result("prepared", model.get_parameter("0.weight"))
     assert len(list(model.parameters())) == len(own(model))
     with torch.no_grad():
         side.result("out", model(X))
