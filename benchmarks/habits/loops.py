@@ -53,21 +53,6 @@ def _l1(side: Side) -> None:
         optimizer.step()
 
 
-# A frozen weight is a constant outside of the model's forward pass: a penalty on it has no gradient.
-
-
-@ROWS.add("L2 in the loss, by name: model.named_parameters()", expected="differs")
-@_loop
-def _by_name(side: Side, model: nn.Sequential, optimizer: Any) -> None:
-    (loss_of(model) + 0.1 * sum(p.square().sum() for _, p in model.named_parameters())).backward()
-
-
-@ROWS.add("L2 in the loss on one weight: model[2].weight", expected="differs")
-@_loop
-def _on_one(side: Side, model: nn.Sequential, optimizer: Any) -> None:
-    (loss_of(model) + 0.1 * model.get_parameter("2.weight").square().sum()).backward()
-
-
 # -- gradients -----------------------------------------------------------------------------------------
 
 
@@ -200,6 +185,51 @@ def _forward_hook(side: Side) -> None:
     model[1].register_forward_hook(lambda module, args, out: out * 0.5)
     tuner = side.prepare(model, X)
     train(model, tuner.attach(sgd(model.parameters())))
+
+
+# -- known not to work: docs/optimizers.md and docs/how-it-works.md say so ------------------------------
+
+
+@ROWS.add("clip_grad_norm_() of a module around the model", expected="differs")
+@_loop
+def _clip_around(side: Side, model: nn.Sequential, optimizer: Any) -> None:
+    loss_of(model).backward()
+    nn.utils.clip_grad_norm_(nn.ModuleList([model]).parameters(), 0.05)
+
+
+@ROWS.add("a step is skipped, zero_grad() of a module around the model", expected="differs")
+def _skipped(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer, around = tuner.attach(sgd(model.parameters())), nn.ModuleList([model])
+    for step in range(3):
+        loss_of(model).backward()
+        if step != 1:
+            optimizer.step()
+        around.zero_grad()
+
+
+@ROWS.add("p.data.clamp_() between backward and step", expected="differs")
+@_loop
+def _data_between(side: Side, model: nn.Sequential, optimizer: Any) -> None:
+    loss_of(model).backward()
+    for _, p in model.named_parameters():
+        p.data.clamp_(-0.1, 0.1)
+
+
+# A frozen weight is a constant outside of the model's forward pass: a penalty on it has no gradient.
+
+
+@ROWS.add("L2 in the loss, by name: model.named_parameters()", expected="differs")
+@_loop
+def _by_name(side: Side, model: nn.Sequential, optimizer: Any) -> None:
+    (loss_of(model) + 0.1 * sum(p.square().sum() for _, p in model.named_parameters())).backward()
+
+
+@ROWS.add("L2 in the loss on one weight: model[2].weight", expected="differs")
+@_loop
+def _on_one(side: Side, model: nn.Sequential, optimizer: Any) -> None:
+    (loss_of(model) + 0.1 * model.get_parameter("2.weight").square().sum()).backward()
 
 
 @ROWS.add("FedProx: zip(model.parameters(), before.parameters())", expected="differs")

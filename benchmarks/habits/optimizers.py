@@ -81,6 +81,20 @@ def _two_optimizers(side: Side) -> None:
             optimizer.zero_grad()
 
 
+@ROWS.add("two optimizers, that of the body steps every second time")
+def _body_rarely(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    head, body = tuner.attach(sgd(model[-1].parameters())), tuner.attach(sgd(model[:-1].parameters()))
+    for step in range(4):
+        loss_of(model).backward()
+        head.step()
+        head.zero_grad()
+        if step % 2:
+            body.step()
+            body.zero_grad()
+
+
 @ROWS.add("rates by layer, biases and norms without decay")
 def _groups(side: Side) -> None:
     model = convolutions()
@@ -332,12 +346,12 @@ ROWS.add("the last layer frozen too")(
     _held({}, lambda model: [model[0].requires_grad_(False), model[4].requires_grad_(False)])
 )
 ROWS.add('train="2"')(_held({"train": "2"}))
-ROWS.add("freeze=model[0]")(lambda side: _frozen_module(side))
 ROWS.add("a layer that does not exist: freeze=", refused=r"freeze='encoder' matches no parameter")(
     _held({"freeze": "encoder"})
 )
 
 
+@ROWS.add("freeze=model[0]")
 def _frozen_module(side: Side) -> None:
     model = perceptron()
     first = model.get_parameter("0.weight")
