@@ -1,28 +1,31 @@
 """Architectures of transformers, in small: are the gradients the dense model's, and does a peak budget hold?
 
-Every model is built from its configuration with random weights, two layers and 32 features where it has such settings.
-The gradients of a fifth of the channels of every layer are compared with those of the plain model, with everything
-recomputed that can be; then a step is measured that was given 1.1 times the least peak. Models that transformers
-cannot build or run like this are left out, with the reason.
+Every model is built from its configuration with random weights, two layers and 32 features where it has such
+settings. Sizes alone are set: dropout, layers that are left out at random and masked features are as the library has
+them. The gradients of a fifth of the channels of every layer are compared with those of the plain model that draws
+the same random numbers, with everything recomputed that can be; then steps are measured that were given 1.1 times the
+least peak. Models that transformers cannot build or run like this are left out, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 
 import trady
 from benchmarks.gradients import layer_errors
@@ -32,6 +35,7 @@ from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.tasks import Task, needs, own_loss, seeded
 from trady.errors import TradyError
 from trady.planning.budget import InfeasibleBudgetError
+from trady.planning.request import Request
 
 MOST_GRADIENT_ERROR, MOST_PREDICTION_ERROR = 1e-4, 0.03
 
@@ -61,12 +65,12 @@ TASKS = {
     "AutoModelForAudioClassification": "data2vec-audio hubert sew unispeech wav2vec2 wavlm whisper",
 }
 
-_PROBABILITIES = """
-    hidden_dropout_prob attention_probs_dropout_prob dropout attention_dropout activation_dropout resid_pdrop embd_pdrop
-    attn_pdrop hidden_dropout residual_dropout embd_dropout resid_dropout dropout_rate drop_path_rate layerdrop
-    encoder_layerdrop decoder_layerdrop classifier_dropout seq_classif_dropout summary_first_dropout final_dropout
-    feat_proj_dropout mask_time_prob classifier_dropout_prob
-"""
+#: Random numbers that decide what is dropped: a step each.
+SEEDS = (1, 2, 3, 4)
+
+#: Samples of audio that are too few to mask features in, and those that are not.
+AUDIO, LONG_AUDIO, NEEDS_LONG_AUDIO = 800, 8000, ("data2vec-audio", "sew", "unispeech")
+
 _WIDTHS = """
     hidden_size n_embd d_model embed_dim embedding_size word_embed_proj_dim moe_intermediate_size
     shared_expert_intermediate_size emb_dim
@@ -84,7 +88,6 @@ SETTINGS: dict[str, Any] = {
     **dict.fromkeys(_HEADS.split(), 4),
     **dict.fromkeys(_WIDE.split(), 64),
     **dict.fromkeys(_LENGTHS.split(), 64),
-    **dict.fromkeys(_PROBABILITIES.split(), 0.0),
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "vocab_size": 120,
@@ -96,7 +99,6 @@ SETTINGS: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "apply_spec_augment": False,
 }
 
 _MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -207,28 +209,34 @@ def task_of(architecture: str) -> Task:
         size = getattr(config, "image_size", None)
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "AutoModelForImageClassification": ("pixel_values", (3, 32, 32) if size == 32 else (3, 64, 64)),
-            "AutoModelForAudioClassification": ("input_values", (800,)),
+            "AutoModelForAudioClassification": (
+                "input_values",
+                (LONG_AUDIO if architecture in NEEDS_LONG_AUDIO else AUDIO,),
+            ),
         }
         name, shape = ("input_features", (16, 128)) if architecture == "whisper" else shapes[family]
         batch = {name: torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), "labels": classes}
     return Task(model, batch, own_loss)
 
 
-def _ready(task: Task) -> Task:
+def _backward(task: Task, seed: int) -> None:
+    """Run forward and backward with these random numbers."""
     train_with_fixed_statistics(task.model)
-    for module in task.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return task
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the one that models use
+    torch.manual_seed(seed)
+    task.run().backward()
 
 
 def attempt(architecture: str) -> Result:
     """Compare gradients, then measure a step inside of a peak budget."""
     torch.set_num_threads(1)
     try:
-        dense = _ready(task_of(architecture))
+        dense = task_of(architecture)
         dense.model.requires_grad_(True)
-        dense.run().backward()
+        for seed in SEEDS:  # a refusal by chance is none
+            dense.model.zero_grad()
+            _backward(dense, seed)
     except Exception as error:
         return Result(architecture, "left out", message=f"{type(error).__name__}: {error}")
     try:
@@ -239,31 +247,41 @@ def attempt(architecture: str) -> Result:
 
 def _trained(architecture: str, dense: Task) -> Result:
     share = trady.register_policy(ShareOfEveryLayer(Fraction(1, 5)), replace=True).name
-    sparse = _ready(task_of(architecture))
+    sparse = task_of(architecture)
     budget = budget_of(share, sparse.model, sparse.batch)
     tuner = trady.prepare(
         sparse.model, sparse.batch, policy=share, budget=budget, ranking="structural", recompute="all"
     )
-    _ready(sparse).run().backward()
-    found = Result(architecture, "trains", len(tuner.plan.table), max(layer_errors(dense.model, tuner).values()))
+    _backward(
+        sparse, SEEDS[0]
+    )  # in their first pass some models put modules in the place of others, which draws numbers
+    errors = [0.0]
+    for seed in SEEDS:
+        for parameter in (*tuner.parameters(), *dense.model.parameters()):
+            parameter.grad = None
+        _backward(dense, seed)
+        _backward(sparse, seed)
+        errors += layer_errors(dense.model, tuner).values()
+    found = Result(architecture, "trains", len(tuner.plan.table), max(errors))
     tuner.finish()
 
-    sparse = _ready(task_of(architecture))
+    sparse = task_of(architecture)
     try:
-        tuner = trady.prepare(sparse.model, sparse.batch, budget="peak:1 B", ranking="structural")
+        Request("peak:1 B", ranking="structural").decide(sparse.model, sparse.batch, explain=False)
     except InfeasibleBudgetError as error:
         limit = int(1.1 * error.least_amount)
     tuner = trady.prepare(sparse.model, sparse.batch, budget=f"peak:{limit} B", ranking="structural")
     optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=1e-6))
-    _ready(sparse)
 
-    def step() -> None:
-        sparse.run().backward()
+    def step(seed: int) -> None:
+        _backward(sparse, seed)
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    peak, predicted = tuner.ledger(step, inference=False).peak_bytes, tuner.plan.predicted_peak_bytes
+    step(0)
+    # What is dropped takes nothing: the prediction is that of the step in which most runs.
+    peak = max(tuner.ledger(partial(step, seed), inference=False).peak_bytes for seed in SEEDS)
+    predicted = tuner.plan.predicted_peak_bytes
     assert predicted is not None
     return replace(found, prediction_error=predicted / peak - 1, over_budget=peak / limit - 1)
 

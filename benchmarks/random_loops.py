@@ -151,6 +151,7 @@ class Combination:
         autocast: Whether the loop runs under bf16 autocast; ``told`` where the plan is told.
         recompute: As for :func:`trady.prepare`.
         channels_last: Whether images and weights lie so.
+        fidelity: As for :func:`trady.prepare`.
     """
 
     number: int
@@ -164,6 +165,7 @@ class Combination:
     autocast: str
     recompute: str
     channels_last: bool
+    fidelity: str
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def draw(number: int, seed: int) -> Combination:
         number, model, chance.choice((1, 2, 5, 8, 16)), chance.choice((8, 12, 20)), chance.random() ** 2,
         chance.choice(POLICIES), chance.choice(list(OPTIMIZERS)), chance.choice(LOOPS),
         chance.choice(("off", "off", "seen", "told")), chance.choice(("auto", "auto", "all", "none")),
-        MODELS[model][1] == "image" and chance.random() < 0.25,
+        MODELS[model][1] == "image" and chance.random() < 0.25, chance.choice(("exact", "exact", "8bit", "4bit")),
     )  # fmt: skip
 
 
@@ -244,6 +246,7 @@ def run_one(combination: Combination) -> Outcome:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = batch_of(combination, generator)
     asked: dict[str, Any] = {"policy": combination.policy, "recompute": combination.recompute}
+    asked["fidelity"] = combination.fidelity
     asked["calls_per_step"] = 2 if combination.loop == "two calls told" else 1
     asked["accumulates"] = combination.loop == "accumulate told"
     asked["autocast"] = torch.bfloat16 if combination.autocast == "told" else None

@@ -261,14 +261,15 @@ def test_architectures_are_tried_each_in_a_process_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "architectures.json"
-    names = ["resnet", "ibert"]
+    names = ["resnet", "ibert"]  # the second one looks at the values of activations
     assert architectures.run(["--architecture", *names, "--json", str(target)]) == 0
-    trains, refused = (Result(**found) for found in json.loads(target.read_text())["architectures"])
-    assert (trains.architecture, trains.kind, refused.kind) == ("resnet", "trains", "refused")
-    assert trains.layers == 16
-    assert 0 < trains.gradient_error < architectures.MOST_GRADIENT_ERROR
-    assert -0.2 < trains.over_budget <= 0
-    assert "cannot be traced" in refused.message
+    found = [Result(**each) for each in json.loads(target.read_text())["architectures"]]
+    assert [(each.architecture, each.kind, each.layers) for each in found] == [
+        ("resnet", "trains", 16),
+        ("ibert", "trains", 13),
+    ]
+    assert all(each.gradient_error < architectures.MOST_GRADIENT_ERROR for each in found)
+    assert all(-0.2 < each.over_budget <= 0 for each in found)
     monkeypatch.setattr(architectures, "PATIENCE", 0.01)
     assert architectures.run(["--architecture", "resnet"]) == 1
     assert "not done after" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from trady.training.checkpoint import (
     fingerprint,
     load_checkpoint,
     save_checkpoint,
+    signed,
 )
 from trady.training.run import finetune
 from trady.training.state import State, load_optimizer_state, optimizer_to_state
@@ -130,8 +131,8 @@ def test_every_flipped_bit_in_the_tensors_is_noticed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "something"}, "this is no checkpoint .*choose another folder"),
-        ({"version": 2}, "version 2, this trady reads version 1: .*--overwrite"),
-        ({"tensors": None}, "damaged: tensors is null"),
+        ({"version": 3}, "version 3, this trady reads version 2 and 1: .*--overwrite"),
+        ({"tensors": None}, "checksum"),
         ({"states": 3}, "damaged"),
         ({"epoch": None}, "damaged"),
     ],
@@ -141,6 +142,29 @@ def test_a_foreign_checkpoint_is_refused_with_the_reason(tmp_path: Path, change:
     save_checkpoint(folder, example())
     description = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps({**description, **change}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensors": None}, "damaged: tensors is null"),
+        ({"states": 3}, "damaged: states is 3, not an object"),
+        ({"epoch": -2}, "damaged: epoch is -2; the smallest possible is -1"),
+        ({"data": ["a"]}, "damaged: data is a list"),
+        ({"structure": None}, "damaged: structure is null, not a text"),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checksum_does_not_stand_in_for_a_check(
+    tmp_path: Path, change: dict[str, Any], message: str, version: int
+) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, example())
+    description = {**json.loads((folder / DESCRIPTION).read_text()), **change, "version": version}
+    (folder / DESCRIPTION).write_text(json.dumps(signed(description)))
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(folder)
     assert str(folder) in str(caught.value)

@@ -28,7 +28,7 @@ from trady.planning.request import Request
 from trady.planning.scopes import PEAK, BudgetScope
 from trady.planning.spending import Spending
 from trady.simulation.simulator import Simulator
-from trady.trace import recorder
+from trady.trace import forward as recorder
 
 IMAGES = torch.zeros(8, 3, 12, 12)
 
@@ -143,9 +143,9 @@ def test_a_prepare_traces_the_model_three_times(
     traced: list[bool | None] = []
     plain = recorder.trace_forward
 
-    def counted(model: nn.Module, example: Any, *, training: bool | None = None) -> Any:
+    def counted(model: nn.Module, example: Any, *, training: bool | None = None, like: Any = None) -> Any:
         traced.append(training)
-        return plain(model, example, training=training)
+        return plain(model, example, training=training, like=like)
 
     monkeypatch.setattr(model_analysis, "trace_forward", counted)
     tuner = trady.prepare(model, batch, budget=budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from trady.errors import CheckpointError, ModelError, TradyWarning
 from trady.policies import Draw
 from trady.quantized.formats import stored_in
 from trady.training.run import finetune
+from trady.training.run_folder import RunFolder
 
 pytestmark = [
     # Quantisers look at parts of PyTorch that PyTorch has deprecated.
@@ -301,15 +303,22 @@ def test_finetune_resumes_and_leaves_the_delta_of_a_quantised_model(tmp_path: Pa
     assert same(_delta_of(tmp_path / "broken"), _delta_of(tmp_path / "whole"))
     fresh = trady.apply_delta(quantised("torchao-8", network()), _delta_of(tmp_path / "whole"))
     assert torch.equal(fresh.eval()(X), whole)
-    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    assert {path.name for path in (tmp_path / "whole").glob("*.safetensors")} == {
+        "best-delta.safetensors", "delta.safetensors"
+    }  # fmt: skip
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert RunFolder(tmp_path / "whole").best_epoch() == result["best_epoch"]
+    best = trady.apply_delta(quantised("torchao-8", network()), _delta_of(tmp_path / "whole", "best-delta"))
+    hits = float((best.eval()(X).argmax(-1) == Y).float().mean())
+    assert hits == pytest.approx(result["best_accuracy"])
     with pytest.raises(ModelError, match="only channels of it can train"):
         run("full", budget=None, policy="full")
 
 
-def _delta_of(folder: Path) -> dict[str, Tensor]:
+def _delta_of(folder: Path, name: str = "delta") -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "delta.safetensors")
+    return load_file(folder / f"{name}.safetensors")
 
 
 # -- what cannot train -------------------------------------------------------------------------------------------

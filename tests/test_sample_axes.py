@@ -16,7 +16,7 @@ from trady.analysis.sample_axes import samples_of
 from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.ops.sample_axis import SampleAxis
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 
 pytestmark = pytest.mark.usefixtures("no_mode_stays_behind")
 

@@ -113,7 +113,8 @@ OPENS = re.compile(
 ALLOWED = {
     "records/reading.py": "the seam: bytes of regular files, up to a size",
     "records/versioned.py": "the seam: JSON and safetensors",
-    "training/checkpoint.py": "a digest of what the seam reads next",
+    "training/checkpoint.py": "a digest of what the seam reads next, and of its own JSON",
+    "training/run_folder.py": "which epoch its best weights are of, in their header",
     "training/data/archive.py": ".npz, size by size",
     "training/data/image_folder.py": "Pillow, behind a check",
     "training/data/fashion_mnist.py": "gzip, up to a size",
@@ -123,7 +124,6 @@ ALLOWED = {
     "study/parquet.py": "Parquet, behind a check of its columns",
     "study/folder.py": "its own JSON, made a moment before",
     "compare/read.py": "TOML, of bytes that the seam has read",
-    "compare/cell_folder.py": "a lock, and a count of lines",
     "ops/native/__init__.py": "kernels, by their digest",
 }
 

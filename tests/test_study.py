@@ -323,3 +323,19 @@ def test_a_sample_seen_in_parts_is_the_one_seen_at_once(study: StudyFolder) -> N
         parts.see(layer.name, np.array(channels), gradient[channels])
     assert np.array_equal(whole._batches[0][layer.name], parts._batches[0][layer.name])
     assert whole._batches[0][layer.name].any()
+
+
+def test_a_study_that_was_killed_as_it_began_or_ended_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_json", "_drop_weights"):
+        owner = "trady.study.folder" if name == "write_json" else "trady.study.run"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{owner}.{name}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "study")
+    assert list((tmp_path / "study").rglob("*.safetensors"))
+    folder = run(tmp_path / "study")
+    assert len(folder.units(SETTINGS.epochs)) == 4
+    assert not list((tmp_path / "study").rglob("*.safetensors"))

@@ -26,7 +26,7 @@ from tests.models import (
 from trady.analysis.model_analysis import analyse_model
 from trady.calls.actions import InPlace
 from trady.errors import BudgetError, ModelError
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 
 
 def table(model: nn.Module, example: Any, **options: Any) -> trady.ChannelTable:
@@ -331,7 +331,7 @@ def test_an_example_that_the_model_cannot_run_is_refused(example: Any, words: li
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_forward_that_looks_at_values_is_refused() -> None:
+def test_a_branch_on_values_that_are_not_there_is_refused_with_its_line() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -341,8 +341,8 @@ def test_a_forward_that_looks_at_values_is_refused() -> None:
             x = self.layer(x)
             return self.head(x if x.sum() > 0 else -x)
 
-    with pytest.raises(ModelError, match="values"):
-        trady.prepare(Looks(), torch.zeros(2, 4), budget="elements:900")
+    with pytest.raises(ModelError, match=r"test_trace\.py:\d+: return self\.head\(x if x\.sum\(\) > 0 else -x\)"):
+        trady.plan(Looks().to("meta"), torch.zeros(2, 4, device="meta"), budget="elements:900")
 
 
 def test_a_model_without_updatable_layers_is_refused_with_what_it_has() -> None:

@@ -19,29 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import trady
+from tests.small_runs import BUDGET, lines, run, without_clock
 from tests.small_task import StopAfter, small_data, small_net, write_npz
 from trady.errors import BudgetError, DataError, PolicyError, StateError, TrainingError
 from trady.training.interrupt import Interrupts
 from trady.training.run import finetune
 from trady.training.schedule import make_schedule
 
-BUDGET = "update:12 KiB"
 POLICIES = ("trady", "dynamic-random", "head", "full")
-
-
-def run(out: Path | None, **options: Any) -> Any:
-    settings: dict[str, Any] = {"budget": BUDGET, "epochs": 3, "batch_size": 8, "lr": 0.05, **options}
-    model = settings.pop("model", None) or small_net()
-    train, evaluation = settings.pop("data", None) or (small_data(48, 0), small_data(24, 1))
-    return finetune(model, train, evaluation, out=out, progress=settings.pop("progress", False), **settings)
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clock(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in ("seconds", "samples_per_second")} for m in metrics]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -67,7 +52,7 @@ def test_a_run_leaves_the_run_folder_that_the_docs_describe(tmp_path: Path, poli
     assert written["peak_bytes"] == max(m["peak_bytes"] for m in metrics)
     assert json.loads((tmp_path / "plan.json").read_text())["policy"] == policy
     names = {path.name for path in tmp_path.iterdir()}
-    files = {"plan.json", "metrics.jsonl", "checkpoint", "model.safetensors", "result.json"}
+    files = {"plan.json", "metrics.jsonl", "checkpoint", "model.safetensors", "best.safetensors", "result.json"}
     assert names == files | (set() if policy == "full" else {"delta.safetensors"})
     weights = load_file(tmp_path / "model.safetensors")
     expected = result.model.state_dict()
@@ -223,6 +208,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert [m["epoch"] for m in lines(tmp_path)] == [0, 1]
     weights = load_file(tmp_path / "checkpoint" / "tensors.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_loss_that_is_not_finite_names_a_checkpoint_inside_its_epoch(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"loss became nan in epoch 2, step 9, .*the checkpoint of step 8 is kept"):
+        run(tmp_path, policy="full", model=Exploding(after=8), checkpoint_every=1e-9)
 
 
 def test_a_diverging_rate_stops_the_run(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trady
-from trady.errors import CheckpointError, ModelError, StateError, TradyWarning, TrainingError
+from trady.errors import CheckpointError, LockedError, ModelError, StateError, TradyWarning, TrainingError
+from trady.records.lock import locked
 
 transformers = pytest.importorskip("transformers")
 from trady.integrations.transformers import TradyMixin, TradyTrainer  # noqa: E402
@@ -278,3 +279,13 @@ def test_models_that_transformers_has_quantised(tmp_path: Path, stored: str) -> 
     assert model.is_quantized
     assert torch.equal(model.bert.encoder.layer[1].intermediate.dense.weight, stored_before)
     assert any(name.startswith("bert.encoder") for name in given.delta())
+
+
+def test_a_folder_in_use_is_refused_where_checkpoints_are_saved(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        saving = trainer(tmp_path, max_steps=1, save_strategy="steps")
+        with pytest.raises(LockedError, match=f"{tmp_path} is in use by process"):
+            saving.train()
+        trainer(tmp_path, max_steps=1, save_strategy="no").train()
+    saving.train()
+    assert not (tmp_path / ".lock").exists()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import trady
 from tests.leaving_marks import BATCHES, MODELS, WIDTH, X, Y
 from trady.model.untouched import untouched
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 
 pytestmark = [
     # Quantisers and torch.compile look at parts of PyTorch that PyTorch has deprecated.

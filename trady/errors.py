@@ -25,6 +25,10 @@ class StateError(TradyError, RuntimeError):
     """A call that comes too early, too late, or twice."""
 
 
+class LockedError(StateError):
+    """A folder that another process works in."""
+
+
 class CheckpointError(TradyError, ValueError):
     """A checkpoint or delta that is damaged, of another model or of another version."""
 

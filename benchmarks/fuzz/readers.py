@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import trady
@@ -29,11 +30,13 @@ from trady.search.contributions import _read as read_contributions
 from trady.search.evolution import Evolution
 from trady.study.folder import StudyFolder
 from trady.study.records import read_records
-from trady.training.checkpoint import DESCRIPTION, TENSORS, load_checkpoint
+from trady.training.checkpoint import DESCRIPTION, TENSORS, load_checkpoint, signed
 from trady.training.data.fashion_mnist import read_idx
 from trady.training.data.load import load_data
+from trady.training.randomness import own_randomness, set_random_state
 from trady.training.run_folder import RunFolder
 from trady.training.state import load_optimizer_state
+from trady.training.within_epoch import WITHIN, EpochSums
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,11 @@ def _checkpoint(folder: Path, policy: str) -> None:
     trainer = found.states.get("trainer")
     if trainer is not None:
         tuner.load_state_dict({"tensors": dict(trainer.tensors), "meta": dict(trainer.meta)})
+    if (within := found.states.get(WITHIN)) is not None:
+        _, random = EpochSums.from_state(within)
+        with own_randomness():
+            set_random_state(random)
+            np.random.random(1000)  # noqa: NPY002 - the generator that was set
     if (state := found.states.get("optimizer")) is not None:
         load_optimizer_state(optimizer, state)
         inputs, labels = samples.batches(1)[0]
@@ -125,7 +133,7 @@ def _sign_checkpoint(folder: Path) -> None:
     description = json.loads(read_bytes(place))
     digest = hashlib.sha256(read_bytes(folder / "checkpoint" / TENSORS)).hexdigest()
     description["tensors"]["sha256"] = digest
-    place.write_text(json.dumps(description))
+    place.write_text(json.dumps(signed(description)))
 
 
 def _study(folder: Path) -> None:

@@ -25,6 +25,7 @@ from trady.study.run import StudyTask, record
 from trady.study.settings import StudySettings
 from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.state import State, optimizer_to_state
+from trady.training.within_epoch import WITHIN, EpochSums
 
 MATRIX = """
 policies = ["trady", "head", "sparse-update"]
@@ -120,8 +121,13 @@ def checkpoint(folder: Path, policy: str) -> None:
     """Write the checkpoint of a session."""
     tuner, optimizer = session(policy)
     given = tuner.state_dict()
-    states = {"trainer": State(given["tensors"], given["meta"]), "optimizer": optimizer_to_state(optimizer)}
-    save_checkpoint(folder / "checkpoint", Checkpoint(1, 4, {"lr": 0.01, "seed": 5}, "", states))
+    states = {
+        "trainer": State(given["tensors"], given["meta"]),
+        "optimizer": optimizer_to_state(optimizer),
+        WITHIN: EpochSums(2, 1, 5, 4, 1.5).to_state(),
+    }
+    facts = {"training examples": 3, "training classes": ["a", "b"]}
+    save_checkpoint(folder / "checkpoint", Checkpoint(1, 5, {"lr": 0.01, "seed": 5}, "", states, facts, "0" * 16))
 
 
 def study(folder: Path) -> None:

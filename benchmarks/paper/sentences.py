@@ -111,6 +111,7 @@ class Experiment:
             seed=seed,
             out=folder.path,
             resume=True,
+            keep_best=False,
             **RECIPES[method],
         )
         folder.model.unlink()

@@ -17,6 +17,8 @@ from trady.calls.kinds import ActivationCall, NormCall, PadCall, RecurrentCall, 
 from trady.calls.recognize import kind_of
 from trady.model.hooks import KnownHooks
 from trady.ops.quantized import is_quantized
+from trady.trace.answers import Answer
+from trady.trace.draws import Draws
 from trady.trace.trace import Trace, TracedCall
 
 #: Functions whose backward does not read their output and whose output is memory of its own.
@@ -48,6 +50,7 @@ class Step:
         first: First call that the action depends on.
         last: Last call that the action depends on.
         own: Whether it runs outside of checkpoints and segments without gradients.
+        module: The innermost module that calls it.
     """
 
     function: Any
@@ -56,6 +59,7 @@ class Step:
     first: int = 0
     last: int = 0
     own: bool = True
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class FusionPlan:
         saved_shapes: For a weight call, the shape of the input that is saved (before deferred padding).
         hooks: The forward hooks that ran in it, so that what they read is known to be read.
         way: How the model was called.
+        draws: What random numbers were.
+        answers: To the calls that look at values.
+        decisions: The calls in front of which the model may decide to go another way.
+        rounds: Passes of the model in front of this one, with what it kept in Python from one to the next.
     """
 
     steps: tuple[Step, ...]
@@ -75,6 +83,10 @@ class FusionPlan:
     saved_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     hooks: KnownHooks = frozenset()
     way: tuple[Any, ...] = ()
+    draws: Draws = field(default_factory=Draws)
+    answers: tuple[Answer, ...] = ()
+    decisions: frozenset[int] = frozenset()
+    rounds: int = 0
 
 
 def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
@@ -104,14 +116,26 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
                 _fuse_norm(trace, index, actions)
             elif entry.call is not None and kind_of(entry.call).overwrites_input:
                 actions[index] = InPlace(_may_overwrite(trace, entry))
-    return FusionPlan(tuple(_steps(trace, actions)), spans, saved_shapes, trace.hooks, trace.way)
+    return FusionPlan(
+        tuple(_steps(trace, actions)),
+        spans,
+        saved_shapes,
+        trace.hooks,
+        trace.way,
+        trace.draws,
+        trace.answers,
+        frozenset(trace.decisions),
+        trace.rounds,
+    )
 
 
 def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:
     steps = []
     for index, entry in enumerate(trace.calls):
         parameters = tuple(id(p) for p in entry.parameters if isinstance(p, torch.nn.Parameter))
-        steps.append(Step(entry.function, parameters, actions.get(index), index, index, entry.scope == ""))
+        steps.append(
+            Step(entry.function, parameters, actions.get(index), index, index, entry.scope == "", entry.module)
+        )
     for index, action in actions.items():
         if not isinstance(action, (WithLayer, InPlace)):
             continue
@@ -150,9 +174,12 @@ def _module_spans(trace: Trace) -> dict[str, tuple[int, int]]:
 
 
 def _only_reader(trace: Trace, value: int) -> int | None:
-    """The one call that reads a value which is gone afterwards; ``None`` if there is no such call."""
+    """The one call that reads a value which is gone afterwards; ``None`` if there is no such call.
+
+    Where the model decides while the value is there, others may read it on another way.
+    """
     entry = trace.values[value]
-    if len(entry.readers) != 1 or entry.kept or entry.view:
+    if len(entry.readers) != 1 or entry.kept or entry.view or trace.crosses_decision(value):
         return None
     return entry.readers[0]
 
@@ -246,7 +273,8 @@ def _owns_gates(trace: Trace, index: int) -> bool:
     producer = trace.calls[value.producer]
     linear = isinstance(producer.call, WeightCall) and not is_quantized(producer.call.weight)
     together = value.producer == index - 1 and producer.scope == trace.calls[index].scope
-    return linear and together and value.readers == [index] and not value.kept
+    alone = value.readers == [index] and not value.kept and not trace.crosses_decision(trace.calls[index].reads[0])
+    return linear and together and alone
 
 
 def _may_overwrite(trace: Trace, entry: TracedCall) -> bool:

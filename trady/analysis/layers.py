@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trady.analysis.fusion import FusionPlan
+from trady.analysis.gradient_flow import reached_by_gradients
 from trady.analysis.head import head_parameters, stored_as, weight_parameter
 from trady.calls.kinds import WeightCall
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
@@ -41,15 +42,23 @@ def build_table(
     names = _parameter_names(model)
     calls: dict[int, list[tuple[int, TracedCall]]] = {}
     others: dict[int, set[str]] = {}
+    reached, aside, trained = reached_by_gradients(trace), set[int](), set[int]()
     for index, entry in enumerate(trace.calls):
         weight = weight_parameter(entry)
+        if not reached[index]:
+            aside.update(map(id, entry.parameters))
+            if weight is None or entry.without_gradient:
+                continue  # what is detached keeps as much for a while as what is not
+        elif weight is not None:
+            trained.add(id(weight))
         if weight is not None:
             calls.setdefault(id(weight), []).append((index, entry))
-        for parameter in entry.parameters:
+        for parameter in entry.parameters if reached[index] else ():
             if parameter is not weight:
                 others.setdefault(id(parameter), set()).add(_use(entry))
+    calls = {identity: entries for identity, entries in calls.items() if identity in trained}
     frozen = []
-    reasons = {id(p): _reason(p, calls, others, plain) for p in own_parameters(model) if p.dim() > 1}
+    reasons = {id(p): _reason(p, calls, others, plain, aside) for p in own_parameters(model) if p.dim() > 1}
     trains = [identity for identity in calls if reasons.get(identity) is None]
     layers = [_layer(calls[identity], plan, names[identity], trace.batch) for identity in trains]
     owners = Counter(layer.name for layer in layers)
@@ -112,6 +121,7 @@ def _reason(
     calls: dict[int, list[tuple[int, TracedCall]]],
     others: dict[int, set[str]],
     plain: set[int],
+    aside: set[int],
 ) -> str | None:
     """Why a weight cannot be updated by input channel; ``None`` when it can."""
     if id(parameter) in plain:
@@ -121,6 +131,8 @@ def _reason(
     used = ", ".join(sorted(others.get(id(parameter), ())))
     if id(parameter) not in calls and _UNSEEN in used:
         return f"used by {used}, where it cannot be intercepted"
+    if id(parameter) not in calls and not used and id(parameter) in aside:
+        return "no gradient reaches it: it runs under no_grad, or what it makes is detached"
     if id(parameter) not in calls:
         return f"used by {used}, which has no input channels to choose from" if used else "not used in the forward pass"
     if used:

@@ -19,7 +19,7 @@ from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.model.mode import ByMode
 from trady.quantized.formats import keep_unpacked
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 from trady.trace.trace import Trace
 
 #: Traces of one batch.
@@ -85,7 +85,7 @@ def _step_of_copy(step: Step, tensors: Mapping[int, Tensor]) -> Step:
 def trace_modes(model: nn.Module, example: Batch | Any, *, evaluation: bool = True) -> Traces:
     """Trace a model in training mode and, if it is to run in that too, in evaluation mode."""
     keep_unpacked(model)
-    batch = Batch.of(example)
+    batch = Batch.of(example, model)
     training = trace_forward(model, batch, training=True)
     return ByMode(training, trace_forward(model, batch, training=False) if evaluation else None)
 
@@ -113,7 +113,7 @@ def analyse_model(
         ModelError: The model cannot be traced, or has nothing to update.
 
     """
-    batch = Batch.of(example)
+    batch = Batch.of(example, model)
     traces = traces or trace_modes(model, batch)
     names = find_head(model, traces.training, head, frozen)
     plain = head_parameters(model, names)
@@ -144,7 +144,7 @@ def find_recomputable(
         The segments, and the multiply-adds of a full forward pass.
 
     """
-    batch = Batch.of(example)
+    batch = Batch.of(example, model)
     traces = traces or trace_modes(model, batch, evaluation=analysis.plans.evaluation is not None)
     element_bytes = batch.dtype_in(model).itemsize
     samples = _samples(model, batch, traces.training, training=True)
@@ -160,6 +160,6 @@ def find_recomputable(
 
 def _samples(model: nn.Module, batch: Batch, trace: Trace, *, training: bool) -> list[CallSamples | None]:
     try:
-        return samples_of(trace, trace_forward(model, batch.doubled, training=training))
+        return samples_of(trace, trace_forward(model, batch.doubled, training=training, like=trace))
     except ModelError:  # it takes batches of one size only
         return [None] * len(trace.calls)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -55,6 +56,7 @@ class Segment:
         work: Multiply-adds of its forward pass.
         name: The module it belongs to.
         auxiliary: Calls between that do not belong to it: what they make of ids and masks is handed in.
+        joins: Whether it can be joined to the one in front: the model decides nothing in between.
     """
 
     start: int
@@ -67,6 +69,7 @@ class Segment:
     work: int
     name: str
     auxiliary: frozenset[int] = frozenset()
+    joins: bool = True
 
     @property
     def first(self) -> int:
@@ -125,7 +128,7 @@ def merged(segments: tuple[Segment, ...], count: int, most: int | None = None) -
 
 
 def _may_join(first: Segment, second: Segment) -> bool:
-    if bool(first.samples) != bool(second.samples):
+    if bool(first.samples) != bool(second.samples) or not second.joins:
         return False
     # A loss is summed up over the chunks, which has to be the last call.
     return not first.samples or all(first.samples[c - first.start].outputs[p] is not None for c, p in first.outputs)
@@ -160,15 +163,29 @@ def _segments_between(trace: Trace, cuts: list[int], crossing: Crossing) -> list
     activations of one size have nothing to gain.
     """
     segments: list[tuple[int, int]] = []
+    apart = True  # whether nothing can be joined to what is in front
     for start, end in pairwise(cuts):
+        if _decides(trace, start, end):
+            apart = True
+            continue
+        if apart or start in trace.decisions:
+            segments.append((start, end))
+            apart = False
+            continue
         branches = any(len(crossing.at(p)) > 1 for p in range(start + 1, end))
-        if branches or not segments:
+        if branches:
             segments.append((start, end))
         elif _owner(trace, start) == _owner(trace, segments[-1][0]) or _is_tail(trace, start, end):
             segments[-1] = (segments[-1][0], end)
         else:
             segments.append((start, end))
     return segments
+
+
+def _decides(trace: Trace, start: int, end: int) -> bool:
+    """Whether a model looks at values between two points, or decides there to go on in one way or another."""
+    inside = bisect_right(trace.decisions, start) < bisect_left(trace.decisions, end)
+    return inside or any(entry.looks for entry in trace.calls[start:end])
 
 
 def _owner(trace: Trace, index: int) -> str:
@@ -198,6 +215,8 @@ def _segment(
     outputs: dict[tuple[int, int], int] = {}
     for value in (value for entry in calls if not entry.auxiliary for value in entry.makes):
         until = ALWAYS if trace.values[value].kept else max(trace.values[value].readers, default=-1)
+        if trace.decided_after(value, end):
+            until = ALWAYS  # on another way, somebody else may read it
         if until >= end:
             first = _first_made(trace, value, start)
             outputs[first] = max(until, outputs.get(first, 0))
@@ -215,7 +234,17 @@ def _segment(
     work = sum(work_of(trace, entry) for entry in calls)
     handed_on, needed_until = zip(*sorted(outputs.items()), strict=True)
     return Segment(
-        start, end, handed_on, needed_until, by_sample, kept, entry, work, name=calls[0].container, auxiliary=auxiliary
+        start,
+        end,
+        handed_on,
+        needed_until,
+        by_sample,
+        kept,
+        entry,
+        work,
+        name=calls[0].container,
+        auxiliary=auxiliary,
+        joins=start not in trace.decisions,
     )
 
 
@@ -301,7 +330,8 @@ def _writes_outside(trace: Trace, entry: TracedCall, start: int, sources: list[i
 def _auxiliary_writes_what_is_read(calls: list[TracedCall], sources: list[int]) -> bool:
     """Whether ids or masks change after a call of the segment has read them: it is computed later than that."""
     read: set[int | None] = set()
-    for entry in calls:
+    last = max(index for index, entry in enumerate(calls) if not entry.auxiliary)  # with it, the segment is computed
+    for entry in calls[:last]:
         if not entry.auxiliary:
             read.update(sources[value] for value in entry.reads)
         elif any(value is None or sources[value] in read for value in entry.written):

@@ -136,10 +136,11 @@ def read_request(
         RankingError: The ranking cannot be read.
 
     """
+    from trady.planning.process_memory import ready_for
     from trady.planning.request import Request
     from trady.ranking.priors import read_ranking
 
-    return Request(
+    request = Request(
         budget=budget,
         policy=read_policy(policy, scheme),
         ranking=None if ranking is None else read_ranking(ranking),
@@ -150,6 +151,8 @@ def read_request(
         train=train or None,
         freeze=freeze or None,
     )
+    ready_for(request.limit)  # before a model or a data set is read
+    return request
 
 
 def print_json(value: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,14 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trady.compare.cells import Cell
-from trady.errors import StateError
+from trady.errors import LockedError, StateError
 from trady.records import schema
-from trady.records.files import write_json
+from trady.records.files import remove_temporaries, write_json
+from trady.records.lock import locked
 from trady.records.reading import read_bytes
 from trady.records.versioned import Format
+from trady.training.checkpoint import remove_checkpoint
 from trady.training.run_folder import RunFolder
 
 CELL = Format(None, "record of a cell", StateError, "remove the cell's folder, and run it again")
+
+#: The file that is locked while a cell runs.
+CELL_LOCK = ".cell.lock"
 
 T = TypeVar("T")
 
@@ -69,9 +72,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class _Identity:
-    """Of ``cell.json``, what tells one cell from another."""
+    """Of ``cell.json``, what tells one cell from another, and what stays of it."""
 
     digest: str
+    keep: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,13 @@ class CellFolder:
         """Which cell it is, and what it runs on."""
         return self.path / "cell.json"
 
-    def begin(self, machine: Mapping[str, Any]) -> None:
-        """Write which cell this is and what it runs on, and remove an earlier error."""
+    def begin(self, machine: Mapping[str, Any], *, keep: str = "weights") -> None:
+        """Write which cell this is, what it runs on and what stays of it, and remove an earlier error."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.error.unlink(missing_ok=True)
-        write_json(self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine)})
+        write_json(
+            self.identity, {**asdict(self.cell), "digest": self.cell.digest, "machine": dict(machine), "keep": keep}
+        )
 
     def write_error(self, status: Status, error: BaseException | str) -> Outcome:
         """Record why the cell could not be run."""
@@ -131,12 +137,21 @@ class CellFolder:
         write_json(self.error, {"status": str(status), "type": kind, "message": text, "traceback": trace})
         return Outcome(status, text)
 
+    def clear_up(self) -> None:
+        """End what a worker was killed in: a finished cell that was to keep its results alone drops its weights."""
+        left = (self.path / CELL_LOCK, self.run.checkpoint, *self.run.weights)
+        if self.status() is not Status.DONE or not any(path.exists() for path in left):
+            return
+        if self.load(_Identity, self.identity).keep == "results":
+            with self.alone(0.0) as alone:
+                if alone:
+                    self.drop_weights()
+
     def drop_weights(self) -> None:
         """Remove weights and checkpoints, which the tables do not need."""
-        for path in (self.run.model, self.run.delta):
+        for path in self.run.weights:
             path.unlink(missing_ok=True)
-        for path in self.path.glob("checkpoint*"):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(self.run.checkpoint)
 
     def epochs_done(self) -> int:
         """Return how many epochs the metrics have."""
@@ -156,32 +171,18 @@ class CellFolder:
 
     @contextlib.contextmanager
     def alone(self, patience_seconds: float) -> Iterator[bool]:
-        """Lock the folder against other processes; yield whether that worked.
+        """Lock the folder against other processes that run cells; yield whether that worked.
 
-        The system frees the lock when the process ends, however it ends. On systems without such locks nothing is
-        locked.
+        The run in it has a lock of its own, against those who train in the folder without a comparison.
         """
-        try:
-            import fcntl
-        except ImportError:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path, name=CELL_LOCK, patience_seconds=patience_seconds))
+            except LockedError:
+                yield False
+                return
+            remove_temporaries(self.path, alone=True)
             yield True
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        place = self.path / ".lock"
-        until = time.monotonic() + patience_seconds
-        with place.open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > until:
-                        yield False
-                        return
-                    time.sleep(0.1)
-            yield True
-            if self.status() is Status.DONE:
-                place.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         try:

@@ -16,7 +16,7 @@ import torch
 
 from trady.compare.cell_folder import CellFolder, Outcome, Status
 from trady.compare.cells import Job
-from trady.errors import BudgetError, CheckpointError
+from trady.errors import BudgetError, CheckpointError, LockedError
 from trady.policies import Scheme, SparseUpdate
 from trady.ranking.priors import read_ranking
 from trady.records.version import __version__
@@ -77,9 +77,11 @@ def run_cell(job: Job, place: Workplace) -> Outcome:
             return Outcome(Status.BUSY, f"another process works in {folder.path}")
         if folder.status() is Status.DONE:
             return Outcome(Status.DONE)
-        folder.begin(machine())
+        folder.begin(machine(), keep=place.keep)
         try:
-            seconds = _train(job, folder).seconds
+            seconds = _train(job, folder, keep_best=place.keep == "weights").seconds
+        except LockedError as error:
+            return Outcome(Status.BUSY, str(error))
         except BudgetError as error:
             return folder.write_error(Status.INFEASIBLE, error)
         except Exception as error:  # whatever a model, a data set or a policy raises
@@ -100,15 +102,15 @@ def machine() -> dict[str, object]:
     }
 
 
-def _train(job: Job, folder: CellFolder) -> Result:
+def _train(job: Job, folder: CellFolder, *, keep_best: bool) -> Result:
     try:
-        return _finetune(job, folder, resume=True)
+        return _finetune(job, folder, resume=True, keep_best=keep_best)
     except CheckpointError:
-        # The checkpoint is of another version of the model or of trady, so it cannot be resumed.
-        return _finetune(job, folder, resume=False)
+        # The checkpoint is of another version of the model, of the data or of trady, so it cannot be resumed.
+        return _finetune(job, folder, resume=False, keep_best=keep_best)
 
 
-def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
+def _finetune(job: Job, folder: CellFolder, *, resume: bool, keep_best: bool) -> Result:
     cell = job.cell
     settings = dict(cell.settings)
     image_size, limits = settings.pop("image_size", None), _limits(settings)
@@ -129,6 +131,7 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool) -> Result:
         out=folder.path,
         resume=resume,
         overwrite=not resume,
+        keep_best=keep_best,
         progress=False,
         **settings,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from trady.compare import figures, tables
 from trady.compare.results import LINES, TABLE
 from trady.compare.summary import Summary
-from trady.records.files import write_json, write_lines, write_whole
+from trady.records.files import write_bytes, write_json, write_lines
 from trady.report.figures import STYLE, as_png, as_svg
 from trady.report.page import Figure as Picture
 from trady.report.page import Section, Text, page
@@ -43,10 +43,10 @@ def write_report(summary: Summary, out: Path, title: str) -> Path:
         write_lines(out / "tables" / f"{name}.md", markdown(table).splitlines())
         write_lines(out / "tables" / f"{name}.tex", latex(table).splitlines())
     for name, (svg, png) in drawings.items():
-        _write(out / "figures" / f"{name}.svg", svg.encode())
-        _write(out / "figures" / f"{name}.png", png)
+        write_bytes(out / "figures" / f"{name}.svg", svg.encode())
+        write_bytes(out / "figures" / f"{name}.png", png)
     path = out / "report.html"
-    _write(path, _page(summary, title, named, {name: svg for name, (svg, _) in drawings.items()}).encode())
+    write_bytes(path, _page(summary, title, named, {name: svg for name, (svg, _) in drawings.items()}).encode())
     return path
 
 
@@ -78,10 +78,3 @@ def _draw(summary: Summary) -> dict[str, tuple[str, bytes]]:
     with mpl.rc_context(STYLE):
         drawn = {"wins": figures.wins_figure(summary), "accuracy-by-budget": figures.budget_figure(summary)}
         return {name: (as_svg(figure), as_png(figure, 160)) for name, figure in drawn.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    def write(place: Path) -> None:
-        place.write_bytes(content)
-
-    write_whole(path, write)

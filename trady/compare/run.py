@@ -22,6 +22,7 @@ from trady.compare.results import collect, done_digests, write_rows
 from trady.compare.rows import Row
 from trady.compare.summary import Summary, summarize
 from trady.errors import MatrixError
+from trady.records.files import remove_temporaries
 from trady.records.translated import file_errors
 
 EngineName = Literal["local", "ray"]
@@ -108,6 +109,9 @@ def compare(
     complete = True
     try:
         if not summary_only:
+            remove_temporaries(place.out, alone=False)
+            for job in jobs:
+                place.cell_folder(job).clear_up()
             left = jobs_left(jobs, place, done_digests(place.out), retry_failed=retry_failed)
             hired = _engine(engine, place, workers, count, devices, gpus_per_cell)
             drive = Drive(place, hired, display or Display(), max_minutes)

@@ -117,7 +117,7 @@ class _Measurement:
             return loss_of(self._armed.model, part, loss)
         if loss is None:
             raise NotBySampleError("the model computes its loss of the whole batch")
-        args, kwargs = Batch.of(inputs).arguments
+        args, kwargs = Batch.of(inputs, self._armed.model).arguments
         by_sample = zip(_cut(self._armed.model(*args, **kwargs), samples), _cut(targets, samples), strict=True)
         return torch.stack([loss(output, target) for output, target in list(by_sample)[:losses]]).sum()
 

@@ -72,7 +72,9 @@ class Velocity:
         """
         found = {layer.name: _Similarity(layer.outputs) for layer in bench.armed.table}
         seen, batches = hashlib.sha256(), 0
-        for number, (given, sample, waiting) in enumerate(islice(_samples(bench.batches), MOST_SAMPLES)):
+        for number, (given, sample, waiting) in enumerate(
+            islice(_samples(bench.batches, bench.armed.model), MOST_SAMPLES)
+        ):
             batches = given
             for tensor in sample.tensors:
                 seen.update(repr((tuple(tensor.shape), tensor.dtype)).encode() + _bytes(tensor))
@@ -92,11 +94,11 @@ _OTHER_SAMPLES = (
 )
 
 
-def _samples(batches: Iterable[Any]) -> Iterator[tuple[int, Batch, int]]:
+def _samples(batches: Iterable[Any], model: torch.nn.Module) -> Iterator[tuple[int, Batch, int]]:
     """Every sample as a batch of one, with the number of batches so far, and the bytes of the others of its batch."""
     for number, batch in enumerate(batches, start=1):
         inputs, _ = split(batch)
-        whole = Batch.of(inputs)
+        whole = Batch.of(inputs, model)
         for sample, _ in whole.chunks(1):
             yield number, sample, whole.nbytes - sample.nbytes
 

@@ -8,7 +8,7 @@ drawn as epochs begin, and a checkpoint holds what a restart needs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from trady.planning.request import Request
 from trady.policies import Policy
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.records.lock import locked
 from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from trady.training.optimizers import memory_of
 from trady.training.randomness import own_randomness
@@ -36,7 +37,7 @@ from trady.tuner.tuner import Tuner
 try:
     import transformers
     from transformers import Trainer, TrainerCallback
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 except ImportError as error:
     raise ImportError('this module needs transformers: pip install "trady[transformers]"') from error
 if int(transformers.__version__.partition(".")[0]) < 5:
@@ -149,11 +150,16 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     # -- what the Trainer calls ----------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; the model is plain again afterwards."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._disarm()
+        """Train as the Trainer does; the model is plain again afterwards.
+
+        Raises:
+            LockedError: Another process trains into the same ``output_dir``, and checkpoints are to be saved there.
+        """
+        with self._alone(kwargs.get("trial")):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._disarm()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that the arguments name over what trains under the budget."""
@@ -207,6 +213,11 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         an_epoch = -(-steps // max(1, epochs))
         if step % an_epoch in redraw_steps(self.options.draws_per_epoch, an_epoch):
             self._armed().redraw()
+
+    def _alone(self, trial: Any) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder of the checkpoints; trials of a search have folders of their own."""
+        saves = self.args.should_save and self.args.save_strategy != SaveStrategy.NO
+        return locked(Path(self.args.output_dir)) if saves and trial is None else nullcontext()
 
     # -- arming --------------------------------------------------------------------------------------
 

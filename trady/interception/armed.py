@@ -94,7 +94,8 @@ class Armed:
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
         frozen = frozenset(id(p) for p, flag in self._flags if not flag and not is_quantized(p))
-        prepared_modules.update(dict.fromkeys(model.modules(), frozen))
+        self._modules = list(model.modules())  # some models put others in their place when they first run
+        prepared_modules.update(dict.fromkeys(self._modules, frozen))
 
     def select(self, selection: Selection) -> list[Change]:
         """Make ``selection`` the channels that train; return how the compact parameters changed."""
@@ -184,7 +185,7 @@ class Armed:
             self.on_output.clear()
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
-            for module in self.model.modules():
+            for module in self._modules:
                 prepared_modules.pop(module, None)
 
 

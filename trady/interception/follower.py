@@ -67,6 +67,8 @@ def _next_place(forward: ForwardState, function: Any, tensors: list[Tensor]) -> 
     parameters = tuple(id(p) for p in map(untransposed, tensors) if isinstance(p, nn.Parameter))
     if forward.writing is not None:
         return _next_place_in_segment(forward, plan, forward.writing, function, tensors, parameters)
+    if plan.decisions:
+        return _next_place_or_way(forward, plan, function, parameters)
     if _is_call(plan, forward.cursor, function, parameters):
         forward.cursor += 1
         return forward.cursor - 1
@@ -81,6 +83,61 @@ def _next_place(forward: ForwardState, function: Any, tensors: list[Tensor]) -> 
                 return place
         forward.plan = None
     return None
+
+
+def _next_place_or_way(
+    forward: ForwardState, plan: FusionPlan, function: Any, parameters: tuple[int, ...]
+) -> int | None:
+    """The same in a model that decides by values or at random: from where it does, the path may be another one.
+
+    The path comes back where a module, or a weight, of the plan is called. Until then all is computed call by call.
+    """
+    forward.decided()
+    here = forward.cursor
+    if not forward.lost and _is_call(plan, here, function, parameters) and _in_module(forward, plan, here):
+        forward.cursor += 1
+        return here
+    if forward.at_risk:
+        raise departed(forward, function)
+    places = range(here, len(plan.steps)) if parameters else ()
+    found = next((place for place in places if _is_call(plan, place, function, parameters)), None)
+    forward.lost = found is None
+    if found is not None:
+        forward.cursor = found + 1
+    return found
+
+
+def _in_module(forward: ForwardState, plan: FusionPlan, place: int) -> bool:
+    return not forward.modules or forward.modules[-1] == plan.steps[place].module
+
+
+def entered(forward: ForwardState, module: str) -> None:
+    """Come back to the plan where a module of it is called that was not expected yet."""
+    forward.modules.append(module)
+    span = _span_ahead(forward, module)
+    if span is not None and (forward.lost or span[0] != forward.cursor):
+        forward.decided()
+        if not forward.at_risk and span[0] >= forward.cursor:
+            forward.cursor, forward.lost = span[0], False
+
+
+def left(forward: ForwardState, module: str) -> None:
+    """Come back to the plan behind a module of it that has ended on another way."""
+    if forward.modules:
+        forward.modules.pop()
+    span = _span_ahead(forward, module)
+    if span is not None and span[0] <= forward.cursor < span[1]:
+        forward.decided()
+        if not forward.at_risk:
+            forward.cursor, forward.lost = span[1], False
+    elif span is not None and forward.cursor == span[1]:
+        forward.lost = False
+
+
+def _span_ahead(forward: ForwardState, module: str) -> tuple[int, int] | None:
+    if forward.plan is None or not forward.plan.decisions or forward.writing is not None:
+        return None
+    return forward.plan.spans.get(module)
 
 
 def _next_place_in_segment(

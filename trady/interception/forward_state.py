@@ -24,10 +24,12 @@ class ForwardState:
         segments: By its first call, what is recomputed in the backward pass.
         section: The checkpoint that the pass began in.
         depth: Calls of modules under way.
+        modules: Names of the modules whose calls are under way.
         cursor: The call of the plan that is expected next.
         at_risk: Whether something was put off or overwritten, so that the pass must follow the plan.
         writing: The segment that is being written down.
         wrote: Whether one has been.
+        lost: Whether the pass has gone another way where the model decides, and has not come back to the plan yet.
     """
 
     outermost: FrameType | None
@@ -36,13 +38,20 @@ class ForwardState:
     segments: Mapping[int, Segment] = field(default_factory=dict)
     section: Section = field(default_factory=current_section)
     depth: int = 1
+    modules: list[str] = field(default_factory=list)
     cursor: int = field(init=False)
     at_risk: bool = False
     writing: DeferredSegment | None = None
     wrote: bool = False
+    lost: bool = False
 
     def __post_init__(self) -> None:
         self.cursor = self.span[0]
+
+    def decided(self) -> None:
+        """Note that the model may decide now, if the plan says so: what is behind is done, so it may leave the plan."""
+        if self.plan is not None and self.writing is None and self.cursor in self.plan.decisions:
+            self.at_risk = False
 
     def commit(self) -> None:
         """Note that a value was put off or overwritten: from here on, the pass must follow the plan."""

@@ -25,7 +25,7 @@ from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device
 from trady.errors import ModelError
 from trady.interception.deferred_segment import DeferredSegment
-from trady.interception.follower import action_at, departed, place_of, segment_at
+from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
@@ -35,6 +35,7 @@ from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
 from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
+from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
@@ -160,7 +161,10 @@ class Interceptor(CallMode):
         self._recover()
         if self._forward is not None:
             self._forward.depth += 1
+            entered(self._forward, self._names.get(id(module), "?"))
             return
+        if not has_weights(module) and torch._C._current_graph_task_id() == -1:
+            return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
         if not self._before_forward(module, args, kwargs):  # this and the next may refuse: before anything is pushed
             return
         self._compilers.begin()
@@ -179,6 +183,7 @@ class Interceptor(CallMode):
             outermost=sys._getframe(2),
             plan=plan if known else None,
             span=span if span is not None and name else (0, sys.maxsize),
+            modules=[name],
             segments=(self._segments.of(self._model.training) or {}) if known else {},
         )
         self.__enter__()
@@ -189,6 +194,7 @@ class Interceptor(CallMode):
             return
         forward.depth -= 1
         if forward.depth:
+            left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None

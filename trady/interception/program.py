@@ -20,6 +20,7 @@ from trady.calls.autocast import cast
 from trady.calls.canonical import untransposed
 from trady.calls.recognize import run_on_meta
 from trady.model.batch import tensors_among, without_memory
+from trady.model.structure import is_sparse
 from trady.ops.context import autocast_dtype_on, real_type
 from trady.ops.sample_axis import SampleAxis
 
@@ -266,7 +267,7 @@ class Program:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.shape, tensor.layout if is_sparse(tensor) else tensor.stride(), tensor.dtype
 
 
 def _fill(value: Any, values: dict[int, Tensor], inputs: list[Tensor], samples: int) -> Any:

@@ -14,6 +14,7 @@ from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trady.model.structure import components
 from trady.ops.context import followed_storages
 
 Shrink = Callable[[torch.UntypedStorage, int], None]
@@ -318,19 +319,12 @@ def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
             inner = getattr(tensor, name)
             if isinstance(inner, torch.Tensor):
                 yield from _storages(inner)
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices().untyped_storage(), tensor._values().untyped_storage())
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        inner = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-        yield from (t.untyped_storage() for t in inner)
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        inner = (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-        yield from (t.untyped_storage() for t in inner)
     else:
-        try:
-            yield tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return
+        for part in components(tensor):
+            try:
+                yield part.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                return
 
 
 def _sums_gradients() -> bool:

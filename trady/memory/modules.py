@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as module_registry
-from torch.utils._pytree import tree_leaves, tree_map
 
 from trady.model.parameters import own_parameters
+from trady.model.structure import tensors_in, with_tensors
 
 #: Layers of what runs outside every module: before a model has run, and after.
 OUTSIDE = "(outside)"
@@ -41,9 +41,8 @@ class _Recalled:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
 
-def _recalled(leaf: Any) -> Any:
-    plain = type(leaf) in (torch.Tensor, nn.Parameter) and leaf.layout is torch.strided
-    return _Recalled(leaf) if plain else leaf
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Call:
     args: Any
     kwargs: Any
     autocast: Mapping[str, torch.dtype]
+    recalled: Mapping[int, _Recalled]
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -60,12 +60,22 @@ class Call:
         autocast = {
             device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
         }
-        return cls(tree_map(_recalled, args), tree_map(_recalled, kwargs), autocast)
+        recalled: dict[int, _Recalled] = {}
+
+        def remembered(tensor: torch.Tensor) -> torch.Tensor:
+            if not _is_plain(tensor):
+                return tensor
+            place = torch.empty(0, device="meta")
+            recalled[id(place)] = _Recalled(tensor)
+            return place
+
+        kept_args, kept_kwargs = with_tensors((args, kwargs), remembered)
+        return cls(kept_args, kept_kwargs, autocast, recalled)
 
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments once more; floating-point tensors that are gone come back as zeros."""
-        call: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(
-            lambda leaf: leaf() if isinstance(leaf, _Recalled) else leaf, (self.args, self.kwargs)
+        call: tuple[tuple[Any, ...], dict[str, Any]] = with_tensors(
+            (self.args, self.kwargs), lambda place: self.recalled[id(place)]() if id(place) in self.recalled else place
         )
         return call
 
@@ -177,4 +187,4 @@ def _size(module: nn.Module) -> int:
 
 def given_tensors(batch: Any) -> list[torch.Tensor]:
     """The tensors that a model received, without those that another model computed for it."""
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is None]
+    return [tensor for tensor in tensors_in(batch) if tensor.grad_fn is None]

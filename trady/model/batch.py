@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 from trady.errors import ModelError
+from trady.model.eager import unwrap_compiled
+from trady.model.structure import components, is_sparse, tensors_in, with_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +29,19 @@ class Batch:
     inputs: Any
 
     @classmethod
-    def of(cls, given: Any) -> Batch:
-        """Make a batch of what a loader gives; anything with ``keys`` (``BatchEncoding``) is a mapping."""
+    def of(cls, given: Any, model: nn.Module | None = None) -> Batch:
+        """Make a batch of what a loader gives.
+
+        A tuple or list is the positional arguments, a mapping the keyword arguments; anything with ``keys``
+        (``BatchEncoding``) is a mapping. Where ``model`` takes one argument and none by these names, or of this number,
+        the tuple, list or mapping is that argument.
+        """
         if isinstance(given, cls):
             return given
-        return cls(dict(given) if hasattr(given, "keys") else given)
+        keyed = hasattr(given, "keys")
+        if (keyed or isinstance(given, (tuple, list))) and model is not None and _is_one_argument(given, model):
+            return cls((given,))
+        return cls(dict(given) if keyed else given)
 
     @cached_property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -41,8 +52,15 @@ class Batch:
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors in it."""
-        return tuple(t for t in tree_iter(self.inputs) if isinstance(t, Tensor))
+        """All tensors in it, also in objects of an own class."""
+        return tuple(tensors_in(self.inputs))
+
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Whether some of its samples alone are a batch too: a graph's nodes or lists of indices are not."""
+        return all(
+            self._holds_samples(t) or (t.is_floating_point() and not is_sparse(t)) for t in self.tensors if t.dim()
+        )
 
     @cached_property
     def samples(self) -> int:
@@ -65,17 +83,17 @@ class Batch:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(t.nbytes for t in self.tensors)
+        return sum(part.nbytes for t in self.tensors for part in components(t))
 
     @cached_property
     def elements(self) -> int:
-        """Elements of its tensors."""
-        return sum(t.numel() for t in self.tensors)
+        """Elements of its tensors; of a sparse one, those that are stored."""
+        return sum(part.numel() for t in self.tensors for part in components(t))
 
     @cached_property
     def meta(self) -> Batch:
-        """The batch without its memory; ids and masks keep their values, since models look at them."""
-        return self._mapped(lambda t: without_memory(t) if t.is_floating_point() else t)
+        """The batch without its memory; ids, masks and sparse tensors keep their values, since models look at them."""
+        return self._mapped(lambda t: t if is_sparse(t) or not t.is_floating_point() else without_memory(t))
 
     @cached_property
     def doubled(self) -> Batch:
@@ -85,7 +103,17 @@ class Batch:
     @cached_property
     def packed(self) -> PackedBatch:
         """The batch without tensors that have memory: ids and masks are packed into bytes."""
-        return PackedBatch(tree_map(lambda leaf: _packed(leaf) if isinstance(leaf, Tensor) else leaf, self.inputs))
+        values: dict[int, _Packed] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if is_sparse(tensor) or not tensor.numel():
+                return tensor
+            bare = without_memory(tensor)
+            if not (tensor.is_meta or tensor.is_floating_point() or tensor.is_complex()):
+                values[id(bare)] = _Packed.of(tensor)
+            return bare
+
+        return PackedBatch(with_tensors(self.inputs, pack), values)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """Convert floating-point tensors."""
@@ -110,10 +138,10 @@ class Batch:
             yield self.chunk(start, count), count / self.samples
 
     def _holds_samples(self, tensor: Tensor) -> bool:
-        return bool(tensor.dim()) and tensor.shape[0] == self.samples
+        return bool(tensor.dim()) and tensor.shape[0] == self.samples and not is_sparse(tensor)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, self.inputs))
+        return Batch(with_tensors(self.inputs, change))
 
     def dtype_in(self, model: nn.Module) -> torch.dtype:
         """The floating type that activations of ``model`` will have: its own, or that of the weights for token ids."""
@@ -126,13 +154,19 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A batch to keep for later: a plan should not hold memory that training has to do without."""
+    """A batch to keep for later: a plan should not hold memory that training has to do without.
+
+    Attributes:
+        inputs: The batch without memory.
+        values: By the identity of a tensor in it, the whole numbers that it stands for.
+    """
 
     inputs: Any
+    values: Mapping[int, _Packed]
 
     def unpack(self) -> Batch:
         """Return the batch: floating-point values without memory, ids and masks as they were."""
-        return Batch(tree_map(lambda leaf: leaf.unpack() if isinstance(leaf, _Packed) else leaf, self.inputs))
+        return Batch(with_tensors(self.inputs, lambda t: self.values[id(t)].unpack() if id(t) in self.values else t))
 
 
 @dataclass(frozen=True)
@@ -144,18 +178,31 @@ class _Packed:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Packed:
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return cls(zlib.compress(content, 1), tensor.shape, tensor.dtype, tensor.device)
+
     def unpack(self) -> Tensor:
         raw = torch.frombuffer(bytearray(zlib.decompress(self.content)), dtype=torch.uint8)
         return raw.view(self.dtype).reshape(self.shape).to(self.device)
 
 
-def _packed(tensor: Tensor) -> Tensor | _Packed:
-    if tensor.is_meta or tensor.is_floating_point() or tensor.is_complex():
-        return without_memory(tensor)
-    if tensor.layout != torch.strided or not tensor.numel():
-        return tensor
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return _Packed(zlib.compress(content, 1), tensor.shape, tensor.dtype, tensor.device)
+def _is_one_argument(given: Any, model: nn.Module) -> bool:
+    """Whether a model takes what a loader gives as a whole, and cannot take what is in it."""
+    try:
+        signature = inspect.signature(unwrap_compiled(model).forward)
+        signature.bind(given)
+    except (TypeError, ValueError):  # it takes more than one, or does not say
+        return False
+    try:
+        if hasattr(given, "keys"):
+            signature.bind(**{name: given[name] for name in given.keys()})  # noqa: SIM118 - maybe no mapping
+        else:
+            signature.bind(*given)
+    except (TypeError, KeyError):
+        return True
+    return False
 
 
 def way_of_calling(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -172,7 +219,8 @@ def way_of_calling(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any,
 
 def _shape(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
-        return type(leaf).__name__
+        inside = ", ".join(map(_shape, tensors_in(leaf)))
+        return f"{type(leaf).__name__}({inside})" if inside else type(leaf).__name__
     return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
 
 
@@ -184,7 +232,9 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def without_memory(tensor: Tensor) -> Tensor:
-    """Make a tensor of the same shape, strides and type that takes no memory."""
+    """Make a tensor of the same shape, strides and type that takes no memory; of a sparse one, a dense one."""
+    if tensor.layout is not torch.strided:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
@@ -220,7 +270,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
     """
     inputs, targets = split(batch)
-    args, kwargs = Batch.of(inputs).arguments
+    args, kwargs = Batch.of(inputs, model).arguments
     output = model(*args, **kwargs)
     if loss is not None:
         return loss(output, targets)

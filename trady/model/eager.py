@@ -8,7 +8,6 @@ while a model runs.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from trady.errors import ModelError
+from trady.process.compiler import compiler_is_loaded
 
 #: Why a prepared model does not run inside of torch.compile.
 COMPILED = (
@@ -55,11 +55,6 @@ def is_written_down() -> bool:
     if torch.is_grad_enabled():
         raise ModelError(TRANSFORMED)
     return True
-
-
-def compiler_is_loaded() -> bool:
-    """Whether anything can be compiled yet: ``torch.compile`` loads its parts when it is first called."""
-    return "torch._dynamo" in sys.modules
 
 
 def _is_wrapper(module: nn.Module) -> bool:

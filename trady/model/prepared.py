@@ -12,9 +12,17 @@ from trady.errors import StateError
 prepared_modules: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Whether there is a parameter in a module."""
+    return next(module.parameters(), None) is not None
+
+
 def refuse_prepared(model: nn.Module) -> None:
-    """Raise :class:`StateError` if a tuner has the model, or a part of it, in its hands."""
-    if any(module in prepared_modules for module in model.modules()):
+    """Raise :class:`StateError` if a tuner has the model, or a part of it with weights, in its hands.
+
+    Libraries share modules without weights, such as activations, between models.
+    """
+    if any(module in prepared_modules and has_weights(module) for module in model.modules()):
         raise StateError(
             f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
         )

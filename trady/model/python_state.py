@@ -46,11 +46,13 @@ class PythonState:
 
     Attributes:
         tensors: All tensors that were found, each once.
+        generators: All random generators that were found.
 
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.tensors: list[Tensor] = []
+        self.generators: list[Any] = []
         self._found: list[tuple[Any, Part, list[Any]]] = []
         kinds: dict[type, _Kind] = {}
         seen: set[int] = set()
@@ -65,6 +67,8 @@ class PythonState:
             seen.add(id(value))
             if isinstance(value, Tensor):
                 self.tensors.append(value)
+            if kind.opaque:
+                self.generators.append(value)
             for part in kind.parts:
                 content = part[0](value)
                 self._found.append((value, part, content))
@@ -72,6 +76,13 @@ class PythonState:
                     waiting += content
             if kind.leads_to is not None:
                 waiting += kind.leads_to(value)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything has changed but the state of random generators."""
+        opaque = {id(generator) for generator in self.generators}
+        pairs = ((read(value), content) for value, (read, _), content in self._found if id(value) not in opaque)
+        return any(len(now) != len(then) or not all(map(operator.is_, now, then)) for now, then in pairs)
 
     def restore(self) -> None:
         """Put everything back that has changed."""
@@ -228,6 +239,11 @@ class RandomState:
         torch.set_rng_state(self._torch)
         for module, states in self._devices:
             module.set_rng_state_all(states)
+
+
+def generators_of(roots: Iterable[Any]) -> list[Any]:
+    """The random generators that modules hold."""
+    return PythonState(roots).generators
 
 
 def seed_generators(seed: int) -> None:

@@ -126,8 +126,13 @@ def _forward(recipe: Recipe, inputs: list[Tensor], held_outputs: Sequence[Tensor
 
 def _own(tensor: Tensor, inputs: list[Tensor]) -> Tensor:
     """The tensor in memory that no input shares."""
-    shared = any(t.untyped_storage()._cdata == tensor.untyped_storage()._cdata for t in inputs)
+    shared = any(_storage(t) == _storage(tensor) for t in inputs)
     return tensor.clone() if shared else unviewed(tensor)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """The address of a tensor's memory; a sparse one has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _averaged(recipe: Recipe, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:

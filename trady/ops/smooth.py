@@ -259,7 +259,9 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: Smooth, bits: int, in_place: bool) -> Tensor:
         dense = x if is_dense(x) else x.contiguous()
         codes = codes_of(kind, bits)
-        _coding(kind, codes)  # also while a step is simulated, so that a real step finds it made
+        _, table = _coding(kind, codes)  # also while a step is simulated, so that a real step finds it made
+        if device_type(x) == "cpu":
+            table.view(-1)  # it is memory too: now those who count tensors have seen it
         y = dense if in_place else torch.empty_like(dense)
         if in_place:
             ctx.mark_dirty(x)

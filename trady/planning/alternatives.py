@@ -41,7 +41,7 @@ def alternatives(
         if minimum < now:
             found[what] = minimum
 
-    for samples in _fewer(batch.samples):
+    for samples in _fewer(batch.samples) if batch.may_be_cut else ():
         what = f"with {samples} sample{'s' if samples > 1 else ''} a step"
         look(what, model, batch.chunk(0, samples), recompute)
     if recompute == "none":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
+from typing import Any
 
 from trady.errors import BudgetError
 from trady.planning.scopes import PEAK, SCOPES, BudgetScope
@@ -42,7 +43,7 @@ class Budget:
 
     Attributes:
         scope: What is bounded; its name is accepted too.
-        amount: Bytes (``peak``, ``update``) or elements for one sample (``elements``).
+        amount: Bytes (``peak``, ``process``, ``update``) or elements for one sample (``elements``).
 
     Raises:
         BudgetError: For an unknown scope, and an amount that is no whole number from 1 to 2**63 - 1.
@@ -52,7 +53,8 @@ class Budget:
     amount: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scope", _read_scope(str(self.scope), self.scope))
+        if (known := _read_scope(str(self.scope), self.scope)) != self.scope:
+            object.__setattr__(self, "scope", known)
         if not _is_whole(self.amount):
             raise _refusal(self.amount, "is not a whole number of bytes or elements", self.scope)
         object.__setattr__(self, "amount", int(self.amount))
@@ -64,7 +66,11 @@ class Budget:
     @property
     def peak_bytes(self) -> int | None:
         """The bytes that a whole training step may take; ``None`` where something else is bounded."""
-        return self.amount if self.scope.bounds_peak else None
+        return self.scope.peak_of(self.amount)
+
+    def as_planned(self, plan: Mapping[str, Any]) -> Budget:
+        """The budget with what a plan (:meth:`trady.Plan.to_json`) knows of it."""
+        return Budget(self.scope.as_planned(plan), self.amount)
 
     def __str__(self) -> str:
         return f"{self.scope}:{_exact_bytes(self.amount) if self.scope.in_bytes else self.amount}"
@@ -74,7 +80,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     """Read a budget.
 
     Args:
-        text: ``"300 MiB"`` or ``"peak:300 MiB"``, ``"update:1 MiB"``, ``"elements:27946"``.
+        text: ``"300 MiB"`` or ``"peak:300 MiB"``, ``"process:400 MiB"``, ``"update:1 MiB"``, ``"elements:27946"``.
             KiB, MiB, GiB and TiB are binary, kB, MB, GB and TB decimal; a fraction of a byte is
             dropped. An ``int`` is bytes of ``peak``. A :class:`Budget` is returned as it is.
 

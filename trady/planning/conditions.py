@@ -16,7 +16,7 @@ from trady.model.batch import Batch, PackedBatch
 from trady.model.untouched import apart
 from trady.planning.peaks import Case
 from trady.simulation.simulator import ExampleLoss, Simulator
-from trady.trace.recorder import trace_forward
+from trady.trace.forward import trace_forward
 
 #: Shapes of the tensors of a batch, in order.
 Shapes = tuple[tuple[int, ...], ...]

@@ -171,7 +171,7 @@ class Decision:
         """Recompute as little as a peak budget allows; else what takes the peak near to that of inference."""
         assert self.budget is not None
         if self.scope.bounds_peak:
-            return spending.recomputing(self.budget.amount)
+            return spending.recomputing(self.budget.peak_bytes or 0)
         resident, working = self.peaks.inference_bytes
         near_inference = resident + int(PEAK_OVER_INFERENCE * working)
         return spending.recomputing(near_inference, optimizer=OptimizerMemory(), capacity=self.budget.amount)
@@ -205,16 +205,12 @@ class Decision:
             trained: Channels that train, which are kept in compact parameters, with their state and copies.
             batch: The batch.
         """
-        if self.budget is None or not self.scope.bounds_peak:
+        peak = None if self.budget is None else self.budget.peak_bytes
+        if peak is None:
             return math.inf
         spending = self.spending(moment)
         compact = sum(form.whole for form in compact_forms(self.table, trained))
-        return (
-            self.budget.amount
-            - self.loop.inference_bytes(batch)
-            - spending.kept_bytes(trained, with_head=True)
-            - compact
-        )
+        return peak - self.loop.inference_bytes(batch) - spending.kept_bytes(trained, with_head=True) - compact
 
     def allowing(self, case: Case, table: ChannelTable) -> Decision:
         """Return the decision whose draws leave room for steps of this case too."""

@@ -93,6 +93,7 @@ class Plan:
             **FORMAT.header(),
             "model": self.model,
             "budget": None if self.budget is None else str(self.budget),
+            **({} if self.budget is None else self.budget.scope.to_json(self.predicted_peak_bytes)),
             "policy": self.policy,
             "seed": self.seed,
             "pool": list(self.pool),
@@ -144,7 +145,7 @@ class Plan:
             return cls(
                 **{
                     **{name: getattr(record, name) for name in stored},
-                    "budget": None if record.budget is None else parse_budget(record.budget),
+                    "budget": None if record.budget is None else parse_budget(record.budget).as_planned(data),
                     "table": table,
                     "selection": record.drawn(table),
                 }
@@ -226,6 +227,9 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     )
     if plan.head:
         yield "always trained", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
+    else:
+        why = "the last one is shared, frozen, quantised or a language model's, or head= is empty"
+        yield "always trained", f'no layer: {why}; name one as head="..."'
     yield "draws from", _pool(plan)
     if plan.held:
         some = ", ".join(plan.held[:4]) + (f" and {len(plan.held) - 4} more" if len(plan.held) > 4 else "")
@@ -236,6 +240,8 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
         yield "measures", f"{', '.join(plan.needs)}, {when}{so_far}"
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
+    if plan.budget is not None:
+        yield from plan.budget.scope.facts(plan.predicted_peak_bytes)
     without = plan.mean_sparsity
     yield "saves", f"{format_bytes(cost.saved_channel_bytes)} of activations, those of the channels that train"
     yield from _recomputation(plan)

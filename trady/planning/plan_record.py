@@ -50,6 +50,8 @@ class PlanRecord:
     needs_each_epoch: bool = False
     observed: bool = True
     held: tuple[str, ...] = ()
+    process: Mapping[str, Any] | None = None
+    predicted_process_bytes: Natural | None = None
 
     @property
     def table(self) -> ChannelTable:

@@ -25,6 +25,7 @@ from trady.planning.decision import POOL_SHARE, Decision
 from trady.planning.micro_batch import check_micro_batch, chunk_sizes
 from trady.planning.peaks import Peaks
 from trady.planning.plan import Plan
+from trady.planning.process_memory import measured
 from trady.planning.recomputation import MODES, Planner
 from trady.planning.reserve import Reserve, reserve_for
 from trady.planning.scopes import PEAK
@@ -119,7 +120,15 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
-        batch = Batch.of(example)
+        batch = Batch.of(example, model)
+        limit = self.limit
+        known = self if limit is None else replace(self, budget=measured(limit, model, batch))
+        return known._decide_size(model, batch, optimizer, explain=explain)
+
+    def _decide_size(
+        self, model: nn.Module, batch: Batch, optimizer: OptimizerMemory | None, *, explain: bool
+    ) -> Decision:
+        """Decide for the largest chunks that the budget is possible with."""
         refused: InfeasibleBudgetError | None = None
         sizes = chunk_sizes(batch, self.micro_batch)
         for size in sizes:
@@ -132,13 +141,15 @@ class Request:
         assert refused is not None
         if not explain or not refused.budget.scope.bounds_peak:
             raise refused
+        scope = refused.budget.scope
         less = alternatives(
             unwrap_compiled(model),
             batch if sizes[-1] is None else batch.chunk(0, sizes[-1]),
             self.recompute,
             lambda model, batch, recompute: self._minimum_bytes(model, batch, recompute, optimizer),
-            refused.least_amount,
+            scope.peak_of(refused.least_amount) or 0,
         )
+        less = {what: scope.of_peak(minimum) for what, minimum in less.items()}
         raise infeasible_budget(refused.budget, refused.least_amount, less) from None
 
     def _decide(self, given: nn.Module, batch: Batch, size: int | None, optimizer: OptimizerMemory | None) -> Decision:

@@ -1,1 +1,1 @@
-"""What is written and read back: files that are complete or absent; JSON with a format, a version and a schema."""
+"""What is written and read back: whole files, folders that one process has; JSON with a format, version and schema."""

@@ -1,25 +1,75 @@
-"""Files that are complete or absent: written under a temporary name, flushed, then renamed."""
+"""Files that are complete or absent: written under a temporary name, flushed, then renamed.
+
+A temporary name says which process of which machine writes under it, so that what a killed one has left can be told
+from what another one is writing.
+"""
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
+import platform
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trady.errors import FileError, TradyError
+from trady.errors import FileError
+from trady.records.processes import is_running
 from trady.records.reading import other_kind
-from trady.records.translated import at, in_our_words
+from trady.records.translated import writing
+
+_TEMPORARY = re.compile(r"^(\.|checkpoint\.).*tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)$")
+
+
+def temporary_name(path: Path) -> Path:
+    """Return where this process writes what will be renamed to ``path``; it is hidden."""
+    return path.with_name(f".{path.name.lstrip('.')}.tmp-{platform.node()}-{os.getpid()}")
+
+
+def remove_temporaries(folder: Path, *, alone: bool) -> None:
+    """Remove what processes that were killed have left of their writing in a folder.
+
+    Args:
+        folder: The folder; those inside of it are not looked into.
+        alone: Whether nobody else writes there (:func:`trady.records.lock.locked`). Otherwise only what a process of
+            this machine has left is removed, once that is gone.
+    """
+    _remove_leftovers(folder, "*.tmp-*", alone=alone)
+
+
+def _remove_leftovers(folder: Path, pattern: str, *, alone: bool) -> None:
+    for path in folder.glob(pattern) if folder.is_dir() else ():
+        found = _TEMPORARY.match(path.name)
+        if found is None:
+            continue
+        gone = found["host"] == platform.node() and not is_running(int(found["pid"]))
+        if alone or gone:
+            _remove(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, if it is there; a kill leaves it whole, or hidden for :func:`remove_temporaries`."""
+    doomed = temporary_name(folder)
+    _remove(doomed)
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
+
+    What a killed process has left of writing the same file is removed.
 
     Raises:
         ResourceError: The disk is full; the file is as it was before.
@@ -27,16 +77,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """
     if path.exists() and (kind := other_kind(path.stat().st_mode)) is not None:
         raise FileError(f"{path}: {kind}; nothing was written: name a file")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_name(path)
+    _remove_leftovers(path.parent, f"{glob.escape(temporary.name.partition('.tmp-')[0])}.tmp-*", alone=False)
     try:
-        write(temporary)
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    except TradyError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise (in_our_words(at(error, path)) or error) from error
+        with writing(path):
+            write(temporary)
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -52,6 +100,15 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file by these lines."""
     text = "".join(f"{line}\n" for line in lines)
     write_whole(path, lambda place: _write_text(place, text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by this content."""
+
+    def write(place: Path) -> None:
+        place.write_bytes(content)
+
+    write_whole(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -82,8 +139,44 @@ def flush(path: Path) -> None:
         return  # folders cannot be opened on every system
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems: folders, and nothing else
+            raise
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, and flush it: all of it or, where the disk is full, nothing.
+
+    Raises:
+        ResourceError: The disk is full; the file is as it was.
+        FileError: It cannot be written there.
+    """
+    with writing(path):
+        _append(path, f"{line}\n".encode())
+
+
+def _append(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            while content:  # a disk that is nearly full takes a part without an error
+                content = content[os.write(descriptor, content) :]
+            os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -75,6 +75,27 @@ def file_errors() -> Iterator[None]:
         raise told from error
 
 
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what goes wrong while ``path`` is written in our words, with its name in the place of a temporary one.
+
+    Raises:
+        ResourceError: The disk is full.
+        FileError: It cannot be written there.
+    """
+    try:
+        yield
+    except TradyError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        told = in_our_words(at(error, path))
+        if told is None:
+            raise
+        raise told from error
+
+
 _LESS_MEMORY = "lower --batch-size, --micro-batch or --budget, or end other programs; a run goes on with --resume"
 
 _LESS_DISK = "make room, or write to another disk (--out); a run goes on with --resume"

@@ -35,7 +35,8 @@ class Format:
         error: Raised for a record that cannot be read.
         remedy: What to do about one that is damaged, or of another version.
         elsewhere: What to do about something else in its place; the same when left out.
-        version: The version that is written and read; ``None`` where the name says it; without a name there is none.
+        version: The version that is written; ``None`` where the name says it; without a name there is none.
+        reads: Earlier versions that are read as well.
         changed: What is another since the version before, for those who have a record of that.
     """
 
@@ -46,6 +47,7 @@ class Format:
     elsewhere: str = ""
     version: int | None = 1
     changed: str = ""
+    reads: tuple[int, ...] = ()
 
     def header(self) -> dict[str, Any]:
         """Return the first entries of a record."""
@@ -77,14 +79,19 @@ class Format:
             its = f"its format is {schema.shown(given)}" if isinstance(data, Mapping) else f"it is a {given}"
             expected = f"{its}, not {self.name!r}" if self.name else its
             raise self.error(f"this is no {self.noun} ({expected}); {self.elsewhere or self.remedy}")
-        if None not in (self.name, self.version) and data.get("version") != self.version:
+        if None not in (self.name, self.version) and not self._reads(data.get("version")):
             reason = f" ({self.changed})" if self.changed else ""
             found = schema.shown(data.get("version"))
+            read = " and ".join(map(str, (self.version, *self.reads)))
             raise self.error(
-                f"the {self.noun} is of version {found}, this trady reads version {self.version}{reason}: "
+                f"the {self.noun} is of version {found}, this trady reads version {read}{reason}: "
                 f"use the trady that wrote it, or {self.remedy}"
             )
         return data
+
+    def _reads(self, version: object) -> bool:
+        # True equals 1, and is none.
+        return type(version) is int and version in (self.version, *self.reads)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

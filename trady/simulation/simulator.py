@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
+from trady.analysis.fusion import FusionPlan
 from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Selection
@@ -22,6 +22,7 @@ from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
 from trady.model.batch import Batch
 from trady.model.eager import uncompiled
+from trady.model.structure import tensors_in
 from trady.model.untouched import switch_mode, untouched
 from trady.ops.context import internal_query, simulated_autocast
 from trady.simulation.fake_run import FakeRun
@@ -95,7 +96,7 @@ class Simulator:
         self._fidelity, self._loss, self._autocast = fidelity, loss, autocast
         self._packed = tuple(each.packed for each in (Batch.of(example), *further))
         self._waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device="meta")
-        batch = Batch.of(example)
+        batch = Batch.of(example, model)
         # A copy shares what functions close over, which may be the model.
         self._model, self._copy = model, meta_copy(model)
         self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
@@ -116,7 +117,9 @@ class Simulator:
             switch_mode(self._copy, False)
             live.register(resident)
             before = live.current
-            fake = FakeRun(self._device, live, writes.watching)
+            plan = self._analysis.plans.evaluation or FusionPlan(())
+            plan.draws.arm([self._copy, batch.inputs])
+            fake = FakeRun(self._device, live, writes.watching, plan.answers)
             with fake, torch.no_grad(), live, simulated_autocast(self._autocast):
                 self._copy(*args, **kwargs)
         return before, live.highest()[0] - before
@@ -197,7 +200,12 @@ class Simulator:
                 compact.grad = None
             cut("backward", layer)
 
-        fake = FakeRun(self._device, live, watching)
+        plan = self._analysis.plans.training
+        for _ in range(plan.rounds):  # for what the model keeps in Python from one to the next
+            with armed.interceptor.off(), FakeRun(self._device, None, watching, plan.answers), torch.no_grad():
+                args, kwargs = batches[0].arguments
+                self._copy(*args, **kwargs)
+        fake = FakeRun(self._device, live, watching, plan.answers)
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
@@ -224,6 +232,8 @@ class Simulator:
         outputs = []
         for batch in batches:
             args, kwargs = batch.arguments
+            self._analysis.plans.training.draws.arm([self._copy, batch.inputs])
+            fake.begin()
             with fake, simulated_autocast(self._autocast):
                 outputs.append(self._copy(*args, **kwargs))
         loss = self._loss_of(outputs, batches[0].samples, fake, labels)
@@ -309,4 +319,4 @@ def _own_loss(output: Any) -> Tensor | None:
 
 def _floats(output: Any) -> list[Tensor]:
     tree = dict(output) if hasattr(output, "keys") else output
-    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
+    return [t for t in tensors_in(tree) if t.is_floating_point() and t.requires_grad]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trady.errors import TrainingError
+from trady.records.files import write_bytes
 from trady.report.figures import COLORS, GREY, STYLE, as_png, as_svg, label, looks
 from trady.study.heavy_tails import TOP_SHARES
 from trady.study.stability import POOL_SHARE
@@ -235,8 +236,8 @@ def draw_all(found: Statistics, folder: Path) -> dict[str, str]:
         with matplotlib.rc_context(_STYLE):
             figure = draw(found)
             drawn[name] = as_svg(figure)
-            (folder / f"{name}.png").write_bytes(as_png(figure, 150))
-        (folder / f"{name}.svg").write_text(drawn[name], encoding="utf-8")
+            write_bytes(folder / f"{name}.png", as_png(figure, 150))
+        write_bytes(folder / f"{name}.svg", drawn[name].encode())
     return drawn
 
 

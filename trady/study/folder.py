@@ -10,7 +10,7 @@ from typing import Any
 from trady.channels.table import ChannelTable, Layer
 from trady.errors import ModelError, StateError
 from trady.records import schema
-from trady.records.files import write_json
+from trady.records.files import remove_temporaries, write_json
 from trady.records.schema import Positive
 from trady.study.settings import FORMAT, StudySettings
 
@@ -93,14 +93,17 @@ class StudyFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise StateError(f"{self.path} is a file; name a folder for the study")
+        remove_temporaries(self.path, alone=False)
         if self.settings.exists():
             settings.check_same(self.load_settings(), str(self.path))
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(self.path.iterdir()):
             raise StateError(f"{self.path} holds something that is not a study; name another folder by --out")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.settings, settings.to_json())  # first, so that a kill leaves a study or nothing
         for name in ("runs", "norms", "noise"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
-        write_json(self.settings, settings.to_json())
+            (self.path / name).mkdir(exist_ok=True)
+            remove_temporaries(self.path / name, alone=False)
 
     def load_settings(self) -> StudySettings:
         """Read the settings.

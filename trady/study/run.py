@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,8 +24,9 @@ from trady.study.parquet import write_noise, write_norms
 from trady.study.recorder import EpochRecord, Recorder
 from trady.study.settings import StudySettings
 from trady.training.batch import cross_entropy, split_batch
-from trady.training.checkpoint import find_checkpoint
+from trady.training.checkpoint import remove_checkpoint
 from trady.training.data.datasets import epoch_seed
+from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
@@ -86,6 +86,10 @@ def record(
         DataError: There are too few images for the batches of noise.
     """
     folder.begin(settings)
+    for name in names:
+        for seed in seeds:
+            if _finished(folder, name, seed):  # perhaps killed before its weights were dropped
+                _drop_weights(RunFolder(folder.run(name, seed)))
     todo = {name: [seed for seed in seeds if not _finished(folder, name, seed)] for name in names}
     total, done = sum(map(len, todo.values())), 0
     for name, make in zip(names, tasks, strict=True):
@@ -121,7 +125,7 @@ def _run(
     schedule = make_schedule(study.lr, study.epochs, len(loader), None)
     run_folder = RunFolder(folder.run(task.name, seed))
     run_folder.path.mkdir(parents=True, exist_ok=True)
-    resuming = run_folder.check(resume=True, overwrite=False)
+    run_folder.check(resume=True, overwrite=False)
     seen: set[str] = set()
 
     def write(record: EpochRecord) -> None:
@@ -165,9 +169,10 @@ def _run(
             factory=optimizer_factory("sgd", study.lr, 0.0, 0.0),
             folder=run_folder,
             observed=measured_on(loader, OBSERVED_BATCHES, seed, accelerator.device),
+            data=identity(task.train, task.evaluation),
         )
         try:
-            loop.run(run_folder.checkpoint if resuming else None)
+            loop.run(resume=True)
         finally:
             loop.display.close()
             loop.disarm()
@@ -178,8 +183,7 @@ def _drop_weights(folder: RunFolder) -> None:
     """Keep only metrics and result: a study has many runs, and does not need their weights."""
     folder.model.unlink(missing_ok=True)
     folder.delta.unlink(missing_ok=True)
-    while (place := find_checkpoint(folder.checkpoint)) is not None:
-        shutil.rmtree(place)
+    remove_checkpoint(folder.checkpoint)
 
 
 def _armed(

@@ -7,6 +7,7 @@ same shape on the meta device. The model itself is only read.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from trady.calls.kind import Call
 from trady.model.hooks import KnownHooks
+from trady.trace.answers import Answer
+from trady.trace.draws import Draws
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Value:
         replaced: Whether a later call wrote into the same tensor.
         view: Whether it shares memory with another tensor.
         same_as: The value whose very tensor a call handed back, maybe with other content; ``None`` for a new one.
+        ended: The call before which the tensor was freed or got other content, less a half if that was before numbers
+            were drawn for a decision in front of that call; ``None`` if it was still there in the end.
     """
 
     producer: int
@@ -39,6 +44,7 @@ class Value:
     replaced: bool = False
     view: bool = False
     same_as: int | None = None
+    ended: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -67,6 +73,9 @@ class TracedCall:
         written: The values that it overwrites; ``None`` for a tensor that no call made (an input, a buffer).
         keywords: The whole numbers among each of its keyword arguments.
         auxiliary: Whether it reads nothing but ids, masks and what is made of them, none of the model's own tensors.
+        looks: Whether it needs the values of activations: no fake tensor can do it.
+        in_function: Whether it runs inside of a custom autograd function, which may have a gradient of its own.
+        without_gradient: Whether gradients are switched off where it runs.
     """
 
     function: Any
@@ -84,6 +93,9 @@ class TracedCall:
     written: tuple[int | None, ...] = ()
     keywords: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     auxiliary: bool = False
+    looks: bool = False
+    in_function: bool = False
+    without_gradient: bool = False
 
 
 @dataclass
@@ -97,6 +109,14 @@ class Trace:
         batch: Samples in the example.
         way: How the model was called (:func:`trady.model.batch.way_of_calling`).
         hooks: The model's forward hooks when the pass had ended: some models hang them in when they first need them.
+        draws: What random numbers were.
+        answers: To the calls that look at values.
+        rounds: Passes of the model in front of this one, with what it kept in Python from one to the next.
+        keeps_state: Whether it kept something there.
+        words: 32-bit words that a random generator has given, where the model has decided by them; else 0.
+        host_words: Those of Python's and NumPy's generators, whatever they were for.
+        decisions: The calls in front of which the model has learnt something that it may decide by: a value, or a
+            random number. Another pass may go another way from there.
     """
 
     calls: list[TracedCall] = field(default_factory=list)
@@ -105,3 +125,20 @@ class Trace:
     batch: int = 1
     way: tuple[Any, ...] = ()
     hooks: KnownHooks = frozenset()
+    draws: Draws = field(default_factory=Draws)
+    answers: tuple[Answer, ...] = ()
+    rounds: int = 0
+    keeps_state: bool = False
+    words: int = 0
+    host_words: int = 0
+    decisions: tuple[int, ...] = ()
+
+    def crosses_decision(self, value: int) -> bool:
+        """Whether a value is there when the model decides: what reads it then is not known."""
+        return self.decided_after(value, self.values[value].producer + 1)
+
+    def decided_after(self, value: int, position: int) -> bool:
+        """Whether the model decides at or behind a position while a value is still there."""
+        place = bisect_left(self.decisions, position)
+        ended = self.values[value].ended
+        return place < len(self.decisions) and (ended is None or self.decisions[place] <= ended)

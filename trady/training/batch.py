@@ -31,12 +31,9 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor]:
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a dict by keyword, a tuple by position, anything else as the one argument."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    """Call the model as :meth:`trady.model.batch.Batch.of` reads its inputs."""
+    args, kwargs = Batch.of(inputs, model).arguments
+    return model(*args, **kwargs)
 
 
 def logits(output: Any) -> torch.Tensor:

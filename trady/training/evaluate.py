@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from trady.model.batch import Batch
 from trady.training.batch import Loss, batch_errors, forward, logits, readable, split_batch
 from trady.training.data.loaders import Batches
 from trady.training.precision import autocast
@@ -13,24 +16,45 @@ from trady.training.precision import autocast
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, loss: Loss, accelerator: Accelerator, precision: str
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    accelerator: Accelerator,
+    precision: str,
+    micro_batch: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode."""
+    """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode.
+
+    Args:
+        model: The model.
+        batches: Batches of (inputs, labels).
+        loss: From (output, labels) to the mean over the samples.
+        accelerator: Where it runs.
+        precision: ``no`` or ``bf16``.
+        micro_batch: Samples of a forward pass, as many as training takes; ``None`` is the full batch.
+        between: Called after each batch.
+    """
     was_training = model.training
     model.eval()
     correct = examples = 0
     total = 0.0
     try:
         for batch in readable(batches):
-            inputs, labels = split_batch(batch)
-            with batch_errors(inputs, labels), autocast(accelerator.device, precision):
-                output = forward(model, inputs)
-                value = loss(output, labels)
-            hits = logits(output).argmax(-1) == labels
-            gathered = accelerator.gather_for_metrics((hits, value.float().expand(len(hits))))
+            hits, losses = [], []
+            for chunk, _ in Batch.of(batch).chunks(micro_batch):
+                inputs, labels = split_batch(chunk.inputs)
+                with batch_errors(inputs, labels), autocast(accelerator.device, precision):
+                    output = forward(model, inputs)
+                    value = loss(output, labels)
+                hits.append(logits(output).argmax(-1) == labels)
+                losses.append(value.float().expand(len(labels)))
+                del output
+            gathered = accelerator.gather_for_metrics((torch.cat(hits), torch.cat(losses)))
             correct += int(gathered[0].sum())
             examples += len(gathered[0])
             total += float(gathered[1].sum())
+            between()
     finally:
         model.train(was_training)
     return correct / examples, total / examples

@@ -2,63 +2,50 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
-from trady.model.eager import uncompiled_name
-from trady.ops.quantized import is_quantized
+from trady.planning.budget import Budget
 from trady.training.batch import Loss, readable
 from trady.training.checkpoint import (
     Checkpoint,
+    check_model,
     check_settings,
     fingerprint,
     load_checkpoint,
-    save_checkpoint,
 )
-from trady.training.data.loaders import Batches, start_epoch
+from trady.training.data.loaders import Batches, read_epoch, start_epoch
 from trady.training.evaluate import evaluate
-from trady.training.interrupt import Interrupts
+from trady.training.interrupt import Interrupts, Stopped
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
+from trady.training.process import process_now
 from trady.training.progress import Display
-from trady.training.randomness import seed_epoch
+from trady.training.randomness import random_state, seed_epoch, set_random_state
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
+from trady.training.saver import Saver, Saving, all_weights
 from trady.training.schedule import Schedule
 from trady.training.settings import Settings
-from trady.training.state import load_optimizer_state, optimizer_to_state
+from trady.training.state import State, load_optimizer_state
 from trady.training.step import NotFiniteError, Stepper, StepResult
 from trady.training.trainer import Trainer
+from trady.training.within_epoch import WITHIN, EpochSums
 
+#: After the last batch.
+_NOTHING = object()
 
-@dataclass
-class _Sums:
-    """What an epoch adds up while it trains.
-
-    Attributes:
-        steps: Optimizer steps done since the run began.
-        examples: Training examples of the epoch.
-        loss: Sum of their losses.
-        rate: Learning rate of the last step.
-        peak_bytes: Highest peak of the measured steps.
-        saved_bytes: Most bytes that these kept between forward and backward.
-    """
-
-    steps: int = 0
-    examples: int = 0
-    loss: float = 0.0
-    rate: float = 0.0
-    peak_bytes: int = 0
-    saved_bytes: int = 0
+#: An epoch that is half done, and the random numbers that come next in it.
+_Within = tuple[EpochSums, State]
 
 
 @dataclass
@@ -78,6 +65,9 @@ class Loop:
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
         observed: Batches (inputs, labels) that a policy is measured on.
         redraws: Steps of an epoch before which channels are drawn again.
+        saving: When checkpoints are written, beside those after each epoch.
+        data: What the data is, written in each checkpoint; ``None`` is not compared.
+        budget: What the run may take.
     """
 
     trainer: Trainer
@@ -92,16 +82,45 @@ class Loop:
     folder: RunFolder | None
     observed: Iterable[Any] = ()
     redraws: frozenset[int] = frozenset()
+    budget: Budget | None = None
+    saving: Saving = field(default_factory=Saving)
+    data: Mapping[str, Any] | None = None
     _finished: bool = field(default=False, init=False)
-    _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
+    _warned: bool = field(default=False, init=False)
+    _saver: Saver = field(init=False)
+    _interrupts: Interrupts = field(init=False)
+    _epoch_started: float = field(default=0.0, init=False)
 
-    def run(self, checkpoint: Path | None) -> Result:
-        """Train all epochs that are not done yet, and write the results."""
-        model = self._fingerprint()
-        history: list[EpochMetrics] = []
-        found = None if checkpoint is None else load_checkpoint(checkpoint)
-        if found is not None and checkpoint is not None:
-            history = self._restore(found, checkpoint, model)
+    def run(self, *, resume: bool, overwrite: bool = False) -> Result:
+        """Train all epochs that are not done yet, and write the results.
+
+        Args:
+            resume: Go on from the folder's checkpoint, if there is one.
+            overwrite: Replace the run that is in the folder.
+
+        Raises:
+            LockedError: Another process works in the folder.
+            Stopped: SIGTERM or SIGHUP came; what was done is saved, and said on standard error.
+        """
+        folder = self._writable()
+        with nullcontext() if folder is None else folder.alone():
+            try:
+                return self._run(resume, overwrite)
+            except Stopped as stop:
+                if self.accelerator.is_main_process:
+                    print(self._where_it_stands(stop.signal.name), file=sys.stderr)  # noqa: T201
+                raise
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(str(stop) or self._where_it_stands("")) from None
+
+    def _run(self, resume: bool, overwrite: bool) -> Result:
+        model, structure = self._fingerprints()
+        self.accelerator.wait_for_everyone()  # the folder is cleared up
+        found = None
+        if self.folder is not None and self.folder.check(resume=resume, overwrite=overwrite):
+            found = load_checkpoint(self.folder.checkpoint)
+        history, within = ([], None) if found is None else self._restore(found, model, structure)
+        self.accelerator.wait_for_everyone()  # everybody has read it
         if (folder := self._writable()) is not None:
             folder.begin(keep=found is not None)
             if found is None:
@@ -112,12 +131,20 @@ class Loop:
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         if found is not None:
             load_optimizer_state(optimizer, found.states["optimizer"])
+        folder, saved_step = self._writable(), 0 if found is None else found.step
+        self._saver = Saver(
+            folder, self.saving, self.settings, self.data, model, structure, self.trainer, optimizer, saved_step
+        )
+        if found is not None and within is None:
+            self._saver.best(history)
+        self._interrupts = Interrupts(self._where_it_stands)
         with self._interrupts:
             for epoch in range(len(history), self.settings.epochs):
-                history.append(self._epoch(epoch, optimizer))
-                self._write(history, optimizer, model)
+                history.append(self._epoch(epoch, optimizer, within))
+                self._saver.epoch(history)
                 self._interrupts.check()
-        return self._finish(history)
+                within = None
+            return self._finish(history)
 
     def disarm(self) -> None:
         """Disarm the model, also after an error."""
@@ -125,51 +152,67 @@ class Loop:
             with suppress(TradyError):
                 self.trainer.finish()
 
-    def _fingerprint(self) -> str:
+    def _fingerprints(self) -> tuple[str, str]:
+        """Name the model, without what trains everywhere; and its layers without any weights."""
         trained = {id(parameter) for parameter in self.trainer.parameters()}
         model = self.trainer.model
         head = frozenset(name for name, p in model.named_parameters() if id(p) in trained)
         everything = len(head) == sum(1 for _ in model.named_parameters())
-        return fingerprint(model, frozenset(model.state_dict()) if everything else head)
+        structure = fingerprint(model, frozenset(model.state_dict()))
+        return structure if everything else fingerprint(model, head), structure
 
-    def _restore(self, checkpoint: Checkpoint, place: Path, model: str) -> list[EpochMetrics]:
+    def _restore(self, checkpoint: Checkpoint, model: str, structure: str) -> tuple[list[EpochMetrics], _Within | None]:
         assert self.folder is not None
-        check_settings(checkpoint, self.settings.to_json(), place)
-        if checkpoint.model != model:
-            raise CheckpointError(
-                f"{place} is of another model ({checkpoint.model}, this one is {model}); resume with the "
-                "model and the pretrained weights that the run was started with"
-            )
-        if set(checkpoint.states) != {"trainer", "optimizer"}:
+        place = self.folder.checkpoint
+        check_settings(checkpoint, self.settings.to_json(), place, self.data)
+        check_model(checkpoint, model, structure, place)
+        if set(checkpoint.states) - {WITHIN} != {"trainer", "optimizer"}:
             raise CheckpointError(
                 f"{place} has states {sorted(checkpoint.states)}; start the run again with --overwrite"
             )
+        within = EpochSums.from_state(checkpoint.states[WITHIN]) if WITHIN in checkpoint.states else None
+        if within is not None and not self.saving.within_epochs:
+            raise CheckpointError(
+                f"{place} was written in the middle of an epoch, by one process; go on in one, or start again with "
+                "--overwrite"
+            )
         history = self.folder.history(checkpoint.epoch)
         self.trainer.load_state(checkpoint.states["trainer"])
-        return history
+        return history, within
 
-    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> EpochMetrics:
-        """Measure what the policy needs, train an epoch, and evaluate."""
-        started = time.perf_counter()
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, within: _Within | None) -> EpochMetrics:
+        """Measure what the policy needs, train an epoch or the rest of one, and evaluate."""
+        sums, random = within or (EpochSums(epoch, steps=epoch * len(self.batches)), None)
+        self._epoch_started = time.perf_counter() - sums.seconds
         self.trainer.set_mode(training=self.settings.mode == "train")
-        observing_seconds = self._observe(epoch)
+        if within is None:
+            sums.observing_seconds = self._observe(epoch)
         seed_epoch(self.settings.seed, epoch, self.accelerator.process_index)
         start_epoch(self.batches, epoch)
-        self.trainer.start_epoch(epoch)
-        sums = self._train(epoch, self._stepper(optimizer))
-        training_seconds = time.perf_counter() - started - observing_seconds
+        if within is None:
+            self.trainer.start_epoch(epoch)
+        self._train(sums, self._stepper(optimizer), random)
+        training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
+        random = random_state()
         accuracy, evaluation_loss = evaluate(
-            self.trainer.model, self.evaluation, self.loss, self.accelerator, self.settings.mixed_precision
+            self.trainer.model,
+            self.evaluation,
+            self.loss,
+            self.accelerator,
+            self.settings.mixed_precision,
+            self.trainer.micro_batch,
+            lambda: self._pause(sums, random),
         )
         if not evaluation_loss < float("inf"):
-            raise self._stopped(f"the evaluation loss became {evaluation_loss}", epoch, sums.steps - 1, sums.rate)
+            raise self._stopped(f"the evaluation loss became {evaluation_loss}", sums)
         drawn = self.trainer.draw()
+        process, self._warned = process_now(self.budget, self._warned)
         metrics = EpochMetrics(
             epoch=epoch,
             step=sums.steps,
             train_loss=sums.loss / sums.examples,
             accuracy=accuracy,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - self._epoch_started,
             peak_bytes=sums.peak_bytes,
             channels=drawn.channels,
             selection_hash=drawn.digest,
@@ -179,10 +222,19 @@ class Loop:
             lr=sums.rate,
             samples_per_second=sums.examples * self.accelerator.num_processes / training_seconds,
             micro_batch=self.trainer.micro_batch,
-            observing_seconds=observing_seconds,
+            observing_seconds=sums.observing_seconds,
+            process_bytes=None if process is None else process.resident_bytes,
+            process_peak_bytes=None if process is None else process.peak_bytes,
         )
         self.display.end_epoch(metrics)
         return metrics
+
+    def _pause(self, sums: EpochSums, random: State | None = None) -> None:
+        """Save where the epoch stands if it is time, or if the run is to stop; then stop."""
+        if self._saver.due or self._interrupts.noted:
+            sums.seconds = time.perf_counter() - self._epoch_started
+            self._saver.within(sums, random)
+        self._interrupts.check()
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
         return Stepper(
@@ -196,32 +248,54 @@ class Loop:
             self.trainer.micro_batch,
         )
 
-    def _train(self, epoch: int, stepper: Stepper) -> _Sums:
-        """Train on every batch; measure the memory of the first step after each draw."""
-        first = epoch * len(self.batches)
-        self.display.start_epoch(epoch, self.settings.epochs, len(self.batches))
-        sums = _Sums()
-        started = time.perf_counter()
-        for step, batch in enumerate(readable(self.batches), start=first):
-            sums.steps, sums.rate = step + 1, self.schedule.rate(step)
+    def _train(self, sums: EpochSums, stepper: Stepper, random: State | None) -> None:
+        """Train on every batch that is not done; measure the memory of the first step after each draw.
+
+        Args:
+            sums: Where the epoch stands; added to.
+            stepper: Does a step.
+            random: The random numbers that come next in an epoch that goes on in its middle.
+        """
+        left = len(self.batches) - sums.batches
+        self.display.start_epoch(sums.epoch, self.settings.epochs, left)
+        before, started = sums.examples, time.perf_counter()
+        seed, process = self.settings.seed, self.accelerator.process_index
+        batches = readable(read_epoch(self.batches, seed, sums.epoch, process, sums.batches))
+        while (batch := self._read(batches, sums, random)) is not _NOTHING:
+            if random is not None:
+                set_random_state(random)
+                random = None
+            step, number = sums.steps, sums.batches
+            sums.rate = self.schedule.rate(step)
             try:
-                if step - first in self.redraws:
+                if number in self.redraws:
                     self.trainer.redraw()
-                if step == first or step - first in self.redraws:
+                if not number or number in self.redraws:
                     result, peak, saved = self._measured(stepper, batch, sums.rate)
                     sums.peak_bytes, sums.saved_bytes = max(sums.peak_bytes, peak), max(sums.saved_bytes, saved)
                 else:
                     result = stepper(batch, self.trainer.parameters(), sums.rate)
             except NotFiniteError as error:
-                raise self._stopped(str(error), epoch, step, sums.rate) from error
+                raise self._stopped(str(error), sums) from error
+            sums.steps, sums.batches = step + 1, number + 1
             sums.examples += result.examples
             sums.loss += result.loss * result.examples
-            speed = sums.examples / (time.perf_counter() - started)
+            speed = (sums.examples - before) / (time.perf_counter() - started)
             self.display.step(sums.loss / sums.examples, speed, sums.peak_bytes)
-            self._interrupts.check()
+            self._pause(sums)
+        if random is not None:  # it was stopped after the last batch
+            set_random_state(random)
         if not sums.examples:
             raise DataError("the training data gave no batch")
-        return sums
+
+    def _read(self, batches: Iterator[Any], sums: EpochSums, random: State | None) -> Any:
+        """Return the next batch; save the epoch if it is to stop and its readers have stopped before it."""
+        try:
+            return next(batches, _NOTHING)
+        except Exception:
+            if self._interrupts.noted:
+                self._pause(sums, random)
+            raise
 
     def _observe(self, epoch: int) -> float:
         """Measure what the next draw needs; return the seconds it took."""
@@ -248,28 +322,24 @@ class Loop:
         (result,) = results
         return result, ledger.peak_bytes, ledger.saved_bytes
 
-    def _stopped(self, what: str, epoch: int, step: int, rate: float) -> TrainingError:
-        kept = (
-            f"the checkpoint of epoch {epoch} is kept in {self.folder.checkpoint}"
-            if self.folder is not None and epoch > 0
-            else "there is no checkpoint yet"
-        )
+    def _stopped(self, what: str, sums: EpochSums) -> TrainingError:
+        kept, saved = "there is no checkpoint yet", self._saver.saved_step
+        if self.folder is not None and saved:
+            whole = saved == sums.epoch * len(self.batches)
+            of = f"epoch {sums.epoch}" if whole else f"step {saved}"
+            kept = f"the checkpoint of {of} is kept in {self.folder.checkpoint}"
         return TrainingError(
-            f"{what} in epoch {epoch + 1}, step {step + 1}, at a learning rate of {rate:.3g}; {kept}. "
+            f"{what} in epoch {sums.epoch + 1}, step {sums.steps + 1}, at a learning rate of {sums.rate:.3g}; {kept}. "
             f"Try a lower rate (--lr {self.settings.lr / 4:.2g}), a longer warm-up (--warmup-epochs) "
             "or tighter clipping (--channel-clip, --max-grad-norm)"
         )
 
-    def _write(self, history: list[EpochMetrics], optimizer: torch.optim.Optimizer, model: str) -> None:
-        if (folder := self._writable()) is None:
-            return
-        last = history[-1]
-        folder.append(last)
-        states = {"trainer": self.trainer.state(), "optimizer": optimizer_to_state(optimizer)}
-        save_checkpoint(
-            folder.checkpoint,
-            Checkpoint(last.epoch, last.step, self.settings.to_json(), model, states),
-        )
+    def _where_it_stands(self, signal: str) -> str:
+        """Return what to say when the run is stopped; ``signal`` is empty for Ctrl-C."""
+        what = "stopped, and nothing is kept: there is no run folder"
+        if self.folder is not None:
+            what = self.folder.where_it_stands()
+        return f"{signal}: {what}" if signal else what
 
     def _finish(self, history: list[EpochMetrics]) -> Result:
         plan, ranking, delta = self.trainer.plan(), self.trainer.ranking(), self.trainer.delta()
@@ -280,9 +350,7 @@ class Loop:
         result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
         if (folder := self._writable()) is not None:
             folder.write_plan(plan)
-            quantized = any(is_quantized(parameter) for parameter in model.parameters())
-            weights = {uncompiled_name(name): t for name, t in model.state_dict().items()}
-            folder.write_model(None if quantized else weights, delta)
+            folder.write_model(all_weights(model), delta)
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result
 

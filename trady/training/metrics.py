@@ -32,6 +32,8 @@ class EpochMetrics:
         samples_per_second: Training examples a second, evaluation and measurements excluded.
         micro_batch: Samples of a forward and backward pass; ``None`` is the full batch.
         observing_seconds: How much of ``seconds`` the policy's measurements took.
+        process_bytes: Resident memory of the process at the epoch's end; ``None`` where the system does not tell.
+        process_peak_bytes: The most that was resident since the process began, imports and evaluation included.
     """
 
     epoch: int
@@ -49,6 +51,8 @@ class EpochMetrics:
     samples_per_second: float
     micro_batch: int | None = None
     observing_seconds: float = 0.0
+    process_bytes: int | None = None
+    process_peak_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the line as a dict; a loss that is not finite becomes null."""

@@ -52,10 +52,18 @@ class Silent:
 class Lines:
     """One line an epoch; on a terminal also a live line during the epoch."""
 
-    def __init__(self, title: str, budget_bytes: int | None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        budget_bytes: int | None,
+        console: Console | None = None,
+        *,
+        process_budget_bytes: int | None = None,
+    ) -> None:
         self.console = console or Console(stderr=True)
         self.title = title
         self.budget = f" of {format_bytes(budget_bytes)}" if budget_bytes else ""
+        self.process_budget = f" of {format_bytes(process_budget_bytes)}" if process_budget_bytes else ""
         self.accuracy = ""
         self.epochs = 0
         self._bar: Progress | None = None
@@ -103,10 +111,13 @@ class Lines:
         """Print the epoch's line."""
         self.close()
         self.accuracy = f"accuracy {metrics.accuracy:.1%}"
+        process = ""
+        if metrics.process_peak_bytes is not None:
+            process = f", process {format_bytes(metrics.process_peak_bytes)}{self.process_budget}"
         self.console.print(
             f"{self.title} epoch {metrics.epoch + 1}/{self.epochs}: loss {metrics.train_loss:.3f}, "
             f"{self.accuracy}, {metrics.samples_per_second:.0f} samples/s, "
-            f"peak {format_bytes(metrics.peak_bytes)}{self.budget}",
+            f"peak {format_bytes(metrics.peak_bytes)}{self.budget}{process}",
             highlight=False,
             markup=False,
             soft_wrap=True,

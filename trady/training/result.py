@@ -50,6 +50,11 @@ class Result:
         return max(epoch.peak_bytes for epoch in self.history)
 
     @property
+    def process_peak_bytes(self) -> int | None:
+        """The most that was resident in the process; ``None`` where the system does not tell."""
+        return max((e.process_peak_bytes for e in self.history if e.process_peak_bytes is not None), default=None)
+
+    @property
     def saved_bytes(self) -> int:
         """The most bytes that a measured step kept between forward and backward."""
         return max(epoch.saved_bytes for epoch in self.history)
@@ -72,6 +77,7 @@ class Result:
             "train_loss": self.history[-1].train_loss,
             "peak_bytes": self.peak_bytes,
             "saved_bytes": self.saved_bytes,
+            "process_peak_bytes": self.process_peak_bytes,
             "trainable_parameters": self.trainable_parameters,
             "seconds": self.seconds,
         }

@@ -15,23 +15,29 @@ from torch.utils.data import DataLoader, Dataset
 from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
 from trady.errors import BudgetError, ModelError, TrainingError
 from trady.planning.budget import Budget
+from trady.planning.process_memory import is_process
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.records.lock import refuse_locked
 from trady.records.translated import file_errors
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, readable, split_batch
 from trady.training.data.augment import AugmentName, augmented
+from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, training_batches
 from trady.training.data.observed_batches import measured_on
+from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision, compute_dtype
+from trady.training.process import in_process
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
+from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
 from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
@@ -65,6 +71,8 @@ class RunOptions:
     observed_batches: int = OBSERVED_BATCHES
     draws_per_epoch: int = 1
     augment: AugmentName = "none"
+    checkpoint_every: str | float | None = None
+    keep_best: bool = True
     progress: bool | Display = True
 
 
@@ -101,6 +109,8 @@ def finetune(
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
     augment: AugmentName = "none",
+    checkpoint_every: str | float | None = None,
+    keep_best: bool = True,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, from the first step to the result.
@@ -113,7 +123,8 @@ def finetune(
         train: A map-style dataset of (inputs, label), or a ``DataLoader`` of (inputs, labels) or
             of dicts with ``labels``.
         evaluation: The same, to measure accuracy on after each epoch.
-        budget: What a training step may take, e.g. ``"300 MiB"``. ``policy="full"`` takes
+        budget: What a training step may take, e.g. ``"300 MiB"``, or the process as a whole, ``"process:400 MiB"``
+            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file. ``policy="full"`` takes
             none, ``head`` needs none.
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
@@ -154,6 +165,9 @@ def finetune(
         augment: How training images that :func:`trady.load_data` has read are varied, anew in each epoch: ``light``
             crops and mirrors them, ``paper`` does so more strongly and changes their colours too, as the paper's
             authors do; ``none`` takes them as they are.
+        checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
+            ``"90 s"`` or ``"1h"``. In one process only.
+        keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -163,11 +177,13 @@ def finetune(
         BudgetError: The budget cannot be read or is below the minimum.
         DataError: The data is empty, or a label is out of range.
         StateError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
-        CheckpointError: The checkpoint is damaged, or of another model, version or setting.
+        LockedError: Another process works in ``out``.
+        CheckpointError: The checkpoint is damaged, or of other data, or of another model, version or setting.
         ModelError: ``micro_batch`` with a normalisation over the batch's own statistics.
         ResourceError: Disk or memory ran out; the last checkpoint is kept.
         FileError: The run folder cannot be written.
         TrainingError: A setting is out of range, or the loss is no longer finite; the last good checkpoint is kept.
+        Stopped: SIGTERM or SIGHUP came while it trained: a ``SystemExit``, raised once the run is saved.
     """
     request = Request(
         budget=None if _name(policy) == FULL else budget,
@@ -206,6 +222,8 @@ def finetune(
             observed_batches=observed_batches,
             draws_per_epoch=draws_per_epoch,
             augment=augment,
+            checkpoint_every=checkpoint_every,
+            keep_best=keep_best,
             progress=progress,
         ),
     )
@@ -227,6 +245,18 @@ def run(
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
+    folder = None if options.out is None else RunFolder(Path(options.out))
+    with file_errors():
+        if folder is not None and accelerator.is_main_process:
+            refuse_locked(folder.path)
+        resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
+    request = in_process(
+        request,
+        (train, evaluation),
+        None if folder is None else folder.path,
+        resumed=folder.plan if folder is not None and resuming else None,
+        processes=accelerator.num_processes,
+    )
     loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
     batches: Batches = accelerator.prepare_data_loader(loader)
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
@@ -263,8 +293,13 @@ def run(
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
-    folder = None if options.out is None else RunFolder(Path(options.out))
-    resuming = folder is not None and folder.check(resume=options.resume, overwrite=options.overwrite)
+    alone = accelerator.num_processes == 1
+    every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
+    if every is not None and not alone:
+        raise TrainingError(
+            f"checkpoint_every works in one process, and these are {accelerator.num_processes}: leave it out; there is "
+            "a checkpoint after each epoch"
+        )
     with file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
@@ -281,9 +316,12 @@ def run(
             loss=options.loss or cross_entropy,
             factory=factory,
             folder=folder,
+            budget=request.limit,
+            saving=Saving(every, within_epochs=alone, best=options.keep_best),
+            data=None if folder is None else identity(train, evaluation),
         )
         try:
-            return loop.run(folder.checkpoint if folder is not None and resuming else None)
+            return loop.run(resume=options.resume, overwrite=options.overwrite)
         finally:
             loop.display.close()
             loop.disarm()
@@ -326,4 +364,5 @@ def _display(progress: bool | Display, accelerator: Accelerator, title: str, bud
         return progress
     if not progress or not accelerator.is_main_process:
         return Silent()
-    return Lines(title, None if budget is None else budget.peak_bytes)
+    amount = budget.amount if budget is not None and is_process(budget) else None
+    return Lines(title, None if budget is None else budget.peak_bytes, process_budget_bytes=amount)

@@ -1,21 +1,38 @@
-"""The folder of a run: its files, and how they survive a kill at any instant."""
+"""The folder of a run: its files, and how they survive a kill at any instant.
+
+Nothing that a finished run has left is removed before something better exists: a run that takes its place sets it
+aside, and it comes back unless the new one gets as far as a checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from trady.errors import CheckpointError, StateError
-from trady.records.files import flush, write_json, write_lines, write_tensors
-from trady.training.checkpoint import find_checkpoint, remove_leftovers
+from trady.records.files import (
+    append_line,
+    flush,
+    remove_temporaries,
+    remove_tree,
+    write_json,
+    write_lines,
+    write_tensors,
+)
+from trady.records.lock import locked
+from trady.records.reading import check_regular
+from trady.training.checkpoint import find_checkpoint, remove_checkpoint, remove_leftovers
 from trady.training.metrics import METRICS, EpochMetrics
+
+#: The entry in a file of the best weights that says which epoch they are of.
+_EPOCH = "trady.epoch"
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,49 @@ class RunFolder:
         return self.path / "delta.safetensors"
 
     @property
+    def best(self) -> Path:
+        """All weights after the epoch of the highest accuracy."""
+        return self.path / "best.safetensors"
+
+    @property
+    def best_delta(self) -> Path:
+        """The same as changed channels only, of a model that is stored quantised."""
+        return self.path / "best-delta.safetensors"
+
+    @property
     def result(self) -> Path:
         """The result; written last."""
         return self.path / "result.json"
+
+    @property
+    def replaced(self) -> Path:
+        """What was here before, while the run that takes its place is not finished."""
+        return self.path / "replaced-run"
+
+    @property
+    def _moving(self) -> Path:
+        """The same while it is moved there, or back."""
+        return self.path / ".replacing"
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """Every file of weights that a run may leave."""
+        return self.model, self.delta, self.best, self.best_delta
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out, and clear up what one that was killed has left.
+
+        Raises:
+            LockedError: Another process works here.
+        """
+        with locked(self.path):
+            flush(self.path.parent)
+            self._clear_up()
+            try:
+                yield
+            finally:
+                self._clear_up()
 
     def check(self, *, resume: bool, overwrite: bool) -> bool:
         """Return whether there is a checkpoint to go on from; change nothing.
@@ -65,7 +122,13 @@ class RunFolder:
         if resume and overwrite:
             raise StateError("resume and overwrite exclude each other; give one of them")
         present = find_checkpoint(self.checkpoint) is not None
-        if (present or self.result.exists()) and not (resume or overwrite):
+        ended = [path.name for path in (self.result, *self.weights) if path.exists()]
+        if resume and ended and not present:
+            raise StateError(
+                f"{self.path} has {', '.join(ended)} but no checkpoint to go on from, so there is nothing to resume: "
+                "keep it as it is, train again by --overwrite (overwrite=True), or name another folder"
+            )
+        if (present or ended) and not (resume or overwrite):
             raise StateError(
                 f"{self.path} holds a run already; go on with it by --resume (resume=True), "
                 "replace it by --overwrite (overwrite=True), or name another folder"
@@ -73,33 +136,61 @@ class RunFolder:
         return present and resume
 
     def begin(self, *, keep: bool) -> None:
-        """Make the folder, and remove what an earlier run left in it unless that run is resumed."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Set aside what an earlier run left here, unless that run is resumed."""
         if not keep:
-            self._clear()
+            self._set_aside()
         remove_leftovers(self.checkpoint)
 
     def where_it_stands(self) -> str:
         """Return what to tell a user whose run was interrupted."""
+        if self.result.exists():
+            return f"stopped, after the run was finished: its results are in {self.path}"
         if find_checkpoint(self.checkpoint) is None:
-            return f"stopped before the first epoch was done; there is nothing to resume in {self.path}"
+            back = "; the run that it was to replace is as it was" if self.replaced.exists() else ""
+            return f"stopped before the first checkpoint; there is nothing to resume in {self.path}{back}"
         return f"stopped; the last checkpoint is kept in {self.checkpoint}: go on with --resume"
 
-    def _clear(self) -> None:
-        for path in (self.result, self.model, self.delta, self.plan, self.metrics):
-            path.unlink(missing_ok=True)
-        while (place := find_checkpoint(self.checkpoint)) is not None:
-            shutil.rmtree(place)
+    def _clear_up(self) -> None:
+        """Remove what a kill has left of writing, and bring back what was set aside for a run that came to nothing."""
+        remove_temporaries(self.path, alone=True)
+        if self.replaced.is_dir() and not self._moving.exists() and not self._has_run:
+            self.plan.unlink(missing_ok=True)
+            self.metrics.unlink(missing_ok=True)
+            self.replaced.rename(self._moving)
+        if self._moving.is_dir():
+            for path in self._moving.iterdir():
+                path.replace(self.path / path.name)
+            self._moving.rmdir()
+            flush(self.path)
+
+    def _set_aside(self) -> None:
+        if self._has_run:
+            # Of two earlier runs, the finished one is the one to keep.
+            keep_former = (self.replaced / self.result.name).exists() and not self.result.exists()
+            self._moving.mkdir()
+            checkpoints = find_checkpoint(self.checkpoint)
+            for path in (self.result, *self.weights, checkpoints, self.metrics, self.plan):
+                if path is not None and path.exists():
+                    path.rename(self._moving / path.name)
+            if keep_former:
+                remove_tree(self._moving)
+            else:
+                remove_tree(self.replaced)
+                self._moving.rename(self.replaced)
+            flush(self.path)
+        remove_checkpoint(self.checkpoint)
+        self.plan.unlink(missing_ok=True)
+        self.metrics.unlink(missing_ok=True)
+
+    @property
+    def _has_run(self) -> bool:
+        """Whether there is anything here that took time to make."""
+        present = find_checkpoint(self.checkpoint) is not None
+        return present or any(path.exists() for path in (self.result, *self.weights))
 
     def append(self, metrics: EpochMetrics) -> None:
         """Append an epoch to the metrics, and flush it to disk."""
-        line = (json.dumps(metrics.to_json(), allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append_line(self.metrics, json.dumps(metrics.to_json(), allow_nan=False))
 
     def history(self, last_epoch: int) -> list[EpochMetrics]:
         """Return the metrics of the epochs up to ``last_epoch``."""
@@ -124,16 +215,40 @@ class RunFolder:
     def write_model(self, weights: Mapping[str, torch.Tensor] | None, delta: Mapping[str, torch.Tensor] | None) -> None:
         """Write ``model.safetensors``, unless weights are quantised, and ``delta.safetensors`` if there is one."""
         if weights is not None:
-            aliases = _aliases(weights)
-            kept = {name: tensor for name, tensor in weights.items() if name not in aliases}
-            write_tensors(self.model, kept, {"format": "pt", **aliases})
+            _write_weights(self.model, weights, {})
         if delta is not None:
             write_tensors(self.delta, delta, {"format": "trady-delta"})
 
+    def write_best(
+        self, epoch: int, weights: Mapping[str, torch.Tensor] | None, delta: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        """Write ``best.safetensors`` or, where weights are quantised, ``best-delta.safetensors``."""
+        if weights is not None:
+            _write_weights(self.best, weights, {_EPOCH: str(epoch)})
+        elif delta is not None:
+            write_tensors(self.best_delta, delta, {"format": "trady-delta", _EPOCH: str(epoch)})
+
+    def best_epoch(self) -> int | None:
+        """Return the epoch that the best weights are of; ``None`` where there are none."""
+        for path in (self.best, self.best_delta):
+            try:
+                check_regular(path)
+                with safe_open(path, "pt") as file:
+                    return int((file.metadata() or {})[_EPOCH])
+            except (OSError, SafetensorError, KeyError, ValueError):
+                continue
+        return None
+
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write ``result.json``."""
+        """Write ``result.json``; what was here before the run has its better now, and goes."""
         write_json(self.result, result)
-        flush(self.path)
+        remove_tree(self.replaced)
+
+
+def _write_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    aliases = _aliases(weights)
+    kept = {name: tensor for name, tensor in weights.items() if name not in aliases}
+    write_tensors(path, kept, {"format": "pt", **metadata, **aliases})
 
 
 def _aliases(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
-from trady.errors import ModelError, TradyWarning
+from trady.errors import ModelError, TradyError, TradyWarning
 from trady.interception.armed import Armed
 from trady.model.batch import Batch
 from trady.model.untouched import apart
@@ -148,7 +148,13 @@ class Guard:
             found = self._case(conditions, batches)
             if found is None:
                 return
-            amount = draws.decision.step_amount(draws.moment, draws.selection, *found)
+            try:
+                amount = draws.decision.step_amount(draws.moment, draws.selection, *found)
+            except TradyError:
+                raise
+            except Exception as error:  # the model takes another way here than on the example
+                self._cannot_tell(batch, error)
+                return
             if amount > budget.amount:
                 self._exceeded(conditions, batches, found, amount)
         self._fits = (draws.selection, draws.moment), {*self._fits[1], conditions}
@@ -159,12 +165,13 @@ class Guard:
             try:
                 found = loop.case(batches, conditions), loop.table_of(batches, conditions)
             except ModelError as error:
-                self._warn(
-                    "trace", f"a forward pass on {batches[-1].shapes} cannot be held against the budget: {error}"
-                )
+                self._cannot_tell(batches[-1], error)
                 found = None
             self._cases[conditions] = found
         return self._cases[conditions]
+
+    def _cannot_tell(self, batch: Batch, error: Exception) -> None:
+        self._warn("trace", f"a forward pass on {batch.shapes} cannot be held against the budget: {error}")
 
     def _exceeded(
         self, conditions: Conditions, batches: list[Batch], found: tuple[Case, ChannelTable], amount: int

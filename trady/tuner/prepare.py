@@ -46,8 +46,9 @@ def prepare(
         model: Any module. Its classes, keys and printed form stay; its parameters outside the head are frozen.
         example: One batch as training will see it: a tensor, a tuple (positional arguments) or a mapping
             (keyword arguments). Only its shapes are read.
-        budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"update:1 MiB"`` (what updating
-            adds) or ``"elements:27946"`` (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
+        budget: ``"300 MiB"`` or ``"peak:300 MiB"`` (a whole training step), ``"process:400 MiB"`` (all that the
+            process has in memory: docs/budgets.md), ``"update:1 MiB"`` (what updating adds) or ``"elements:27946"``
+            (B_mem of the paper). Only the policies ``head`` and ``full`` go without.
         policy: A registered policy or one of your own.
         ranking: Which layers are worth updating. Without one: the prior of this structure
             (:mod:`trady.ranking.priors`), or else what ``"online"`` asks for, to learn it in the first epoch, from

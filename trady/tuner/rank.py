@@ -102,8 +102,8 @@ def _squared_norms(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[ChannelTable, Values]:
     """Return the layers, and the mean squared norm of each channel's gradient."""
-    batch = Batch.of(split(data[0])[0])
     given, model = model, unwrap_compiled(model)
+    batch = Batch.of(split(data[0])[0], model)
     analysis = analyse_model(model, batch, head=head)
     table = analysis.table
     selections = _sweeps(model, batch, analysis, seed, budget)

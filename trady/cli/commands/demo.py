@@ -24,7 +24,7 @@ MODEL = "efficientnet-lite0"
 
 DATASET = "fashion-mnist"
 
-METHODS = ("head", "trady", "full")
+METHODS: tuple[str, ...] = ("head", "trady", "full")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def demo(
     short: Annotated[bool, typer.Option("--short", help="One minute: fewer images, one epoch.")] = False,
     budget: Annotated[
         str | None,
-        typer.Option(help="What a training step may take; by default what inference takes."),
+        typer.Option(help="What a training step may take, or all of the process; by default what inference takes."),
     ] = None,
     out: Annotated[str, typer.Option(help="Where the results go.")] = "runs/demo",
     seed: options.Seed = 0,
@@ -60,6 +60,7 @@ def demo(
 
     from trady.cli.demo_table import as_table, draw
     from trady.planning.budget import Budget, parse_budget
+    from trady.planning.process_memory import is_process, ready_for
     from trady.planning.scopes import PEAK
     from trady.records.files import write_json
     from trady.report.units import format_bytes
@@ -71,6 +72,7 @@ def demo(
         console.width = 120
     recipe = SHORT if short else LONG
     given = None if budget is None else parse_budget(budget)
+    ready_for(given)
     folder = Path(out)
     normalization, _ = image_format(MODEL)
     data = load_data(
@@ -88,7 +90,14 @@ def demo(
         f"weights included. The budget is {limit}."
     )
     _show_plan(console, data, recipe, limit, seed)
-    results = {method: _train(method, data, recipe, limit, folder, seed) for method in METHODS}
+    methods = METHODS
+    if is_process(limit):
+        methods = tuple(method for method in METHODS if method != "full")
+        console.print("Full fine-tuning takes no budget, so it is left out: it would take what this process may not.")
+    try:
+        results = {method: _train(method, data, recipe, limit, folder, seed) for method in methods}
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the demo starts from the beginning") from None
     ranking = results["trady"].ranking
     if ranking is not None:
         known = f"measured on {ranking.measured_on}" if ranking.source == "prior" else "learnt in the first epoch"
@@ -96,10 +105,15 @@ def demo(
             f"TraDy's pool: the {len(ranking.top())} of {len(ranking.scores)} layers that carry 97 % of the "
             f"reweighted gradient norm, {known}."
         )
-    seconds = _time_steps(data, recipe, limit, ranking, seed)
-    rows = [_row(method, results[method], seconds[method], inference_peak) for method in METHODS]
+    if is_process(limit):  # no room for models side by side
+        speeds = {method: result.history[-1].samples_per_second for method, result in results.items()}
+        seconds = {method: recipe.batch_size / speed for method, speed in speeds.items()}
+    else:
+        seconds = _time_steps(data, recipe, limit, ranking, seed)
+    rows = [_row(method, results[method], seconds[method], inference_peak) for method in methods]
     epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     title = f"{MODEL}, {epochs} on {len(data.train)} images of {DATASET}, evaluated on {len(data.evaluation)}"
+    process_peak = max((p for r in results.values() if (p := r.process_peak_bytes) is not None), default=None)
     written = {
         "budget": str(limit),
         "budget_bytes": limit.amount if limit.scope.in_bytes else None,
@@ -112,6 +126,7 @@ def demo(
         "batch_size": recipe.batch_size,
         "epochs": recipe.epochs,
         "seed": seed,
+        "process_peak_bytes": process_peak,
         "rows": [row.to_json() for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +136,8 @@ def demo(
         options.print_json(written)
     else:
         console.print(as_table(rows, title))
+        if process_peak is not None:
+            console.print(f"all of them ran in one process, which took up to {format_bytes(process_peak)}")
         console.print(f"written: {folder / 'result.json'}, {', '.join(map(str, pictures))}")
 
 
@@ -134,9 +151,13 @@ def _example(data: DataSplit, recipe: Recipe, seed: int) -> Example:
 
 
 def _inference_peak(data: DataSplit, recipe: Recipe, seed: int) -> int:
-    from trady.cli.timed_steps import full_step
+    import torch
 
-    peak = full_step(_example(data, recipe, seed)).ledger().inference_peak_bytes
+    import trady
+
+    example = _example(data, recipe, seed)
+    with torch.no_grad():
+        peak = trady.measure(lambda: example.model(example.images), example.model).inference_peak_bytes
     assert peak is not None
     return peak
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -23,7 +24,8 @@ def finetune(
     budget: Annotated[
         str | None,
         typer.Option(
-            help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". --policy full takes none.'
+            help='What may be taken: "300 MiB" (by a step), "process:400 MiB" (by all in memory), "update:1 MiB" or '
+            '"elements:27946". --policy full takes none.'
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",
@@ -68,11 +70,20 @@ def finetune(
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(help='Write a checkpoint inside epochs as well, this often: "10min", "90s", "1h".')
+    ] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best/--no-keep-best", help="Keep the weights of the best epoch: best.safetensors.")
+    ] = True,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
+    from trady.records.lock import refuse_locked
+    from trady.report.units import format_bytes
     from trady.training.data.augment import check_name
     from trady.training.data.load import check_examples
+    from trady.training.durations import parse_seconds
     from trady.training.run import RunOptions, run
     from trady.training.run_folder import RunFolder
 
@@ -90,7 +101,11 @@ def finetune(
         freeze=freeze,
     )
     check_name(augment)
+    if checkpoint_every is not None:
+        parse_seconds(checkpoint_every, "--checkpoint-every")
     folder = RunFolder(Path(out))
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first takes the folder
+        refuse_locked(folder.path)
     folder.check(resume=resume, overwrite=overwrite)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
     check_examples(task.data, dataset)
@@ -118,11 +133,16 @@ def finetune(
                 observed_batches=observed_batches,
                 draws_per_epoch=draws_per_epoch,
                 augment=cast(AugmentName, augment),
+                checkpoint_every=checkpoint_every,
+                keep_best=keep_best,
             ),
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(folder.where_it_stands()) from None
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(interrupt) or folder.where_it_stands()) from None
     if as_json:
         options.print_json({**result.to_json(), "out": out, "skipped": list(task.data.skipped)})
     else:
-        typer.echo(f"accuracy {result.accuracy:.1%}; weights, metrics and plan are in {out}")
+        taken = f"peak of a step {format_bytes(result.peak_bytes)}"
+        if result.process_peak_bytes is not None:
+            taken += f", of the process {format_bytes(result.process_peak_bytes)}"
+        typer.echo(f"accuracy {result.accuracy:.1%}; {taken}; weights, metrics and plan are in {out}")

@@ -22,7 +22,10 @@ def plan(
     model: options.PlannedModel,
     budget: Annotated[
         str | None,
-        typer.Option(help='What a step may take: "300 MiB", "update:1 MiB" or "elements:27946". Or --sweep.'),
+        typer.Option(
+            help='What may be taken: "300 MiB" (by a step), "process:400 MiB" (by all in memory), "update:1 MiB" or '
+            '"elements:27946". Or --sweep.'
+        ),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="A batch of text in place of images: sequences x length, e.g. 4x1024.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
@@ -50,6 +51,26 @@ class BudgetScope(ABC):
 
     def __hash__(self) -> int:
         return hash(type(self))
+
+    def peak_of(self, amount: int) -> int | None:
+        """What the amount leaves for the peak of a whole training step; ``None`` where something else is bounded."""
+        return amount if self.bounds_peak else None
+
+    def of_peak(self, peak_bytes: int) -> int:
+        """The amount that leaves so much for the peak of a step."""
+        return peak_bytes
+
+    def to_json(self, peak_bytes: int | None) -> dict[str, Any]:
+        """What a plan says of the budget beside its amount; ``peak_bytes`` is the predicted peak of a step."""
+        return {}
+
+    def facts(self, peak_bytes: int | None) -> Iterable[tuple[str, str]]:
+        """The same for people: names and values."""
+        return ()
+
+    def as_planned(self, plan: Mapping[str, Any]) -> BudgetScope:
+        """The scope as it was when a plan was made; raises what reading a damaged one raises."""
+        return self
 
     def prices(self, table: ChannelTable, copies: int) -> tuple[int, int]:
         """What an activation element of one sample takes, and what a weight element does.

@@ -50,17 +50,26 @@ class ImageDataset(Dataset[Example]):
     """Images and labels; pixels stay bytes until a batch is read.
 
     Args:
-        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8.
+        pixels: ``[N, H, W]`` or ``[N, H, W, C]`` with C 1 or 3, uint8; an array, or what is indexed like one.
         labels: ``[N]``, int64.
         image_size: Height and width of the images that come out.
         normalization: Applied to the resized pixels.
+        classes: Names of the classes, in the order of the labels, where they are known.
     """
 
-    def __init__(self, pixels: Pixels, labels: Labels, image_size: int, normalization: Normalization) -> None:
+    def __init__(
+        self,
+        pixels: Pixels,
+        labels: Labels,
+        image_size: int,
+        normalization: Normalization,
+        classes: tuple[str, ...] = (),
+    ) -> None:
         self.pixels = pixels
         self.labels = labels
         self.image_size = image_size
         self.normalization = normalization
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,7 +103,7 @@ class ImageDataset(Dataset[Example]):
         if limit is None or limit >= len(self):
             return self
         index = np.sort(epoch_order(len(self), seed, 0).numpy()[:limit])
-        return ImageDataset(self.pixels[index], self.labels[index], self.image_size, self.normalization)
+        return ImageDataset(self.pixels[index], self.labels[index], self.image_size, self.normalization, self.classes)
 
 
 @dataclass(frozen=True)
@@ -131,12 +140,17 @@ class EpochSampler(Sampler[int]):
     Args:
         length: Number of examples.
         seed: Seed of the run.
+
+    Attributes:
+        epoch: The epoch whose order comes next.
+        start: Examples of that order that are left out, at its beginning.
     """
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose order comes next."""
@@ -146,4 +160,4 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self.length, self.seed, self.epoch).tolist())
+        return iter(epoch_order(self.length, self.seed, self.epoch).tolist()[self.start :])

@@ -22,6 +22,8 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 #: More than its largest file holds, 47 040 016.
 _MOST_BYTES = 64 << 20
+#: Files are unpacked in pieces of that size.
+_PIECE_BYTES = 1 << 20
 
 HUB_NAME = "zalando-datasets/fashion_mnist"
 
@@ -61,10 +63,12 @@ def _idx_split(split: str) -> RawSplit:
 
 def read_idx(path: Path) -> Pixels:
     """Read a gzipped IDX file of bytes: two zeros, type 8, the number of axes, their lengths, the data."""
+    content = bytearray()
     try:
         check_regular(path)
-        with gzip.open(path) as file:
-            content = file.read(_MOST_BYTES + 1)
+        with gzip.open(path) as file:  # in pieces, so that neither file nor data is in memory twice
+            while len(content) <= _MOST_BYTES and (piece := file.read(_PIECE_BYTES)):
+                content += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if len(content) > _MOST_BYTES:

@@ -66,7 +66,7 @@ def load_data(
         if value is not None and value < 1:
             raise DataError(f"limit is {value}; it must be at least 1")
     parts = [
-        ImageDataset(part.pixels, check_labels(part.labels, raw.classes, name), image_size, normalization)
+        ImageDataset(part.pixels, check_labels(part.labels, raw.classes, name), image_size, normalization, raw.classes)
         for part in (train, evaluation)
     ]
     return DataSplit(parts[0].head(limits[0], seed), parts[1].head(limits[1], seed), raw.classes, raw.skipped)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import itertools
+from collections.abc import Iterator, Sized
+from contextlib import nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import DataError
-from trady.training.data.datasets import EpochSampler
+from trady.training.data.augment import as_it_is
+from trady.training.data.datasets import EpochSampler, ImageDataset
+from trady.training.randomness import reading_randomness
 
 Batches = DataLoader[Any]
 
@@ -42,6 +46,45 @@ def start_epoch(batches: Batches, epoch: int) -> None:
         set_epoch = getattr(part, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
+
+
+def read_epoch(batches: Batches, seed: int, epoch: int, process: int = 0, skipped: int = 0) -> Iterator[Any]:
+    """Yield the batches of an epoch, after ``skipped`` ones that are read and passed over.
+
+    Random numbers that reading a batch takes (crops, colours) depend on the epoch and the batch's number alone, so that
+    an epoch that goes on in its middle sees the same images. Where reading takes none, those passed over are not read.
+
+    Args:
+        batches: Told of the epoch by :func:`start_epoch`.
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        process: Number of this process.
+        skipped: Batches that are done already.
+    """
+    if skipped >= len(batches):
+        return
+    left_out = _leave_out(batches, skipped)
+    iterator = iter(batches)
+    for number in itertools.count(left_out):
+        # A loader that starts draws from the epoch's own numbers: seeds of its workers, the order of a shuffle.
+        place = nullcontext() if number == left_out else reading_randomness(seed, epoch, number, process)
+        try:
+            with place:
+                batch = next(iterator)
+        except StopIteration:
+            return
+        if number >= skipped:
+            yield batch
+
+
+def _leave_out(batches: Batches, count: int) -> int:
+    """Have the order of an epoch begin ``count`` batches later, if that is the same; return how many are left out."""
+    sampler, size = getattr(batches.batch_sampler, "sampler", None), getattr(batches.batch_sampler, "batch_size", None)
+    if not isinstance(sampler, EpochSampler):
+        return 0
+    plain = isinstance(as_it_is(batches.dataset), ImageDataset) and isinstance(size, int) and not batches.num_workers
+    sampler.start = count * size if plain and isinstance(size, int) else 0
+    return count if sampler.start else 0
 
 
 def _length(data: Dataset[Any], purpose: str) -> int:
