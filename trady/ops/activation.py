@@ -13,6 +13,7 @@ from torch import Tensor
 from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.context import label_saved
 from trady.ops.layout import is_dense, is_owned, memory_format
+from trady.ops.once import once_differentiable
 
 
 def clamp(x: Tensor, kind: Clamp, *, in_place: bool) -> Tensor:
@@ -85,7 +86,7 @@ class _AffineClamp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         references = sys.getrefcount(gradient)
         bits, scale = ctx.saved_tensors

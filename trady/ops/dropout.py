@@ -10,6 +10,7 @@ from torch import Tensor
 from trady.ops.bits import Clamp, pack_mask, select
 from trady.ops.context import label_saved
 from trady.ops.layout import memory_format
+from trady.ops.once import once_differentiable
 
 #: A mask acts as the derivative of an activation whose bits are known.
 _MASK = Clamp(0.0)
@@ -41,7 +42,7 @@ class _Dropout(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         dense = gradient.contiguous(memory_format=ctx.format)

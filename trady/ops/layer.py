@@ -24,6 +24,7 @@ from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
+from trady.ops.once import once_differentiable
 from trady.ops.operators import WeightOperator
 from trady.ops.selected import SelectedChannels
 
@@ -146,7 +147,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         references = sys.getrefcount(gradient)
         inputs, bits, weight, scale = ctx.saved_tensors

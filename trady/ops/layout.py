@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trady.ops.context import followed_storages
+from trady.ops.once import once_differentiable
 
 #: Temporaries of one operation stay below this many bytes where they can be made in chunks of samples.
 CHUNK_BYTES = 2 << 20
@@ -100,7 +101,7 @@ class _Probe(torch.autograd.Function):
         return x + 1
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         _Probe.seen.append((sys.getrefcount(gradient), *_references(gradient)))
         return gradient + 1

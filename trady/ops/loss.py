@@ -18,6 +18,7 @@ from torch import Tensor
 from trady.ops.context import autocast_dtype, device_type
 from trady.ops.layout import CHUNK_BYTES, chunks, count_write
 from trady.ops.native import library, on_a_processor, unwritten
+from trady.ops.once import once_differentiable
 
 #: Smaller scores are left to PyTorch: there is little to save, and a call costs more than its arithmetic.
 _MINIMUM_BYTES = 2 << 20
@@ -118,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out.to(_result(logits))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target = ctx.saved_tensors
         scores = logits.detach()

@@ -15,6 +15,7 @@ from torch import Tensor
 from trady.ops.context import label_saved
 from trady.ops.layout import chunks, empty_like_batch, memory_format, unviewed
 from trady.ops.native import library, numbers, on_a_processor, unwritten
+from trady.ops.once import once_differentiable
 
 _aten = torch.ops.aten
 
@@ -192,7 +193,7 @@ class _MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         (local,) = ctx.saved_tensors
         native = _gradient_natively(gradient, local, ctx.window, ctx.shape)
@@ -231,7 +232,7 @@ class _LinearPool(torch.autograd.Function):
         return unviewed(pool(x))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         unread = gradient.new_empty(1).expand(ctx.shape)
         return ctx.gradient(gradient, unread), None, None

@@ -26,6 +26,7 @@ from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
 from trady.ops.layout import take, unviewed
+from trady.ops.once import once_differentiable
 from trady.ops.operators import Linear
 from trady.ops.rows import multiply_rows
 
@@ -145,7 +146,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
         gates: Gates | None = ctx.gates

@@ -24,6 +24,7 @@ from trady.ops.context import (
     simulated_autocast_dtype,
 )
 from trady.ops.layout import unviewed
+from trady.ops.once import once_differentiable
 from trady.ops.sample_axis import SampleAxis
 
 
@@ -168,7 +169,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
         recipe.check()

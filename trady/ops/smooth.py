@@ -28,6 +28,7 @@ from trady.errors import BudgetError
 from trady.ops.context import device_type, label_saved
 from trady.ops.layout import CHUNK_BYTES, count_write, is_dense, is_owned, memory_format, rows_of
 from trady.ops.native import library, on_this_processor
+from trady.ops.once import once_differentiable
 
 _aten = torch.ops.aten
 
@@ -269,7 +270,7 @@ class _Smooth(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         references = sys.getrefcount(gradient)
         owned = is_owned(gradient, references)

@@ -189,10 +189,12 @@ class Optimizers:
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
 
-    def after_step(self) -> None:
-        """Remember which gradients a step has used."""
-        left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if p.grad is not None]
-        self._used = left, any(p.grad is not None for p in self._head)
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember which gradients a step has used; those of another optimizer's channels may be adding up."""
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if id(p) in stepped and p.grad is not None]
+        before, had = self._used
+        self._used = [*before, *left], had or any(p.grad is not None for p in self._head)
 
     def _before_forward(self, *_: object) -> None:
         """Drop gradients that a step has used, where the head's were dropped by a module around the model."""

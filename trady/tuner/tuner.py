@@ -290,7 +290,7 @@ class Tuner:
         if self._snapshot is not None:
             self._snapshot.trained()
         note_writes(optimizer, self._compact)
-        self._attached.after_step()
+        self._attached.after_step(optimizer)
         self._armed.write_back()
         self._draws.learn(self._arrivals.take_norms())
 

@@ -25,6 +25,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layer import LayerCall, add_weight_gradient
+from trady.ops.once import once_differentiable
 from trady.ops.operators import Linear
 from trady.ops.recurrent.cells import CELLS, Weights
 from trady.ops.recurrent.steps import Steps
@@ -163,7 +164,7 @@ class _Recurrent(torch.autograd.Function):
         return made
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, of_out: Tensor | None, *of_ends: Tensor | None) -> tuple[Tensor | None, ...]:
         options: RecurrentOptions = ctx.options
         weight, bias, projection, inputs, *tensors = ctx.saved_tensors

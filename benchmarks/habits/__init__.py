@@ -1,0 +1,19 @@
+"""Training code as people write it, with a plain model and with a prepared one."""
+
+from __future__ import annotations
+
+from benchmarks.habits import budgets, combined, exports, loops, models, optimizers, writes
+from benchmarks.habits.row import Outcome, Row, try_row
+
+#: Every kind, in the order of the table.
+ROWS: tuple[Row, ...] = (
+    *optimizers.ROWS,
+    *loops.ROWS,
+    *writes.ROWS,
+    *exports.ROWS,
+    *budgets.ROWS,
+    *models.ROWS,
+    *combined.ROWS,
+)
+
+__all__ = ["ROWS", "Outcome", "Row", "try_row"]
