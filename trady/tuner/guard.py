@@ -196,7 +196,7 @@ class Guard:
         what, remedy = self._difference(conditions, batches)
         takes = f"{what}: the step would take {format_bytes(amount)} of the budget {budget}"
         if decision.over_budget == "warn":
-            self._warn(what, f"{takes}. {remedy}")
+            self._warn(remedy, f"{takes}. {remedy}")
             return
         if decision.over_budget == "refuse" or len(batches) > 1 or (_processes() > 1 and not self._planned(conditions)):
             raise StepTooLargeError(f"{takes}. {remedy}")
@@ -208,7 +208,7 @@ class Guard:
         except InfeasibleBudgetError as error:
             raise StepTooLargeError(f"{takes}, with no channel {format_bytes(error.least_amount)}. {remedy}") from None
         self._warn(
-            what,
+            remedy,
             f"{takes}. To stay inside it, {selection.count} channels train from now on, before it were {before.count}. "
             f"{remedy}",
         )
@@ -250,9 +250,10 @@ class Guard:
             "trady.prepare(..., accumulates=True)",
         )
 
-    def _warn(self, what: str, text: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+    def _warn(self, kind: str, text: str) -> None:
+        """Say it once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(text, TradyWarning, stacklevel=8)
 
 
