@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -29,7 +30,9 @@ def table_of(outcomes: Sequence[Outcome], *, whole: bool) -> Table:
         if found.budget_bytes is not None and found.peak_bytes is not None:
             budget = f"{format_bytes(found.peak_bytes)} of {format_bytes(found.budget_bytes)}"
         happened = found.happened if whole or not found.right else found.happened[:72]
-        table.add_row(found.idiom, found.expected, happened, error, budget, style=None if found.right else "red")
+        table.add_row(
+            escape(found.idiom), found.expected, escape(happened), error, budget, style=None if found.right else "red"
+        )
     return table
 
 
