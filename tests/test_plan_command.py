@@ -306,7 +306,7 @@ def test_a_batch_larger_than_the_example_warns_once() -> None:
         copy.deepcopy(tuner.model)(torch.zeros(64, 3, 12, 12))
     before = tuner.selection.count
     with pytest.warns(trady.TradyWarning, match="is not covered by the one that was planned for"):
-        tuner.model(torch.zeros(9, 3, 12, 12))
+        tuner.model(torch.zeros(12, 3, 12, 12))
     assert tuner.selection.count < before
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -13,19 +11,12 @@ import numpy as np
 import pytest
 
 from benchmarks.process.hard_limit import run_limited
+from tests.fresh_process import afresh, linux
 from trady.errors import TrainingError
 from trady.process import allocator
 from trady.process.resident import reset_peak, resident, resident_bytes_of
 
-linux = pytest.mark.skipif(resident() is None, reason="the system does not say what a process has in memory")
 glibc = pytest.mark.skipif(not allocator.is_glibc(), reason="the allocator is not glibc's")
-
-
-def afresh(program: str) -> Any:
-    """Run a program in a process of its own; return the JSON that it prints last."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # -- resident memory

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import trady
+from tests.fresh_process import afresh, linux
 from tests.small_task import small_net
-from tests.test_process import afresh, linux
 from trady.planning.budget import Budget, InfeasibleBudgetError, parse_budget
 from trady.planning.request import Request
 from trady.planning.scopes import PROCESS
