@@ -120,6 +120,8 @@ ALLOWED = {
     "training/data/fashion_mnist.py": "gzip, up to a size",
     "training/data/npz.py": "says that nothing is pickled",
     "training/data/room.py": "/proc",
+    "training/data/on_disk.py": "its own file without a name",
+    "process/resident.py": "/proc",
     "training/models/efficientnet.py": "weights that came with a package, no code",
     "study/parquet.py": "Parquet, behind a check of its columns",
     "study/folder.py": "its own JSON, made a moment before",
