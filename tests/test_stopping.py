@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ from trady.training.progress import Silent
 from trady.training.randomness import random_state, reading_randomness, set_random_state
 from trady.training.saver import Saving
 from trady.training.within_epoch import WITHIN
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """SIGHUP is not ignored, as it is for all that nohup starts."""
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    before = signal.signal(hangup, signal.SIG_DFL)
+    yield
+    signal.signal(hangup, before)
+
 
 posix = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a system without SIGHUP")
 

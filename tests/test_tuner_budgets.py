@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,6 @@ def test_the_simulated_step_is_the_measured_one_to_the_byte() -> None:
         hollow = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulate, "meta_copy", copy.deepcopy)
-            patch.setattr(Batch, "meta", property(lambda batch: batch))
+            patch.setattr(Batch, "packed", property(lambda batch: SimpleNamespace(unpack=lambda: batch)))
             real = simulate.Simulator(model, x, analysis).timeline(layers=analysis.table.names)
         assert hollow.intervals == real.intervals

@@ -20,7 +20,7 @@ from trady.errors import TradyError
 from trady.training.checkpoint import find_checkpoint, load_checkpoint
 
 #: What a line of the metrics measures with a clock.
-CLOCK = ("seconds", "samples_per_second", "observing_seconds")
+CLOCK = ("seconds", "samples_per_second", "observing_seconds", "process_bytes", "process_peak_bytes")
 
 #: How long a process that was asked to stop may take; schedulers kill after that.
 LEAVE_SECONDS = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -179,19 +179,19 @@ class Simulator:
         def cut(phase: str, layer: str) -> None:
             intervals.append(Interval(phase, layer, live.interval_peak()))
 
-        runs: Counter[str] = Counter()
+        nodes: dict[str, list[weakref.ref[Any]]] = {}
 
         def ran(layer: str, out: Tensor) -> None:
             forward = torch._C._current_graph_task_id() == -1
             cut("forward" if forward else "recompute", layer)
-            runs[layer] += forward
             if forward and layer in selection and out.grad_fn is not None:
-                out.grad_fn.register_hook(lambda *_: computed(layer))
-
-        def computed(layer: str) -> None:
-            # Autograd hands over the gradient of all uses of a layer together: until then it keeps that of some.
-            if runs[layer] > 1:
-                cut("gradient", layer)
+                nodes.setdefault(layer, []).append(weakref.ref(out.grad_fn))
+                uses = nodes[layer]
+                # Autograd hands over the gradient of all uses of a layer together: until then it keeps that of some.
+                # A hook makes it keep more, so a layer that is used once has none.
+                for use in () if len(uses) < 2 else uses[-1:] if len(uses) > 2 else uses:
+                    if (node := use()) is not None:
+                        node.register_hook(lambda *_: cut("gradient", layer))
 
         def arrived(layer: str, compact: nn.Parameter) -> None:
             if optimizer.in_backward is not None and compact.grad is not None:
