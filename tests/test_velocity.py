@@ -387,7 +387,7 @@ def test_observing_stays_inside_the_budget(samples: int, size: int) -> None:
             before = live.current
             tuner.observe([(x, y)], F.cross_entropy)
         assert live.peak <= budget
-        copies = sum(p.nbytes for p in tuner.parameters())
+        copies = sum(p.nbytes for p in tuner.parameters()) + sum(index.nbytes for index in tuner._armed.indices)
         assert live.current <= before + 2 * copies  # nothing but a copy of what trains is left, and of what is next
         if epoch:
             tuner.resample(epoch)
