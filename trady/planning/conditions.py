@@ -90,11 +90,11 @@ class Loop:
         Raises:
             ModelError: The model cannot be traced on a batch.
         """
-        analysis = replace(self.analysis, table=self.table_of(batches, conditions))
+        table = self.table_of(batches, conditions)
         first, *further = (batch.packed for batch in batches)
         known = conditions.calls[:1] == self.planned.calls[:1] and not further
-        simulator = self._simulator(first, further, analysis, conditions.autocast, self.loss if known else None)
-        return Case(simulator, accumulates=conditions.accumulates)
+        simulator = self._simulator(first, further, table, conditions.autocast, self.loss if known else None)
+        return Case(simulator, table, accumulates=conditions.accumulates)
 
     def inference_bytes(self, batch: Batch) -> int:
         """The peak of an inference pass of the plain model on a batch, weights included."""
@@ -127,14 +127,14 @@ class Loop:
         self,
         first: PackedBatch,
         further: Sequence[PackedBatch],
-        analysis: ModelAnalysis,
+        table: ChannelTable,
         autocast: torch.dtype | None,
         loss: ExampleLoss | None,
     ) -> Callable[[], Simulator]:
         return lambda: Simulator(
             self.model,
             first.unpack(),
-            analysis,
+            replace(self.analysis, table=table),
             fidelity=self.fidelity,
             waiting_bytes=self.waiting_bytes,
             loss=loss,

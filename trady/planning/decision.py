@@ -192,9 +192,11 @@ class Decision:
         kept = self.table.float_bytes(selection | floats)
         return self.scope.has_room(self.spending(moment), selection, kept, self.budget.amount)
 
-    def step_amount(self, moment: Moment, selection: Selection, case: Case, table: ChannelTable) -> int:
-        """What a step of this case takes of the budget, whose channels cost as in ``table``."""
-        seen = replace(self, peaks=Peaks((case,), self.peaks.planner), analysis=replace(self.analysis, table=table))
+    def step_amount(self, moment: Moment, selection: Selection, case: Case) -> int:
+        """What a step of this case takes of the budget."""
+        seen = replace(
+            self, peaks=Peaks((case,), self.peaks.planner), analysis=replace(self.analysis, table=case.table)
+        )
         return self.scope.step_amount(seen.spending(moment), selection)
 
     def room(self, moment: Moment, trained: Selection, batch: Batch) -> float:
@@ -212,11 +214,11 @@ class Decision:
         compact = sum(form.whole for form in compact_forms(self.table, trained))
         return peak - self.loop.inference_bytes(batch) - spending.kept_bytes(trained, with_head=True) - compact
 
-    def allowing(self, case: Case, table: ChannelTable) -> Decision:
+    def allowing(self, case: Case) -> Decision:
         """Return the decision whose draws leave room for steps of this case too."""
         if self.scope.bounds_peak:
             return replace(self, peaks=self.peaks.also(case))
-        return replace(self, analysis=replace(self.analysis, table=costlier(self.table, table)))
+        return replace(self, analysis=replace(self.analysis, table=costlier(self.table, case.table)))
 
     # -- draws ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable
 from trady.planning.recomputation import Planner, Recomputation
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.simulator import Simulator
@@ -18,11 +19,12 @@ class Case:
 
     Args:
         simulator: Makes the simulator when a peak is asked for, and not before: that copies the model's structure.
+        table: What channels cost in such a step.
         accumulates: Whether the gradients of earlier passes are there all along.
     """
 
-    def __init__(self, simulator: Callable[[], Simulator], *, accumulates: bool = False) -> None:
-        self._make, self.accumulates = simulator, accumulates
+    def __init__(self, simulator: Callable[[], Simulator], table: ChannelTable, *, accumulates: bool = False) -> None:
+        self._make, self.table, self.accumulates = simulator, table, accumulates
         self._timelines: dict[tuple[object, ...], Timeline] = {}
 
     @cached_property
@@ -36,7 +38,7 @@ class Case:
 
     def accumulating(self) -> Case:
         """Return the same steps with the gradients of earlier passes there; nothing is simulated twice."""
-        case = Case(lambda: self._simulator, accumulates=True)
+        case = Case(lambda: self._simulator, self.table, accumulates=True)
         case._timelines = self._timelines
         return case
 

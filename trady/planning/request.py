@@ -175,12 +175,13 @@ class Request:
         )
         loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
         loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told=self.autocast is not None)
+        case = loop.case([chunk] * calls, planned)
         if self.limit is not None and self.limit.scope.in_bytes:
-            analysis = replace(analysis, table=loop.table_of([chunk] * calls, planned))
+            analysis = replace(analysis, table=case.table)
         return self._settle(
             given,
             analysis,
-            Peaks((loop.case([chunk] * calls, planned),), planner),
+            Peaks((case,), planner),
             optimizer or OptimizerMemory(),
             micro_batch=None if full else size,
             loop=loop,

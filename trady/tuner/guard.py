@@ -11,6 +11,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from trady.channels.selection import Selection
-from trady.channels.table import ChannelTable
 from trady.errors import ModelError, TradyError, TradyWarning
 from trady.interception.armed import Armed
 from trady.model.batch import Batch
@@ -96,7 +96,7 @@ class Guard:
     def __init__(self, armed: Armed, draws: Draws, trained: Iterable[nn.Parameter]) -> None:
         self._armed, self._draws, self._trained = armed, draws, list(trained)
         self._fits: tuple[object, set[Conditions]] = (None, set())
-        self._cases: dict[Conditions, tuple[Case, ChannelTable] | None] = {}
+        self._cases: dict[Conditions, Case | None] = {}
         self._open: list[weakref.ref[_Pass]] = []
         self._now: Batch | None = None
         self._warned: set[str] = set()
@@ -164,7 +164,7 @@ class Guard:
             if found is None:
                 return
             try:
-                amount = draws.decision.step_amount(draws.moment, draws.selection, *found)
+                amount = draws.decision.step_amount(draws.moment, draws.selection, found)
             except TradyError:
                 raise
             except Exception as error:  # the model takes another way here than on the example
@@ -174,11 +174,14 @@ class Guard:
                 self._exceeded(conditions, batches, found, amount)
         self._fits = (draws.selection, draws.moment), {*self._fits[1], conditions}
 
-    def _case(self, conditions: Conditions, batches: list[Batch]) -> tuple[Case, ChannelTable] | None:
+    def _case(self, conditions: Conditions, batches: list[Batch]) -> Case | None:
         if conditions not in self._cases:
             loop = self._draws.decision.loop
+            if conditions == replace(loop.planned, accumulates=True):  # the planned step is simulated already
+                self._cases[conditions] = self._draws.decision.peaks.cases[0].accumulating()
+                return self._cases[conditions]
             try:
-                found = loop.case(batches, conditions), loop.table_of(batches, conditions)
+                found = loop.case(batches, conditions)
             except ModelError as error:
                 self._cannot_tell(batches[-1], error)
                 found = None
@@ -188,9 +191,7 @@ class Guard:
     def _cannot_tell(self, batch: Batch, error: Exception) -> None:
         self._warn("trace", f"a forward pass on {batch.shapes} cannot be held against the budget: {error}")
 
-    def _exceeded(
-        self, conditions: Conditions, batches: list[Batch], found: tuple[Case, ChannelTable], amount: int
-    ) -> None:
+    def _exceeded(self, conditions: Conditions, batches: list[Batch], found: Case, amount: int) -> None:
         decision, budget = self._draws.decision, self._draws.decision.budget
         assert budget is not None
         what, remedy = self._difference(conditions, batches)
@@ -200,7 +201,7 @@ class Guard:
             return
         if decision.over_budget == "refuse" or len(batches) > 1 or (_processes() > 1 and not self._planned(conditions)):
             raise StepTooLargeError(f"{takes}. {remedy}")
-        allowing = decision.allowing(*found)
+        allowing = decision.allowing(found)
         before = self._draws.selection
         try:
             moment = allowing.fit_to_budget(self._draws.moment)

@@ -150,7 +150,7 @@ def _sweeps(
     asked, table = None if budget is None else parse_budget(budget), analysis.table
     scope = UNLIMITED if asked is None else asked.scope
     nothing = Planner(NO_SEGMENTS, 0)
-    peaks = Peaks((Case(lambda: Simulator(model, batch, analysis)),), nothing)
+    peaks = Peaks((Case(lambda: Simulator(model, batch, analysis), table),), nothing)
     moment = Moment(table.names, nothing.nothing, OptimizerMemory())
     spending = Spending(table, get_policy("full"), seed, peaks, Reserve(table, 1, 0), moment)
     return sweeps_within(table, lambda selection: scope.measuring(spending, selection, 0, table), asked)
