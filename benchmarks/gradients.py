@@ -16,13 +16,22 @@ from trady.ops.selected import channel_major
 
 # By default, convolutions on CUDA round to ten bits of mantissa: both sides of the comparison, each its own way.
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str, float]:
+def gradient_errors(
+    workload: Workload,
+    models: Path,
+    seed: int = 0,
+    *,
+    recompute: str = "auto",
+    autocast: torch.dtype | None = None,
+) -> dict[str, float]:
     """Compare one backward pass of TraDy with one of the plain model: same mode, same batch, same weights.
 
     Args:
         workload: The workload; its model is built twice.
         models: Folder of the backbones.
         seed: Seed of the draw.
+        recompute: As in :func:`trady.prepare`.
+        autocast: What both models' forward passes run in under autocast; ``None`` is without it.
 
     Returns:
         For every layer with selected channels ‖g - d‖ / ‖d‖, g the gradient of its selected channels and
@@ -31,11 +40,17 @@ def gradient_errors(workload: Workload, models: Path, seed: int = 0) -> dict[str
     """
     dense, sparse = workload.make(models), workload.make(models)
     train_with_fixed_statistics(dense.model.requires_grad_(True))
-    dense.run().backward()
-    tuner = workload.arm(sparse, seed)
+    device = next(dense.model.parameters()).device.type
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        loss = dense.run()
+    loss.backward()
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        tuner = workload.arm(sparse, seed, recompute=recompute)
     try:
         sparse.model.train()
-        sparse.run().backward()
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss = sparse.run()
+        loss.backward()
         return layer_errors(dense.model, tuner)
     finally:
         tuner.finish()

@@ -10,13 +10,14 @@ from benchmarks.tasks import needs
 RANK = 8
 
 
-def add_adapters(model: nn.Module, *, convolutions: bool, **variant: bool) -> str:
+def add_adapters(model: nn.Module, rank: int = RANK, *, convolutions: bool, **variant: bool) -> str:
     """Freeze a model, put an adapter beside every layer but the head, and let those and the head train.
 
     A head that has a vocabulary's size stays frozen, as peft leaves it.
 
     Args:
         model: Changed in place.
+        rank: Of the adapters; they are scaled by 2.
         convolutions: Whether convolutions get adapters too. Those with groups never do (peft's rank must be
             divisible by the groups), nor do subclasses of ``nn.Conv2d`` with a kernel (peft builds one of
             the same class for the adapter, without that class's own arguments).
@@ -45,8 +46,8 @@ def add_adapters(model: nn.Module, *, convolutions: bool, **variant: bool) -> st
         elif convolutions and type(module) is nn.Conv2d and module.groups == 1:
             names["convolution"].append(name)
     config = peft.LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules=[name for kind in names.values() for name in kind],
         fan_in_fan_out=bool(names["Conv1D"]),
@@ -62,7 +63,7 @@ def add_adapters(model: nn.Module, *, convolutions: bool, **variant: bool) -> st
     if head is not None and not language_model:
         head.requires_grad_(True)
     targets = " and ".join(f"{len(found)} {kind} layers" for kind, found in names.items() if found)
-    return f"rank {RANK} on {targets}" + ("" if language_model else ", and the head")
+    return f"rank {rank} on {targets}" + ("" if language_model else ", and the head")
 
 
 def _make_pointwise_plain(model: nn.Module) -> None:

@@ -20,10 +20,13 @@ from benchmarks.checkpointing import checkpoint_blocks
 from benchmarks.floor import input_gradients
 from benchmarks.galore import galore_optimizer
 from benchmarks.heads import head_of, train_with_fixed_statistics
-from benchmarks.lora import add_adapters
+from benchmarks.lora import RANK, add_adapters
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import Task
 from benchmarks.workloads import Workload
+
+#: From what trains to its optimizer.
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 #: Small enough that repeated steps on one batch leave the weights where they are.
 RATE = 1e-6
@@ -57,10 +60,15 @@ class TunedStep(Step):
     tuner: trady.Tuner = field(kw_only=True)
 
 
-def _step(task: Task, optimizer: torch.optim.Optimizer | None = None, note: str = "") -> Step:
+def plain_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """SGD without momentum, at a rate that leaves the weights where they are."""
+    return torch.optim.SGD(parameters, lr=RATE)
+
+
+def _step(task: Task, optimizer: torch.optim.Optimizer | OptimizerFactory = plain_sgd, note: str = "") -> Step:
     """Return the step of whatever of the task's model requires a gradient."""
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    run = _update(task, optimizer or torch.optim.SGD(trained, lr=RATE))
+    run = _update(task, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained))
     return Step(run, partial(trady.measure, run, task.model, inference=False), _elements(trained), note)
 
 
@@ -78,10 +86,12 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def full_fine_tuning(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+def full_fine_tuning(
+    workload: Workload, task: Task, seed: int = 0, optimizer: OptimizerFactory = plain_sgd
+) -> Iterator[Step]:
     """Plain PyTorch in training mode; every parameter trains."""
     task.model.requires_grad_(True).train()
-    yield _step(task)
+    yield _step(task, optimizer)
 
 
 @contextmanager
@@ -111,19 +121,28 @@ def bitfit(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
 
 
 @contextmanager
-def lora(workload: Workload, task: Task, seed: int = 0, checkpoint: bool = False) -> Iterator[Step]:
+def lora(
+    workload: Workload,
+    task: Task,
+    seed: int = 0,
+    checkpoint: bool = False,
+    optimizer: OptimizerFactory = plain_sgd,
+    rank: int = RANK,
+) -> Iterator[Step]:
     """Low-rank adapters of peft beside frozen weights (:mod:`benchmarks.lora`); statistics fixed."""
     where = f", {checkpoint_blocks(task.model, workload.blocks)}" if checkpoint else ""
-    note = add_adapters(task.model, convolutions=workload.kind == "cnn")
+    note = add_adapters(task.model, rank, convolutions=workload.kind == "cnn")
     train_with_fixed_statistics(task.model)
-    yield _step(task, note=note + where)
+    yield _step(task, optimizer, note + where)
 
 
 @contextmanager
-def checkpointing(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
+def checkpointing(
+    workload: Workload, task: Task, seed: int = 0, optimizer: OptimizerFactory = plain_sgd
+) -> Iterator[Step]:
     """Full fine-tuning that recomputes each block in the backward pass (:mod:`benchmarks.checkpointing`)."""
     task.model.requires_grad_(True).train()
-    yield _step(task, note=checkpoint_blocks(task.model, workload.blocks))
+    yield _step(task, optimizer, checkpoint_blocks(task.model, workload.blocks))
 
 
 @contextmanager
@@ -144,11 +163,12 @@ def trady_step(
     ranking: trady.LayerRanking | None = None,
     policy: str | None = None,
     recompute: str = "auto",
+    optimizer: OptimizerFactory = plain_sgd,
 ) -> Iterator[TunedStep]:
     """TraDy, armed as the workload says: the drawn channels and the head train."""
     tuner = workload.arm(task, seed, ranking, policy, recompute)
     task.model.train()
-    run = _update(task, tuner.attach(torch.optim.SGD(tuner.parameters(), lr=RATE)))
+    run = _update(task, tuner.attach(optimizer(tuner.parameters())))
     ledger = partial(tuner.ledger, run, inference=False)
     try:
         yield TunedStep(run, ledger, _elements(tuner.parameters()), tuner=tuner)

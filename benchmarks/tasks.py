@@ -40,12 +40,21 @@ class Task:
         # Nothing here holds the output when the loss returns, so logits do not outlive the forward pass.
         return self.loss(self.model(**self.batch) if isinstance(self.batch, Mapping) else self.model(self.batch))
 
-    def to(self, device: torch.device) -> Task:
-        """Return the task with its batch and labels on a device; the model moves there in place."""
-        # A tensor that is in the batch twice, such as ids that are their own labels, stays one.
-        moved = cache(lambda tensor: tensor.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Task:
+        """Return the task with its batch and labels on a device; the model moves there in place.
+
+        Args:
+            device: Where to.
+            dtype: Of weights and floating-point inputs from then on; ``None`` leaves them.
+
+        """
+
+        @cache  # A tensor that is in the batch twice, such as ids that are their own labels, stays one.
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
         loss = replace(self.loss, labels=moved(self.loss.labels)) if isinstance(self.loss, CrossEntropy) else self.loss
-        return Task(self.model.to(device), tree_map_only(Tensor, moved, self.batch), loss)
+        return Task(self.model.to(device, dtype), tree_map_only(Tensor, moved, self.batch), loss)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def efficientnet_lite0(batch: int = 32, size: int = 128) -> Task:
     """EfficientNet-Lite0 with its ImageNet weights and a new head."""
     from trady.training.models.load import EFFICIENTNET_LITE0, load_model
 
-    return _classifier(load_model(EFFICIENTNET_LITE0, CLASSES).model, batch, size)
+    return _classifier(seeded(lambda: load_model(EFFICIENTNET_LITE0, CLASSES).model), batch, size)
 
 
 def mobilenet_v2(batch: int = 32, size: int = 128) -> Task:

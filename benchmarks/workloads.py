@@ -103,18 +103,21 @@ class Workload:
         )
 
 
-def laid_out(workload: Workload, *, channels_last: bool, device: torch.device = CPU) -> Workload:
+def laid_out(
+    workload: Workload, *, channels_last: bool = False, device: torch.device = CPU, dtype: torch.dtype | None = None
+) -> Workload:
     """Return the workload as it is to be run, by every method.
 
     Args:
         workload: The workload.
         channels_last: Whether convolutions and images are in that layout.
         device: Where model, batch and labels are.
+        dtype: Of weights and images; ``None`` is the workload's own.
 
     """
 
     def make(models: Path) -> Task:
-        task = workload.make(models).to(device)
+        task = workload.make(models).to(device, dtype)
         if not channels_last:
             return task
         task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

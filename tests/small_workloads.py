@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import memory, text, vision
+from benchmarks import memory, vision
+from benchmarks import small as small_forms
 from benchmarks.tasks import CrossEntropy, Task
 from benchmarks.workloads import MIB, WORKLOADS, Workload
 from tests.small_task import pixels, small_net
@@ -67,18 +68,7 @@ TOY = Workload("toy", "two convolutions", toy_task, "trady", "elements:2000", bl
 
 
 #: Every workload at a size that a test can afford; the backbones are the fixture's.
-SMALL = {
-    "resnet50": lambda models: vision.resnet50(2, 32, depths=(1, 1, 1, 1)),
-    "effnet": lambda models: vision.efficientnet_lite0(2, 32),
-    "mobilenetv2": lambda models: vision.mobilenet_v2(2, 32),
-    "mbv2-w0.35": vision.backbone("tiny"),
-    "mcunet-5fps": vision.backbone("tiny"),
-    "minilm": lambda models: text.minilm(2, 8),
-    "gpt2-small-like": lambda models: text.gpt2(2, 8, layers=1, width=64, vocabulary=100),
-    "vit-tiny": lambda models: vision.vit(2, 32, layers=1),
-    "swin-tiny": lambda models: vision.swin(1, 56, depths=(1, 1)),
-    "llama-tiny": lambda models: text.llama(2, 8, layers=1, width=64, intermediate=96, vocabulary=100),
-}
+SMALL = {**small_forms.SMALL, "mbv2-w0.35": vision.backbone("tiny"), "mcunet-5fps": vision.backbone("tiny")}
 
 
 def small(name: str) -> Workload:
