@@ -44,7 +44,7 @@ def one_sample_a_part(no_mode_stays_behind: None, monkeypatch: pytest.MonkeyPatc
     """Small models would fit into one part."""
     import trady.interception.deferred_segment
 
-    monkeypatch.setattr(trady.interception.deferred_segment, "_CHUNK_BYTES", {"cpu": 1, "meta": 1})
+    monkeypatch.setattr(trady.interception.deferred_segment, "_CHUNK_BYTES", 1)
 
 
 @pytest.fixture

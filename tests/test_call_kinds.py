@@ -124,7 +124,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_registered_kind_is_computed_by_its_handler_with_the_dense_gradients(
     recompute: str, kind: CallKind[ArctanCall], lean: Lean, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trady.interception.deferred_segment._CHUNK_BYTES", {"cpu": 1, "meta": 1})
+    monkeypatch.setattr("trady.interception.deferred_segment._CHUNK_BYTES", 1)
     model, x = seeded(Blocks), normal(6, 8)
     expected_loss = loss_of(model, x)
     expected_loss.backward()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.recomputed_models import VisionTransformer, loss_of, recomputed_model
 from tests.recomputing import anew, worst
 from trady.interception.program import Program
 from trady.ops import recompute
+from trady.ops.context import simulated_device_type
 
 pytestmark = pytest.mark.usefixtures("one_sample_a_part")
 
@@ -117,11 +119,22 @@ def test_a_forward_pass_that_is_let_go_leaves_nothing_alive() -> None:
 
 
 def test_a_part_is_as_large_as_caches_are(monkeypatch: pytest.MonkeyPatch, parts: list[int]) -> None:
-    monkeypatch.setattr(
-        trady.interception.deferred_segment, "_CHUNK_BYTES", {"cpu": 2 * 7 * 64 * 8, "meta": 2 * 7 * 64 * 8}
-    )
+    monkeypatch.setattr(trady.interception.deferred_segment, "_CHUNK_BYTES", 2 * 7 * 64 * 8)
     model, _ = recomputed_model("BERT")
     tuner = anew(model, {"input_ids": tokens(5, 7)})
     assert worst(model, tuner, loss_of({"input_ids": tokens(5, 7, seed=2)})) < 1e-10
     assert max(parts) == 3  # 2 + 2 + 1 samples
     tuner.finish()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_simulated_step_cuts_the_batch_as_the_device_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trady.interception.deferred_segment, "_CHUNK_BYTES", 4 << 20)
+    fakes = [torch.empty(64, 1 << 20, device="meta")]
+    real, simulated = (SimpleNamespace(device=torch.device(device), fakes=fakes, batch=64) for device in (kind, "meta"))
+    at_once = trady.interception.deferred_segment._samples_at_once
+    token = simulated_device_type.set(kind)
+    try:
+        assert at_once(cast(Any, simulated)) == at_once(cast(Any, real)) == {"cpu": 1, "cuda": 16}[kind]
+    finally:
+        simulated_device_type.reset(token)

@@ -18,6 +18,7 @@ from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import kind_of, recognize
 from trady.interception.program import Entry, Program, Slot
+from trady.ops.context import real_type
 from trady.ops.operators import Linear
 from trady.ops.recompute import Chunk, Recipe, recomputed
 from trady.ops.selected import SelectedChannels
@@ -33,9 +34,7 @@ class Compute(Protocol):
 
 
 #: The largest tensor of a chunk takes about as many bytes: small enough for caches, large enough for matrix products.
-_CHUNK_BYTES = {"cpu": 4 << 20, "meta": 4 << 20}
-
-_CHUNK_BYTES_ELSEWHERE = 64 << 20
+_CHUNK_BYTES, _CHUNK_BYTES_ELSEWHERE = 4 << 20, 64 << 20
 
 
 class DeferredSegment:
@@ -149,9 +148,9 @@ class DeferredSegment:
 
 
 def _samples_at_once(program: Program) -> int:
-    device = program.device.type if program.device is not None else "cpu"
+    on_cpu = program.device is None or real_type(program.device) == "cpu"
     largest = max((t.numel() * t.element_size() for t in program.fakes), default=1)
-    chunks = -(-largest // _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE))
+    chunks = -(-largest // (_CHUNK_BYTES if on_cpu else _CHUNK_BYTES_ELSEWHERE))
     return -(-program.batch // max(1, min(chunks, program.batch)))
 
 

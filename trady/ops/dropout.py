@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trady.ops.bits import Clamp, pack_mask, select
-from trady.ops.context import label_saved
+from trady.ops.context import device_type, label_saved
 from trady.ops.layout import memory_format
 from trady.ops.once import once_differentiable
 
@@ -30,7 +30,7 @@ def dropout(x: Tensor, probability: float) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        if x.device.type == "cpu":
+        if device_type(x) == "cpu":
             y = torch.empty_like(x).bernoulli_(1 - probability)
             kept = y != 0
             y.div_(1 - probability).mul_(x)
