@@ -41,6 +41,7 @@ def gradient_errors(
     dense, sparse = workload.make(models), workload.make(models)
     train_with_fixed_statistics(dense.model.requires_grad_(True))
     device = next(dense.model.parameters()).device.type
+    torch.manual_seed(seed)  # layers that are dropped at random are the same ones in both
     with torch.autocast(device, autocast, enabled=autocast is not None):
         loss = dense.run()
     loss.backward()
@@ -48,6 +49,7 @@ def gradient_errors(
         tuner = workload.arm(sparse, seed, recompute=recompute)
     try:
         sparse.model.train()
+        torch.manual_seed(seed)
         with torch.autocast(device, autocast, enabled=autocast is not None):
             loss = sparse.run()
         loss.backward()

@@ -55,9 +55,30 @@ class TunedStep(Step):
 
     Attributes:
         tuner: The tuner of the armed model.
+        task: Its task.
+        optimizer: What steps.
     """
 
     tuner: trady.Tuner = field(kw_only=True)
+    task: Task = field(kw_only=True)
+    optimizer: torch.optim.Optimizer = field(kw_only=True)
+
+    def captured(self) -> Callable[[], None]:
+        """The same step with its forward and backward pass replayed (``Tuner.capture``)."""
+
+        def passes() -> Tensor:
+            loss = self.task.run()
+            loss.backward()
+            return loss
+
+        replayed = self.tuner.capture(passes)
+
+        def run() -> None:
+            replayed()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return run
 
 
 def plain_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -168,10 +189,11 @@ def trady_step(
     """TraDy, armed as the workload says: the drawn channels and the head train."""
     tuner = workload.arm(task, seed, ranking, policy, recompute)
     task.model.train()
-    run = _update(task, tuner.attach(optimizer(tuner.parameters())))
-    ledger = partial(tuner.ledger, run, inference=False)
+    attached = tuner.attach(optimizer(tuner.parameters()))
+    run = _update(task, attached)
+    ledger, trainable = partial(tuner.ledger, run, inference=False), _elements(tuner.parameters())
     try:
-        yield TunedStep(run, ledger, _elements(tuner.parameters()), tuner=tuner)
+        yield TunedStep(run, ledger, trainable, tuner=tuner, task=task, optimizer=attached)
     finally:
         tuner.finish()
 

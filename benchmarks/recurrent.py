@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.methods import full_fine_tuning, trady_step
+from benchmarks.methods import Method, full_fine_tuning, trady_step
 from benchmarks.options import add_json, console_for, main, write_json
 from benchmarks.shares import ShareOfEveryLayer
 from benchmarks.speed import add_timing, in_turns, ratio, timing
@@ -82,11 +82,9 @@ def workload(cell: str, steps: int, features: int) -> Workload:
 
 def measure(one: Workload, rounds: int, clock: Callable[[], float]) -> Found:
     """Time the two in turns, and account for a step of each."""
+    methods: dict[str, Method] = {"full": full_fine_tuning, "trady": trady_step}
     with ExitStack() as stack:
-        both = {
-            name: stack.enter_context(method(one, one.make(Path())))
-            for name, method in {"full": full_fine_tuning, "trady": trady_step}.items()
-        }
+        both = {name: stack.enter_context(method(one, one.make(Path()))) for name, method in methods.items()}
         seconds = in_turns({name: step.run for name, step in both.items()}, rounds, clock)
         peaks = {name: step.ledger().peak_bytes for name, step in both.items()}
     return Found(ratio(seconds, "trady", "full"), median(seconds["trady"]), peaks["trady"], peaks["full"])

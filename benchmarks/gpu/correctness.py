@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import TensorDataset
 
 import trady
@@ -15,6 +20,8 @@ from benchmarks.gpu.where import Figures, Where, forget, in_dtype
 from benchmarks.gradients import gradient_errors
 from benchmarks.tasks import seeded
 from benchmarks.vision import CLASSES
+from trady.model.batch import Batch
+from trady.tuner.capture import CapturedStep
 
 #: Dtype of weights, of autocast, and what is recomputed.
 VARIANTS: dict[str, tuple[str | None, str | None, str]] = {
@@ -49,6 +56,63 @@ def gradients(item: str, where: Where, write: Callable[[Figures], None]) -> None
             found[variant] = {"error": f"{type(error).__name__}: {error}"[:500]}
         forget(where.device)
         write(found)
+
+
+def replays(item: str, where: Where, write: Callable[[Figures], None]) -> None:
+    """Train twice on the same batches, with passes that run and with passes that are replayed; compare the weights.
+
+    Eight steps of AdamW on batches that differ, over two draws; ``difference`` is ‖a - b‖ / ‖a - start‖ over all
+    weights, ``again`` the same of two trainings with passes that run: kernels with atomic sums differ by themselves.
+    """
+    ends = [_short_training(item, where, capture=capture) for capture in (False, True, False)]
+    start = where.workload(item).make(where.models).model.state_dict()
+    moved = _distance(ends[0][0], start)
+    write(
+        {
+            "difference": _distance(ends[0][0], ends[1][0]) / moved,
+            "again": _distance(ends[0][0], ends[2][0]) / moved,
+            "uncaptured_because": ends[1][1],
+            "losses": [end[2] for end in ends],
+        }
+    )
+
+
+def _short_training(item: str, where: Where, *, capture: bool) -> tuple[dict[str, Tensor], str | None, list[float]]:
+    torch.manual_seed(0)
+    task = where.workload(item).make(where.models)
+    tuner = where.workload(item).arm(task)
+    task.model.train()
+    optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=1e-4))
+    generator = torch.Generator(where.device).manual_seed(0)
+
+    def passes(batch: Any) -> Tensor:
+        loss = replace(task, batch=batch).run()
+        loss.backward()
+        return loss
+
+    step, losses = (tuner.capture(passes) if capture else passes), []
+    reason = None
+    for epoch in (1, 2):
+        tuner.resample(epoch)
+        for _ in range(8):
+            order = torch.randperm(Batch.of(task.batch).samples, generator=generator, device=where.device)
+            losses.append(float(step(_rolled(task.batch, int(order[0]))).detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+        reason = step.reason if isinstance(step, CapturedStep) else None
+    tuner.finish()
+    return {name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()}, reason, losses
+
+
+def _rolled(batch: Any, by: int) -> Any:
+    """Other inputs under the same labels; a tensor that is there twice stays one."""
+    rolled = cache(lambda tensor: tensor.roll(by + 1, -1).contiguous())
+    return tree_map_only(Tensor, rolled, batch)
+
+
+def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    pairs = [(a[name].double(), b[name].double()) for name in a if a[name].is_floating_point()]
+    return float(torch.stack([(x - y).norm() for x, y in pairs]).norm())
 
 
 def training(item: str, where: Where, write: Callable[[Figures], None]) -> None:

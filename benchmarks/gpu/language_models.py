@@ -12,6 +12,7 @@ from torch import nn
 
 import trady
 from benchmarks import text
+from benchmarks.gpu.times import replayed
 from benchmarks.gpu.where import Figures, Where, adamw, allocator_peak, forget, timed
 from benchmarks.methods import Step, TunedStep, checkpointing, full_fine_tuning, lora, trady_step
 from benchmarks.skipped import SkippedError
@@ -102,10 +103,15 @@ def _figures(method: str, shape: Shape, where: Where) -> Figures:
         peak = allocator_peak(step.run, where.device)
         if peak is None:
             peak = step.ledger().peak_bytes
-        times = timed({"": step.run}, 2 if where.small else 5, where.device)[""]
+        rounds = 2 if where.small else 5
+        times = timed({"": step.run}, rounds, where.device)[""]
         predicted = step.tuner.plan.predicted_peak_bytes if isinstance(step, TunedStep) else None
+        captured = replayed(step, where.device) if isinstance(step, TunedStep) and where.on_cuda else {}
+        if captured:
+            captured["reserved"] = torch.cuda.memory_reserved(where.device)
     speed = shape.sequences * shape.tokens / times["step"]
     return {
+        "captured": captured,
         "peak": peak,
         "predicted": predicted,
         **times,
@@ -174,7 +180,8 @@ def largest(peak_of: Callable[[int], float], limit: int, where: Where) -> int:
     good = max((n for n, peak in known.items() if peak <= limit), default=0)
     bad = min((n for n, peak in known.items() if peak > limit), default=4097)
     while bad - good > 1 and where.seconds_left > 0:
-        low, high = sorted(n for n, peak in known.items() if peak < float("inf"))[-2:] if good else (0, 0)
+        finite = sorted(n for n, peak in known.items() if peak < float("inf"))
+        low, high = finite[-2:] if len(finite) > 1 else (0, 0)
         slope = (known[high] - known[low]) / (high - low) if high > low else 0
         guess = int(low + (limit - known[low]) / slope) if slope > 0 else (good + bad) // 2
         if guess in (good, bad) and bad - good > 2:

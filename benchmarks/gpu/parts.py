@@ -46,6 +46,13 @@ PARTS: dict[str, Part] = {
         0.22,
         8,
     ),
+    "replays": Part(
+        "a training with passes that are replayed from a CUDA graph against one with passes that run",
+        tuple(name for name in WORKLOADS if name != "effnet"),
+        correctness.replays,
+        0.08,
+        8,
+    ),
     "times": Part(
         "time and host time of a step in bf16, host synchronisations, and with the step captured as a graph",
         tuple(name for name in WORKLOADS if name != "effnet"),

@@ -54,15 +54,19 @@ def _steps(figures: Mapping[str, Any]) -> Rows:
     for method, times in figures.items():
         if not isinstance(times, Mapping) or "step" not in times:
             continue
-        replay = times.get("captured", {})
         yield (
             method,
             f"{1e3 * times['step']:.1f}",
             f"{1e3 * times['host']:.1f}",
             f"{times['step'] / full:.2f}" if full else "",
             str(sum(times.get("synchronisations", {}).values())),
-            f"{1e3 * replay['step']:.1f}" if "step" in replay else replay.get("error", "")[:60],
+            _captured(times),
         )
+
+
+def _captured(figures: Mapping[str, Any]) -> str:
+    replay = figures.get("captured", {})
+    return f"{1e3 * replay['step']:.1f}" if "step" in replay else str(replay.get("error", ""))[:60]
 
 
 def _language(figures: Mapping[str, Any]) -> Rows:
@@ -75,6 +79,7 @@ def _language(figures: Mapping[str, Any]) -> Rows:
                 f"{found['tokens_a_second']:.0f}",
                 f"{1e3 * found['step']:.0f}",
                 f"{1e3 * found['host']:.0f}",
+                _captured(found),
             )
         elif isinstance(found, Mapping):
             yield method, (found.get("left_out") or found.get("error", ""))[:80]
@@ -83,6 +88,12 @@ def _language(figures: Mapping[str, Any]) -> Rows:
 def _limits(figures: Mapping[str, Any]) -> Rows:
     if "batch" in figures:
         yield "", str(figures["batch"]), str(figures.get("length", ""))
+
+
+def _replays(figures: Mapping[str, Any]) -> Rows:
+    if "difference" in figures:
+        why = figures["uncaptured_because"] or "replayed"
+        yield why[:60], f"{figures['difference']:.1e}", f"{figures['again']:.1e}"
 
 
 def _training(figures: Mapping[str, Any]) -> Rows:
@@ -97,8 +108,12 @@ _TABLES: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Rows]]] 
         ("workload", "recompute", "budget, MiB", "predicted", "ledger", "allocator", "allocator over budget"),
         _peaks,
     ),
+    "replays": (("workload", "how passes ran", "difference", "of two that ran"), _replays),
     "times": (("workload", "method", "step, ms", "host, ms", "÷ full", "synchronisations", "captured, ms"), _steps),
-    "language": (("model", "method", "peak, GiB", "predicted", "tokens/s", "step, ms", "host, ms"), _language),
+    "language": (
+        ("model", "method", "peak, GiB", "predicted", "tokens/s", "step, ms", "host, ms", "captured, ms"),
+        _language,
+    ),
     "limits": (("limit and method", "", "largest batch", "longest sequence"), _limits),
     "training": (("where and seed", "figure", "by epoch"), _training),
 }

@@ -6,48 +6,61 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.where import Figures, Where, forget, timed, wait
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Step, TunedStep
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
+from trady.tuner.capture import WARM_UP
 
 #: What is timed side by side.
 TIMED = ("full", "checkpoint", "head", "lora", "lora-checkpoint", "trady", "trady-keep")
-
-#: Steps that are captured as a CUDA graph as well.
-CAPTURED = ("full", "trady-keep", "trady")
 
 ROUNDS = 15
 
 
 def steps(item: str, where: Where, write: Callable[[Figures], None]) -> None:
-    """Time the methods in turns, in bf16; then count host synchronisations, then capture whole steps."""
+    """Time the methods in turns, in bf16; then count host synchronisations, then replay captured passes.
+
+    Full fine-tuning is captured as a whole, in plain PyTorch; of TraDy's steps the forward and backward pass is
+    (``Tuner.capture``), the optimizer runs behind.
+    """
     workload, found = where.workload(item, torch.bfloat16), Figures()
     with ExitStack() as stack:
-        runs: dict[str, Callable[[], None]] = {}
+        made: dict[str, Step] = {}
         for name in TIMED:
             try:
-                task = workload.make(where.models)
-                runs[name] = stack.enter_context(METHODS[name](workload, task)).run
+                made[name] = stack.enter_context(METHODS[name](workload, workload.make(where.models)))
             except (SkippedError, MissingPackageError) as reason:
                 found[name] = {"left_out": str(reason)}
-        found |= timed(runs, 3 if where.small else ROUNDS, where.device)
+        found |= timed({name: step.run for name, step in made.items()}, 3 if where.small else ROUNDS, where.device)
         write(found)
-        if not where.on_cuda:
-            return
-        for name, run in runs.items():
-            found[name]["synchronisations"] = synchronisations(run)
-        write(found)
-        for name in CAPTURED:
-            if name in runs and where.seconds_left > 0:
-                found[name]["captured"] = captured(runs[name], where.device)
+        for name, step in made.items():
+            if where.on_cuda:
+                found[name]["synchronisations"] = synchronisations(step.run)
+            if isinstance(step, TunedStep) and where.seconds_left > 0:
+                found[name]["captured"] = replayed(step, where.device)
                 write(found)
+        if where.on_cuda and where.seconds_left > 0:
+            found["full"]["captured"] = captured(made["full"].run, where.device)
+            write(found)
     forget(where.device)
+
+
+def replayed(step: TunedStep, device: torch.device) -> Figures:
+    """Time a step whose passes are replayed, or say why they are not."""
+    run = step.captured()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(WARM_UP + 1):
+            run()
+    if caught:
+        return {"error": str(caught[-1].message)[:400]}
+    return timed({"replay": run}, ROUNDS, device)["replay"]
 
 
 def synchronisations(run: Callable[[], None]) -> dict[str, int]:
@@ -83,8 +96,6 @@ def captured(run: Callable[[], None], device: torch.device) -> Figures:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[-6:]
         where = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames]
-        try:
+        with suppress(RuntimeError):  # a failed capture can leave the device unusable; this process ends here
             wait(device)
-        except RuntimeError:  # a failed capture can leave the device unusable; this process ends here
-            pass
         return {"error": f"{type(error).__name__}: {error}"[:400], "frames": where}

@@ -156,7 +156,7 @@ class _Recomputed(torch.autograd.Function):
         inputs: list[Tensor] = list(tensors[:count])
         held_outputs: Sequence[Tensor | None] = tensors[count : count + output_count]
         ctx.set_materialize_grads(False)
-        ctx.surroundings = _Surroundings(inputs)
+        ctx.surroundings = _Surroundings(inputs, recipe.draws)
         outputs, ctx.divisor = _averaged(recipe, _forward(recipe, inputs, held_outputs))
         ctx.mark_dirty(*(t for t in held_outputs if t is not None))
         ctx.surroundings.seal(recipe.draws)
@@ -287,7 +287,7 @@ def _kept(tensor: Tensor) -> Tensor:
 class _Surroundings:
     """What a computation depends on besides its inputs: random numbers, autocast, function modes."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, inputs: list[Tensor], draws: bool) -> None:
         self._simulated = any(t.is_meta for t in inputs)
         self._cuda = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
         kinds = ["cpu", "cuda"] if self._cuda else ["cpu"]
@@ -297,14 +297,22 @@ class _Surroundings:
         ]
         self._simulated_autocast = simulated_autocast_dtype.get()
         self._modes = _get_current_function_mode_stack()
-        self._before: list[Tensor] | None = self._state()
+        self._before: list[Tensor] | None = None
+        if not (self._cuda and torch.cuda.is_current_stream_capturing()):
+            self._before = self._state()
+        elif draws:
+            raise RuntimeError(
+                "a segment that is recomputed draws random numbers, and a CUDA graph cannot draw the same ones twice: "
+                'prepare with recompute="none", or train without dropout'
+            )
 
     def _state(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self._cuda)]
 
     def seal(self, draws: bool) -> None:
         """Forget the state of the generators if no random number was drawn; on fake tensors ``draws`` says so."""
-        assert self._before is not None
+        if self._before is None:
+            return
         same = all(torch.equal(a, b) for a, b in zip(self._before, self._state(), strict=True))
         if same and not (self._simulated and draws):
             self._before = None

@@ -17,6 +17,13 @@ from trady.tuner.optimizer_state import rearranged
 from trady.tuner.snapshot import WeightSnapshot
 
 
+def processes() -> int:
+    """How many processes train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
 class Arrivals:
     """Takes the gradient of a layer's channels when it has arrived.
 
@@ -43,9 +50,9 @@ class Arrivals:
             return
         if self._snapshot is not None:
             self._snapshot.trained()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if (count := processes()) > 1:
             torch.distributed.all_reduce(gradient)
-            gradient.div_(torch.distributed.get_world_size())
+            gradient.div_(count)
         if self._learns():
             rows = gradient.detach().flatten(1)
             wide = torch.promote_types(rows.dtype, torch.float32)

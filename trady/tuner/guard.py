@@ -31,7 +31,7 @@ from trady.planning.peaks import Case
 from trady.planning.spending import Moment
 from trady.report.units import format_bytes
 from trady.tuner.draws import Draws
-from trady.tuner.gradients import keep_gradient
+from trady.tuner.gradients import keep_gradient, processes
 
 
 class _Pass:
@@ -199,7 +199,7 @@ class Guard:
         if decision.over_budget == "warn":
             self._warn(remedy, f"{takes}. {remedy}")
             return
-        if decision.over_budget == "refuse" or len(batches) > 1 or (_processes() > 1 and not self._planned(conditions)):
+        if decision.over_budget == "refuse" or len(batches) > 1 or (processes() > 1 and not self._planned(conditions)):
             raise StepTooLargeError(f"{takes}. {remedy}")
         allowing = decision.allowing(found)
         before = self._draws.selection
@@ -261,9 +261,3 @@ class Guard:
 def _device_type(batch: Batch, model: nn.Module) -> str:
     device = batch.device_in(model)
     return "cpu" if device is None else device.type
-
-
-def _processes() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1

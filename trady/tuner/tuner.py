@@ -30,6 +30,7 @@ from trady.quantized.dequantize import dequantize as in_floating_point
 from trady.ranking.ranking import LayerRanking
 from trady.simulation.optimizer_probe import optimizer_memory
 from trady.tuner.adoption import Optimizers, innermost
+from trady.tuner.capture import CapturedStep, Surroundings
 from trady.tuner.checkpoint import load_state, save_state
 from trady.tuner.delta import changed_tensors
 from trady.tuner.draws import Draws
@@ -110,7 +111,7 @@ class Tuner:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of :meth:`named_parameters`."""
-        return (parameter for _, parameter in self.named_parameters())
+        return (each for _, each in self.named_parameters())
 
     @property
     def _decision(self) -> Decision:
@@ -214,16 +215,7 @@ class Tuner:
     def sweeper(self, loss: Callable[[Any, Any], Tensor] | None = None) -> Sweeper:
         """Return what sees the gradient of every channel, in as many sweeps as the budget asks for.
 
-        It changes nothing and is good for as long as the optimizer keeps as much state as now.
-
-        Args:
-            loss: ``loss(outputs, targets)``, the mean over the samples; ``None`` takes the model's own
-                ``output.loss``.
-
-        Raises:
-            StateError: The tuner is finished.
-            BudgetError: Not one channel fits in what the optimizer's state leaves.
-
+        It changes nothing, until the optimizer keeps more state. ``loss`` and errors are those of :meth:`observe`.
         """
         self._check_alive("sweep")
         return self._sweeper(loss, None)
@@ -331,6 +323,16 @@ class Tuner:
             early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
             untouched=self.untouched,
         )
+
+    def capture(self, step: Callable[..., Any]) -> CapturedStep:
+        """Return ``step``, a forward and backward pass on a batch that it takes, as one that is replayed.
+
+        It is recorded as a CUDA graph once a draw, or runs as it is, and a warning says why (docs/capture.md).
+        """
+        self._check_alive("capture a step")
+        head = tuple(self._examined.head_parameters.values())
+        about = Surroundings(self._armed, self._draws, self._attached, self._observed, self._snapshot, head)
+        return CapturedStep(step, about)
 
     def untouched(self) -> AbstractContextManager[None]:
         """Context in which the model runs as its author wrote it, through PyTorch alone."""
