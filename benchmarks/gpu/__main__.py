@@ -105,6 +105,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
     parser.add_argument("--out", default="gpu-figures", metavar="DIR", help="folder of gpu.json (default: gpu-figures)")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help=_parts())
+    parser.add_argument(
+        "--item", nargs="+", metavar="NAME", help="only these workloads, models or limits (default: all)"
+    )
     parser.add_argument("--small", action="store_true", help="small networks, to try the code")
     add_device(parser)
     parser.set_defaults(device="cuda")
@@ -123,11 +126,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         asked = Asked(options.device, options.small, out, Path(scratch))
-        measure(options.part, time.time() + 60 * options.minutes, asked, device)
+        measure(options.part, options.item, time.time() + 60 * options.minutes, asked, device)
     return 0
 
 
-def measure(names: Sequence[str], end: float, asked: Asked, device: torch.device) -> Figures:
+def measure(
+    names: Sequence[str], only: Sequence[str] | None, end: float, asked: Asked, device: torch.device
+) -> Figures:
     """Run parts one after the other, each within its share of the time that is left; return all figures."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     figures: dict[str, Any] = {"machine": machine() | {"gpu": _gpu(device)}, "parts": {}}
@@ -139,7 +144,11 @@ def measure(names: Sequence[str], end: float, asked: Asked, device: torch.device
         items: Figures = {}
         figures["parts"][name] = {"describe": part.describe, "items": items}
         with ThreadPoolExecutor(part.together) as pool:
-            futures = {item: pool.submit(in_own_process, name, item, deadline, asked) for item in part.items}
+            futures = {
+                item: pool.submit(in_own_process, name, item, deadline, asked)
+                for item in part.items
+                if only is None or item in only
+            }
             for item, future in futures.items():
                 items[item] = future.result()
                 figures["parts"][name]["seconds"] = time.time() - began

@@ -124,7 +124,7 @@ def training(item: str, where: Where, write: Callable[[Figures], None]) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # finetune takes a GPU where there is one
     run_on = where.device if device == "device" else torch.device("cpu")
-    size, images = (32, 64) if where.small else (128, 960)
+    size, images = (32, 64) if where.small else (128, 640)
     train, evaluation = (TensorDataset(*patterns(images // part, size, part)) for part in (1, 2))
     model = seeded(lambda: load_backbone("mbv2-w0.35", where.models, CLASSES)).to(run_on)
     result = trady.finetune(
@@ -132,7 +132,7 @@ def training(item: str, where: Where, write: Callable[[Figures], None]) -> None:
         train,
         evaluation,
         budget="elements:27946",
-        epochs=1 if where.small else 4,
+        epochs=1 if where.small else 3,
         out=None,
         seed=int(seed),
         progress=False,

@@ -18,6 +18,9 @@ from trady.planning.scopes import PEAK
 #: Budgets between these factors of the least possible one, at which only the head trains, if there is one.
 BUDGETS, LOWEST, HIGHEST = 10, 1.02, 3.0
 
+#: From this budget on, weights and images are in bf16.
+IN_BF16 = 7
+
 
 def peaks(item: str, where: Where, write: Callable[[Figures], None]) -> None:
     """Run a step under ``peak:`` budgets; report what was predicted and what it took by both counts.
@@ -25,7 +28,8 @@ def peaks(item: str, where: Where, write: Callable[[Figures], None]) -> None:
     ``allocator`` has weights and batch in it, like the two others, and besides the workspaces of cuBLAS and cuDNN
     and the allocator's rounding to 512 bytes. ``before`` is what it had given out when the step began.
     """
-    workload, chance = where.workload(item), random.Random(0)
+    workload, in_bf16 = where.workload(item), where.workload(item, torch.bfloat16)
+    chance = random.Random(0)
     lowest = least(workload.make(where.models), PEAK, "sgd")
     found: Figures = {"least_bytes": lowest, "steps": []}
     for index in range(BUDGETS):
@@ -35,7 +39,9 @@ def peaks(item: str, where: Where, write: Callable[[Figures], None]) -> None:
         for recompute in ("auto", "none")[: 1 + (index == 0)]:
             forget(where.device)
             try:
-                found["steps"].append({"recompute": recompute, **_step(workload, where, budget, recompute)})
+                step = _step(in_bf16 if index >= IN_BF16 else workload, where, budget, recompute)
+                dtype = "bf16" if index >= IN_BF16 else "float32"
+                found["steps"].append({"recompute": recompute, "dtype": dtype, **step})
             except trady.BudgetError:
                 continue  # without recomputation the least is more
             write(found)

@@ -50,7 +50,7 @@ PARTS: dict[str, Part] = {
         "a training with passes that are replayed from a CUDA graph against one with passes that run",
         tuple(name for name in WORKLOADS if name != "effnet"),
         correctness.replays,
-        0.08,
+        0.1,
         8,
     ),
     "times": Part(
@@ -78,7 +78,7 @@ PARTS: dict[str, Part] = {
         "a training that must end where the CPU's does",
         ("device-0", "cpu-0", "device-1", "cpu-1"),
         correctness.training,
-        0.05,
+        0.1,
         4,
     ),
 }

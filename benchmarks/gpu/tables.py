@@ -42,7 +42,7 @@ def _peaks(figures: Mapping[str, Any]) -> Rows:
         sizes = (step[name] / MIB for name in ("budget", "predicted", "ledger"))
         over = "" if allocator is None else f"{100 * (allocator / step['budget'] - 1):+.1f} %"
         yield (
-            step["recompute"],
+            f"{step['dtype']}, {step['recompute']}",
             *(f"{size:.1f}" for size in sizes),
             "" if allocator is None else f"{allocator / MIB:.1f}",
             over,
@@ -105,7 +105,7 @@ def _training(figures: Mapping[str, Any]) -> Rows:
 _TABLES: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Rows]]] = {
     "gradients": (("workload", "computed in", "largest error", "median", "layers"), _gradients),
     "peaks": (
-        ("workload", "recompute", "budget, MiB", "predicted", "ledger", "allocator", "allocator over budget"),
+        ("workload", "dtype, recompute", "budget, MiB", "predicted", "ledger", "allocator", "allocator over budget"),
         _peaks,
     ),
     "replays": (("workload", "how passes ran", "difference", "of two that ran"), _replays),

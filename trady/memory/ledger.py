@@ -33,8 +33,9 @@ class Ledger:
     """The tensor memory of one training step, in bytes.
 
     All figures count storages that PyTorch's operations read and wrote (labels count from when the loss reads
-    them). Workspaces inside a kernel are not included; on CUDA, ``allocator_peak_bytes`` has those too. Papers on
-    memory often state peaks without weights and batch: those are the ``working_…`` figures.
+    them), and on CUDA the workspaces that cuBLAS keeps. What a kernel borrows for a moment is in
+    ``allocator_peak_bytes`` alone. Papers on memory often state peaks without weights and batch: those are the
+    ``working_…`` figures.
 
     Attributes:
         peak_bytes: The most bytes alive at one time in the step, weights and batch included.

@@ -16,6 +16,7 @@ from trady.memory.inference import inference_peak
 from trady.memory.live import LiveBytes, Storage
 from trady.memory.modules import ModuleStack
 from trady.memory.saved import OperationNames, saved_tensors
+from trady.memory.workspaces import workspace_bytes
 from trady.model.parameters import own_parameters
 
 #: What a peak is made of, in the order of reports.
@@ -28,6 +29,7 @@ PARTS = (
     "compact gradients",
     "optimizer state",
     "temporaries",
+    "workspaces",
 )
 
 Saver = tuple[nn.Module | None, str, str, str]
@@ -108,7 +110,7 @@ class Recorder:
             self.remarks.append("no inference peak: the step did not call the model itself")
             return None
         try:
-            return inference_peak(model, call, device=self._device, untouched=untouched)
+            return inference_peak(model, call, device=self._device, untouched=untouched) + self.workspace_bytes
         except Exception as problem:
             self.remarks.append(f"no inference peak: the model raised {type(problem).__name__}: {problem}")
             return None
@@ -121,7 +123,14 @@ class Recorder:
             if storage.alive_at(moment):
                 part = storage.category or ("saved activations" if storage.saved else "temporaries")
                 parts[part] = parts.get(part, 0) + storage.nbytes
-        return highest, parts
+        if workspaces := self.workspace_bytes:
+            parts["workspaces"] = workspaces
+        return highest + workspaces, parts
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What libraries keep beside tensors, on the device of the step (:mod:`trady.memory.workspaces`)."""
+        return 0 if self._device is None else workspace_bytes(torch.device(self._device))
 
     def highest(self, *categories: str) -> int:
         """The most bytes that storages of these categories took at one time."""

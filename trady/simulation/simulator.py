@@ -20,6 +20,7 @@ from trady.channels.selection import Selection
 from trady.errors import ModelError
 from trady.interception.armed import Armed
 from trady.memory.live import LiveBytes, Storage
+from trady.memory.workspaces import workspace_bytes
 from trady.model.batch import Batch
 from trady.model.eager import uncompiled
 from trady.model.structure import tensors_in
@@ -101,6 +102,7 @@ class Simulator:
         self._model, self._copy = model, meta_copy(model)
         self._full_over_chunk = 1 + waiting_bytes / max(batch.nbytes, 1)
         self._device = batch.device_in(model) or torch.device("meta")
+        self._workspaces = torch.empty(workspace_bytes(self._device), dtype=torch.uint8, device="meta")
         self._analysis = analysis.of_copy(model, self._copy)
 
     def inference_bytes(self) -> tuple[int, int]:
@@ -111,7 +113,7 @@ class Simulator:
 
         """
         live, batch = LiveBytes(), self._packed[0].unpack()
-        resident = [*self._copy.parameters(), *self._copy.buffers(), *batch.tensors]
+        resident = [*self._copy.parameters(), *self._copy.buffers(), *batch.tensors, self._workspaces]
         args, kwargs = batch.arguments
         with untouched(self._model, self._copy, watches=False) as writes, uncompiled(self._copy):
             switch_mode(self._copy, False)
@@ -172,6 +174,7 @@ class Simulator:
         live.register([*self._copy.parameters(), *self._copy.buffers()], "weights")
         batches = [packed.unpack() for packed in self._packed]
         live.register([*(tensor for batch in batches for tensor in batch.tensors), self._waiting], "inputs")
+        live.register([self._workspaces], "workspaces")
         compact = [armed.layers[layer.name].compact for layer in self._analysis.table if layer.name in selection]
         head = tuple(self._analysis.head_parameters.values())
         live.register([*compact, *armed.indices], "compact parameters")
