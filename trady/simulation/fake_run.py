@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -182,25 +183,62 @@ def _attention(
 ) -> Tensor:
     """Attend as the real device would: its fused kernel keeps no attention matrix, the plain formula does."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if device.type == "cpu":
-        with _disable_current_modes(), torch.no_grad():
-            real = [None if t is None else _thin(t) for t in (query, key, value, attn_mask)]
-            choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, **options)  # type: ignore[call-arg, arg-type]
-        if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernel's own copy
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out: Tensor
-            out, logsumexp, *_ = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-            if out.grad_fn is not None and query.dtype == torch.float64 != logsumexp.dtype:
-                # In PyTorch 2.11 the fake kernel saves half the bytes that the real one saves for the backward pass.
-                saved: Any = out.grad_fn.metadata
-                saved["trady"] = torch.empty_like(logsumexp)
-            return out
+    if device.type not in ("cpu", "cuda"):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    choice = _fused_choice(device, (query, key, value, attn_mask), dropout_p, is_causal, options)
+    if choice != SDPBackend.MATH and attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernel's own copy
+    if device.type == "cpu" and choice == SDPBackend.FLASH_ATTENTION:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor
+        out, logsumexp, *_ = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+        if out.grad_fn is not None and query.dtype == torch.float64 != logsumexp.dtype:
+            # In PyTorch 2.11 the fake kernel saves half the bytes that the real one saves for the backward pass.
+            saved: Any = out.grad_fn.metadata
+            saved["trady"] = torch.empty_like(logsumexp)
+        return out
+    if device.type == "cuda" and (found := _on_cuda(choice, query, key, value, attn_mask, dropout_p, is_causal, scale)):
+        return found[0]
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
-def _thin(tensor: Tensor) -> Tensor:
+def _fused_choice(
+    device: torch.device, tensors: tuple[Tensor | None, ...], dropout_p: float, is_causal: bool, options: dict[str, Any]
+) -> SDPBackend:
+    """The kernel that PyTorch takes for tensors of these shapes on a device."""
+    with _disable_current_modes(), torch.no_grad():
+        real = [None if t is None else _thin(t, device) for t in tensors]
+        choice: int = torch._fused_sdp_choice(*real, dropout_p, is_causal, **options)  # type: ignore[call-arg, arg-type]
+    return SDPBackend(choice)
+
+
+def _on_cuda(
+    choice: SDPBackend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, ...] | None:
+    """Attend by one of CUDA's fused kernels; ``None`` where it is the plain formula."""
+    aten = torch.ops.aten
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if choice == SDPBackend.FLASH_ATTENTION and query.shape[-1] % 8 == 0:
+        return tuple(aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale))
+    if choice not in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        return None
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    if choice == SDPBackend.EFFICIENT_ATTENTION:
+        fused = aten._scaled_dot_product_efficient_attention
+        return tuple(fused(query, key, value, attn_mask, trains, dropout_p, is_causal, scale=scale))
+    fused = aten._scaled_dot_product_cudnn_attention
+    return tuple(fused(query, key, value, attn_mask, trains, dropout_p, is_causal, scale=scale))
+
+
+def _thin(tensor: Tensor, device: torch.device) -> Tensor:
     """A real tensor of this shape that takes the memory of its last dimension only."""
     size = tensor.shape[-1] if tensor.dim() else 1
-    return torch.zeros(size, dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+    return torch.zeros(size, dtype=tensor.dtype, device=device).expand(tensor.shape)
