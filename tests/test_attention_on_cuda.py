@@ -18,6 +18,7 @@ def attend(
     monkeypatch: pytest.MonkeyPatch, choice: SDPBackend, dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     monkeypatch.setattr(fake_run, "_fused_choice", lambda *_: choice)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:

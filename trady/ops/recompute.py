@@ -298,7 +298,7 @@ class _Surroundings:
         self._simulated_autocast = simulated_autocast_dtype.get()
         self._modes = _get_current_function_mode_stack()
         self._before: list[Tensor] | None = None
-        if not (self._cuda and torch.cuda.is_current_stream_capturing()):
+        if not (self._cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self._before = self._state()
         elif draws:
             raise RuntimeError(

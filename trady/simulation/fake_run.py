@@ -183,7 +183,7 @@ def _attention(
 ) -> Tensor:
     """Attend as the real device would: its fused kernel keeps no attention matrix, the plain formula does."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     choice = _fused_choice(device, (query, key, value, attn_mask), dropout_p, is_causal, options)
     if choice != SDPBackend.MATH and attn_mask is not None and attn_mask.dtype == torch.bool:
