@@ -64,7 +64,11 @@ class TunedStep(Step):
     optimizer: torch.optim.Optimizer = field(kw_only=True)
 
     def captured(self) -> Callable[[], None]:
-        """The same step with its forward and backward pass replayed (``Tuner.capture``)."""
+        """The same step with its forward and backward pass replayed (``Tuner.capture``), in epoch 1.
+
+        While a ranking is being learnt, in epoch 0, passes tell the host norms and cannot be replayed.
+        """
+        self.tuner.resample(1)
 
         def passes() -> Tensor:
             loss = self.task.run()

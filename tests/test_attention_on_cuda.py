@@ -25,12 +25,12 @@ def attend(
         kept.append(tensor.numel())
         return tensor
 
-    inputs = [
+    query, key, value = inputs = [
         torch.empty(SAMPLES, HEADS, length, WIDTH, dtype=dtype, device="meta", requires_grad=True)
         for length in (QUERIES, KEYS, KEYS)
     ]
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = fake_run._attention(torch.device("cuda"), *inputs, attn_mask=mask)
+        out = fake_run._attention(torch.device("cuda"), query, key, value, mask)
         gradients = torch.autograd.grad(out.sum(), inputs)
     return out, list(gradients), kept
 

@@ -179,13 +179,16 @@ def largest(peak_of: Callable[[int], float], limit: int, where: Where) -> int:
     known = {n: peak_of(n) for n in (1, 4)}
     good = max((n for n, peak in known.items() if peak <= limit), default=0)
     bad = min((n for n, peak in known.items() if peak > limit), default=4097)
+    by_slope = True
     while bad - good > 1 and where.seconds_left > 0:
         finite = sorted(n for n, peak in known.items() if peak < float("inf"))
         low, high = finite[-2:] if len(finite) > 1 else (0, 0)
         slope = (known[high] - known[low]) / (high - low) if high > low else 0
-        guess = int(low + (limit - known[low]) / slope) if slope > 0 else (good + bad) // 2
-        if guess in (good, bad) and bad - good > 2:
-            guess += 1 if guess == good else -1
+        guess = (good + bad) // 2
+        if by_slope and slope > 0:  # every other time, since peaks need not be linear
+            guess = int(low + (limit - known[low]) / slope)
+            guess += (guess <= good) - (guess >= bad)
+        by_slope = not by_slope
         guess = min(max(guess, good + 1), bad - 1)
         known[guess] = peak_of(guess)
         good, bad = (guess, bad) if known[guess] <= limit else (good, guess)
