@@ -174,7 +174,8 @@ class Simulator:
         live.register([*self._copy.parameters(), *self._copy.buffers()], "weights")
         batches = [packed.unpack() for packed in self._packed]
         live.register([*(tensor for batch in batches for tensor in batch.tensors), self._waiting], "inputs")
-        live.register([self._workspaces], "workspaces")
+        if self._workspaces.numel():
+            live.register([self._workspaces], "workspaces")
         compact = [armed.layers[layer.name].compact for layer in self._analysis.table if layer.name in selection]
         head = tuple(self._analysis.head_parameters.values())
         live.register([*compact, *armed.indices], "compact parameters")
