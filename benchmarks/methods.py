@@ -57,7 +57,7 @@ class TunedStep(Step):
     tuner: trady.Tuner = field(kw_only=True)
 
 
-def _step(task: Task, optimizer: torch.optim.Optimizer | None = None, note: str = "") -> Step:
+def plain_step(task: Task, optimizer: torch.optim.Optimizer | None = None, note: str = "") -> Step:
     """Return the step of whatever of the task's model requires a gradient."""
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     run = _update(task, optimizer or torch.optim.SGD(trained, lr=RATE))
@@ -81,7 +81,7 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 def full_fine_tuning(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Plain PyTorch in training mode; every parameter trains."""
     task.model.requires_grad_(True).train()
-    yield _step(task)
+    yield plain_step(task)
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def head_only(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     task.model.requires_grad_(False)
     train_with_fixed_statistics(task.model)
     head.requires_grad_(True)
-    yield _step(task)
+    yield plain_step(task)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def bitfit(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     train_with_fixed_statistics(task.model)
     for bias in biases:
         bias.requires_grad_(True)
-    yield _step(task)
+    yield plain_step(task)
 
 
 @contextmanager
@@ -116,14 +116,14 @@ def lora(workload: Workload, task: Task, seed: int = 0, checkpoint: bool = False
     where = f", {checkpoint_blocks(task.model, workload.blocks)}" if checkpoint else ""
     note = add_adapters(task.model, convolutions=workload.kind == "cnn")
     train_with_fixed_statistics(task.model)
-    yield _step(task, note=note + where)
+    yield plain_step(task, note=note + where)
 
 
 @contextmanager
 def checkpointing(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Full fine-tuning that recomputes each block in the backward pass (:mod:`benchmarks.checkpointing`)."""
     task.model.requires_grad_(True).train()
-    yield _step(task, note=checkpoint_blocks(task.model, workload.blocks))
+    yield plain_step(task, note=checkpoint_blocks(task.model, workload.blocks))
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def galore(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Full fine-tuning with moments of projected gradients (:mod:`benchmarks.galore`)."""
     task.model.requires_grad_(True).train()
     optimizer, note = galore_optimizer(task.model, RATE)
-    step = _step(task, optimizer, note)
+    step = plain_step(task, optimizer, note)
     step.run()  # the moments are there from the second step on
     yield step
 
