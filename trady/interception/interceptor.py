@@ -30,6 +30,7 @@ from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
+from trady.interception.places import Place, bind
 from trady.interception.program import Program
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
@@ -38,6 +39,8 @@ from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
+
+_ADD = Tensor.add_
 
 #: Changes the arguments of a call before anything else is done with it.
 PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -77,6 +80,8 @@ class Interceptor(CallMode):
         self._before_forward, self._after_forward = before_forward, after_forward
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
         self._programs: dict[Segment, Program] = {}
+        #: By plan, what was decided of each place; one more behind the last.
+        self._places: dict[int, list[Place | None]] = {}
         self.recompute(segments)
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -185,8 +190,15 @@ class Interceptor(CallMode):
             span=span if span is not None and name else (0, sys.maxsize),
             modules=[name],
             segments=(self._segments.of(self._model.training) or {}) if known else {},
+            places=self._places_of(plan) if known and not name and plan is not None else None,
         )
         self.__enter__()
+
+    def _places_of(self, plan: FusionPlan) -> list[Place | None] | None:
+        """What was decided of the places of a plan; ``None`` where every call must be asked."""
+        if self._prepare_call is not None:
+            return None
+        return self._places.setdefault(id(plan), [None] * (len(plan.steps) + 1))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
@@ -243,6 +255,38 @@ class Interceptor(CallMode):
         finally:
             internal_query.reset(token)
 
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what was decided of this call when it came here before; else read it."""
+        forward = self._forward
+        if forward is not None and forward.places is not None and forward.writing is None:
+            if func is _ADD and args and id(args[0]) in self._counters:
+                return args[0]
+            place = forward.places[forward.cursor]
+            if place is not None and place.function is func and forward.is_at(place):
+                keywords = kwargs or {}
+                if place.fits(args, keywords):
+                    if place.compute is None:
+                        forward.cursor += 1
+                        return func(*args, **keywords)
+                    out = self._as_before(forward, place, args, keywords)
+                    if out is not NotImplemented:
+                        return out
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _as_before(
+        self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute a call as its place says; ``NotImplemented`` where it cannot say that."""
+        if forward.abandoned or place.compute is None:
+            return NotImplemented
+        out = place.compute(args, kwargs)
+        if out is not NotImplemented:
+            forward.cursor += 1
+            forward.at_risk = forward.at_risk or place.commits
+        return out
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a call as the plan wants it, or write it down."""
         token = internal_query.set(True)
@@ -265,7 +309,7 @@ class Interceptor(CallMode):
         place = place_of(forward, func, tensors)
         writing = forward.writing or self._begin(forward, place)
         if writing is None:
-            return self._handlers.compute(func, args, kwargs, action_at(forward, place), commit=forward.commit)
+            return self._compute(forward, place, func, args, kwargs)
         if place is None or place in writing.segment.auxiliary:
             return func(*args, **kwargs)
         writing.skip_to(place)
@@ -274,6 +318,23 @@ class Interceptor(CallMode):
         if place == writing.segment.last:
             forward.writing, self._programs[writing.segment] = None, writing.program
         return out
+
+    def _compute(
+        self, forward: ForwardState, place: int | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute a call, and leave in its place how it is computed."""
+        action = action_at(forward, place)
+        out = self._handlers.compute(func, args, kwargs, action, commit=forward.commit)
+        if place is not None and forward.plan is not None and forward.places is not None:
+            bound = None
+            if place not in forward.plan.decisions:
+                bound = bind(func, args, kwargs, forward.plan, place, self._handlers, self._commit)
+            forward.places[place] = bound
+        return out
+
+    def _commit(self) -> None:
+        if self._forward is not None:
+            self._forward.commit()
 
     def _begin(self, forward: ForwardState, place: int | None) -> DeferredSegment | None:
         """Begin to write down a segment if one begins here."""
