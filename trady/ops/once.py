@@ -12,6 +12,13 @@ from torch import Tensor
 from trady.errors import StateError
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function; outside of the transforms of ``torch.func`` without what they ask of its arguments."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Compute a backward pass without a graph, and refuse to differentiate what it returns.
 
@@ -21,10 +28,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():  # it is with create_graph=True alone
+            return backward(ctx, *gradients)
         with torch.no_grad():
             returned = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():  # it is with create_graph=True alone
-            return returned
         outputs = returned if isinstance(returned, tuple) else (returned,)
         places = [place for place, output in enumerate(outputs) if output is not None]
         refusing = list(outputs)

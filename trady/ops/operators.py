@@ -280,12 +280,14 @@ class Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
-        out_RO = unwritten(x.new_empty((x_RC.shape[0], weight_CO.shape[1])))
+        outputs = weight_CO.shape[1]
+        out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it
+        out_RO = out.view(-1, outputs)
         if bias is None:
             torch.mm(x_RC, weight_CO, out=out_RO)
         else:
             torch.addmm(bias, x_RC, weight_CO, out=out_RO)
-        return out_RO.view(*x.shape[:-1], weight_CO.shape[1])
+        return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""
