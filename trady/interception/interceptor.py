@@ -34,7 +34,7 @@ from trady.interception.places import Place, bind
 from trady.interception.program import Program
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
-from trady.model.hooks import Hook, forward_hooks
+from trady.model.hooks import Hook, Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
@@ -117,7 +117,8 @@ class Interceptor(CallMode):
             enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._newest_hook, self._switched_on = self._newest_hook_now(), self._checkpointing_now()
+        now = Watched.now(self._model)
+        self._newest_hook, self._switched_on = now.newest, now.checkpointing
 
     def disarm(self) -> None:
         """Take the hooks out again."""
@@ -135,24 +136,17 @@ class Interceptor(CallMode):
         finally:
             self._enabled = True
 
-    def _newest_hook_now(self) -> int:
-        """Index of the newest forward hook: they count up."""
-        modules = self._model.modules()
-        return max((index for m in modules for index in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
+    def _knows_watchers(self, plan: FusionPlan) -> bool:
+        """Whether all hooks that were hung in since the model was armed ran in the traced pass too.
 
-    def _knows_hooks(self, plan: FusionPlan) -> bool:
-        """Whether all hooks that were hung in since the model was armed ran in the traced pass too."""
-        if any(m._backward_hooks or m._backward_pre_hooks for m in self._model.modules()):
+        What a checkpoint that was switched on since the trace recomputes must not be overwritten either.
+        """
+        now = Watched.now(self._model)
+        if now.backward or not now.checkpointing <= self._switched_on:
             return False
-        newest = self._newest_hook_now()
-        if newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
-            self._newest_hook = newest
-        return newest <= self._newest_hook
-
-    def _checkpointing_now(self) -> frozenset[int]:
-        """The modules whose own switch says that they run inside of a checkpoint (transformers, timm)."""
-        switches = ("gradient_checkpointing", "grad_checkpointing")
-        return frozenset(id(m) for m in self._model.modules() if any(m.__dict__.get(name) for name in switches))
+        if now.newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
+            self._newest_hook = now.newest
+        return now.newest <= self._newest_hook
 
     def _refuse_compiled(self) -> None:
         if self._enabled:
@@ -164,9 +158,10 @@ class Interceptor(CallMode):
         if not self._enabled or tracing.get() or (self._forward is None and is_written_down()):
             return
         self._recover()
-        if self._forward is not None:
-            self._forward.depth += 1
-            entered(self._forward, self._names.get(id(module), "?"))
+        if (forward := self._forward) is not None:
+            forward.depth += 1
+            if forward.plan is None or forward.plan.decisions:
+                entered(forward, self._names.get(id(module), "?"))
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
             return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
@@ -178,9 +173,7 @@ class Interceptor(CallMode):
         span = plan.spans.get(name) if plan is not None else None
         # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
         # is to see the gradient of its own module.
-        known = plan is not None and span is not None and self._knows_hooks(plan)
-        # What a checkpoint that was switched on since the trace recomputes must not be overwritten.
-        known = known and self._checkpointing_now() <= self._switched_on
+        known = plan is not None and span is not None and self._knows_watchers(plan)
         # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
         if known and plan is not None and not torch.is_grad_enabled():
             known = not name and plan.way == way_of_calling(args, kwargs)
@@ -206,7 +199,8 @@ class Interceptor(CallMode):
             return
         forward.depth -= 1
         if forward.depth:
-            left(forward, self._names.get(id(module), "?"))
+            if forward.plan is None or forward.plan.decisions:
+                left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None
