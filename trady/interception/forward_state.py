@@ -67,10 +67,15 @@ class ForwardState:
 
     def is_at(self, place: Place) -> bool:
         """Whether the pass is where the traced one was at a place: in its module, and in no other checkpoint."""
-        hooks, (before, gradients) = _top_hooks(False), self.section
-        if (0 if hooks is None else id(hooks[0])) != before or (gradients and not torch.is_grad_enabled()):
+        if not self.is_in_section:
             return False
         return place.module is None or (not self.lost and self.modules[-1:] == [place.module])
+
+    @property
+    def is_in_section(self) -> bool:
+        """Whether calls run in the checkpoint that the pass began in, with gradients as then."""
+        hooks, (before, gradients) = _top_hooks(False), self.section
+        return (0 if hooks is None else id(hooks[0])) == before and (torch.is_grad_enabled() or not gradients)
 
     @property
     def abandoned(self) -> bool:

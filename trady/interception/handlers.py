@@ -75,11 +75,12 @@ class Handlers:
         func: Any,
         action: Action | None,
         commit: Callable[[], None],
+        graph_only: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         """Compute a call at a place that is known."""
-        return self.compute(func, args, kwargs, action, commit=commit)
+        return self.compute(func, args, kwargs, action, graph_only=graph_only, commit=commit)
 
     def handling(self, action: Action | None, commit: Callable[[], None], *, graph_only: bool = False) -> Handling:
         """What the computation of a call may ask, and what it tells."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +94,7 @@ class Interceptor(CallMode):
 
     def recompute(self, segments: Segments) -> None:
         """Keep only the inputs of these segments, from the next forward pass on."""
+        self._places.clear()
         self._segments = segments.map(lambda chosen: {segment.first: segment for segment in chosen})
 
     def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str, Tensor], None]) -> None:
@@ -234,8 +234,8 @@ class Interceptor(CallMode):
     def asked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer what the model wants to know of a tensor, maybe of a fake one whose values are still to come."""
         writing = None if self._forward is None else self._forward.writing
-        if writing is not None and args and isinstance(args[0], Tensor) and writing.program.knows(args[0]):
-            device = writing.program.device
+        if writing is not None and args and isinstance(args[0], Tensor) and writing.knows(args[0]):
+            device = writing.device
             if device is not None and device.type == "meta":
                 device = None  # who simulates the step answers
             answer = None if device is None else answer_about_device(func, device)
@@ -254,9 +254,11 @@ class Interceptor(CallMode):
     ) -> Any:
         """Do what was decided of this call when it came here before; else read it."""
         forward = self._forward
-        if forward is not None and forward.places is not None and forward.writing is None:
+        if forward is not None and forward.places is not None:
             if func is _ADD and args and id(args[0]) in self._counters:
                 return args[0]
+            if forward.writing is not None:
+                return self._write_again(forward, forward.writing, func, types, args, kwargs)
             place = forward.places[forward.cursor]
             if place is not None and place.function is func and forward.is_at(place):
                 keywords = kwargs or {}
@@ -269,9 +271,26 @@ class Interceptor(CallMode):
                         return out
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _as_before(
-        self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _write_again(
+        self,
+        forward: ForwardState,
+        writing: DeferredSegment,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
     ) -> Any:
+        """Write a call down as it was in the pass before, if it is the one that comes next."""
+        if forward.cursor == writing.next_call and forward.is_in_section and not forward.abandoned:
+            out = writing.write_again(func, args, kwargs or {})
+            if out is not NotImplemented:
+                forward.cursor += 1
+                if forward.cursor > writing.segment.last:
+                    forward.writing, self._programs[writing.segment] = None, writing.program
+                return out
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _as_before(self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a call as its place says; ``NotImplemented`` where it cannot say that."""
         if forward.abandoned or place.compute is None:
             return NotImplemented
@@ -335,9 +354,8 @@ class Interceptor(CallMode):
         segment = segment_at(forward, place)
         if segment is None or forward.plan is None:
             return None
-        compute = partial(self._handlers.compute, commit=forward.commit)
         before = self._programs.get(segment)
-        return DeferredSegment(segment, forward.plan.steps, compute, self._handlers.trained, before)
+        return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, before)
 
 
 _HANDED_OUT_FAKE = (

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trady.analysis.fusion import FusionPlan
-from trady.calls.actions import Done, Leave
+from trady.calls.actions import Action, Done, Leave
 from trady.calls.canonical import PRODUCTS, SIZED
 from trady.calls.kind import Bound
 from trady.calls.kinds.smooth import SMOOTH
@@ -148,13 +148,45 @@ def bind(
         elif may_be_recognized(function) and function not in PRODUCTS:  # a product is recognised by its parameter
             return None
         return place(None, step.parameters, guard)
-    kind = kind_of(call)
-    if kind.handler is None or (kind is SMOOTH and handlers.fidelity == "exact"):
-        return place(None, step.parameters, guard)
+    bound = bound_call(function, args, kwargs, step.action, handlers, commit)
+    parameters = None if kind_of(call).bind is not None and bound is not None else step.parameters
+    return place(bound, parameters, guard)
+
+
+def bound_call(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    action: Action | None,
+    handlers: Handlers,
+    commit: Callable[[], None],
+    *,
+    graph_only: bool = False,
+) -> Bound | None:
+    """Return what computes a call that comes again with other activations; ``None`` is PyTorch's own function.
+
+    Args:
+        function: The torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        action: How the plan wants it computed.
+        handlers: Compute the calls of the model.
+        commit: Called when a value was put off or overwritten.
+        graph_only: Whether nobody reads the values of its result.
+
+    """
+    if isinstance(action, Leave):
+        return None
+    if isinstance(action, Done):
+        return _hand_on
+    call = recognize(function, args, kwargs)
+    kind = None if call is None else kind_of(call)
+    if kind is None or kind.handler is None or (kind is SMOOTH and handlers.fidelity == "exact"):
+        return None
+    bound = None
     if kind.bind is not None:
-        bound = kind.bind(call, args, kwargs, handlers.handling(step.action, commit))
-        return None if bound is None else place(bound, None)
-    return place(partial(handlers.again, function, step.action, commit), step.parameters, guard)
+        bound = kind.bind(call, args, kwargs, handlers.handling(action, commit, graph_only=graph_only))
+    return bound or partial(handlers.again, function, action, commit, graph_only)
 
 
 def _hand_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
