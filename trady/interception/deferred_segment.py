@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from trady.analysis.fusion import Step
 from trady.analysis.segments import Segment
+from trady.calls.canonical import canonical
 from trady.calls.kind import Keeps
 from trady.calls.kinds import LossCall, WeightCall
 from trady.calls.questions import draws_numbers
@@ -43,6 +44,8 @@ class DeferredSegment:
         commit: Called when a value was put off or overwritten.
         before: The program of this segment in an earlier forward pass.
 
+    Attributes:
+        last: The call of the plan that it ends with.
     """
 
     def __init__(
@@ -57,11 +60,11 @@ class DeferredSegment:
         self.program = Program(segment.samples, before)
         self._again = None if before is None else RepeatedProgram(before)
         self._handlers, self._commit = handlers, commit
-        self._actions = [step.action for step in steps[segment.start : segment.last + 1]]
-        self._last = segment.last
+        self.last = segment.last
+        self._steps = steps
         self._held: dict[int, list[int]] = {}
         for call, place in segment.outputs:
-            if call != self._last:
+            if call != self.last:
                 self._held.setdefault(call - segment.start, []).append(place)
 
     def knows(self, tensor: Tensor) -> bool:
@@ -91,7 +94,7 @@ class DeferredSegment:
         if index == 0 and again.before.autocast != _autocast_of(args):
             return NotImplemented
         result = again.write(function, args, kwargs, self._held.get(index, _NOTHING))
-        if result is NotImplemented or self.segment.start + index != self._last:
+        if result is NotImplemented or self.segment.start + index != self.last:
             return result
         return self._compute(again.before, again.inputs, again.held, result)
 
@@ -101,7 +104,7 @@ class DeferredSegment:
         if result is not NotImplemented:
             return result
         self._write_anew()
-        last = self.next_call == self._last
+        last = self.next_call == self.last
         result = self._take(function, args, kwargs)
         return self._finish(result) if last else result
 
@@ -126,7 +129,7 @@ class DeferredSegment:
             if came is None:
                 self.program.skip()
             else:
-                self._take(*came, again.held if again is not None else None)
+                self._take(*canonical(*came), again.held if again is not None else None)  # compared as it came
 
     def skip_to(self, place: int) -> None:
         """Leave out the calls in front of ``place``: they do not belong to the segment."""
@@ -140,6 +143,8 @@ class DeferredSegment:
         program, segment = self.program, self.segment
         program.close([(call - segment.start, place) for call, place in segment.outputs])
         program.draws = any(draws_numbers(entry.function, entry.args, entry.kwargs) for entry in program.entries)
+        whole = max(program.batch, 1)
+        program.samples_at_once = whole if program.full_batch else _samples_at_once(program)
         inputs, held = program.inputs, program.held
         program.let_go()
         return self._compute(program, inputs, held, result)
@@ -160,7 +165,7 @@ class DeferredSegment:
             input_axes=program.input_axes,
             output_axes=[*axes, None] if averages else axes,
             batch=max(program.batch, 1),
-            samples_at_once=_samples_at_once(program) if in_chunks else max(program.batch, 1),
+            samples_at_once=program.samples_at_once,
             averages=averages,
             leaves=[leaf for _, leaf in trained.values()],
             draws=program.draws,
@@ -173,7 +178,14 @@ class DeferredSegment:
         """How the program is computed while these weights have channels that train."""
         runner: Run | None = program.runners.get(trained)
         if runner is None:
-            runner = Runner(program, trained, self._actions, in_chunks, self._handlers, self._commit)
+            runner = Runner(
+                program,
+                trained,
+                [step.action for step in self._steps[self.segment.start : self.last + 1]],
+                in_chunks,
+                self._handlers,
+                self._commit,
+            )
             program.runners.clear()
             program.runners[trained] = runner
         return runner

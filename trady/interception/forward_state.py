@@ -65,12 +65,6 @@ class ForwardState:
         """Note that a value was put off or overwritten: from here on, the pass must follow the plan."""
         self.at_risk = True
 
-    def is_at(self, place: Place) -> bool:
-        """Whether the pass is where the traced one was at a place: in its module, and in no other checkpoint."""
-        if not self.is_in_section:
-            return False
-        return place.module is None or (not self.lost and self.modules[-1:] == [place.module])
-
     @property
     def is_in_section(self) -> bool:
         """Whether calls run in the checkpoint that the pass began in, with gradients as then."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import NO_SEGMENTS, Segment, Segments
 from trady.calls.mode import CallMode
-from trady.calls.questions import answer_about_device
+from trady.calls.questions import answer_about_device, is_metadata
 from trady.errors import ModelError
 from trady.interception.deferred_segment import DeferredSegment
 from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
@@ -78,7 +78,8 @@ class Interceptor(CallMode):
         self._model, self._plans = model, plans
         self._before_forward, self._after_forward = before_forward, after_forward
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
-        self._programs: dict[Segment, Program] = {}
+        #: By segment.
+        self._programs: dict[int, Program] = {}
         #: By plan, what was decided of each place; one more behind the last.
         self._places: dict[int, list[Place | None]] = {}
         self.recompute(segments)
@@ -95,6 +96,7 @@ class Interceptor(CallMode):
     def recompute(self, segments: Segments) -> None:
         """Keep only the inputs of these segments, from the next forward pass on."""
         self._places.clear()
+        self._programs.clear()
         self._segments = segments.map(lambda chosen: {segment.first: segment for segment in chosen})
 
     def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str, Tensor], None]) -> None:
@@ -257,18 +259,22 @@ class Interceptor(CallMode):
         if forward is not None and forward.places is not None:
             if func is _ADD and args and id(args[0]) in self._counters:
                 return args[0]
+            if is_metadata(func):
+                return self.asked(func, args, kwargs or {})
             if forward.writing is not None:
                 return self._write_again(forward, forward.writing, func, types, args, kwargs)
             place = forward.places[forward.cursor]
-            if place is not None and place.function is func and forward.is_at(place):
+            if place is not None and place.function is func:
                 keywords = kwargs or {}
-                if place.fits(args, keywords):
-                    if place.compute is None:
-                        forward.cursor += 1
-                        return func(*args, **keywords)
-                    out = self._as_before(forward, place, args, keywords)
-                    if out is not NotImplemented:
-                        return out
+                if (place.types == tuple(map(type, args)) and not kwargs) or place.fits(args, keywords):
+                    module = place.module
+                    if module is None or (not forward.lost and module == forward.modules[-1]):
+                        if place.compute is None:
+                            forward.cursor += 1
+                            return func(*args, **keywords)
+                        out = self._as_before(forward, place, args, keywords)
+                        if out is not NotImplemented:
+                            return out
         return super().__torch_function__(func, types, args, kwargs)
 
     def _write_again(
@@ -285,19 +291,21 @@ class Interceptor(CallMode):
             out = writing.write_again(func, args, kwargs or {})
             if out is not NotImplemented:
                 forward.cursor += 1
-                if forward.cursor > writing.segment.last:
-                    forward.writing, self._programs[writing.segment] = None, writing.program
+                if forward.cursor > writing.last:
+                    forward.writing, self._programs[id(writing.segment)] = None, writing.program
                 return out
         return super().__torch_function__(func, types, args, kwargs)
 
     def _as_before(self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a call as its place says; ``NotImplemented`` where it cannot say that."""
-        if forward.abandoned or place.compute is None:
+        if place.compute is None or not forward.is_in_section or forward.abandoned:
             return NotImplemented
+        forward.cursor += 1
         out = place.compute(args, kwargs)
-        if out is not NotImplemented:
-            forward.cursor += 1
-            forward.at_risk = forward.at_risk or place.commits
+        if out is NotImplemented:
+            forward.cursor -= 1
+        elif place.commits:
+            forward.at_risk = True
         return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -328,8 +336,8 @@ class Interceptor(CallMode):
         writing.skip_to(place)
         forward.writing, forward.wrote = writing, True
         out = writing.write(func, args, kwargs)
-        if place == writing.segment.last:
-            forward.writing, self._programs[writing.segment] = None, writing.program
+        if place == writing.last:
+            forward.writing, self._programs[id(writing.segment)] = None, writing.program
         return out
 
     def _compute(
@@ -354,7 +362,7 @@ class Interceptor(CallMode):
         segment = segment_at(forward, place)
         if segment is None or forward.plan is None:
             return None
-        before = self._programs.get(segment)
+        before = self._programs.get(id(segment))
         return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, before)
 
 

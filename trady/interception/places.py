@@ -53,9 +53,10 @@ class Place:
             that it was bound with; ``None`` leaves it to PyTorch.
         commits: Whether the pass must follow the plan from here on.
         module: The innermost module that calls it; ``None`` where the model does not decide its way.
+        types: Types of positional arguments with which a call without others fits; ``None`` where more must be asked.
     """
 
-    __slots__ = ("_guard", "_parameters", "commits", "compute", "function", "module")
+    __slots__ = ("_guard", "_parameters", "commits", "compute", "function", "module", "types")
 
     def __init__(
         self,
@@ -63,12 +64,17 @@ class Place:
         compute: Bound | None,
         parameters: tuple[int, ...] | None,
         guard: Guard | None = None,
+        args: tuple[Any, ...] = (),
         *,
         commits: bool = False,
         module: str | None = None,
     ) -> None:
         self.function, self.compute, self.commits, self.module = function, compute, commits, module
         self._parameters, self._guard = None if parameters is None else list(parameters), guard
+        types = tuple(map(type, args))
+        plain = not parameters and guard in (None, _sizes_are_numbers) and types[:1] == (Tensor,)
+        plain = plain and all(kind in SCALARS or (kind is Tensor and guard is None) for kind in types[1:])
+        self.types = types if plain and parameters is not None else None
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether arguments are of the kind that came here before; layers look for themselves."""
@@ -140,17 +146,17 @@ def bind(
     place = partial(Place, function, module=step.module if plan.decisions else None)
     guard = _guard(function)
     if isinstance(step.action, Done):
-        return place(_hand_on, step.parameters, guard, commits=True)
+        return place(_hand_on, step.parameters, guard, args, commits=True)
     call = recognize(function, args, kwargs)
     if call is None:
         if function in _READ_BY_OPTIONS:
             guard = _same_options(args, kwargs)
         elif may_be_recognized(function) and function not in PRODUCTS:  # a product is recognised by its parameter
             return None
-        return place(None, step.parameters, guard)
+        return place(None, step.parameters, guard, args)
     bound = bound_call(function, args, kwargs, step.action, handlers, commit)
     parameters = None if kind_of(call).bind is not None and bound is not None else step.parameters
-    return place(bound, parameters, guard)
+    return place(bound, parameters, guard, args)
 
 
 def bound_call(

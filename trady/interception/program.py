@@ -56,6 +56,7 @@ class Program:
         keeping: Places of calls whose backward pass reads inputs or result.
         loss: Whether its last call is a loss, which is summed up over samples; and whether that is averaged.
         draws: Whether random numbers are drawn.
+        samples_at_once: Samples that are computed at a time.
         runners: How it is computed, by what trains.
     """
 
@@ -83,6 +84,7 @@ class Program:
         self.keeping: set[int] = set()
         self.loss: tuple[bool, bool] = False, False
         self.draws = False
+        self.samples_at_once = 1
         self.runners: dict[Any, Any] = {}
 
     # -- writing down --------------------------------------------------------------------------------
