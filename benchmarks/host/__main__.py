@@ -1,9 +1,9 @@
 """Host time, the time between the kernels: by model, mode and recomputation, and by batch size.
 
-`narrow`: a step of models so narrow that kernels take next to nothing, which is what a GPU has to wait for. `batches`: a
-step of the workloads by batch size. All methods run in turns in one process; ratios are taken round by round, and their
-median is shown. Processor time of one thread by default: the clock on the wall says more about who else uses the
-machine. Timings gate nothing: the exit code is 0.
+`narrow`: a step of models so narrow that kernels take next to nothing, which is what a GPU has to wait for.
+`batches`: a step of the workloads by batch size. All methods run in turns in one process; ratios are taken round by
+round, and their median is shown. Processor time of one thread by default: the clock on the wall says more about who
+else uses the machine. Timings gate nothing: the exit code is 0.
 """
 
 from __future__ import annotations

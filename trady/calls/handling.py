@@ -67,10 +67,7 @@ class Handling(Protocol):
 
 def any_trains(*parameters: Tensor | None) -> bool:
     """Whether any of the parameters requires a gradient."""
-    for parameter in parameters:  # no generator: every layer asks in every pass
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return False
+    return any([parameter is not None and parameter.requires_grad for parameter in parameters])  # noqa: C419 - faster
 
 
 def refuse_trained(*parameters: Tensor | None) -> None:

@@ -38,7 +38,8 @@ class _Line:
         self.names: tuple[str, ...] = tuple(entry.kwargs)
         self.outputs: tuple[int, ...] = ()
         self.gone: tuple[int, ...] = ()
-        self.known, self.bound = False, None
+        self.known = False
+        self.bound: Bound | None = None
 
 
 class FlatProgram:
@@ -130,17 +131,18 @@ class FlatProgram:
             if isinstance(out, Tensor):
                 registers[line.outputs[0]] = out
             else:
-                made = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-                for place, tensor in zip(line.outputs, made, strict=True):
-                    registers[place] = tensor
-                made.clear()
-                tensor = None
+                _spread(registers, line.outputs, out)
             del out
             for place, _ in line.built:
                 registers[place] = None
             for place in line.gone:
                 registers[place] = None
         return [registers[place] for place in self._wanted]
+
+
+def _spread(registers: _Registers, places: tuple[int, ...], out: Any) -> None:
+    for place, tensor in zip(places, (t for t in tree_iter(out) if isinstance(t, Tensor)), strict=True):
+        registers[place] = tensor
 
 
 def _nothing(registers: _Registers) -> tuple[Any, ...]:

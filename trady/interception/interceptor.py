@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
-from trady.analysis.segments import NO_SEGMENTS, Segment, Segments
+from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.errors import ModelError

@@ -180,7 +180,7 @@ def follow(layers: Iterable[ArmedLayer]) -> None:
     ]
     if not found:
         return
-    compact = [parameter for parameter, _, _ in found]
+    compact: list[Tensor] = [parameter for parameter, _, _ in found]
     # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is read
     # is gone before the pass begins, a little at a time: it is never in a peak.
     with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(tuple(compact)):

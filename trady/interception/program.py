@@ -225,6 +225,7 @@ class Program:
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, strides and type of a tensor."""
     return tensor.shape, tensor.layout if is_sparse(tensor) else tensor.stride(), tensor.dtype
 
 

@@ -90,10 +90,7 @@ class RepeatedProgram:
     def _are(self, then: Any, now: Any) -> bool:
         if len(then) != len(now):
             return False
-        for one, other in zip(then, now, strict=True):  # no generator: every call of every pass comes here
-            if not self._is(one, other):
-                return False
-        return True
+        return all(map(self._is, then, now))
 
     def _is(self, then: Any, now: Any) -> bool:
         kind = type(then)

@@ -13,10 +13,11 @@ from trady.errors import StateError
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply an autograd function; outside of the transforms of ``torch.func`` without what they ask of its arguments."""
+    """Apply an autograd function, without looking through its arguments for what ``torch.func`` may have wrapped."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    below: Any = super(torch.autograd.Function, function)
+    return below.apply(*arguments)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -174,7 +174,7 @@ class _Layer:
         self._quantized, self._handling = quantized, handling
         operator = call.operator
         padded = isinstance(operator, Convolution) and fused.pad
-        self._operator = _with_padding(operator, fused.pad) if padded else operator  # type: ignore[arg-type]
+        self._operator = _with_padding(operator, fused.pad) if padded else operator
         self._operation = fused.operation or operator.kind
         self._options: LayerCall | None = None
 
