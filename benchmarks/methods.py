@@ -90,7 +90,7 @@ def plain_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=RATE)
 
 
-def _step(task: Task, optimizer: torch.optim.Optimizer | OptimizerFactory = plain_sgd, note: str = "") -> Step:
+def plain_step(task: Task, optimizer: torch.optim.Optimizer | OptimizerFactory = plain_sgd, note: str = "") -> Step:
     """Return the step of whatever of the task's model requires a gradient."""
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     run = _update(task, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained))
@@ -116,7 +116,7 @@ def full_fine_tuning(
 ) -> Iterator[Step]:
     """Plain PyTorch in training mode; every parameter trains."""
     task.model.requires_grad_(True).train()
-    yield _step(task, optimizer)
+    yield plain_step(task, optimizer)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def head_only(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     task.model.requires_grad_(False)
     train_with_fixed_statistics(task.model)
     head.requires_grad_(True)
-    yield _step(task)
+    yield plain_step(task)
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def bitfit(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     train_with_fixed_statistics(task.model)
     for bias in biases:
         bias.requires_grad_(True)
-    yield _step(task)
+    yield plain_step(task)
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def lora(
     where = f", {checkpoint_blocks(task.model, workload.blocks)}" if checkpoint else ""
     note = add_adapters(task.model, rank, convolutions=workload.kind == "cnn")
     train_with_fixed_statistics(task.model)
-    yield _step(task, optimizer, note + where)
+    yield plain_step(task, optimizer, note + where)
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def checkpointing(
 ) -> Iterator[Step]:
     """Full fine-tuning that recomputes each block in the backward pass (:mod:`benchmarks.checkpointing`)."""
     task.model.requires_grad_(True).train()
-    yield _step(task, optimizer, checkpoint_blocks(task.model, workload.blocks))
+    yield plain_step(task, optimizer, checkpoint_blocks(task.model, workload.blocks))
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def galore(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     """Full fine-tuning with moments of projected gradients (:mod:`benchmarks.galore`)."""
     task.model.requires_grad_(True).train()
     optimizer, note = galore_optimizer(task.model, RATE)
-    step = _step(task, optimizer, note)
+    step = plain_step(task, optimizer, note)
     step.run()  # the moments are there from the second step on
     yield step
 

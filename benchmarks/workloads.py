@@ -134,7 +134,7 @@ B_MEM = "elements:27946"
 _IN_FIRST_EPOCH = "policy trady without a ranking, in its first epoch: draws from all layers"
 
 
-def _share(
+def share_workload(
     name: str,
     describe: str,
     make: Callable[[], Task],
@@ -168,7 +168,7 @@ _TWO_PERCENT = Fraction(2, 100)
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        _share(
+        share_workload(
             "resnet50",
             "ResNet-50 (transformers, random weights), 16×3×224×224; 1/64 of the channels of every layer",
             vision.resnet50,
@@ -176,7 +176,7 @@ WORKLOADS = {
             Bars(saved_bytes=40 * MIB),
             blocks=("ResNetBottleNeckLayer",),
         ),
-        _share(
+        share_workload(
             "effnet",
             "EfficientNet-Lite0, 32×3×128×128; 3 % of the channels of every layer",
             vision.efficientnet_lite0,
@@ -184,7 +184,7 @@ WORKLOADS = {
             CNN,
             blocks=("MBConvBlock",),
         ),
-        _share(
+        share_workload(
             "mobilenetv2",
             "MobileNetV2 1.0 (transformers, random weights), 32×3×128×128; 3 % of the channels of every layer",
             vision.mobilenet_v2,
@@ -194,35 +194,35 @@ WORKLOADS = {
         ),
         _backbone("mbv2-w0.35", "MobileNetV2-w0.35"),
         _backbone("mcunet-5fps", "MCUNet-5fps"),
-        _share(
+        share_workload(
             "minilm",
             "MiniLM-L6 (real weights) with a classifier, 32×128 tokens; 2 % of the channels of every layer",
             text.minilm,
             _TWO_PERCENT,
             TRANSFORMER,
         ),
-        _share(
+        share_workload(
             "gpt2-small-like",
             "GPT-2 (4 layers, 256 wide, random weights), 8×256 tokens; 2 % of the channels of every layer",
             text.gpt2,
             _TWO_PERCENT,
             TRANSFORMER,
         ),
-        _share(
+        share_workload(
             "vit-tiny",
             "ViT-Tiny (random weights), 8×3×224×224; 2 % of the channels of every layer",
             vision.vit,
             _TWO_PERCENT,
             TRANSFORMER,
         ),
-        _share(
+        share_workload(
             "swin-tiny",
             "Swin-Tiny (random weights), 4×3×224×224; 2 % of the channels of every layer",
             vision.swin,
             _TWO_PERCENT,
             TRANSFORMER,
         ),
-        _share(
+        share_workload(
             "llama-tiny",
             "Llama (4 layers, 256 wide, random weights), 8×256 tokens; 2 % of the channels of every layer",
             text.llama,

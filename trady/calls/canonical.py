@@ -31,7 +31,7 @@ _TRANSPOSITIONS = frozenset(
 _SIZED_NAMES = "view reshape expand repeat chunk narrow as_strided unflatten new_zeros new_ones new_empty new_full"
 
 #: Functions that take sizes after the tensor.
-_SIZED = frozenset(
+SIZED = frozenset(
     getattr(owner, name) for owner in (torch, Tensor) for name in _SIZED_NAMES.split() if hasattr(owner, name)
 )
 
@@ -86,7 +86,7 @@ def canonical(
         kwargs: Its keyword arguments.
 
     """
-    if function in _SIZED:
+    if function in SIZED:
         return function, (*args[:1], *map(_as_number, args[1:])), {k: _as_number(v) for k, v in kwargs.items()}
     if function is torch.functional.einsum:
         linear = _einsum(*args)

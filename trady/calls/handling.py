@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -69,7 +67,7 @@ class Handling(Protocol):
 
 def any_trains(*parameters: Tensor | None) -> bool:
     """Whether any of the parameters requires a gradient."""
-    return any(p is not None and p.requires_grad for p in parameters)
+    return any([parameter is not None and parameter.requires_grad for parameter in parameters])  # noqa: C419 - faster
 
 
 def refuse_trained(*parameters: Tensor | None) -> None:
@@ -89,14 +87,19 @@ _MADE_TRAINABLE = (
 )
 
 
-@contextmanager
-def labelled(operation: str) -> Iterator[None]:
+class labelled:  # noqa: N801 - a context manager, which a class makes cheaper than a generator
     """Context in which what is saved is accounted to an operation."""
-    token = current_operation.set(operation)
-    try:
-        yield
-    finally:
-        current_operation.reset(token)
+
+    __slots__ = ("_operation", "_token")
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        self._token = current_operation.set(self._operation)
+
+    def __exit__(self, *exception: object) -> None:
+        current_operation.reset(self._token)
 
 
 def may_be_overwritten(x: Tensor) -> bool:

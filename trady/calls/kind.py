@@ -47,6 +47,13 @@ Reader = Callable[..., C | None]
 #: Computes a call; ``None`` where PyTorch's own computation is as good, or the only one that fits.
 Handler = Callable[[C, Handling], Tensor | tuple[Tensor, ...] | None]
 
+#: Computes a call from its arguments as it was computed when it was bound; ``NotImplemented`` where they differ in more
+#: than their activations, so that it must be recognised again.
+Bound = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+#: Binds what a call and its handling decide; ``None`` where nothing can be decided beforehand.
+Binder = Callable[[C, tuple[Any, ...], Mapping[str, Any], Handling], Bound | None]
+
 
 def never(call: Call) -> bool:
     """No call."""
@@ -69,6 +76,7 @@ class CallKind(Generic[C]):
         readers: By torch function, what makes a call of its arguments.
         keeps: What its backward pass keeps, of one call.
         handler: How it is computed while the model is armed; ``None`` leaves it to PyTorch.
+        bind: Binds a call that comes again with other activations; ``None`` recognises it every time.
         samples: Whether it treats samples one by one; ``None`` goes by the name of the torch function.
         sums_samples: Whether its result may be a sum or mean over the samples, as that of a loss.
         overwrites_input: Whether it can be computed in the memory of its input where nobody else reads that.
@@ -82,6 +90,7 @@ class CallKind(Generic[C]):
     readers: Mapping[Any, Reader[C]]
     keeps: Callable[[C], Keeps]
     handler: Handler[C] | None = None
+    bind: Binder[C] | None = None
     samples: SampleRule | None = None
     sums_samples: bool = False
     overwrites_input: bool = False

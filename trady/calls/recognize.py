@@ -44,6 +44,11 @@ def kind_of(call: Call) -> CallKind[Any]:
     return _BY_CALL[type(call)]
 
 
+def may_be_recognized(function: Any) -> bool:
+    """Whether some calls of a torch function are of a kind that is known."""
+    return function in _BY_FUNCTION
+
+
 def recognize(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
     """Return what a call of a torch function means, or ``None`` for calls that stay as they are."""
     kind = _BY_FUNCTION.get(function)

@@ -22,7 +22,7 @@ from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.interception.interceptor import Interceptor
-from trady.interception.layer import ArmedLayer, OnGradient
+from trady.interception.layer import ArmedLayer, OnGradient, follow
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.quantized import is_quantized
@@ -135,19 +135,21 @@ class Armed:
 
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
         """
-        for armed in self.layers.values():
-            armed.write_back()
+        stale = [armed for armed in self.layers.values() if armed.is_stale]
+        if stale:
+            with torch.no_grad():
+                for armed in stale:
+                    armed.copy_over()
 
     def follow(self) -> None:
         """Let the compact parameters follow weights that somebody wrote into, in whatever way."""
-        for armed in self.layers.values():
-            armed.follow()
+        follow(self.layers.values())
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
             return False
+        self.write_back()
         for armed in self.layers.values():
-            armed.write_back()
             armed.hear_last()
         for call in self.on_forward:
             call(module, args, kwargs)

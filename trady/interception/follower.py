@@ -149,7 +149,7 @@ def _next_place_in_segment(
     parameters: tuple[int, ...],
 ) -> int | None:
     """The same while a segment is written down: what is made of ids and masks alone may be missing or more."""
-    belongs = bool(parameters) or any(writing.program.knows(t) for t in tensors)
+    belongs = bool(parameters) or any(writing.knows(t) for t in tensors)
     place = forward.cursor
     while place in writing.segment.auxiliary and (belongs or not _is_call(plan, place, function, parameters)):
         place += 1

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
+
+import torch
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import Segment
 from trady.interception.deferred_segment import DeferredSegment
+from trady.interception.places import Place
 from trady.model.mode import Section, current_section
+
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 @dataclass
@@ -29,6 +35,7 @@ class ForwardState:
         at_risk: Whether something was put off or overwritten, so that the pass must follow the plan.
         writing: The segment that is being written down.
         wrote: Whether one has been.
+        places: What was decided of the places of the plan in earlier passes; ``None`` where every call is asked.
         lost: Whether the pass has gone another way where the model decides, and has not come back to the plan yet.
     """
 
@@ -44,6 +51,7 @@ class ForwardState:
     writing: DeferredSegment | None = None
     wrote: bool = False
     lost: bool = False
+    places: list[Place | None] | None = None
 
     def __post_init__(self) -> None:
         self.cursor = self.span[0]
@@ -56,6 +64,12 @@ class ForwardState:
     def commit(self) -> None:
         """Note that a value was put off or overwritten: from here on, the pass must follow the plan."""
         self.at_risk = True
+
+    @property
+    def is_in_section(self) -> bool:
+        """Whether calls run in the checkpoint that the pass began in, with gradients as then."""
+        hooks, (before, gradients) = _top_hooks(False), self.section
+        return (0 if hooks is None else id(hooks[0])) == before and (torch.is_grad_enabled() or not gradients)
 
     @property
     def abandoned(self) -> bool:

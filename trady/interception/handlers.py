@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trady.calls.actions import Action, Done, Leave
-from trady.calls.handling import TrainedLayer
+from trady.calls.handling import Handling, TrainedLayer
 from trady.calls.recognize import kind_of, recognize
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.layer import ArmedLayer
@@ -67,8 +67,24 @@ class Handlers:
         handler = None if call is None else kind_of(call).handler
         if handler is None:
             return func(*args, **kwargs)
-        out = handler(call, _Handled(self, action, graph_only, commit))
+        out = handler(call, self.handling(action, commit, graph_only=graph_only))
         return func(*args, **kwargs) if out is None else out
+
+    def again(
+        self,
+        func: Any,
+        action: Action | None,
+        commit: Callable[[], None],
+        graph_only: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Compute a call at a place that is known."""
+        return self.compute(func, args, kwargs, action, graph_only=graph_only, commit=commit)
+
+    def handling(self, action: Action | None, commit: Callable[[], None], *, graph_only: bool = False) -> Handling:
+        """What the computation of a call may ask, and what it tells."""
+        return _Handled(self, action, graph_only, commit)
 
     def ran(self, layer: str, out: Tensor) -> None:
         """Note that a layer has been computed."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
-from trady.analysis.segments import NO_SEGMENTS, Segment, Segments
+from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
-from trady.calls.questions import answer_about_device
+from trady.calls.questions import answer_about_device, is_metadata
 from trady.errors import ModelError
 from trady.interception.deferred_segment import DeferredSegment
 from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
@@ -30,14 +29,17 @@ from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
+from trady.interception.places import Place, bind
 from trady.interception.program import Program
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
-from trady.model.hooks import Hook, forward_hooks
+from trady.model.hooks import Hook, Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
+
+_ADD = Tensor.add_
 
 #: Changes the arguments of a call before anything else is done with it.
 PrepareCall = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -76,7 +78,10 @@ class Interceptor(CallMode):
         self._model, self._plans = model, plans
         self._before_forward, self._after_forward = before_forward, after_forward
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
-        self._programs: dict[Segment, Program] = {}
+        #: By segment.
+        self._programs: dict[int, Program] = {}
+        #: By plan, what was decided of each place; one more behind the last.
+        self._places: dict[int, list[Place | None]] = {}
         self.recompute(segments)
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -90,6 +95,8 @@ class Interceptor(CallMode):
 
     def recompute(self, segments: Segments) -> None:
         """Keep only the inputs of these segments, from the next forward pass on."""
+        self._places.clear()
+        self._programs.clear()
         self._segments = segments.map(lambda chosen: {segment.first: segment for segment in chosen})
 
     def simulate(self, prepare_call: PrepareCall, on_layer: Callable[[str, Tensor], None]) -> None:
@@ -112,7 +119,8 @@ class Interceptor(CallMode):
             enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._newest_hook, self._switched_on = self._newest_hook_now(), self._checkpointing_now()
+        now = Watched.now(self._model)
+        self._newest_hook, self._switched_on = now.newest, now.checkpointing
 
     def disarm(self) -> None:
         """Take the hooks out again."""
@@ -130,24 +138,17 @@ class Interceptor(CallMode):
         finally:
             self._enabled = True
 
-    def _newest_hook_now(self) -> int:
-        """Index of the newest forward hook: they count up."""
-        modules = self._model.modules()
-        return max((index for m in modules for index in (*m._forward_hooks, *m._forward_pre_hooks)), default=0)
+    def _knows_watchers(self, plan: FusionPlan) -> bool:
+        """Whether all hooks that were hung in since the model was armed ran in the traced pass too.
 
-    def _knows_hooks(self, plan: FusionPlan) -> bool:
-        """Whether all hooks that were hung in since the model was armed ran in the traced pass too."""
-        if any(m._backward_hooks or m._backward_pre_hooks for m in self._model.modules()):
+        What a checkpoint that was switched on since the trace recomputes must not be overwritten either.
+        """
+        now = Watched.now(self._model)
+        if now.backward or not now.checkpointing <= self._switched_on:
             return False
-        newest = self._newest_hook_now()
-        if newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
-            self._newest_hook = newest
-        return newest <= self._newest_hook
-
-    def _checkpointing_now(self) -> frozenset[int]:
-        """The modules whose own switch says that they run inside of a checkpoint (transformers, timm)."""
-        switches = ("gradient_checkpointing", "grad_checkpointing")
-        return frozenset(id(m) for m in self._model.modules() if any(m.__dict__.get(name) for name in switches))
+        if now.newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
+            self._newest_hook = now.newest
+        return now.newest <= self._newest_hook
 
     def _refuse_compiled(self) -> None:
         if self._enabled:
@@ -159,9 +160,10 @@ class Interceptor(CallMode):
         if not self._enabled or tracing.get() or (self._forward is None and is_written_down()):
             return
         self._recover()
-        if self._forward is not None:
-            self._forward.depth += 1
-            entered(self._forward, self._names.get(id(module), "?"))
+        if (forward := self._forward) is not None:
+            forward.depth += 1
+            if forward.plan is None or forward.plan.decisions:
+                entered(forward, self._names.get(id(module), "?"))
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
             return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
@@ -173,9 +175,7 @@ class Interceptor(CallMode):
         span = plan.spans.get(name) if plan is not None else None
         # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
         # is to see the gradient of its own module.
-        known = plan is not None and span is not None and self._knows_hooks(plan)
-        # What a checkpoint that was switched on since the trace recomputes must not be overwritten.
-        known = known and self._checkpointing_now() <= self._switched_on
+        known = plan is not None and span is not None and self._knows_watchers(plan)
         # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
         if known and plan is not None and not torch.is_grad_enabled():
             known = not name and plan.way == way_of_calling(args, kwargs)
@@ -185,8 +185,15 @@ class Interceptor(CallMode):
             span=span if span is not None and name else (0, sys.maxsize),
             modules=[name],
             segments=(self._segments.of(self._model.training) or {}) if known else {},
+            places=self._places_of(plan) if known and not name and plan is not None else None,
         )
         self.__enter__()
+
+    def _places_of(self, plan: FusionPlan) -> list[Place | None] | None:
+        """What was decided of the places of a plan; ``None`` where every call must be asked."""
+        if self._prepare_call is not None:
+            return None
+        return self._places.setdefault(id(plan), [None] * (len(plan.steps) + 1))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
@@ -194,7 +201,8 @@ class Interceptor(CallMode):
             return
         forward.depth -= 1
         if forward.depth:
-            left(forward, self._names.get(id(module), "?"))
+            if forward.plan is None or forward.plan.decisions:
+                left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None
@@ -228,8 +236,8 @@ class Interceptor(CallMode):
     def asked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer what the model wants to know of a tensor, maybe of a fake one whose values are still to come."""
         writing = None if self._forward is None else self._forward.writing
-        if writing is not None and args and isinstance(args[0], Tensor) and writing.program.knows(args[0]):
-            device = writing.program.device
+        if writing is not None and args and isinstance(args[0], Tensor) and writing.knows(args[0]):
+            device = writing.device
             if device is not None and device.type == "meta":
                 device = None  # who simulates the step answers
             answer = None if device is None else answer_about_device(func, device)
@@ -242,6 +250,63 @@ class Interceptor(CallMode):
             return func(*args, **kwargs)
         finally:
             internal_query.reset(token)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what was decided of this call when it came here before; else read it."""
+        forward = self._forward
+        if forward is not None and forward.places is not None:
+            if func is _ADD and args and id(args[0]) in self._counters:
+                return args[0]
+            if is_metadata(func):
+                return self.asked(func, args, kwargs or {})
+            if forward.writing is not None:
+                return self._write_again(forward, forward.writing, func, types, args, kwargs)
+            place = forward.places[forward.cursor]
+            if place is not None and place.function is func:
+                keywords = kwargs or {}
+                if (place.types == tuple(map(type, args)) and not kwargs) or place.fits(args, keywords):
+                    module = place.module
+                    if module is None or (not forward.lost and module == forward.modules[-1]):
+                        if place.compute is None:
+                            forward.cursor += 1
+                            return func(*args, **keywords)
+                        out = self._as_before(forward, place, args, keywords)
+                        if out is not NotImplemented:
+                            return out
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _write_again(
+        self,
+        forward: ForwardState,
+        writing: DeferredSegment,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Any:
+        """Write a call down as it was in the pass before, if it is the one that comes next."""
+        if forward.cursor == writing.next_call and forward.is_in_section and not forward.abandoned:
+            out = writing.write_again(func, args, kwargs or {})
+            if out is not NotImplemented:
+                forward.cursor += 1
+                if forward.cursor > writing.last:
+                    forward.writing, self._programs[id(writing.segment)] = None, writing.program
+                return out
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _as_before(self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a call as its place says; ``NotImplemented`` where it cannot say that."""
+        if place.compute is None or not forward.is_in_section or forward.abandoned:
+            return NotImplemented
+        forward.cursor += 1
+        out = place.compute(args, kwargs)
+        if out is NotImplemented:
+            forward.cursor -= 1
+        elif place.commits:
+            forward.at_risk = True
+        return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a call as the plan wants it, or write it down."""
@@ -265,24 +330,40 @@ class Interceptor(CallMode):
         place = place_of(forward, func, tensors)
         writing = forward.writing or self._begin(forward, place)
         if writing is None:
-            return self._handlers.compute(func, args, kwargs, action_at(forward, place), commit=forward.commit)
+            return self._compute(forward, place, func, args, kwargs)
         if place is None or place in writing.segment.auxiliary:
             return func(*args, **kwargs)
         writing.skip_to(place)
         forward.writing, forward.wrote = writing, True
         out = writing.write(func, args, kwargs)
-        if place == writing.segment.last:
-            forward.writing, self._programs[writing.segment] = None, writing.program
+        if place == writing.last:
+            forward.writing, self._programs[id(writing.segment)] = None, writing.program
         return out
+
+    def _compute(
+        self, forward: ForwardState, place: int | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute a call, and leave in its place how it is computed."""
+        action = action_at(forward, place)
+        out = self._handlers.compute(func, args, kwargs, action, commit=forward.commit)
+        if place is not None and forward.plan is not None and forward.places is not None:
+            bound = None
+            if place not in forward.plan.decisions:
+                bound = bind(func, args, kwargs, forward.plan, place, self._handlers, self._commit)
+            forward.places[place] = bound
+        return out
+
+    def _commit(self) -> None:
+        if self._forward is not None:
+            self._forward.commit()
 
     def _begin(self, forward: ForwardState, place: int | None) -> DeferredSegment | None:
         """Begin to write down a segment if one begins here."""
         segment = segment_at(forward, place)
         if segment is None or forward.plan is None:
             return None
-        compute = partial(self._handlers.compute, commit=forward.commit)
-        before = self._programs.get(segment)
-        return DeferredSegment(segment, forward.plan.steps, compute, self._handlers.trained, before)
+        before = self._programs.get(id(segment))
+        return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, before)
 
 
 _HANDED_OUT_FAKE = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from trady.channels.table import Layer
 from trady.errors import StateError
 from trady.model.untouched import unseen
+from trady.ops.layout import CHUNK_BYTES
 from trady.ops.selected import DenseWeight, Draw, SelectedChannels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
@@ -104,20 +105,34 @@ class ArmedLayer:
             StateError: The weight was moved or replaced.
 
         """
+        if self.is_stale:
+            with torch.no_grad():
+                self.copy_over()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether compact parameter or weight has been written to without the other.
+
+        Raises:
+            StateError: The weight was moved or replaced.
+
+        """
         if self.selected is None:
-            return
+            return False
         if self.is_replaced or self.weight.device != self.compact.device:
             raise StateError(
                 f"the weight of {self.name} was moved or replaced after the model had been prepared: "
                 "do that first, then call trady.prepare and build the optimizer"
             )
-        if self._written == self._versions:
-            return
-        with torch.no_grad():
-            if self._written[0] == self.compact._version:
-                self.compact.copy_(self.truth.gather(self.selected))
-            else:
-                self.truth.scatter_(self.selected, self.compact.detach())
+        return self._written != self._versions
+
+    def copy_over(self) -> None:
+        """Copy what :attr:`is_stale` has found to where it is missing; without gradients."""
+        assert self.selected is not None
+        if self._written[0] == self.compact._version:
+            self.compact.copy_(self.truth.gather(self.selected))
+        else:
+            self.truth.scatter_(self.selected, self.compact.detach())
         self._written = self._versions
 
     def hear_last(self) -> None:
@@ -125,19 +140,6 @@ class ArmedLayer:
         hooks = getattr(self.compact, "_post_accumulate_grad_hooks", None) or {}
         if len(hooks) > 1 and next(reversed(hooks)) != self._hook.id:
             hooks[self._hook.id] = hooks.pop(self._hook.id)
-
-    def follow(self) -> None:
-        """Take over what was written into the weight, also where its version does not tell: through ``.data``.
-
-        Called before a forward pass, when little memory is in use, so that the step starts from the weight as it is,
-        and after :meth:`write_back`: what an optimizer has written into the compact parameter is in the weight by then.
-        """
-        if self.selected is None or not isinstance(self.truth, DenseWeight):
-            return
-        # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is
-        # gathered is gone before the pass begins, and a gradient of the same size comes: it is never in a peak.
-        with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(self.compact):
-            self.compact.copy_(self.truth.gather(self.selected))
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Tensor | None]:
@@ -163,6 +165,34 @@ class ArmedLayer:
     def _arrived(self) -> None:
         for callback in self._on_gradient:
             callback(self.name, self.compact)
+
+
+def follow(layers: Iterable[ArmedLayer]) -> None:
+    """Take over what was written into the weights, also where a version does not tell: through ``.data``.
+
+    Called before a forward pass, when little memory is in use, so that the step starts from the weights as they are,
+    and after they were written back: what an optimizer has written into compact parameters is in the weights by then.
+    """
+    found = [
+        (layer.compact, layer.truth, layer.selected)
+        for layer in layers
+        if layer.selected is not None and isinstance(layer.truth, DenseWeight)
+    ]
+    if not found:
+        return
+    compact: list[Tensor] = [parameter for parameter, _, _ in found]
+    # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is read
+    # is gone before the pass begins, a little at a time: it is never in a peak.
+    with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(tuple(compact)):
+        read: list[Tensor] = []
+        read_bytes = 0
+        for place, (_, truth, selected) in enumerate(found, 1):
+            read.append(truth.read(selected))
+            read_bytes += read[-1].nbytes
+            if place == len(found) or read_bytes >= CHUNK_BYTES:
+                torch._foreach_copy_(compact[place - len(read) : place], read)
+                read.clear()
+                read_bytes = 0
 
 
 def _forget_graphs(leaf: nn.Parameter) -> None:

@@ -6,8 +6,7 @@ when the last call has come. The same program is computed again in the backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,59 +17,15 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.analysis.sample_axes import CallSamples
 from trady.calls.autocast import cast
 from trady.calls.canonical import untransposed
+from trady.calls.kinds import WeightCall
 from trady.calls.recognize import run_on_meta
+from trady.interception.written import Entry, Input, Sizes, Slot
 from trady.model.batch import tensors_among, without_memory
 from trady.model.structure import is_sparse
 from trady.ops.context import autocast_dtype_on, real_type
 from trady.ops.sample_axis import SampleAxis
 
 _META = torch.device("meta")
-
-#: Computes one call: function, positional and keyword arguments, place in the program.
-Compute = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Any]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Stands for a tensor that an earlier call of the program makes."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Input:
-    """Stands for a tensor from outside of the program, where its samples lie along ``axis``."""
-
-    index: int
-    axis: SampleAxis | None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Stands for a whole number that grows with the batch."""
-
-    per_sample: int
-
-
-@dataclass
-class Entry:
-    """One call: tensors and sizes among its arguments are replaced by :class:`Slot`, :class:`Input`, :class:`Sizes`.
-
-    Attributes:
-        function: The torch function; ``None`` for a call that does not belong to the program.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        outputs: Slots of what it returns.
-        reads: Slots that it reads.
-        gone: Slots that nobody reads after it.
-    """
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
-    reads: tuple[int, ...] = ()
-    gone: tuple[int, ...] = ()
 
 
 class Program:
@@ -93,6 +48,16 @@ class Program:
         results: What the calls returned to the model, in fake tensors.
         fakes: By slot, the fake tensor that stands for what the program makes.
         held: By slot, the tensor with memory that the model holds instead.
+        wanted: Slots of what is handed on, when it is complete.
+        parameters: The parameters among its inputs, by place.
+        devices: Where its inputs are.
+        autocast: What it computes in under autocast.
+        weights: By place, its weight layers.
+        keeping: Places of calls whose backward pass reads inputs or result.
+        loss: Whether its last call is a loss, which is summed up over samples; and whether that is averaged.
+        draws: Whether random numbers are drawn.
+        samples_at_once: Samples that are computed at a time.
+        runners: How it is computed, by what trains.
     """
 
     def __init__(self, samples: tuple[CallSamples, ...], before: Program | None = None) -> None:
@@ -111,6 +76,16 @@ class Program:
         self.held: dict[int, Tensor] = {}
         self._slots: dict[int, int] = {}
         self._twins: dict[int, Tensor] = {}
+        self.wanted: tuple[int, ...] = ()
+        self.parameters: dict[int, nn.Parameter] = {}
+        self.devices: list[torch.device] = []
+        self.autocast: torch.dtype | None = None
+        self.weights: dict[int, WeightCall] = {}
+        self.keeping: set[int] = set()
+        self.loss: tuple[bool, bool] = False, False
+        self.draws = False
+        self.samples_at_once = 1
+        self.runners: dict[Any, Any] = {}
 
     # -- writing down --------------------------------------------------------------------------------
 
@@ -137,7 +112,14 @@ class Program:
         self.full_batch = True
         return None
 
-    def write(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Iterable[int] = ()) -> Any:
+    def write(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        held: Iterable[int] = (),
+        given: Mapping[int, Tensor] | None = None,
+    ) -> Any:
         """Add a call; return fake tensors in place of its results.
 
         Args:
@@ -146,12 +128,13 @@ class Program:
             kwargs: Its keyword arguments.
             held: Places among its results of tensors that the model goes on holding when the segment has
                 ended: they have memory from the start.
+            given: By slot, those tensors where they are there already.
 
         """
         index = len(self.entries)
         reader = _Reader(self, self.samples[index] if self.samples else None)
         entry = Entry(function, reader.read(args), reader.read(kwargs), ())
-        self.input_layouts += [_layout(tensor) for tensor in self.inputs[len(self.input_layouts) :]]
+        self.input_layouts += [layout_of(tensor) for tensor in self.inputs[len(self.input_layouts) :]]
         out = self._as_before(entry) if self._before is not None else None
         if out is None:
             self._before = None
@@ -166,7 +149,7 @@ class Program:
                 known = self.samples[index].outputs if self.samples else ()
                 self.output_axes[slot] = self.axis_now(tensor, known[place] if place < len(known) else None)
             if place in held and slot not in self.held:
-                real = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+                real = real_in_place_of(tensor, self.device) if given is None else given[slot]
                 self.held[slot] = real
                 self._slots[id(real)], self._twins[id(real)] = slot, tensor
             outputs.append(slot)
@@ -227,65 +210,23 @@ class Program:
                 gone.setdefault(index, []).append(slot)
         for index, last_read in gone.items():
             self.entries[index].gone = tuple(last_read)
+        self.wanted = slots
         return slots
 
     def let_go(self) -> None:
-        """Drop the fake tensors and the tensors from outside: they are handed in from now on."""
+        """Drop the tensors from outside but parameters: they are handed in from now on."""
+        self.parameters = {i: t for i, t in enumerate(self.inputs) if isinstance(t, nn.Parameter)}
+        self.devices = [tensor.device for tensor in self.inputs]
         self._slots.clear()
-        self.fakes.clear()
         self.held = {}
         self._twins.clear()
         self.inputs = []
         self._before = None
 
-    # -- computing -----------------------------------------------------------------------------------
 
-    def run(self, inputs: list[Tensor], samples: int, compute: Compute) -> dict[int, Tensor]:
-        """Compute the calls on the full batch or a chunk of it.
-
-        Args:
-            inputs: The tensors from outside, for these samples.
-            samples: How many they are.
-            compute: Computes one call.
-
-        Returns:
-            What was asked for in :meth:`close`, by slot.
-
-        """
-        values: dict[int, Tensor] = {}
-        for index, entry in enumerate(self.entries):
-            if entry.function is None:
-                continue
-            args, kwargs = (_fill(each, values, inputs, samples) for each in (entry.args, entry.kwargs))
-            out = compute(entry.function, args, kwargs, index)
-            tensors = [out] if isinstance(out, Tensor) else [t for t in tree_iter(out) if isinstance(t, Tensor)]
-            values.update(zip(entry.outputs, tensors, strict=True))
-            del out, tensors, args, kwargs
-            for slot in entry.gone:
-                values.pop(slot, None)
-        return values
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, strides and type of a tensor."""
     return tensor.shape, tensor.layout if is_sparse(tensor) else tensor.stride(), tensor.dtype
-
-
-def _fill(value: Any, values: dict[int, Tensor], inputs: list[Tensor], samples: int) -> Any:
-    """Arguments with tensors and sizes in them again."""
-    kind = type(value)
-    if kind is Slot:
-        return values[value.index]
-    if kind is Input:
-        return inputs[value.index]
-    if kind is Sizes:
-        return value.per_sample * samples
-    if kind is tuple or kind is list:
-        return kind(_fill(v, values, inputs, samples) for v in value)
-    if kind is dict:
-        return {k: _fill(v, values, inputs, samples) for k, v in value.items()}
-    if kind is slice:
-        return slice(*(_fill(v, values, inputs, samples) for v in (value.start, value.stop, value.step)))
-    return value
 
 
 def _constant(tensor: Tensor, traced: tuple[int, ...] | None) -> bool:
@@ -348,3 +289,8 @@ class _Reader:
             self._program.full_batch = True
             return number
         return Sizes(number // batch)
+
+
+def real_in_place_of(fake: Tensor, device: torch.device | None) -> Tensor:
+    """Memory for what a fake tensor stands for."""
+    return torch.empty(fake.shape, dtype=fake.dtype, device=device)

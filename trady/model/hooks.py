@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,9 +35,9 @@ class Hook:
     def __call__(self, *arguments: Any) -> None:
         """Run the hook."""
         if self._function is not None:
-            if torch.compiler.is_exporting():  # plain PyTorch is what is to be exported
-                return
-            if torch.compiler.is_dynamo_compiling() and self._refuse is not None:
+            if self._refuse is not None and torch.compiler.is_dynamo_compiling():
+                if torch.compiler.is_exporting():  # plain PyTorch is what is to be exported
+                    return
                 # What is raised in traced code only ends the tracing; out here it reaches the caller.
                 torch.compiler.disable(self._refuse)()
             self._function(*arguments)
@@ -54,6 +55,40 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None,)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Who besides its author's code looks at a model's calls.
+
+    Attributes:
+        newest: Index of the newest forward hook: they count up.
+        backward: Whether a module has a backward hook.
+        checkpointing: The modules whose own switch says that they run inside of a checkpoint (transformers, timm).
+    """
+
+    newest: int
+    backward: bool
+    checkpointing: frozenset[int]
+
+    @classmethod
+    def now(cls, model: nn.Module) -> Watched:
+        """Look at every module once, in a way that is cheap enough for every forward pass."""
+        newest, backward, checkpointing, waiting, seen = 0, False, [], [model], set[int]()
+        while waiting:
+            module = waiting.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            own = module.__dict__
+            waiting += [child for child in own["_modules"].values() if child is not None]
+            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+                if hooks:
+                    newest = max(newest, *hooks) if len(hooks) > 1 else max(newest, next(iter(hooks)))
+            backward = backward or bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+            if own.get("gradient_checkpointing") or own.get("grad_checkpointing"):
+                checkpointing.append(id(module))
+        return cls(newest, backward, frozenset(checkpointing))
 
 
 def forward_hooks(model: nn.Module, newer_than: int = -1) -> KnownHooks:

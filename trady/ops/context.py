@@ -27,6 +27,9 @@ simulated_autocast_dtype: ContextVar[torch.dtype | None] = ContextVar("simulated
 #: Addresses of storages that are followed at present. Each is a Python object, which counts as one more owner.
 followed_storages: list[Container[int]] = []
 
+#: A context that does nothing serves everybody.
+_AS_IT_IS = nullcontext()
+
 T = TypeVar("T", bound=torch.Tensor)
 
 
@@ -57,7 +60,7 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     if tensor.is_meta:
         return simulated_autocast(None)
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from torch import Tensor
 from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
-from trady.ops.layout import CHUNK_BYTES, chunks, is_dense, is_owned, memory_format, take, unviewed
-from trady.ops.once import once_differentiable
+from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, memory_format, take, unviewed
+from trady.ops.once import apply, once_differentiable
 from trady.ops.operators import WeightOperator
 from trady.ops.selected import SelectedChannels
 
@@ -76,7 +76,7 @@ def layer(
     """
     trains = call.selected is not None and compact is not None and compact.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or trains):
-        out: Tensor = _Layer.apply(x, compact if trains else None, call, weight, bias, scale, shift)
+        out: Tensor = apply(_Layer, x, compact if trains else None, call, weight, bias, scale, shift)
         return out
     with torch.no_grad():
         y, _ = _forward(x, call, weight, bias, scale, shift, keep_bits=False)
@@ -97,9 +97,9 @@ def _forward(
     if call.graph_only:
         outputs = call.operator.output_channels(weight)
         return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], outputs), None
-    folded = _fold(weight, scale, call)
+    folded = as_type(_fold(weight, scale, call), dtype)
     offset = _fold_bias(bias, scale, shift)
-    y = call.operator.forward(x.to(dtype), folded.to(dtype), None if offset is None else offset.to(dtype))
+    y = call.operator.forward(as_type(x, dtype), folded, None if offset is None else as_type(offset, dtype))
     bits = None
     if call.clamp is not None:
         bits = clamp_(y, call.clamp, keep_bits=keep_bits)
@@ -132,8 +132,9 @@ class _Layer(torch.autograd.Function):
             y, bits = _forward(x, call, weight, bias, scale, shift, keep_bits=True)
             inputs = None
             if compact is not None and call.selected is not None:
-                inputs = take(x, call.operator.channel_dim, call.selected.index).to(y.dtype)
-        ctx.call, ctx.input_shape, ctx.input_dtype, ctx.format = call, x.shape, x.dtype, memory_format(y)
+                inputs = as_type(take(x, call.operator.channel_dim, call.selected.index), y.dtype)
+        ctx.call, ctx.input_shape, ctx.input_dtype = call, x.shape, x.dtype
+        ctx.format = None if bits is None else memory_format(y)
         ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.gates = None
         if inputs is not None and call.selected is not None and call.selected.gates is not None:
@@ -153,17 +154,18 @@ class _Layer(torch.autograd.Function):
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
         gates: Gates | None = ctx.gates
-        owned = is_owned(gradient, references)
+        owned = bits is not None and is_owned(gradient, references)
         wants_input = ctx.needs_input_grad[0]
-        folded = _fold(weight, scale, call).to(gradient.dtype) if wants_input or gates else None
+        folded = as_type(_fold(weight, scale, call), gradient.dtype) if wants_input or gates else None
         weight_gradient = None
         if inputs is not None:
             shape, dtype = ctx.compact_like
             weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
         input_gradient: Tensor | None = None
-        sizes = max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size()
         in_chunks = call.operator.pad or (bits is not None and not owned) or (gates is not None and not wants_input)
-        slices = _chunks(gradient, sizes) if in_chunks else [slice(None)]
+        slices = [slice(None)]
+        if in_chunks:
+            slices = _chunks(gradient, max(gradient.numel(), math.prod(ctx.input_shape)) * gradient.element_size())
         for chunk in slices:
             full = len(slices) == 1
             g = gradient if full else gradient[chunk]
@@ -174,13 +176,13 @@ class _Layer(torch.autograd.Function):
             if folded is not None:
                 shape = ctx.input_shape if full else torch.Size((g.shape[0], *ctx.input_shape[1:]))
                 made = call.operator.input_gradient(g, folded, shape)
-                layout = memory_format(g)
+                layout = None if full and is_dense(made) else memory_format(g)
                 del g
                 if gates is not None and weight_gradient is not None:
                     gates.add_gradient(weight_gradient, made, inputs, chunk)
                 if wants_input and full:
-                    dense = made if is_dense(made) else made.contiguous(memory_format=layout)
-                    input_gradient = dense.to(ctx.input_dtype)
+                    dense = made if layout is None else made.contiguous(memory_format=layout)
+                    input_gradient = as_type(dense, ctx.input_dtype)
                 elif wants_input:
                     if input_gradient is None:
                         input_gradient = torch.empty(

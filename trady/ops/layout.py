@@ -27,6 +27,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor; one that is of this type already costs a comparison."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether ``x`` fills its memory in one of the layouts of :func:`memory_format`."""
     return x.is_contiguous() or memory_format(x) is not torch.contiguous_format

@@ -12,6 +12,14 @@ from torch import Tensor
 from trady.errors import StateError
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function, without looking through its arguments for what ``torch.func`` may have wrapped."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    below: Any = super(torch.autograd.Function, function)
+    return below.apply(*arguments)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Compute a backward pass without a graph, and refuse to differentiate what it returns.
 
@@ -21,10 +29,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled():  # it is with create_graph=True alone
+            return backward(ctx, *gradients)
         with torch.no_grad():
             returned = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():  # it is with create_graph=True alone
-            return returned
         outputs = returned if isinstance(returned, tuple) else (returned,)
         places = [place for place, output in enumerate(outputs) if output is not None]
         refusing = list(outputs)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -98,6 +99,10 @@ class Convolution:
     pad: tuple[int, ...] = ()
     channel_dim: int = 1
 
+    @cached_property
+    def _strided(self) -> bool:
+        return any(s != 1 for s in self.stride)
+
     @property
     def kind(self) -> str:
         """``conv1d``, ``conv2d`` or ``conv3d``."""
@@ -125,7 +130,7 @@ class Convolution:
         return out if out is not None else self._convolve(F.pad(x, self.pad), weight, bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        strided = any(s != 1 for s in self.stride)
+        strided = self._strided
         if self._is_matrix_product(x, weight):
             positions = torch.Size(-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True))
             if positions.numel() >= (_STRIDED_MATRIX_POSITIONS if strided else _MATRIX_POSITIONS):
@@ -162,10 +167,10 @@ class Convolution:
         where there are enough positions; with few it is slower.
         """
         return (
-            device_type(x) == "cpu"
-            and x.dtype in (torch.float32, torch.float64)
-            and self.groups == 1
+            self.groups == 1
             and not self.pad
+            and x.dtype in (torch.float32, torch.float64)
+            and device_type(x) == "cpu"
             and self._is_pointwise(weight.shape[2:])
             and x.is_contiguous()
             and weight.is_contiguous()
@@ -179,7 +184,7 @@ class Convolution:
             quick = depthwise.input_gradient(gradient, weight, input_shape, sides)
             if quick is not None:
                 return quick
-        strided = any(s != 1 for s in self.stride)
+        strided = self._strided
         enough = _STRIDED_MATRIX_POSITIONS_BACKWARD if strided else _MATRIX_POSITIONS
         if self._is_matrix_product(gradient, weight) and gradient.shape[2:].numel() >= enough:
             return self._multiply_back(gradient, weight, input_shape)
@@ -252,7 +257,7 @@ class Convolution:
                 out.index_add_(0, block.positions, made.to(out.dtype))
 
     def _is_pointwise(self, kernel: torch.Size) -> bool:
-        return all(n == 1 for n in kernel) and not any(self.padding)
+        return not any(self.padding) and kernel.numel() == 1
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output channel by its scale."""
@@ -280,12 +285,14 @@ class Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
-        out_RO = unwritten(x.new_empty((x_RC.shape[0], weight_CO.shape[1])))
+        outputs = weight_CO.shape[1]
+        out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it
+        out_RO = out.view(-1, outputs)
         if bias is None:
             torch.mm(x_RC, weight_CO, out=out_RO)
         else:
             torch.addmm(bias, x_RC, weight_CO, out=out_RO)
-        return out_RO.view(*x.shape[:-1], weight_CO.shape[1])
+        return out
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         """Gradient of the input; gradient: [..., out]."""

@@ -24,7 +24,7 @@ from trady.ops.context import (
     simulated_autocast_dtype,
 )
 from trady.ops.layout import unviewed
-from trady.ops.once import once_differentiable
+from trady.ops.once import apply, once_differentiable
 from trady.ops.sample_axis import SampleAxis
 
 
@@ -99,7 +99,7 @@ def recomputed(recipe: Recipe, inputs: list[Tensor], held_outputs: Sequence[Tens
     """
     trains = any(t.requires_grad for t in (*inputs, *recipe.leaves))
     if torch.is_grad_enabled() and trains:
-        return list(_Recomputed.apply(recipe, len(inputs), len(held_outputs), *inputs, *held_outputs, *recipe.leaves))
+        return list(apply(_Recomputed, recipe, len(inputs), len(held_outputs), *inputs, *held_outputs, *recipe.leaves))
     with torch.no_grad():
         return _averaged(recipe, _forward(recipe, inputs, held_outputs))[0]
 
@@ -284,6 +284,10 @@ def _kept(tensor: Tensor) -> Tensor:
     return label_saved(tensor, "anchors") if tensor.requires_grad else tensor
 
 
+def _autocast_now(kind: str) -> tuple[torch.dtype, bool, bool]:
+    return torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
+
+
 class _Surroundings:
     """What a computation depends on besides its inputs: random numbers, autocast, function modes."""
 
@@ -291,10 +295,7 @@ class _Surroundings:
         self._simulated = any(t.is_meta for t in inputs)
         self._cuda = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
         kinds = ["cpu", "cuda"] if self._cuda else ["cpu"]
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
-            for kind in kinds
-        ]
+        self._autocast = [(kind, *_autocast_now(kind)) for kind in kinds]
         self._simulated_autocast = simulated_autocast_dtype.get()
         self._modes = _get_current_function_mode_stack()
         self._before: list[Tensor] | None = None
@@ -327,11 +328,14 @@ class _Surroundings:
                     stack.enter_context(mode)
             stack.callback(internal_query.reset, internal_query.set(True))
             for kind, dtype, enabled, cache in self._autocast:
+                if (dtype, enabled, cache) == _autocast_now(kind):
+                    continue
                 context: AbstractContextManager[Any] = torch.autocast(
                     kind, dtype=dtype, enabled=enabled, cache_enabled=cache
                 )
                 stack.enter_context(context)
-            stack.enter_context(simulated_autocast(self._simulated_autocast))
+            if self._simulated_autocast is not simulated_autocast_dtype.get():
+                stack.enter_context(simulated_autocast(self._simulated_autocast))
             if self._before is not None:
                 stack.enter_context(torch.random.fork_rng(devices=self._cuda))
                 torch.set_rng_state(self._before[0])

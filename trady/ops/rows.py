@@ -61,7 +61,11 @@ def nonzero_rows(gradient: Tensor) -> list[slice] | None:
     count = rows.shape[0]
     if count < _MINIMUM_ROWS:
         return None
-    zero = (rows[:, :: -(-rows.shape[1] // _PROBES)] == 0).all(1)
+    probes = rows[:, :: -(-rows.shape[1] // _PROBES)]
+    # A row of zeros has no probe that is none: so many leave no room for enough of such rows.
+    if int(torch.count_nonzero(probes)) > (1 - _MINIMUM_ZERO_SHARE) * probes.numel():
+        return None
+    zero = (probes == 0).all(1)
     if int(zero.sum()) < _MINIMUM_ZERO_SHARE * count:
         return None
     nonzero = ((rows.amax(1) != 0) | (rows.amin(1) != 0)).nonzero().flatten()  # a row with NaN is not zero

@@ -144,6 +144,26 @@ def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
     return view
 
 
+def _channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> int | None:
+    """The dimension of a weight along which the selected slices lie; ``None`` where it is not a single one."""
+    if selected.outputs is not None or not weight.is_contiguous():
+        return None
+    if kind == "addmm":
+        return 0
+    if groups == 1:
+        return 1
+    return 0 if weight.shape[0] == groups and weight.shape[1] == 1 else None
+
+
+def read_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
+    """Copy the selected slices as :func:`gather_channels` does, in whichever order of memory is the fastest."""
+    dim = _channel_dim(weight, kind, groups, selected)
+    if dim is None:
+        return gather_channels(weight, kind, groups, selected)
+    rows = weight.index_select(dim, selected.index)
+    return rows.transpose(0, 1) if dim else rows
+
+
 def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
     """Copy the selected slices ``W[:, c]``: [n, selected output channels a group, *kernel]."""
     rows: Tensor = channel_major(weight, kind, groups)[selected.place]
@@ -152,7 +172,11 @@ def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedCh
 
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
     """Write slices of :func:`gather_channels` back into ``weight``."""
-    channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)
+    dim = _channel_dim(weight, kind, groups, selected)
+    if dim is None:
+        channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)
+    else:
+        weight.index_copy_(dim, selected.index, (values.transpose(0, 1) if dim else values).to(weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,10 @@ class DenseWeight:
     def gather(self, selected: SelectedChannels) -> Tensor:
         """Copy the selected slices."""
         return gather_channels(self.dense(), self.kind, self.groups, selected)
+
+    def read(self, selected: SelectedChannels) -> Tensor:
+        """Copy the selected slices, in any order of memory."""
+        return read_channels(self.weight.detach(), self.kind, self.groups, selected)
 
     def scatter_(self, selected: SelectedChannels, values: Tensor) -> None:
         """Write slices of :meth:`gather` back."""

@@ -97,9 +97,9 @@ def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     early = isinstance(optimizer, UpdatesInBackward)  # its gradients are gone
-    for parameter in compact:
-        if len(parameter) and id(parameter) in stepped and (early or parameter.grad is not None):
-            torch.autograd.graph.increment_version(parameter)
+    torch.autograd.graph.increment_version(
+        [p for p in compact if id(p) in stepped and (early or p.grad is not None) and len(p)]
+    )
 
 
 def clip_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ _SECOND_MOMENTS = {
 #: The dimension, from the end, that a factored second moment is a mean over: torch keeps it, of size 1, and
 #: transformers leaves it out.
 _AVERAGED = {"row_var": 1, "col_var": 2, "exp_avg_sq_row": 1, "exp_avg_sq_col": 2}
+
+
+#: By optimizer, the groups for which its constructor makes no state.
+_STATELESS: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[int]] = weakref.WeakKeyDictionary()
 
 
 def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
@@ -74,11 +79,15 @@ def _follows(name: str, value: object, compact: nn.Parameter) -> bool:
 
 def _start_fresh(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
     """Leave the state as the optimizer makes it before a first step; most make none."""
-    group = next((g for g in optimizer.param_groups if any(p is compact for p in g["params"])), None)
-    if group is None:
+    groups = optimizer.param_groups
+    place = next((i for i, group in enumerate(groups) if any(p is compact for p in group["params"])), None)
+    if place is None:
         return
-    fresh = None if len(compact) == 0 else twin_of(optimizer, group, [compact])
+    stateless = _STATELESS.setdefault(optimizer, set())
+    fresh = None if len(compact) == 0 or place in stateless else twin_of(optimizer, groups[place], [compact])
     made = {} if fresh is None else dict(fresh.state.get(compact, {}))
+    if fresh is not None and not made:
+        stateless.add(place)  # whether its constructor makes state does not change: one try says it
     if made:
         optimizer.state[compact] = made
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 
 from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
-from trady.calls.handling import Handling, any_trains, labelled, refuse_trained
-from trady.calls.kind import Call, CallKind, Keeps
+from trady.calls.handling import Handling, TrainedLayer, any_trains, labelled, refuse_trained
+from trady.calls.kind import Bound, Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
 from trady.ops.context import autocast_dtype
@@ -138,30 +140,91 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
     if quantized is None and is_quantized(call.weight):
         return frozen_linear(call.x, call.weight, call.bias) if call.operator.kind == "linear" else None
     fused = action if isinstance(action, WithLayer) else WithLayer()
-    if fused.norm is not None:
-        refuse_trained(fused.norm.weight, fused.norm.bias)
-    operator, x = call.operator, call.x
-    if isinstance(operator, Convolution):
+    x = call.x
+    if isinstance(call.operator, Convolution):
         x = x if x.dim() == call.weight.dim() else x.unsqueeze(0)
-        if fused.pad:
-            operator = _with_padding(operator, fused.pad)
     elif x.dim() == 1:
         x = x.unsqueeze(0)
-    scale, shift = (None, None) if fused.norm is None else handling.scale_and_shift(fused.norm)
-    if fused.norm is not None or fused.clamp is not None or fused.pad:
-        handling.commit()
-    selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
-    options = LayerCall(
-        operator, selected, fused.clamp, autocast_dtype(x) if x.dtype != torch.float64 else None, handling.graph_only
-    )
-    with labelled(fused.operation or operator.kind):
-        if quantized is not None:
-            out = quantized_linear(x, leaf, options, quantized)
-        else:
-            out = layer(x, leaf, options, call.weight, call.bias, scale, shift)
-    if own is not None:
-        handling.ran(own, out)
+    out = _Layer(call, fused, own, quantized, handling).of(x)
     return out if x.dim() == call.x.dim() else out.squeeze(0)
+
+
+class _Layer:
+    """A weight layer of which all is known but its input.
+
+    Args:
+        call: A call of it.
+        fused: What is computed with it.
+        own: The layer, if it can be updated by input channel.
+        quantized: The layer, if its weight is stored quantised.
+        handling: The armed model.
+    """
+
+    __slots__ = ("_bias", "_fused", "_handling", "_operation", "_operator", "_options", "_own", "_quantized", "_weight")
+
+    def __init__(
+        self,
+        call: WeightCall,
+        fused: WithLayer,
+        own: TrainedLayer | None,
+        quantized: QuantizedLinear | None,
+        handling: Handling,
+    ) -> None:
+        self._weight, self._bias, self._fused, self._own = call.weight, call.bias, fused, own
+        self._quantized, self._handling = quantized, handling
+        operator = call.operator
+        padded = isinstance(operator, Convolution) and fused.pad
+        self._operator = _with_padding(operator, fused.pad) if padded else operator
+        self._operation = fused.operation or operator.kind
+        self._options: LayerCall | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Compute it for an input."""
+        own, fused, handling, scale, shift = self._own, self._fused, self._handling, None, None
+        if fused.norm is not None:
+            refuse_trained(fused.norm.weight, fused.norm.bias)
+            scale, shift = handling.scale_and_shift(fused.norm)
+        if fused.norm is not None or fused.clamp is not None or fused.pad:
+            handling.commit()
+        selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
+        dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
+        options = self._options
+        if options is None or options.selected is not selected or options.dtype is not dtype:
+            options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only)
+            self._options = options
+        with labelled(self._operation):
+            if self._quantized is not None:
+                out = quantized_linear(x, leaf, options, self._quantized)
+            else:
+                out = layer(x, leaf, options, self._weight, self._bias, scale, shift)
+        if own is not None:
+            handling.ran(own, out)
+        return out
+
+
+def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], handling: Handling) -> Bound | None:
+    weight, bias, action = call.weight, call.bias, handling.action
+    own = handling.layer_of(weight)
+    plain = type(weight) is nn.Parameter and call.layer is None and not is_quantized(weight)
+    if kwargs or not plain or handling.in_head(weight) or not (own is None or isinstance(own.truth, DenseWeight)):
+        return None
+    place = next(index for index, value in enumerate(args) if value is call.x)
+    fixed, count = (*args[:place], *args[place + 1 :]), len(args)
+    dims = weight.dim() if isinstance(call.operator, Convolution) else None
+    of = _Layer(call, action if isinstance(action, WithLayer) else WithLayer(), own, None, handling).of
+
+    def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs or len(args) != count or any_trains(weight, bias):
+            return NotImplemented
+        x = args[place]
+        others = args[1:] if place == 0 else (*args[:place], *args[place + 1 :])
+        if type(x) is not Tensor or not all(map(is_, others, fixed)):
+            return NotImplemented
+        if x.dim() != dims if dims is not None else x.dim() < 2:
+            return NotImplemented
+        return of(x)
+
+    return compute
 
 
 @lru_cache(maxsize=4096)
@@ -188,6 +251,7 @@ WEIGHT = CallKind(
     },
     keeps=lambda call: Keeps.NOTHING,
     handler=_compute,
+    bind=_bind,
     samples=_by_sample,
     frees_result=_frees_result,
 )
