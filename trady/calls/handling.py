@@ -72,6 +72,11 @@ def any_trains(*parameters: Tensor | None) -> bool:
     return any(p is not None and p.requires_grad for p in parameters)
 
 
+def constant(weight: Tensor) -> Tensor:
+    """The weight of a layer whose channels train, as what it is in a forward pass; one may run inside a backward pass."""
+    return weight.detach() if weight.requires_grad else weight
+
+
 def refuse_trained(*parameters: Tensor | None) -> None:
     """Refuse parameters that were made trainable after the model had been prepared.
 

@@ -23,6 +23,7 @@ from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
 from trady.interception.interceptor import Interceptor
 from trady.interception.layer import ArmedLayer, OnGradient
+from trady.interception.shown_weights import ShownWeights
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
 from trady.ops.quantized import is_quantized
@@ -81,6 +82,7 @@ class Armed:
         self.on_output: list[Callable[[nn.Module, Any], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
+        self.shown = ShownWeights(self.layers.values())
         self.interceptor = Interceptor(
             model,
             list(self.layers.values()),
@@ -90,6 +92,7 @@ class Armed:
             fidelity=fidelity,
             before_forward=self._before_forward,
             after_forward=self._after_forward,
+            weights=self.shown,
         )
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
@@ -115,6 +118,7 @@ class Armed:
             moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
             changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
+        self.shown.drawn(change.layer for change in changes)
         return changes
 
     @property
@@ -177,6 +181,7 @@ class Armed:
         try:
             self.write_back()
         finally:
+            self.shown.end()
             self.interceptor.disarm()
             self._uncompiled.put_back()
             leave(self._quantized)

@@ -41,7 +41,7 @@ class ArmedLayer:
     """
 
     __slots__ = (
-        "__weakref__", "_attribute", "_hook", "_on_gradient", "_owner", "_written", "compact", "leaf", "name",
+        "__weakref__", "_attribute", "_bits", "_hook", "_on_gradient", "_owner", "_written", "compact", "leaf", "name",
         "selected", "truth", "weight",
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ class ArmedLayer:
         )
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
-        self._written = self._versions
+        self._written, self._bits = self._versions, torch.zeros(())
 
     @property
     def _versions(self) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class ArmedLayer:
         self.compact.data = self.truth.empty() if selected is None else self.truth.gather(selected)
         clip_by_output(self.compact, by_output)
         self.leaf = None if selected is None else self.compact
-        self._written = self._versions
+        self._note()
 
     @property
     def is_replaced(self) -> bool:
@@ -118,7 +118,7 @@ class ArmedLayer:
                 self.compact.copy_(self.truth.gather(self.selected))
             else:
                 self.truth.scatter_(self.selected, self.compact.detach())
-        self._written = self._versions
+        self._note()
 
     def hear_last(self) -> None:
         """Be told of a gradient after everybody else: an optimizer may use it up then."""
@@ -127,17 +127,53 @@ class ArmedLayer:
             hooks[self._hook.id] = hooks.pop(self._hook.id)
 
     def follow(self) -> None:
-        """Take over what was written into the weight, also where its version does not tell: through ``.data``.
+        """Let weight and compact parameter be the same where somebody wrote into one of them without a version: ``.data``.
 
-        Called before a forward pass, when little memory is in use, so that the step starts from the weight as it is,
-        and after :meth:`write_back`: what an optimizer has written into the compact parameter is in the weight by then.
+        Called before a forward pass and before a step, after :meth:`write_back`: what has a version is in both by then.
+        A weight that differs was written to, unless the compact parameter is not what it was.
         """
         if self.selected is None or not isinstance(self.truth, DenseWeight):
             return
-        # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is
-        # gathered is gone before the pass begins, and a gradient of the same size comes: it is never in a peak.
+        # Graphs may share the memory; where nothing was written, these are the values that it has.
         with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(self.compact):
-            self.compact.copy_(self.truth.gather(self.selected))
+            if self.compact.device.type == "cpu":
+                self._follow_by_parts(self.selected, self.truth)
+            else:
+                self._follow_unseen(self.selected, self.truth)
+
+    def _follow_by_parts(self, selected: SelectedChannels, truth: DenseWeight) -> None:
+        """Compare a few channels at a time: a copy of all would be memory that no plan counts."""
+        at_once = max(1, _PART_BYTES * len(selected) // max(self.compact.nbytes, 1))
+        followed = False
+        for start in range(0, len(selected), at_once):
+            rows = slice(start, start + at_once)
+            mine, now = self.compact.detach()[rows], truth.gather(selected, rows)
+            if torch.equal(mine, now):
+                continue
+            if not followed and bool(_bits(self.compact) != self._bits):
+                truth.scatter_(selected, self.compact.detach())
+                break
+            mine.copy_(now)
+            followed = True
+        else:
+            if not followed:
+                return
+        self._note()
+
+    def _follow_unseen(self, selected: SelectedChannels, truth: DenseWeight) -> None:
+        """Decide on the device, which nobody waits for."""
+        mine, now = self.compact.detach(), truth.gather(selected)
+        mine.copy_(torch.where(_bits(mine) != self._bits, mine, now))
+        with _unsafe_preserve_version_counter(self.weight):
+            truth.scatter_(selected, mine)
+        self._note()
+
+    def _note(self) -> None:
+        """Remember that compact parameter and weight are the same."""
+        self._written = self._versions
+        if self.selected is not None and isinstance(self.truth, DenseWeight):
+            with unseen():
+                self._bits = _bits(self.compact)
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Tensor | None]:
@@ -163,6 +199,17 @@ class ArmedLayer:
     def _arrived(self) -> None:
         for callback in self._on_gradient:
             callback(self.name, self.compact)
+
+
+#: Bytes of channels that are compared at once, on the CPU.
+_PART_BYTES = 1 << 14
+
+_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def _bits(values: Tensor) -> Tensor:
+    """A sum over the bits of values: it differs where one of them was written to."""
+    return values.detach().view(_WHOLE_NUMBERS[values.element_size()]).sum()
 
 
 def _forget_graphs(leaf: nn.Parameter) -> None:

@@ -88,14 +88,14 @@ class StrangerCheck:
     Its steps would be made, but momentum would not follow the channels from draw to draw.
 
     Args:
-        compact: The compact parameters.
+        updated: The compact parameters, and the weights that they train in the place of.
         attached: The optimizers that the tuner knows.
     """
 
     def __init__(
-        self, compact: Iterable[nn.Parameter], attached: Callable[[], Sequence[torch.optim.Optimizer]]
+        self, updated: Iterable[nn.Parameter], attached: Callable[[], Sequence[torch.optim.Optimizer]]
     ) -> None:
-        self._compact = {id(p) for p in compact}
+        self._updated = {id(p) for p in updated}
         self._attached = attached
         self._seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         check = weakref.WeakMethod(self._check)
@@ -106,7 +106,7 @@ class StrangerCheck:
         if optimizer in self._seen:
             return
         if innermost(optimizer) not in self._attached() and any(
-            id(p) in self._compact for group in optimizer.param_groups for p in group["params"]
+            id(p) in self._updated for group in optimizer.param_groups for p in group["params"]
         ):
             raise StateError(
                 f"this {type(optimizer).__name__} updates channels and was never attached: call "
@@ -137,9 +137,13 @@ class Optimizers:
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
         self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
-        self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
-        self._strangers = StrangerCheck(self._compact.values(), self)
+        armed.shown.begin()
+        hidden = {layer.name for layer in armed.shown.stored_otherwise}
+        beside = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden}
+        self._beside = list(beside.values())
+        self._shown = ShownParameters(armed.model, beside, () if armed.given is armed.model else (armed.given,))
+        weights = (layer.weight for layer in armed.layers.values())
+        self._strangers = StrangerCheck([*self._compact.values(), *weights], self)
         armed.on_forward.append(self._before_forward)
 
     def __call__(self) -> list[torch.optim.Optimizer]:
@@ -186,13 +190,15 @@ class Optimizers:
     def before_step(self) -> None:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
         self._loaded.clear()
+        self._armed.shown.check_not_asked()
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
+        self._armed.follow()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember which gradients a step has used; those of another optimizer's channels may be adding up."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if id(p) in stepped and p.grad is not None]
+        left = [(p, weakref.ref(p.grad)) for p in self._beside if id(p) in stepped and p.grad is not None]
         before, had = self._used
         self._used = [*before, *left], had or any(p.grad is not None for p in self._head)
 
@@ -209,4 +215,5 @@ class Optimizers:
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
         self._shown.remove()
+        self._armed.shown.end()
         self._strangers.remove()

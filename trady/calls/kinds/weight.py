@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
-from trady.calls.handling import Handling, any_trains, labelled, refuse_trained
+from trady.calls.handling import Handling, any_trains, constant, labelled, refuse_trained
 from trady.calls.kind import Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
@@ -130,8 +130,8 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
     if not isinstance(call.weight, nn.Parameter) or handling.in_head(call.weight):
         return None
     own = handling.layer_of(call.weight)
-    if any_trains(call.weight, call.bias):
-        if isinstance(action, WithLayer):
+    if any_trains(None if own else call.weight, call.bias):
+        if own is not None or isinstance(action, WithLayer):
             refuse_trained(call.weight, call.bias)
         return None
     quantized = call.layer or (None if own is None or isinstance(own.truth, DenseWeight) else own.truth)
@@ -158,7 +158,7 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
         if quantized is not None:
             out = quantized_linear(x, leaf, options, quantized)
         else:
-            out = layer(x, leaf, options, call.weight, call.bias, scale, shift)
+            out = layer(x, leaf, options, constant(call.weight), call.bias, scale, shift)
     if own is not None:
         handling.ran(own, out)
     return out if x.dim() == call.x.dim() else out.squeeze(0)
