@@ -26,6 +26,7 @@ from trady.interception.layer import ArmedLayer, OnGradient
 from trady.interception.shown_weights import ShownWeights
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
+from trady.model.untouched import unseen
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import select_channels
 from trady.quantized.linear import QuantizedLinear, leave, route
@@ -139,19 +140,23 @@ class Armed:
 
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
         """
-        for armed in self.layers.values():
-            armed.write_back()
+        written = [armed for armed in self.layers.values() if armed.write_back()]
+        if written:
+            with unseen(), torch.no_grad():
+                for armed in written:
+                    armed.note()
 
     def follow(self) -> None:
-        """Let the compact parameters follow weights that somebody wrote into, in whatever way."""
-        for armed in self.layers.values():
-            armed.follow()
+        """Let weights and compact parameters be the same where somebody wrote into one of them, in whatever way."""
+        with unseen(), torch.no_grad():
+            for armed in self.layers.values():
+                armed.follow()
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
             return False
+        self.write_back()
         for armed in self.layers.values():
-            armed.write_back()
             armed.hear_last()
         for call in self.on_forward:
             call(module, args, kwargs)

@@ -88,37 +88,43 @@ class ArmedLayer:
         self.compact.data = self.truth.empty() if selected is None else self.truth.gather(selected)
         clip_by_output(self.compact, by_output)
         self.leaf = None if selected is None else self.compact
-        self._note()
+        self._written = self._versions
+        with unseen():
+            self.note()
 
     @property
     def is_replaced(self) -> bool:
         """Whether another tensor is in the weight's place, maybe for one call (``torch.func.functional_call``)."""
         return self._owner._parameters.get(self._attribute) is not self.weight
 
-    def write_back(self) -> None:
+    def write_back(self) -> bool:
         """Copy the compact parameter into the weight if an optimizer has changed it.
 
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
+
+        Returns:
+            Whether something was copied; :meth:`note` is to be called then.
 
         Raises:
             StateError: The weight was moved or replaced.
 
         """
         if self.selected is None:
-            return
+            return False
         if self.is_replaced or self.weight.device != self.compact.device:
             raise StateError(
                 f"the weight of {self.name} was moved or replaced after the model had been prepared: "
                 "do that first, then call trady.prepare and build the optimizer"
             )
         if self._written == self._versions:
-            return
+            return False
         with torch.no_grad():
             if self._written[0] == self.compact._version:
                 self.compact.copy_(self.truth.gather(self.selected))
             else:
                 self.truth.scatter_(self.selected, self.compact.detach())
-        self._note()
+        self._written = self._versions
+        return True
 
     def hear_last(self) -> None:
         """Be told of a gradient after everybody else: an optimizer may use it up then."""
@@ -130,50 +136,48 @@ class ArmedLayer:
         """Let weight and compact parameter be the same where somebody wrote into one of them without a version: ``.data``.
 
         Called before a forward pass and before a step, after :meth:`write_back`: what has a version is in both by then.
-        A weight that differs was written to, unless the compact parameter is not what it was.
+        A weight that differs was written to, unless the compact parameter is not what it was. Versions stay where
+        graphs may share the memory: they hold the values that it has.
         """
         if self.selected is None or not isinstance(self.truth, DenseWeight):
             return
-        # Graphs may share the memory; where nothing was written, these are the values that it has.
-        with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(self.compact):
-            if self.compact.device.type == "cpu":
-                self._follow_by_parts(self.selected, self.truth)
-            else:
-                self._follow_unseen(self.selected, self.truth)
+        if self.compact.device.type == "cpu":
+            self._follow_by_parts(self.selected, self.truth)
+        else:
+            self._follow_on_device(self.selected, self.truth)
 
     def _follow_by_parts(self, selected: SelectedChannels, truth: DenseWeight) -> None:
         """Compare a few channels at a time: a copy of all would be memory that no plan counts."""
         at_once = max(1, _PART_BYTES * len(selected) // max(self.compact.nbytes, 1))
-        followed = False
+        followed, compact = False, self.compact.detach()
         for start in range(0, len(selected), at_once):
             rows = slice(start, start + at_once)
-            mine, now = self.compact.detach()[rows], truth.gather(selected, rows)
+            mine, now = compact[rows], truth.gather(selected, rows)
             if torch.equal(mine, now):
                 continue
-            if not followed and bool(_bits(self.compact) != self._bits):
-                truth.scatter_(selected, self.compact.detach())
-                break
-            mine.copy_(now)
-            followed = True
-        else:
-            if not followed:
+            if not followed and bool(_bits(compact) != self._bits):
+                truth.scatter_(selected, compact)
+                self._written = self._versions
+                self.note()
                 return
-        self._note()
+            with _unsafe_preserve_version_counter(self.compact):
+                mine.copy_(now)
+            followed = True
+        if followed:
+            self.note()
 
-    def _follow_unseen(self, selected: SelectedChannels, truth: DenseWeight) -> None:
+    def _follow_on_device(self, selected: SelectedChannels, truth: DenseWeight) -> None:
         """Decide on the device, which nobody waits for."""
         mine, now = self.compact.detach(), truth.gather(selected)
-        mine.copy_(torch.where(_bits(mine) != self._bits, mine, now))
-        with _unsafe_preserve_version_counter(self.weight):
+        with _unsafe_preserve_version_counter((self.compact, self.weight)):
+            mine.copy_(torch.where(_bits(mine) != self._bits, mine, now))
             truth.scatter_(selected, mine)
-        self._note()
+        self.note()
 
-    def _note(self) -> None:
-        """Remember that compact parameter and weight are the same."""
-        self._written = self._versions
+    def note(self) -> None:
+        """Remember the bits of the compact parameter: they are those of the weight."""
         if self.selected is not None and isinstance(self.truth, DenseWeight):
-            with unseen():
-                self._bits = _bits(self.compact)
+            self._bits = _bits(self.compact.detach())
 
     @contextmanager
     def gated(self, samples: int) -> Iterator[Tensor | None]:
@@ -209,7 +213,7 @@ _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64,
 
 def _bits(values: Tensor) -> Tensor:
     """A sum over the bits of values: it differs where one of them was written to."""
-    return values.detach().view(_WHOLE_NUMBERS[values.element_size()]).sum()
+    return values.view(_WHOLE_NUMBERS[values.element_size()]).sum()
 
 
 def _forget_graphs(leaf: nn.Parameter) -> None:

@@ -1,0 +1,538 @@
+"""What loops do with weights and gradients by name: regularisers, updates by hand, logs, surgery, frozen layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+import trady
+from benchmarks.habits.networks import Text, X, Y, convolutions, images, loss_of, perceptron, sgd, tokens, train
+from benchmarks.habits.row import Program, Rows, Side
+
+ROWS = Rows()
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if name.endswith("weight")]
+
+
+# -- regularisers --------------------------------------------------------------------------------------
+
+
+def _orthogonal(model: nn.Module) -> Tensor:
+    return torch.stack([(w @ w.T - torch.eye(len(w), dtype=w.dtype)).square().mean() for w in _weights(model)]).sum()
+
+
+def _group_lasso(model: nn.Module) -> Tensor:
+    return torch.stack([w.norm(dim=0).sum() for w in _weights(model)]).sum()
+
+
+def _spectral(model: nn.Module) -> Tensor:
+    return torch.stack([torch.linalg.matrix_norm(w, 2) for w in _weights(model)]).sum()
+
+
+def _similar(model: nn.Module) -> Tensor:
+    first, second = model.get_parameter("2.weight"), model.get_parameter("4.weight")
+    return F.cosine_similarity(first.mean(0), second.mean(0), dim=0)
+
+
+_PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {
+    "L1 in the loss, by name": lambda model: torch.stack([w.abs().sum() for w in _weights(model)]).sum(),
+    "orthogonality: W @ W.T - I": _orthogonal,
+    "group lasso: norms of input channels": _group_lasso,
+    "a spectral penalty: matrix_norm(W, 2)": _spectral,
+    "a penalty that combines two weights": _similar,
+    "parameters_to_vector(model.parameters()).norm()": lambda model: parameters_to_vector(model.parameters()).norm(),
+    "L2 over a module around the model": lambda model: torch.stack(
+        [p.square().sum() for p in nn.ModuleList([model]).parameters()]
+    ).sum(),
+}
+
+
+def _penalised(penalty: Callable[[nn.Module], Tensor]) -> Program:
+    def program(side: Side) -> None:
+        model = perceptron()
+        tuner = side.prepare(model, X)
+        optimizer = tuner.attach(sgd(model.parameters()))
+        for _ in range(3):
+            optimizer.zero_grad()
+            (loss_of(model) + 0.05 * penalty(model)).backward()
+            optimizer.step()
+
+    return program
+
+
+for _name, _penalty in _PENALTIES.items():
+    ROWS.add(_name)(_penalised(_penalty))
+
+
+def _l2(model: nn.Module) -> Tensor:
+    return 0.05 * torch.stack([w.square().sum() for w in _weights(model)]).sum()
+
+
+@ROWS.add("EWC: Fisher information from p.grad, then a penalty by name")
+def _elastic(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    fisher = {}
+    for x in X.split(4):
+        model.zero_grad()
+        loss_of(model, x, Y[:4]).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                fisher[name] = fisher.get(name, 0) + p.grad.detach() ** 2
+    anchor = {name: p.detach().clone() + 0.1 for name, p in model.named_parameters()}
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        for name, p in model.named_parameters():
+            if name in fisher:
+                loss = loss + 100 * (fisher[name] * (p - anchor[name]) ** 2).sum()
+        loss.backward()
+        optimizer.step()
+
+
+@ROWS.add("a penalty on convolutions, and one policy draws others each epoch")
+def _drawn(side: Side) -> None:
+    model = convolutions()
+    tuner = side.prepare(model, images(), policy="dynamic-random")
+    optimizer = tuner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    for epoch in range(3):
+        tuner.resample(epoch)
+        optimizer.zero_grad()
+        (loss_of(model, images(), torch.arange(4) % 3) + _l2(model)).backward()
+        optimizer.step()
+
+
+@ROWS.add("a penalty, everything recomputed")
+def _recomputed(side: Side) -> None:
+    model, x = Text(), tokens(4, 8)
+    tuner = side.prepare(model, x, recompute="all", budget="elements:4000")
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (loss_of(model, x, torch.arange(4) % 3) + _l2(model)).backward()
+        optimizer.step()
+
+
+@ROWS.add("a penalty, an update inside the backward pass: trady.optim.SGD")
+def _updated(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(side.pick(trady.optim.SGD, torch.optim.SGD)(model.parameters(), lr=0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (loss_of(model) + _l2(model)).backward()
+        optimizer.step()
+
+
+@ROWS.add("a penalty before the forward pass, run backward on its own")
+def _alone(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        penalty = _l2(model)
+        loss_of(model).backward()
+        penalty.backward()
+        optimizer.step()
+
+
+@ROWS.add("a penalty, and gradients of tuner.parameters() by name")
+def _asked(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for step in range(3):
+        optimizer.zero_grad()
+        parameters = list(tuner.parameters())
+        if step:
+            (loss_of(model) + _l2(model)).backward(inputs=parameters)
+        else:
+            for p, gradient in zip(parameters, torch.autograd.grad(loss_of(model) + _l2(model), parameters)):
+                p.grad = gradient
+        optimizer.step()
+
+
+@ROWS.add("a penalty under clamping hooks: p.register_hook() by name")
+def _hooked(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (loss_of(model) + _l2(model)).backward()
+        optimizer.step()
+
+
+# -- updates by hand -----------------------------------------------------------------------------------
+
+
+def _by_hand(update: Callable[[nn.Parameter], object], model_of: Callable[[], nn.Module] = perceptron) -> Program:
+    def program(side: Side) -> None:
+        model = model_of()
+        x, y = (X, Y) if model_of is perceptron else (images(), torch.arange(4) % 3)
+        side.prepare(model, x)
+        for _ in range(3):
+            loss_of(model, x, y).backward()
+            with torch.no_grad():
+                for _, p in model.named_parameters():
+                    if p.grad is not None:
+                        update(p)
+                        p.grad = None
+
+    return program
+
+
+def _sub(p: Any) -> None:
+    p -= 0.1 * p.grad
+
+
+ROWS.add("SGD by hand: p -= lr * p.grad, by name")(_by_hand(_sub))
+ROWS.add("SGD by hand: p.data.add_(p.grad, alpha=-lr)")(_by_hand(lambda p: p.data.add_(p.grad, alpha=-0.1)))
+ROWS.add("sign SGD by hand, convolutions")(_by_hand(lambda p: p.data.add_(p.grad.sign(), alpha=-0.01), convolutions))
+
+
+@ROWS.add("an optimizer a parameter, stepped by a post-accumulate hook")
+def _in_hooks(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizers = {p: tuner.attach(sgd([p])) for p in model.parameters() if p.requires_grad}
+
+    def step(parameter: Any) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        loss_of(model).backward()
+
+
+# -- gradients -----------------------------------------------------------------------------------------
+
+
+def _changing(change: Callable[[nn.Module], object]) -> Program:
+    def program(side: Side) -> None:
+        model = perceptron()
+        tuner = side.prepare(model, X)
+        optimizer = tuner.attach(sgd(model.parameters()))
+        for _ in range(3):
+            loss_of(model).backward()
+            change(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return program
+
+
+def _graded(model: nn.Module) -> list[Any]:
+    return [p for _, p in model.named_parameters() if p.grad is not None]
+
+
+def _each(change: Callable[[Any], object]) -> Callable[[nn.Module], object]:
+    return lambda model: [change(p) for p in _graded(model)]
+
+
+def _unscale(p: Any) -> None:
+    p.grad.div_(8.0).mul_(torch.tensor(4.0))
+
+
+def _centralise(p: Any) -> None:
+    if p.dim() > 1:
+        p.grad.sub_(p.grad.mean(1, keepdim=True))
+
+
+def _adaptive(p: Any) -> None:
+    norm = p.grad.norm(dim=-1, keepdim=True)
+    limit = 0.01 * p.detach().norm(dim=-1, keepdim=True)
+    p.grad.copy_(torch.where(norm > limit, p.grad * limit / norm.clamp_min(1e-6), p.grad))
+
+
+def _rows(p: Any) -> None:
+    p.grad[1] = 0
+    p.grad.view(-1)[:5].mul_(3.0)
+
+
+def _noise(p: Any) -> None:
+    p.grad.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype), alpha=0.1)
+
+
+def _decay(p: Any) -> None:
+    p.grad.add_(p.data, alpha=0.5)
+
+
+def _assign(p: Any) -> None:
+    p.grad = p.grad.clone() * 0.5 + 0.01 * p.detach()
+
+
+def _times(p: Any) -> None:
+    p.grad *= 0.5
+
+
+def _foreach(model: nn.Module) -> None:
+    gradients = [p.grad for p in _graded(model)]
+    torch._foreach_mul_(gradients, 0.5)
+    torch._foreach_add_(gradients, [p.detach() for p in _graded(model)], alpha=0.1)
+
+
+def _vector(model: nn.Module) -> None:
+    flat = torch.cat([p.grad.view(-1) for p in _graded(model)])
+    flat = flat / flat.norm()
+    for p, part in zip(_graded(model), flat.split([p.numel() for p in _graded(model)]), strict=True):
+        p.grad = part.view_as(p)
+
+
+for _name, _change in {
+    "unscaled by hand: p.grad.div_(scale)": _each(_unscale),
+    "p.grad.data *= 0.5 by name": _each(_times),
+    "gradient centralisation: p.grad.sub_(p.grad.mean())": _each(_centralise),
+    "adaptive clipping by rows": _each(_adaptive),
+    "rows of p.grad, and views of it, written to": _each(_rows),
+    "noise added to p.grad": _each(_noise),
+    "decay by hand: p.grad.add_(p.data)": _each(_decay),
+    "p.grad = another tensor": _each(_assign),
+    "torch._foreach_ over [p.grad]": _foreach,
+    "all gradients as one vector, and back": _vector,
+    "clip_grad_norm_(by name, foreach=True)": lambda model: nn.utils.clip_grad_norm_(
+        [p for _, p in model.named_parameters()], 0.05, foreach=True
+    ),
+}.items():
+    ROWS.add(_name)(_changing(_change))
+
+
+@ROWS.add("gradient surgery (PCGrad): two losses, p.grad by name")
+def _surgery(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(3):
+        found = []
+        for y in (Y, (Y + 1) % 3):
+            optimizer.zero_grad()
+            loss_of(model, y=y).backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        one, other = found
+        dot, square = (sum((a * b[n]).sum() for n, a in one.items()) for b in (other, one))
+        for name, p in model.named_parameters():
+            if name in one:
+                p.grad = other[name] + one[name] - one[name] * (dot / square).clamp_max(0)
+        optimizer.step()
+
+
+@ROWS.add("a log of gradients: norms, means, histograms, by name")
+def _log(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                side.result(f"norm {name} {step}", p.grad.data.norm(2))
+                side.result(f"mean {name} {step}", p.grad.detach().abs().mean())
+                side.result(f"histogram {name} {step}", torch.histc(p.grad.cpu(), 5))
+                side.result(f"array {name} {step}", torch.tensor(p.grad.detach().cpu().numpy()))
+                side.result(f"deep {name} {step}", copy.deepcopy(p.grad))
+                assert p.grad.shape == p.shape
+                assert not torch.isnan(p.grad).any()
+                assert "tensor" in str(p.grad)
+        optimizer.step()
+
+
+@ROWS.add("SAM over the model's own parameters, by name")
+def _sharpness(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(3):
+        loss_of(model).backward()
+        moved = []
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in _graded(model)]).norm()
+            for p in _graded(model):
+                moved.append((p, p.grad * (0.05 / norm)))
+                p.add_(moved[-1][1])
+        model.zero_grad()
+        loss_of(model).backward()
+        with torch.no_grad():
+            for p, up in moved:
+                p.sub_(up)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@ROWS.add("gradients added up by hand: sums of p.grad.clone()")
+def _added(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    for _ in range(2):
+        sums: dict[str, Tensor] = {}
+        for x in X.split(8):
+            optimizer.zero_grad()
+            loss_of(model, x, Y[:8]).backward()
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    sums[name] = sums.get(name, torch.zeros_like(p)) + p.grad
+        for name, p in model.named_parameters():
+            if name in sums:
+                p.grad.copy_(sums[name])
+        optimizer.step()
+
+
+# -- frozen, and unfrozen ------------------------------------------------------------------------------
+
+
+@ROWS.add("frozen in the middle: p.requires_grad_(False) by name, and trained again")
+def _frozen(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    train(model, optimizer, 1)
+    model.get_parameter("2.weight").requires_grad_(False)
+    before = model.get_parameter("2.weight").detach().clone()
+    train(model, optimizer, 2)
+    assert torch.equal(before, model.get_parameter("2.weight"))
+    model.get_parameter("2.weight").requires_grad = True
+    train(model, optimizer, 2)
+
+
+def _toggled(toggle: Callable[[nn.Module, bool], object]) -> Program:
+    def program(side: Side) -> None:
+        model = perceptron()
+        tuner = side.prepare(model, X)
+        optimizer = tuner.attach(sgd(model.parameters()))
+        for _ in range(3):
+            toggle(model, False)
+            x = X.clone().requires_grad_()
+            loss_of(model, x).backward()
+            assert all(p.grad is None for p in model.parameters())
+            toggle(model, True)
+            train(model, optimizer, 1)
+
+    return program
+
+
+def _set_flags(model: nn.Module, flag: bool) -> None:
+    for p in model.parameters():
+        p.requires_grad = flag
+
+
+ROWS.add("GAN: model.requires_grad_(False), then True")(_toggled(lambda model, flag: model.requires_grad_(flag)))
+ROWS.add("GAN: p.requires_grad = False, then True")(_toggled(_set_flags))
+
+
+# -- optimizers ----------------------------------------------------------------------------------------
+
+
+@ROWS.add("rates by name, set after prepare")
+def _rates(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    groups = [{"params": [p], "lr": 0.02 * (n + 1)} for n, (_, p) in enumerate(model.named_parameters())]
+    train(model, tuner.attach(torch.optim.SGD(groups, lr=0.1)))
+
+
+@ROWS.add("add_param_group of a layer, after a step")
+def _unfrozen(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model[2:].parameters()))
+    for step in range(4):
+        if step == 2:
+            optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.2})
+        if step < 2:
+            model[0].weight.requires_grad_(False)
+        else:
+            model[0].weight.requires_grad_(True)
+        train(model, optimizer, 1)
+
+
+@ROWS.add("an optimizer over named weights that was never attached", refused="was never attached")
+def _never(side: Side) -> None:
+    model = perceptron()
+    side.prepare(model, X)
+    train(model, sgd([p for _, p in model.named_parameters()]))
+
+
+# -- a module around the model -------------------------------------------------------------------------
+
+
+class _Task(nn.Module):
+    """A model with its loss, as Lightning has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.loss(self.model(x), y)
+        return out
+
+
+@ROWS.add("LightningModule: loss, decay, zero_grad and clipping of the module around")
+def _task(side: Side) -> None:
+    model = perceptron()
+    tuner, task = side.prepare(model, X), _Task(model)
+    optimizer = tuner.attach(sgd(task.parameters()))
+    for step in range(4):
+        loss = task(X, Y) + 0.05 * sum(p.square().sum() for p in task.parameters())
+        loss.backward()
+        nn.utils.clip_grad_value_(task.parameters(), 0.02)
+        nn.utils.clip_grad_norm_(task.parameters(), 0.05)
+        if step != 1:
+            optimizer.step()
+        task.zero_grad()
+
+
+# -- written to ----------------------------------------------------------------------------------------
+
+
+@ROWS.add("p.data.clamp_() over tuner.parameters(), after a step and before one")
+def _clamped(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(tuner.parameters()))
+    for step in range(4):
+        loss_of(model).backward()
+        if step % 2:
+            for p in tuner.parameters():
+                p.data.mul_(0.9)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not step % 2:
+            for p in tuner.parameters():
+                p.data.mul_(0.9)
+    for p in tuner.parameters():
+        p.data.mul_(1.0)
+
+
+@ROWS.add("weights tied by hand: a.weight = b.weight", refused="moved or replaced")
+def _tied(side: Side) -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 3)).double()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    model[0].weight = model[2].weight  # type: ignore[assignment]
+    train(model, optimizer)
+
+
+@ROWS.add("backward(inputs=) of the model's own weights", refused=r"ask for inputs=list\(tuner\.parameters\(\)\)")
+def _inputs(side: Side) -> None:
+    model = perceptron()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    loss_of(model).backward(inputs=[p for p in model.parameters() if p.requires_grad])
+    optimizer.step()
