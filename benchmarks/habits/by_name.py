@@ -204,22 +204,6 @@ ROWS.add("SGD by hand: p.data.add_(p.grad, alpha=-lr)")(_by_hand(lambda p: p.dat
 ROWS.add("sign SGD by hand, convolutions")(_by_hand(lambda p: p.data.add_(p.grad.sign(), alpha=-0.01), convolutions))
 
 
-@ROWS.add("an optimizer a parameter, stepped by a post-accumulate hook")
-def _in_hooks(side: Side) -> None:
-    model = perceptron()
-    tuner = side.prepare(model, X)
-    optimizers = {p: tuner.attach(sgd([p])) for p in model.parameters() if p.requires_grad}
-
-    def step(parameter: Any) -> None:
-        optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
-
-    for p in optimizers:
-        p.register_post_accumulate_grad_hook(step)
-    for _ in range(3):
-        loss_of(model).backward()
-
-
 # -- gradients -----------------------------------------------------------------------------------------
 
 
@@ -416,6 +400,7 @@ def _toggled(toggle: Callable[[nn.Module, bool], object]) -> Program:
         tuner = side.prepare(model, X)
         optimizer = tuner.attach(sgd(model.parameters()))
         for _ in range(3):
+            optimizer.zero_grad()
             toggle(model, False)
             x = X.clone().requires_grad_()
             loss_of(model, x).backward()
@@ -499,25 +484,6 @@ def _task(side: Side) -> None:
 
 
 # -- written to ----------------------------------------------------------------------------------------
-
-
-@ROWS.add("p.data.clamp_() over tuner.parameters(), after a step and before one")
-def _clamped(side: Side) -> None:
-    model = perceptron()
-    tuner = side.prepare(model, X)
-    optimizer = tuner.attach(sgd(tuner.parameters()))
-    for step in range(4):
-        loss_of(model).backward()
-        if step % 2:
-            for p in tuner.parameters():
-                p.data.mul_(0.9)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not step % 2:
-            for p in tuner.parameters():
-                p.data.mul_(0.9)
-    for p in tuner.parameters():
-        p.data.mul_(1.0)
 
 
 @ROWS.add("weights tied by hand: a.weight = b.weight", refused="moved or replaced")

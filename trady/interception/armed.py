@@ -21,6 +21,7 @@ from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
+from trady.interception.frozen_flags import FrozenFlags
 from trady.interception.interceptor import Interceptor
 from trady.interception.layer import ArmedLayer, OnGradient
 from trady.interception.shown_weights import ShownWeights
@@ -84,6 +85,8 @@ class Armed:
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
         self.shown = ShownWeights(self.layers.values())
+        weights = {id(layer.weight) for layer in self.layers.values()}
+        self.frozen = FrozenFlags(p for p, flag in self._flags if flag and id(p) not in head | weights)
         self.interceptor = Interceptor(
             model,
             list(self.layers.values()),
@@ -187,6 +190,7 @@ class Armed:
             self.write_back()
         finally:
             self.shown.end()
+            self.frozen.end()
             self.interceptor.disarm()
             self._uncompiled.put_back()
             leave(self._quantized)

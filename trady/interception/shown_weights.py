@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trady.errors import StateError
 from trady.interception.layer import ArmedLayer
+from trady.model.prepared import plain_class
 from trady.ops.channel_gradient import ChannelGradient, WeightChannels
 from trady.ops.selected import DenseWeight
 
@@ -48,6 +49,7 @@ class ShownWeights:
         for layer in layers:
             (self._layers if isinstance(layer.truth, DenseWeight) else self.stored_otherwise).append(layer)
         self._begun = self._shown = False
+        self._asked: str | None = None
 
     def begin(self) -> None:
         """Show the weights from now on."""
@@ -71,8 +73,9 @@ class ShownWeights:
             return
         self._shown = False
         for layer in self._layers:
-            _disconnect(layer)
-            layer.weight.__class__ = type(layer.weight).__mro__[2]
+            if _disconnect(layer):
+                self._asked = layer.name
+            layer.weight.__class__ = plain_class(type(layer.weight))
 
     def drawn(self, names: Iterable[str]) -> None:
         """Follow a draw of other channels in these layers."""
@@ -89,14 +92,14 @@ class ShownWeights:
             StateError: It was; the forward pass has none for them, but for their channels.
 
         """
-        asked = [layer for layer in self._layers if _RETAINS.__get__(layer.weight)]
-        for layer in asked:
-            _GRADIENT.__set__(layer.weight, None)
-            _reconnect(layer)
-        if asked:
+        if self._shown and any(_RETAINS.__get__(layer.weight) for layer in self._layers):
+            self.hide()
+            self.show()
+        asked, self._asked = self._asked, None
+        if asked is not None:
             raise StateError(
-                f"backward(inputs=...) was asked for the gradient of the weight of {asked[0].name}, whose channels "
-                "train in its place: ask for inputs=list(tuner.parameters())"
+                f"backward(inputs=...) was asked for the gradient of the weight of {asked}, whose channels train in "
+                "its place: ask for inputs=list(tuner.parameters())"
             )
 
     def end(self) -> None:
@@ -109,7 +112,6 @@ class ShownWeights:
 
 #: What the class of a shown weight hides, as it is for PyTorch.
 _RETAINS: Any = torch.Tensor.retains_grad
-_GRADIENT: Any = torch.Tensor.grad
 _REQUIRES: Any = torch.Tensor.requires_grad
 
 
@@ -138,13 +140,16 @@ def _connect(layer: ArmedLayer) -> None:
         _Named.apply(layer.weight, layer.compact, _channels(layer))
 
 
-def _disconnect(layer: ArmedLayer) -> None:
-    if _REQUIRES.__get__(layer.weight):
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                layer.weight.detach_()
-        else:
-            layer.weight.detach_()
+def _disconnect(layer: ArmedLayer) -> bool:
+    """Make the weight a constant; return whether a backward pass was asked for its gradient."""
+    if not _REQUIRES.__get__(layer.weight):
+        return False
+    asked: bool = _RETAINS.__get__(layer.weight)
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        layer.weight.detach_()
+        if asked:  # PyTorch has no other way to end what retain_grad() has begun
+            torch._C._swap_tensor_impl(layer.weight, layer.weight.detach())
+    return asked
 
 
 def _reconnect(layer: ArmedLayer) -> None:
@@ -249,12 +254,11 @@ class _Shown:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             mine: Any = self
-            kind = type(self).__mro__[2]
+            kind = plain_class(type(mine))
             memo[id(self)] = kind(mine.data.clone(memory_format=torch.preserve_format), mine.requires_grad)
         return memo[id(self)]
 
 
 @lru_cache(maxsize=64)
 def _shown_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
-    """A class like that of a parameter, which is what its third base is."""
     return type(kind)(kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__})

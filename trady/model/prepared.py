@@ -17,6 +17,12 @@ def has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def plain_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+    """The class that a parameter had before a tuner gave it one, made of what it adds and of this class."""
+    found: type[nn.Parameter] = kind.__mro__[2]
+    return found
+
+
 def refuse_prepared(model: nn.Module) -> None:
     """Raise :class:`StateError` if a tuner has the model, or a part of it with weights, in its hands.
 

@@ -102,6 +102,9 @@ class ChannelGradient(Tensor):
         """Return all elements as Python numbers."""
         return self.dense().tolist()
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return self.dense().__repr__(tensor_contents=tensor_contents)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.dense(), memo)
 

@@ -138,11 +138,13 @@ class Optimizers:
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
         self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         armed.shown.begin()
+        armed.frozen.begin()
         hidden = {layer.name for layer in armed.shown.stored_otherwise}
         beside = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden}
         self._beside = list(beside.values())
         self._shown = ShownParameters(armed.model, beside, () if armed.given is armed.model else (armed.given,))
-        weights = (layer.weight for layer in armed.layers.values())
+        weights = [layer.weight for layer in armed.layers.values()]
+        self._weights = set(map(id, weights))
         self._strangers = StrangerCheck([*self._compact.values(), *weights], self)
         armed.on_forward.append(self._before_forward)
 
@@ -159,8 +161,7 @@ class Optimizers:
         """
         groups, state = [list(group["params"]) for group in optimizer.param_groups], dict(optimizer.state)
         try:
-            compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
-            adopt(optimizer, compact_of, self._trained, own_parameters(self._armed.model))
+            self._adopt(optimizer)
             trained = {id(p) for p in self._trained}
             if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
                 raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
@@ -174,6 +175,10 @@ class Optimizers:
             self._known.append(weakref.ref(optimizer))
             loaded = self._loaded
             optimizer.register_load_state_dict_post_hook(lambda optimizer: loaded.add(optimizer))
+
+    def _adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
+        adopt(optimizer, compact_of, self._trained, own_parameters(self._armed.model))
 
     def drawn(self, changes: Sequence[Change]) -> None:
         """Let the state follow the channels."""
@@ -191,6 +196,9 @@ class Optimizers:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
         self._loaded.clear()
         self._armed.shown.check_not_asked()
+        for optimizer in self():
+            if any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
+                self._adopt(optimizer)  # add_param_group() since it was attached
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
         self._armed.follow()
@@ -215,5 +223,4 @@ class Optimizers:
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
         self._shown.remove()
-        self._armed.shown.end()
         self._strangers.remove()
