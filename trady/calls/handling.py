@@ -73,7 +73,7 @@ def any_trains(*parameters: Tensor | None) -> bool:
 
 
 def constant(weight: Tensor) -> Tensor:
-    """The weight of a layer whose channels train, as what it is in a forward pass; one may run inside a backward pass."""
+    """The weight of a layer whose channels train, as it is in a forward pass; that may run inside a backward pass."""
     return weight.detach() if weight.requires_grad else weight
 
 

@@ -78,4 +78,8 @@ class _Frozen:
 
 @lru_cache(maxsize=8)
 def _frozen_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
-    return type(kind)(kind.__name__, (_Frozen, kind), {"__slots__": (), "__module__": kind.__module__})
+    metaclass: Any = type(kind)
+    made: type[nn.Parameter] = metaclass(
+        kind.__name__, (_Frozen, kind), {"__slots__": (), "__module__": kind.__module__}
+    )
+    return made

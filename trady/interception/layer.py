@@ -133,7 +133,7 @@ class ArmedLayer:
             hooks[self._hook.id] = hooks.pop(self._hook.id)
 
     def follow(self) -> None:
-        """Let weight and compact parameter be the same where somebody wrote into one of them without a version: ``.data``.
+        """Let weight and compact parameter be the same where one of them was written to without a version: ``.data``.
 
         Called before a forward pass and before a step, after :meth:`write_back`: what has a version is in both by then.
         A weight that differs was written to, unless the compact parameter is not what it was. Versions stay where

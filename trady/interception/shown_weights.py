@@ -175,13 +175,22 @@ def _of_channels(layer: ArmedLayer, gradient: Tensor | None) -> Tensor | None:
     if gradient is None or layer.selected is None:
         return None
     if isinstance(gradient, ChannelGradient) and gradient.shape == layer.weight.shape and not gradient.views:
-        return gradient.values
+        return gradient.held
     if gradient.shape != layer.weight.shape:
         raise RuntimeError(
             f"a gradient of shape {tuple(gradient.shape)} for {layer.name}, whose weight has "
             f"{tuple(layer.weight.shape)}: give one of the weight's shape"
         )
     return _channels(layer).gather(gradient).to(layer.compact)
+
+
+def _layer_of(weight: Any) -> ArmedLayer | None:
+    """The layer of a shown weight; where model and tuner are gone, the weight is a plain one from now on."""
+    layer = _layers.get(id(weight))
+    if layer is None:
+        weight.__class__ = plain_class(type(weight))
+        weight.detach_()
+    return layer
 
 
 class _Shown:
@@ -191,17 +200,20 @@ class _Shown:
 
     @property
     def grad(self) -> Tensor | None:
-        layer = _layers[id(self)]
-        return _in_shape(layer, layer.compact.grad)
+        layer = _layer_of(self)
+        return self.grad if layer is None else _in_shape(layer, layer.compact.grad)
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:
-        layer = _layers[id(self)]
-        layer.compact.grad = _of_channels(layer, gradient)
+        layer = _layer_of(self)
+        if layer is None:
+            self.grad = gradient
+        else:
+            layer.compact.grad = _of_channels(layer, gradient)
 
     @grad.deleter
     def grad(self) -> None:
-        _layers[id(self)].compact.grad = None
+        self.grad = None
 
     @property
     def is_leaf(self) -> bool:
@@ -213,21 +225,25 @@ class _Shown:
 
     @property
     def grad_dtype(self) -> torch.dtype:
-        return _layers[id(self)].compact.dtype
+        layer = _layer_of(self)
+        return self.grad_dtype if layer is None else layer.compact.dtype
 
     @property
     def requires_grad(self) -> bool:
         # DistributedDataParallel makes buckets for all that requires a gradient, and waits for each: compact gradients
         # are averaged as they arrive.
         asks = sys._getframe(1).f_globals.get("__name__")
-        return asks != "torch.nn.parallel.distributed" and _layers[id(self)].compact.requires_grad
+        layer = _layer_of(self)
+        return asks != "torch.nn.parallel.distributed" and layer is not None and layer.compact.requires_grad
 
     @requires_grad.setter
     def requires_grad(self, flag: bool) -> None:
         self.requires_grad_(flag)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        layer = _layers[id(self)]
+        layer = _layer_of(self)
+        if layer is None:
+            return self.requires_grad_(requires_grad)
         layer.compact.requires_grad_(requires_grad)
         _reconnect(layer)
         return self
@@ -236,7 +252,10 @@ class _Shown:
         """Do nothing, as for every leaf."""
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        known = weakref.ref(_layers[id(self)])
+        mine = _layer_of(self)
+        if mine is None:
+            return self.register_hook(hook)
+        known = weakref.ref(mine)
 
         def seen(values: Tensor) -> Tensor | None:
             layer = known()
@@ -244,11 +263,14 @@ class _Shown:
                 return None
             return _of_channels(layer, hook(gradient))
 
-        return _layers[id(self)].compact.register_hook(seen)
+        return mine.compact.register_hook(seen)
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Any], None]) -> Any:
+        layer = _layer_of(self)
+        if layer is None:
+            return self.register_post_accumulate_grad_hook(hook)
         known: Any = weakref.ref(self)
-        compact: Any = _layers[id(self)].compact
+        compact: Any = layer.compact
         return compact.register_post_accumulate_grad_hook(lambda _: None if (mine := known()) is None else hook(mine))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -261,4 +283,8 @@ class _Shown:
 
 @lru_cache(maxsize=64)
 def _shown_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
-    return type(kind)(kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__})
+    metaclass: Any = type(kind)
+    made: type[nn.Parameter] = metaclass(
+        kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__}
+    )
+    return made

@@ -64,26 +64,27 @@ class ChannelGradient(Tensor):
         like: A tensor without memory that is like this one; ``None`` where there is no view.
     """
 
-    values: Tensor
+    held: Tensor
     channels: WeightChannels
     views: tuple[View, ...]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, values: Tensor, channels: WeightChannels, views: tuple[View, ...] = (), like: Tensor | None = None
     ) -> ChannelGradient:
+        """Make the tensor, which has no memory of its own."""
         shape, stride = (channels.shape, channels.stride) if like is None else (like.shape, like.stride())
-        made: ChannelGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ChannelGradient = Tensor._make_wrapper_subclass(
             cls, shape, strides=stride, dtype=values.dtype, device=values.device
         )
-        made.values, made.channels, made.views = values, channels, views
+        made.held, made.channels, made.views = values, channels, views
         return made
 
     def dense(self) -> Tensor:
         """Return a copy that is a tensor like any other."""
-        return self._seen(self.channels.spread(self.values)).clone()
+        return self._seen(self.channels.spread(self.held)).clone()
 
     def _seen(self, whole: Tensor) -> Tensor:
         for view in self.views:
@@ -102,8 +103,8 @@ class ChannelGradient(Tensor):
         """Return all elements as Python numbers."""
         return self.dense().tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return self.dense().__repr__(tensor_contents=tensor_contents)
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.dense())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.dense(), memo)
@@ -112,7 +113,7 @@ class ChannelGradient(Tensor):
         return self.dense().__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -133,7 +134,7 @@ def _view(gradient: ChannelGradient, func: Any, others: tuple[Any, ...], kwargs:
 
     views = gradient.views
     shown = [
-        ChannelGradient(gradient.values, gradient.channels, views if func in _SAME else (*views, place(number)), like)
+        ChannelGradient(gradient.held, gradient.channels, views if func in _SAME else (*views, place(number)), like)
         for number, like in enumerate(made)
     ]
     return structure.unflatten(shown)
@@ -146,15 +147,15 @@ def _dense_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, ChannelGradient):
             return leaf
-        key = id(leaf.values)
+        key = id(leaf.held)
         if key not in dense:
-            dense[key] = leaf.channels.spread(leaf.values)
+            dense[key] = leaf.channels.spread(leaf.held)
         return leaf._seen(dense[key])
 
     out = func(*tree_map(whole, args), **tree_map(whole, kwargs))
     written = [leaf for leaf in tree_iter(_written(func, args, kwargs)) if isinstance(leaf, ChannelGradient)]
     for leaf in written:
-        leaf.values.copy_(leaf.channels.gather(dense[id(leaf.values)]))
+        leaf.held.copy_(leaf.channels.gather(dense[id(leaf.held)]))
     return written[0] if written and isinstance(out, Tensor) else out
 
 
@@ -168,7 +169,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 
 def _values(leaf: Any) -> Any:
-    return leaf.values if isinstance(leaf, ChannelGradient) else leaf
+    return leaf.held if isinstance(leaf, ChannelGradient) else leaf
 
 
 #: Views that show all, as it is.

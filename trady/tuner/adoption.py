@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from trady.errors import StateError, TradyError
+from trady.errors import StateError, TradyError, TradyWarning
 from trady.interception.armed import Armed, Change
 from trady.model.parameters import ShownParameters, own_parameters
 from trady.tuner.optimizer_state import remap_state
@@ -140,13 +141,19 @@ class Optimizers:
         armed.shown.begin()
         armed.frozen.begin()
         hidden = {layer.name for layer in armed.shown.stored_otherwise}
-        beside = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden}
+        beside = {
+            f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden
+        }
         self._beside = list(beside.values())
         self._shown = ShownParameters(armed.model, beside, () if armed.given is armed.model else (armed.given,))
         weights = [layer.weight for layer in armed.layers.values()]
         self._weights = set(map(id, weights))
         self._strangers = StrangerCheck([*self._compact.values(), *weights], self)
+        #: Whether a gradient has reached a channel since the first forward pass after a step, and whether one was run.
+        self._arrived = self._ran = False
+        self._stepped, self._warned = True, False
         armed.on_forward.append(self._before_forward)
+        armed.on_gradient.append(self._gradient_arrived)
 
     def __call__(self) -> list[torch.optim.Optimizer]:
         """Return those that are still there, in the order in which they were attached."""
@@ -199,9 +206,27 @@ class Optimizers:
         for optimizer in self():
             if any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
                 self._adopt(optimizer)  # add_param_group() since it was attached
+        self._look_for_gradients()
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
         self._armed.follow()
+
+    def _gradient_arrived(self, *_: object) -> None:
+        self._arrived = True
+
+    def _look_for_gradients(self) -> None:
+        """Say once that the head has a gradient, and no channel: it may be asked for by the names of the weights."""
+        trains = [p for p in self._compact.values() if len(p) and p.requires_grad]
+        lacking = self._ran and not self._arrived and trains and all(p.grad is None for p in trains)
+        if lacking and not self._warned and any(p.grad is not None for p in self._head):
+            self._warned = True
+            warnings.warn(
+                "the head has a gradient, and none has reached a channel since the last step: where the loss goes "
+                "through the model, ask torch.autograd.grad for tuner.parameters(), which the forward pass reads in "
+                "the place of weights",
+                TradyWarning,
+                stacklevel=4,
+            )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember which gradients a step has used; those of another optimizer's channels may be adding up."""
@@ -209,11 +234,15 @@ class Optimizers:
         left = [(p, weakref.ref(p.grad)) for p in self._beside if id(p) in stepped and p.grad is not None]
         before, had = self._used
         self._used = [*before, *left], had or any(p.grad is not None for p in self._head)
+        self._stepped = True
 
     def _before_forward(self, *_: object) -> None:
         """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
         if torch.is_grad_enabled():
             self._armed.follow()
+            self._ran = True
+            if self._stepped:
+                self._arrived = self._stepped = False
         (left, had), self._used = self._used, ([], False)
         if had and all(p.grad is None for p in self._head):
             for compact, gradient in left:
