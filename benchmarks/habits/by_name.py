@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 import trady
 from benchmarks.habits.networks import Text, X, Y, convolutions, images, loss_of, perceptron, sgd, tokens, train
@@ -312,6 +313,45 @@ def _task(side: Side) -> None:
 
 
 # -- written to ----------------------------------------------------------------------------------------
+
+
+@ROWS.add("an average of another network, .data of parameters and statistics, batch normalisation")
+def _averaged(side: Side) -> None:
+    model, other = _normalised(), _normalised()
+    tuner = side.prepare(model, X)
+    optimizer = tuner.attach(sgd(model.parameters()))
+    model[1].eval()
+    for _ in range(3):
+        train(model, optimizer, 1)
+        for mine, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.data.lerp_(theirs + 0.1, 0.2)
+
+
+def _normalised() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).double()
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.model, x, use_reentrant=False)
+        return out
+
+
+@ROWS.add("a checkpoint around the model, and a penalty")
+def _checkpointed(side: Side) -> None:
+    model = perceptron()
+    tuner, around = side.prepare(model, X), _Checkpointed(model)
+    optimizer = tuner.attach(sgd(around.parameters()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (_l2(around) + loss_of(around) + _l2(around)).backward()
+        optimizer.step()
 
 
 @ROWS.add("weights tied by hand: a.weight = b.weight", refused="moved or replaced")

@@ -68,6 +68,10 @@ class _Frozen:
             _set_to_false.discard(id(self))
         return self
 
+    def __repr__(self) -> str:
+        mine: Any = self
+        return repr(nn.Parameter(mine.detach(), mine.requires_grad))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             mine: Any = self

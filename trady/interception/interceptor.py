@@ -177,6 +177,7 @@ class Interceptor(CallMode):
         try:  # this and the next may refuse: before anything is pushed
             goes_on = self._before_forward(module, args, kwargs)
             if goes_on:
+                self._handlers.norms.follow()
                 self._compilers.begin()
         finally:
             if not goes_on:

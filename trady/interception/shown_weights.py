@@ -273,6 +273,10 @@ class _Shown:
         compact: Any = layer.compact
         return compact.register_post_accumulate_grad_hook(lambda _: None if (mine := known()) is None else hook(mine))
 
+    def __repr__(self) -> str:
+        mine: Any = self
+        return repr(plain_class(type(mine))(mine.detach(), mine.requires_grad))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             mine: Any = self

@@ -218,6 +218,7 @@ class Optimizers:
         """Say once that the head has a gradient, and no channel: it may be asked for by the names of the weights."""
         trains = [p for p in self._compact.values() if len(p) and p.requires_grad]
         lacking = self._ran and not self._arrived and trains and all(p.grad is None for p in trains)
+        lacking = lacking and torch._C._current_graph_task_id() == -1  # in a backward pass, channels may follow
         if lacking and not self._warned and any(p.grad is not None for p in self._head):
             self._warned = True
             warnings.warn(
