@@ -32,17 +32,20 @@ class FrozenFlags:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if type(p) is nn.Parameter]
+        self._begun = False
 
     def begin(self) -> None:
         """Watch from now on."""
+        self._begun = True
         for parameter in self._parameters:
             parameter.__class__ = _frozen_class(type(parameter))
 
     def end(self) -> None:
         """Give the parameters back as they were."""
-        for parameter in self._parameters:
+        for parameter in self._parameters if self._begun else ():
             _set_to_false.discard(id(parameter))
             parameter.__class__ = plain_class(type(parameter))
+        self._begun = False
 
 
 class _Frozen:
