@@ -369,3 +369,22 @@ def test_writes_without_a_version_count_wherever_they_go(
         found.append(tuner.finish().state_dict())
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
+
+
+def test_a_plan_and_a_measurement_leave_gradients_as_they_are() -> None:
+    model, tuner = start(budget="update:40 KiB", policy="velocity")
+    tuner.observe([(X, torch.zeros(4, dtype=torch.int64))], F.cross_entropy)
+    loss(model).backward()
+    held = {name: compact_of(tuner, name).grad for name in tuner.selection}
+    before = {name: gradient.clone() for name, gradient in held.items() if gradient is not None}
+    assert before
+    assert tuner.plan.table
+    tuner.attach(torch.optim.Adam(model.parameters(), lr=1e-4))
+    with tuner.untouched(), torch.no_grad():
+        model(X)
+    for name, gradient in before.items():
+        now = compact_of(tuner, name).grad
+        assert now is held[name]
+        assert now is not None
+        assert torch.equal(now, gradient)
+    tuner.finish()

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -76,6 +76,17 @@ class ShownWeights:
             if _disconnect(layer):
                 self._asked = layer.name
             layer.weight.__class__ = plain_class(type(layer.weight))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the weights be constants for a while, also between forward passes."""
+        begun, self._begun = self._begun, False
+        self.hide()
+        try:
+            yield
+        finally:
+            self._begun = begun
+            self.show()
 
     def drawn(self, names: Iterable[str]) -> None:
         """Follow a draw of other channels in these layers."""
