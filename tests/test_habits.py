@@ -26,8 +26,7 @@ def test_a_row_is_what_it_says(row: Row) -> None:
 def test_rows_have_names_of_their_own() -> None:
     names = [row.idiom for row in ROWS]
     assert len(names) == len(set(names)) >= 60
-    assert {row.expected for row in ROWS} <= {"equal", "kept", "refused", "differs"}
-    assert sum(row.expected == "differs" for row in ROWS) == 6, "what is known not to work is not to grow by habit"
+    assert {row.expected for row in ROWS} <= {"equal", "kept", "refused"}
 
 
 def _trains(side: Side, lr: float, steps: int = 2) -> None:
@@ -62,7 +61,6 @@ def _exceeds(side: Side) -> None:
     ("row", "happened"),
     [
         (Row("another rate", lambda side: _trains(side, 0.1001)), "differs: 0."),
-        (Row("known to differ, but equal", lambda side: _trains(side, 0.1), "differs"), "equal"),
         (Row("no step", lambda side: _trains(side, 0.1, 0)), "no channel of model 0 trains"),
         (Row("only the head", _skips_the_channels), "differs: 0."),
         (Row("an error that is not ours", _raises, "refused", "."), "ValueError: what PyTorch says"),

@@ -108,10 +108,7 @@ def reference(
             write(model)
 
 
-#: Between backward pass and step, what goes through ``.data`` is not seen until the next forward pass.
-CASES = [(name, "after the step") for name in WRITES] + [
-    (name, "before the step") for name in ("nothing", "clamp_ under no_grad", "load_state_dict")
-]
+CASES = [(name, when) for name in WRITES for when in ("after the step", "before the step")]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

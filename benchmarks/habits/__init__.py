@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.habits import budgets, combined, exports, loops, models, optimizers, writes
+from benchmarks.habits import budgets, by_name, combined, exports, gradients, loops, models, optimizers, writes
 from benchmarks.habits.row import Outcome, Row, try_row
 
 #: Every kind, in the order of the table.
 ROWS: tuple[Row, ...] = (
     *optimizers.ROWS,
     *loops.ROWS,
+    *by_name.ROWS,
+    *gradients.ROWS,
     *writes.ROWS,
     *exports.ROWS,
     *budgets.ROWS,

@@ -111,15 +111,17 @@ def _validated(side: Side) -> None:
         side.result(f"loss {step}", loss_of(model, X.flip(0)))
 
 
-@ROWS.add("print(model), names, the number of parameters that train")
+@ROWS.add("print(model), names, the number of parameters: as of the plain model")
 def _shown(side: Side) -> None:
     model = perceptron()
     shown, names = str(model), [name for name, _ in model.named_parameters()]
+    count = sum(p.numel() for p in model.parameters())
     tuner = side.prepare(model, X)
     assert str(model) == shown
     assert [name for name, _ in model.named_parameters()] == names
-    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trains == sum(p.numel() for p in tuner.parameters())
+    assert sum(p.numel() for p in model.parameters()) == count
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {name.removesuffix(".channels") for name, _ in tuner.named_parameters()}
     train(model, tuner.attach(sgd(model.parameters())))
 
 

@@ -38,8 +38,8 @@ class Row:
     Attributes:
         idiom: What people write, in a few words.
         program: A function that does it, whatever the model is.
-        expected: ``equal``; ``kept``, where the plain run cannot follow and the budget alone is looked at; ``refused``;
-            or ``differs``, for what is known not to work.
+        expected: ``equal``; ``kept``, where the plain run cannot follow and the budget alone is looked at; or
+            ``refused``.
         says: A regular expression that the message of a refusal, or a warning on the way, matches.
     """
 

@@ -70,6 +70,11 @@ def any_trains(*parameters: Tensor | None) -> bool:
     return any([parameter is not None and parameter.requires_grad for parameter in parameters])  # noqa: C419 - faster
 
 
+def constant(weight: Tensor) -> Tensor:
+    """The weight of a layer whose channels train, as it is in a forward pass; that may run inside a backward pass."""
+    return weight.detach() if weight.requires_grad else weight
+
+
 def refuse_trained(*parameters: Tensor | None) -> None:
     """Refuse parameters that were made trainable after the model had been prepared.
 

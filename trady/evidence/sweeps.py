@@ -150,23 +150,24 @@ def squared_norm(gradient: Tensor) -> Tensor:
 @contextmanager
 def set_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
     """Take selection, gradients, callbacks and the head's flags away, and give them back as they were."""
-    selection, callbacks = armed.selection, list(armed.on_gradient)
-    compacts = [layer.compact for layer in armed.layers.values()]
-    gradients = [(p, p.grad) for p in (*compacts, *own_parameters(armed.model))]
-    flags = [(p, p.requires_grad) for p in head]
-    try:
-        armed.on_gradient.clear()
-        for compact in compacts:  # a sweep over the very channels that train would add to their gradient
-            compact.grad = None
-        for parameter in head:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for compact in compacts:
-            compact.grad = None
-        armed.select(selection)
-        armed.on_gradient.extend(callbacks)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    with armed.shown.off():  # gradients and flags are those of the weights themselves
+        selection, callbacks = armed.selection, list(armed.on_gradient)
+        compacts = [layer.compact for layer in armed.layers.values()]
+        gradients = [(p, p.grad) for p in (*compacts, *own_parameters(armed.model))]
+        flags = [(p, p.requires_grad) for p in head]
+        try:
+            armed.on_gradient.clear()
+            for compact in compacts:  # a sweep over the very channels that train would add to their gradient
+                compact.grad = None
+            for parameter in head:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for compact in compacts:
+                compact.grad = None
+            armed.select(selection)
+            armed.on_gradient.extend(callbacks)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)

@@ -21,10 +21,13 @@ from trady.analysis.model_analysis import ModelAnalysis
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.channels.selection import Channels, Selection
 from trady.channels.table import Layer
+from trady.interception.frozen_flags import FrozenFlags
 from trady.interception.interceptor import Interceptor
-from trady.interception.layer import ArmedLayer, OnGradient, follow
+from trady.interception.layer import ArmedLayer, OnGradient
+from trady.interception.shown_weights import ShownWeights
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
+from trady.model.untouched import unseen
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import select_channels
 from trady.quantized.linear import QuantizedLinear, leave, route
@@ -81,6 +84,9 @@ class Armed:
         self.on_output: list[Callable[[nn.Module, Any], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
+        self.shown = ShownWeights(self.layers.values())
+        weights = {id(layer.weight) for layer in self.layers.values()}
+        self.frozen = FrozenFlags(p for p, flag in self._flags if flag and id(p) not in head | weights)
         self.interceptor = Interceptor(
             model,
             list(self.layers.values()),
@@ -90,6 +96,7 @@ class Armed:
             fidelity=fidelity,
             before_forward=self._before_forward,
             after_forward=self._after_forward,
+            weights=self.shown,
         )
         self.interceptor.arm()
         self._uncompiled = Uncompiled(self.given)
@@ -115,6 +122,7 @@ class Armed:
             moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
             changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
+        self.shown.drawn(change.layer for change in changes)
         return changes
 
     @property
@@ -140,10 +148,15 @@ class Armed:
             with torch.no_grad():
                 for armed in stale:
                     armed.copy_over()
+                with unseen():
+                    for armed in stale:
+                        armed.note()
 
     def follow(self) -> None:
-        """Let the compact parameters follow weights that somebody wrote into, in whatever way."""
-        follow(self.layers.values())
+        """Let weights and compact parameters be the same where somebody wrote into one of them, in whatever way."""
+        with unseen(), torch.no_grad():
+            for armed in self.layers.values():
+                armed.follow()
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
@@ -179,6 +192,8 @@ class Armed:
         try:
             self.write_back()
         finally:
+            self.shown.end()
+            self.frozen.end()
             self.interceptor.disarm()
             self._uncompiled.put_back()
             leave(self._quantized)

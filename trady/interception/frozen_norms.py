@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from trady.model.untouched import unseen
 from trady.ops.frozen_norm import FrozenNorm
 
 
@@ -21,18 +24,33 @@ class FrozenNorms:
         self._places = {
             id(tensor): (module, name) for module in model.modules() for name, tensor in module._buffers.items()
         }
-        self._known: dict[int, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
+        self._known: dict[int, tuple[tuple[Any, ...], FrozenNorm, tuple[Tensor, Tensor]]] = {}
 
     def scale_and_shift(self, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
         """Return scale and shift, one of each a channel."""
         mean, variance = self._now(norm.mean), self._now(norm.variance)
         sources = (mean, variance, norm.weight, norm.bias)
-        state = tuple((id(t), t._version, t.device) if t is not None else None for t in sources)
+        state = tuple((id(t), t._version, t.device, t.dtype) if t is not None else None for t in sources)
         known = self._known.get(id(norm.mean))
         if known is None or known[0] != state:
-            known = (state, replace(norm, mean=mean, variance=variance).scale_and_shift())
-            self._known[id(norm.mean)] = known
-        return known[1]
+            now = replace(norm, mean=mean, variance=variance)
+            known = self._known[id(norm.mean)] = (state, now, now.scale_and_shift())
+        return known[2]
+
+    def follow(self) -> None:
+        """Compute all again in place, where versions do not tell of a write: through ``.data``.
+
+        Graphs may share the memory; where nothing was written, these are the values that it has.
+        """
+        plain = [(norm, made) for _, norm, made in self._known.values() if norm.weight is None or norm.bias is None]
+        whole = [(norm, made) for _, norm, made in self._known.values() if norm.weight is not None is not norm.bias]
+        kept = [*(scale for _, (scale, _) in whole), *(shift for _, (_, shift) in whole)]
+        with unseen(), torch.inference_mode(False), torch.no_grad(), _unsafe_preserve_version_counter(tuple(kept)):
+            if whole:
+                torch._foreach_copy_(kept, _all_scales_and_shifts([norm for norm, _ in whole]))
+            for norm, made in plain:
+                with _unsafe_preserve_version_counter(made):
+                    torch._foreach_copy_(made, norm.scale_and_shift())
 
     def _now(self, buffer: Tensor) -> Tensor:
         place = self._places.get(id(buffer))
@@ -40,3 +58,16 @@ class FrozenNorms:
             return buffer
         now = place[0]._buffers.get(place[1])
         return buffer if now is None else now
+
+
+def _all_scales_and_shifts(norms: list[FrozenNorm]) -> list[Tensor]:
+    """:meth:`FrozenNorm.scale_and_shift` of many, with few kernels: all scales, then all shifts."""
+    weights = [norm.weight for norm in norms if norm.weight is not None]
+    biases = [norm.bias for norm in norms if norm.bias is not None]
+    scales = list(torch._foreach_add([norm.variance for norm in norms], [norm.epsilon for norm in norms]))
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_mul_(scales, weights)
+    shifts = list(torch._foreach_neg([norm.mean for norm in norms]))
+    torch._foreach_mul_(shifts, scales)
+    torch._foreach_add_(shifts, biases)
+    return [*scales, *shifts]

@@ -31,6 +31,7 @@ from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
 from trady.interception.places import Place, bind
 from trady.interception.program import Program
+from trady.interception.shown_weights import ShownWeights
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
 from trady.model.hooks import Hook, Watched, forward_hooks
@@ -59,6 +60,7 @@ class Interceptor(CallMode):
         before_forward: Called with the module and its arguments before every forward pass; what it raises refuses
             the pass, and a pass for which it returns false is left to PyTorch.
         after_forward: Called with the module and what it returned.
+        weights: The weights as they are shown between forward passes.
 
     """
 
@@ -73,10 +75,12 @@ class Interceptor(CallMode):
         fidelity: str = "exact",
         before_forward: Callable[[nn.Module, Any, Any], bool] = lambda *call: True,
         after_forward: Callable[[nn.Module, Any], None] = lambda *returned: None,
+        weights: ShownWeights | None = None,
     ) -> None:
         super().__init__()
         self._model, self._plans = model, plans
         self._before_forward, self._after_forward = before_forward, after_forward
+        self._weights = weights or ShownWeights(())
         self._handlers = Handlers(layers, head, FrozenNorms(model), fidelity)
         #: By segment.
         self._programs: dict[int, Program] = {}
@@ -133,10 +137,13 @@ class Interceptor(CallMode):
     def off(self) -> Iterator[None]:
         """Leave the model to PyTorch for a while: its own inference, untouched."""
         self._enabled = False
+        self._weights.hide()
         try:
             yield
         finally:
             self._enabled = True
+            if self._forward is None:
+                self._weights.show()
 
     def _knows_watchers(self, plan: FusionPlan) -> bool:
         """Whether all hooks that were hung in since the model was armed ran in the traced pass too.
@@ -167,9 +174,18 @@ class Interceptor(CallMode):
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
             return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
-        if not self._before_forward(module, args, kwargs):  # this and the next may refuse: before anything is pushed
+        self._weights.hide()
+        goes_on = False
+        try:  # this and the next may refuse: before anything is pushed
+            goes_on = self._before_forward(module, args, kwargs)
+            if goes_on:
+                self._handlers.norms.follow()
+                self._compilers.begin()
+        finally:
+            if not goes_on:
+                self._weights.show()
+        if not goes_on:
             return
-        self._compilers.begin()
         plan = self._plans.of(self._model.training)
         name = self._names.get(id(module), "?")
         span = plan.spans.get(name) if plan is not None else None
@@ -208,6 +224,7 @@ class Interceptor(CallMode):
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None
         self.__exit__(None, None, None)
         self._compilers.end()
+        self._weights.show()
         if unfinished and output is not None:  # what was written down has not been computed
             raise departed(forward, None)
         if forward.wrote and self._prepare_call is None and any(_is_fake(t) for t in tree_iter(output)):

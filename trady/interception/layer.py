@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,6 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from trady.channels.table import Layer
 from trady.errors import StateError
 from trady.model.untouched import unseen
-from trady.ops.layout import CHUNK_BYTES
 from trady.ops.selected import DenseWeight, Draw, SelectedChannels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
@@ -42,7 +41,7 @@ class ArmedLayer:
     """
 
     __slots__ = (
-        "__weakref__", "_attribute", "_hook", "_on_gradient", "_owner", "_written", "compact", "leaf", "name",
+        "__weakref__", "_attribute", "_bits", "_hook", "_on_gradient", "_owner", "_written", "compact", "leaf", "name",
         "selected", "truth", "weight",
     )  # fmt: skip
 
@@ -66,7 +65,7 @@ class ArmedLayer:
         )
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
-        self._written = self._versions
+        self._written, self._bits = self._versions, torch.zeros(())
 
     @property
     def _versions(self) -> tuple[int, int]:
@@ -90,24 +89,13 @@ class ArmedLayer:
         clip_by_output(self.compact, by_output)
         self.leaf = None if selected is None else self.compact
         self._written = self._versions
+        with unseen():
+            self.note()
 
     @property
     def is_replaced(self) -> bool:
         """Whether another tensor is in the weight's place, maybe for one call (``torch.func.functional_call``)."""
         return self._owner._parameters.get(self._attribute) is not self.weight
-
-    def write_back(self) -> None:
-        """Copy the compact parameter into the weight if an optimizer has changed it.
-
-        Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
-
-        Raises:
-            StateError: The weight was moved or replaced.
-
-        """
-        if self.is_stale:
-            with torch.no_grad():
-                self.copy_over()
 
     @property
     def is_stale(self) -> bool:
@@ -141,6 +129,58 @@ class ArmedLayer:
         if len(hooks) > 1 and next(reversed(hooks)) != self._hook.id:
             hooks[self._hook.id] = hooks.pop(self._hook.id)
 
+    def follow(self) -> None:
+        """Let weight and compact parameter be the same where one of them was written to without a version: ``.data``.
+
+        Called before a forward pass and before a step, once what has a version is in both.
+        A weight that differs was written to, unless the compact parameter is not what it was. Versions stay where
+        graphs may share the memory: they hold the values that it has.
+        """
+        if self.selected is None or not isinstance(self.truth, DenseWeight):
+            return
+        if self.compact.device.type == "cpu":
+            self._follow_by_parts(self.selected, self.truth)
+        else:
+            self._follow_on_device(self.selected, self.truth)
+
+    def _follow_by_parts(self, selected: SelectedChannels, truth: DenseWeight) -> None:
+        """Compare a few channels at a time: a copy of all would be memory that no plan counts."""
+        at_once = max(1, _PART_BYTES * len(selected) // max(self.compact.nbytes, 1))
+        followed, compact = False, self.compact.detach()
+        for start in range(0, len(selected), at_once):
+            rows = slice(start, start + at_once)
+            whole = at_once >= len(selected)
+            mine, now = compact[rows], truth.read(selected) if whole else truth.gather(selected, rows)
+            if torch.equal(mine, now):
+                continue
+            if not followed and bool(_bits(compact) != self._bits):
+                truth.scatter_(selected, compact)
+                self._written = self._versions
+                self.note()
+                return
+            with _unsafe_preserve_version_counter(self.compact):
+                mine.copy_(now)
+            followed = True
+        if followed:
+            self.note()
+
+    def _follow_on_device(self, selected: SelectedChannels, truth: DenseWeight) -> None:
+        """Decide on the device, which nobody waits for."""
+        mine, now = self.compact.detach(), truth.gather(selected)
+        with _unsafe_preserve_version_counter((self.compact, self.weight)):
+            mine.copy_(torch.where(_bits(mine) != self._bits, mine, now))
+            truth.scatter_(selected, mine)
+        self.note()
+
+    def note(self) -> None:
+        """Remember the bits of the compact parameter: they are those of the weight."""
+        if self.selected is not None and isinstance(self.truth, DenseWeight):
+            found = _bits(self.compact.detach())
+            if self._bits.device == found.device and self._bits.dtype == found.dtype:
+                self._bits.copy_(found)  # a recorded graph reads it where it was
+            else:
+                self._bits = found
+
     @contextmanager
     def gated(self, samples: int) -> Iterator[Tensor | None]:
         """Put gates (:mod:`trady.ops.gates`) in the place of the selected channels' weights for a while.
@@ -167,32 +207,15 @@ class ArmedLayer:
             callback(self.name, self.compact)
 
 
-def follow(layers: Iterable[ArmedLayer]) -> None:
-    """Take over what was written into the weights, also where a version does not tell: through ``.data``.
+#: Bytes of channels that are compared at once, on the CPU.
+_PART_BYTES = 1 << 14
 
-    Called before a forward pass, when little memory is in use, so that the step starts from the weights as they are,
-    and after they were written back: what an optimizer has written into compact parameters is in the weights by then.
-    """
-    found = [
-        (layer.compact, layer.truth, layer.selected)
-        for layer in layers
-        if layer.selected is not None and isinstance(layer.truth, DenseWeight)
-    ]
-    if not found:
-        return
-    compact: list[Tensor] = [parameter for parameter, _, _ in found]
-    # The leaf of a graph shares the memory; where nothing was written these are the values that it has. What is read
-    # is gone before the pass begins, a little at a time: it is never in a peak.
-    with unseen(), torch.no_grad(), _unsafe_preserve_version_counter(tuple(compact)):
-        read: list[Tensor] = []
-        read_bytes = 0
-        for place, (_, truth, selected) in enumerate(found, 1):
-            read.append(truth.read(selected))
-            read_bytes += read[-1].nbytes
-            if place == len(found) or read_bytes >= CHUNK_BYTES:
-                torch._foreach_copy_(compact[place - len(read) : place], read)
-                read.clear()
-                read_bytes = 0
+_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def _bits(values: Tensor) -> Tensor:
+    """A sum over the bits of values: it differs where one of them was written to."""
+    return values.view(_WHOLE_NUMBERS[values.element_size()]).sum()
 
 
 def _forget_graphs(leaf: nn.Parameter) -> None:

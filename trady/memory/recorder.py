@@ -18,6 +18,7 @@ from trady.memory.modules import ModuleStack
 from trady.memory.saved import OperationNames, saved_tensors
 from trady.memory.workspaces import workspace_bytes
 from trady.model.parameters import own_parameters
+from trady.ops.channel_gradient import ChannelGradient
 
 #: What a peak is made of, in the order of reports.
 PARTS = (
@@ -179,7 +180,9 @@ class Recorder:
 
     def _watch_gradient(self, leaf: torch.Tensor) -> None:
         """See the gradient as soon as it exists: an update inside the backward pass frees it at once."""
-        if id(leaf) in self._watched or not (leaf.is_leaf and leaf.requires_grad):
+        # What an armed model shows as a parameter that trains is none for autograd: its channels are watched.
+        asked: Any = torch.Tensor
+        if id(leaf) in self._watched or not (asked.is_leaf.__get__(leaf) and asked.requires_grad.__get__(leaf)):
             return
         self._watched.add(id(leaf))
         see: Any = leaf.register_post_accumulate_grad_hook
@@ -191,7 +194,7 @@ class Recorder:
 
     def _gradients(self, owners: Iterable[torch.Tensor]) -> None:
         for owner in owners:
-            if owner.grad is not None:
+            if owner.grad is not None and not isinstance(owner.grad, ChannelGradient):  # its channels have owners too
                 category = "compact gradients" if id(owner) in self._compact else "gradients"
                 self._live.register(owner.grad, category, since_start=True)
 

@@ -1,9 +1,10 @@
-"""The parameters of a prepared model: its own, and those that train in the place of some of them.
+"""The parameters of a prepared model: its own, and those that train in the place of quantised ones.
 
-A channel's values lie in a compact parameter beside the model. PyTorch's idioms ask a module for its parameters:
-``zero_grad()``, ``clip_grad_norm_(model.parameters(), …)``, an optimizer over those that require a gradient. So every
-module that holds a layer whose channels may train shows them behind its own in ``parameters()``, until the tuner has
-finished. Names (``named_parameters()``, ``state_dict()``), modules and their classes stay as they are.
+A weight in floating point shows its channels itself (:mod:`trady.interception.shown_weights`); one that is stored
+quantised can have no gradient. PyTorch's idioms ask a module for its parameters: ``zero_grad()``,
+``clip_grad_norm_(model.parameters(), …)``, an optimizer over those that require a gradient. So every module that holds
+such a layer shows the channels behind its own parameters in ``parameters()``, until the tuner has finished. Names
+(``named_parameters()``, ``state_dict()``), modules and their classes stay as they are.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from torch import nn
+from torch import Tensor, nn
 
 from trady.errors import StateError
 
@@ -15,6 +15,17 @@ prepared_modules: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref
 def has_weights(module: nn.Module) -> bool:
     """Whether there is a parameter in a module."""
     return next(module.parameters(), None) is not None
+
+
+def plain_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+    """The class that a parameter had before a tuner gave it one, made of what it adds and of this class."""
+    found: type[nn.Parameter] = kind.__mro__[2]
+    return found
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether this is a parameter of PyTorch's own class, or was before a tuner gave it one."""
+    return nn.Parameter in type(parameter).__mro__[:3:2]
 
 
 def refuse_prepared(model: nn.Module) -> None:

@@ -87,9 +87,14 @@ class SelectedChannels:
     @property
     def place(self) -> tuple[Tensor, ...]:
         """Index of the selected slices in the view of :func:`channel_major`."""
+        return self.place_of(slice(None))
+
+    def place_of(self, rows: slice) -> tuple[Tensor, ...]:
+        """The same of some of the channels."""
+        group, channel = self.group[rows], self.channel[rows]
         if self.outputs is None:
-            return self.group, self.channel
-        return self.group.unsqueeze(1), self.channel.unsqueeze(1), self.outputs
+            return group, channel
+        return group.unsqueeze(1), channel.unsqueeze(1), self.outputs
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -200,9 +205,11 @@ class DenseWeight:
         """No channel: [0, output channels a group, *kernel]."""
         return self.weight.detach().new_empty((0, *channel_major(self.dense(), self.kind, self.groups).shape[2:]))
 
-    def gather(self, selected: SelectedChannels) -> Tensor:
-        """Copy the selected slices."""
-        return gather_channels(self.dense(), self.kind, self.groups, selected)
+    def gather(self, selected: SelectedChannels, rows: slice = slice(None)) -> Tensor:
+        """Copy the selected slices, or some of them."""
+        view = channel_major(self.dense(), self.kind, self.groups)
+        found: Tensor = view[selected.place_of(rows)]
+        return found
 
     def read(self, selected: SelectedChannels) -> Tensor:
         """Copy the selected slices, in any order of memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from trady.errors import StateError, TradyError
+from trady.errors import StateError, TradyError, TradyWarning
 from trady.interception.armed import Armed, Change
 from trady.model.parameters import ShownParameters, own_parameters
 from trady.tuner.optimizer_state import remap_state
@@ -88,14 +89,14 @@ class StrangerCheck:
     Its steps would be made, but momentum would not follow the channels from draw to draw.
 
     Args:
-        compact: The compact parameters.
+        updated: The compact parameters, and the weights that they train in the place of.
         attached: The optimizers that the tuner knows.
     """
 
     def __init__(
-        self, compact: Iterable[nn.Parameter], attached: Callable[[], Sequence[torch.optim.Optimizer]]
+        self, updated: Iterable[nn.Parameter], attached: Callable[[], Sequence[torch.optim.Optimizer]]
     ) -> None:
-        self._compact = {id(p) for p in compact}
+        self._updated = {id(p) for p in updated}
         self._attached = attached
         self._seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         check = weakref.WeakMethod(self._check)
@@ -106,7 +107,7 @@ class StrangerCheck:
         if optimizer in self._seen:
             return
         if innermost(optimizer) not in self._attached() and any(
-            id(p) in self._compact for group in optimizer.param_groups for p in group["params"]
+            id(p) in self._updated for group in optimizer.param_groups for p in group["params"]
         ):
             raise StateError(
                 f"this {type(optimizer).__name__} updates channels and was never attached: call "
@@ -137,10 +138,22 @@ class Optimizers:
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
         self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
-        self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
-        self._strangers = StrangerCheck(self._compact.values(), self)
+        armed.shown.begin()
+        armed.frozen.begin()
+        hidden = {layer.name for layer in armed.shown.stored_otherwise}
+        beside = {
+            f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden
+        }
+        self._beside = list(beside.values())
+        self._shown = ShownParameters(armed.model, beside, () if armed.given is armed.model else (armed.given,))
+        weights = [layer.weight for layer in armed.layers.values()]
+        self._weights = set(map(id, weights))
+        self._strangers = StrangerCheck([*self._compact.values(), *weights], self)
+        #: Whether a gradient has reached a channel since the first forward pass after a step, and whether one was run.
+        self._arrived = self._ran = False
+        self._stepped, self._warned = True, False
         armed.on_forward.append(self._before_forward)
+        armed.on_gradient.append(self._gradient_arrived)
 
     def __call__(self) -> list[torch.optim.Optimizer]:
         """Return those that are still there, in the order in which they were attached."""
@@ -155,8 +168,7 @@ class Optimizers:
         """
         groups, state = [list(group["params"]) for group in optimizer.param_groups], dict(optimizer.state)
         try:
-            compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
-            adopt(optimizer, compact_of, self._trained, own_parameters(self._armed.model))
+            self._adopt(optimizer)
             trained = {id(p) for p in self._trained}
             if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
                 raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
@@ -170,6 +182,10 @@ class Optimizers:
             self._known.append(weakref.ref(optimizer))
             loaded = self._loaded
             optimizer.register_load_state_dict_post_hook(lambda optimizer: loaded.add(optimizer))
+
+    def _adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
+        adopt(optimizer, compact_of, self._trained, own_parameters(self._armed.model))
 
     def drawn(self, changes: Sequence[Change]) -> None:
         """Let the state follow the channels."""
@@ -186,20 +202,48 @@ class Optimizers:
     def before_step(self) -> None:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
         self._loaded.clear()
+        self._armed.shown.check_not_asked()
+        for optimizer in self():
+            if any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
+                self._adopt(optimizer)  # add_param_group() since it was attached
+        self._look_for_gradients()
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
+        self._armed.follow()
+
+    def _gradient_arrived(self, *_: object) -> None:
+        self._arrived = True
+
+    def _look_for_gradients(self) -> None:
+        """Say once that the head has a gradient, and no channel: it may be asked for by the names of the weights."""
+        trains = [p for p in self._compact.values() if len(p) and p.requires_grad]
+        lacking = self._ran and not self._arrived and trains and all(p.grad is None for p in trains)
+        lacking = lacking and torch._C._current_graph_task_id() == -1  # in a backward pass, channels may follow
+        if lacking and not self._warned and any(p.grad is not None for p in self._head):
+            self._warned = True
+            warnings.warn(
+                "the head has a gradient, and none has reached a channel since the last step: where the loss goes "
+                "through the model, ask torch.autograd.grad for tuner.parameters(), which the forward pass reads in "
+                "the place of weights",
+                TradyWarning,
+                stacklevel=4,
+            )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember which gradients a step has used; those of another optimizer's channels may be adding up."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        left = [(p, weakref.ref(p.grad)) for p in self._compact.values() if id(p) in stepped and p.grad is not None]
+        left = [(p, weakref.ref(p.grad)) for p in self._beside if id(p) in stepped and p.grad is not None]
         before, had = self._used
         self._used = [*before, *left], had or any(p.grad is not None for p in self._head)
+        self._stepped = True
 
     def _before_forward(self, *_: object) -> None:
         """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
         if torch.is_grad_enabled():
             self._armed.follow()
+            self._ran = True
+            if self._stepped:
+                self._arrived = self._stepped = False
         (left, had), self._used = self._used, ([], False)
         if had and all(p.grad is None for p in self._head):
             for compact, gradient in left:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from trady.calls.actions import InPlace
-from trady.calls.handling import Handling, labelled, refuse_trained
+from trady.calls.handling import Handling, constant, labelled, refuse_trained
 from trady.calls.kind import CallKind, Keeps
 from trady.calls.kinds.weight import WeightCall
 from trady.calls.sample_rules import SampledCall
@@ -64,13 +64,13 @@ def _by_sample(sampled: SampledCall) -> bool:
 def _compute(call: RecurrentCall, handling: Handling) -> tuple[Tensor, ...] | None:
     if not isinstance(call.weight, nn.Parameter) or handling.in_head(call.weight):
         return None
-    refuse_trained(call.weight, call.bias, call.projection)
     own = handling.layer_of(call.weight)
+    refuse_trained(None if own else call.weight, call.bias, call.projection)
     selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
     overwrite = isinstance(handling.action, InPlace) and handling.action.overwrite
     options = RecurrentOptions(call.steps, selected, overwrite)
     with labelled(call.steps.cell):
-        out = recurrent(call.x, call.states, leaf, options, call.weight, call.bias, call.projection)
+        out = recurrent(call.x, call.states, leaf, options, constant(call.weight), call.bias, call.projection)
     if own is not None:
         handling.ran(own, out[0])
     return out

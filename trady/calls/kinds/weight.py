@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
-from trady.calls.handling import Handling, TrainedLayer, any_trains, labelled, refuse_trained
+from trady.calls.handling import Handling, TrainedLayer, any_trains, constant, labelled, refuse_trained
 from trady.calls.kind import Bound, Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
+from trady.model.prepared import is_plain
 from trady.ops.context import autocast_dtype
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Convolution, Linear
@@ -132,8 +133,8 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
     if not isinstance(call.weight, nn.Parameter) or handling.in_head(call.weight):
         return None
     own = handling.layer_of(call.weight)
-    if any_trains(call.weight, call.bias):
-        if isinstance(action, WithLayer):
+    if any_trains(None if own else call.weight, call.bias):
+        if own is not None or isinstance(action, WithLayer):
             refuse_trained(call.weight, call.bias)
         return None
     quantized = call.layer or (None if own is None or isinstance(own.truth, DenseWeight) else own.truth)
@@ -196,7 +197,7 @@ class _Layer:
             if self._quantized is not None:
                 out = quantized_linear(x, leaf, options, self._quantized)
             else:
-                out = layer(x, leaf, options, self._weight, self._bias, scale, shift)
+                out = layer(x, leaf, options, constant(self._weight), self._bias, scale, shift)
         if own is not None:
             handling.ran(own, out)
         return out
@@ -205,7 +206,7 @@ class _Layer:
 def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], handling: Handling) -> Bound | None:
     weight, bias, action = call.weight, call.bias, handling.action
     own = handling.layer_of(weight)
-    plain = type(weight) is nn.Parameter and call.layer is None and not is_quantized(weight)
+    plain = is_plain(weight) and call.layer is None and not is_quantized(weight)
     if kwargs or not plain or handling.in_head(weight) or not (own is None or isinstance(own.truth, DenseWeight)):
         return None
     place = next(index for index, value in enumerate(args) if value is call.x)
@@ -214,7 +215,7 @@ def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], ha
     of = _Layer(call, action if isinstance(action, WithLayer) else WithLayer(), own, None, handling).of
 
     def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or len(args) != count or any_trains(weight, bias):
+        if kwargs or len(args) != count or any_trains(None if own else weight, bias):
             return NotImplemented
         x = args[place]
         others = args[1:] if place == 0 else (*args[:place], *args[place + 1 :])

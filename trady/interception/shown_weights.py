@@ -1,0 +1,305 @@
+"""What people's code sees of a weight whose channels train, between forward passes: a parameter that trains.
+
+In a forward pass a weight is a constant, and its compact parameter gets the gradient. Everywhere else code names the
+weight: a penalty in the loss, ``zero_grad()``, clipping, a loop over ``named_parameters()``. There it requires a
+gradient, as the masked weight that it stands for would:
+
+* Computed with, its gradient flows on to the compact parameter, ``dL/dW[:, c]``, through one node of the graph; so it
+  adds up with that of the forward pass before any hook or update sees it.
+* ``grad``, ``requires_grad`` and hooks are those of the compact parameter, in the weight's shape
+  (:mod:`trady.ops.channel_gradient`).
+
+The weight stays the object that it was; only its class is another one meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from trady.errors import StateError
+from trady.interception.layer import ArmedLayer
+from trady.model.prepared import plain_class
+from trady.ops.channel_gradient import ChannelGradient, WeightChannels
+from trady.ops.selected import DenseWeight
+
+#: By the identity of a weight, its layer.
+_layers: weakref.WeakValueDictionary[int, ArmedLayer] = weakref.WeakValueDictionary()
+
+
+class ShownWeights:
+    """The weights of one model; from :meth:`begin` to :meth:`end`, those of a tuner.
+
+    Args:
+        layers: The layers that can be updated by channel.
+    """
+
+    def __init__(self, layers: Iterable[ArmedLayer]) -> None:
+        self._layers: list[ArmedLayer] = []
+        #: Layers whose weight cannot have a gradient: it is stored quantised.
+        self.stored_otherwise: list[ArmedLayer] = []
+        for layer in layers:
+            (self._layers if isinstance(layer.truth, DenseWeight) else self.stored_otherwise).append(layer)
+        self._begun = self._shown = False
+        self._asked: str | None = None
+
+    def begin(self) -> None:
+        """Show the weights from now on."""
+        self._begun = True
+        _layers.update((id(layer.weight), layer) for layer in self._layers)
+        self.show()
+
+    def show(self) -> None:
+        """Let the weights be parameters that train, now that no forward pass runs."""
+        if self._shown or not self._begun:
+            return
+        self._shown = True
+        with _unsafe_preserve_version_counter(tuple(layer.weight for layer in self._layers)):
+            for layer in self._layers:
+                layer.weight.__class__ = _shown_class(type(layer.weight))
+                _connect(layer)
+
+    def hide(self) -> None:
+        """Let the weights be constants, for a forward pass."""
+        if not self._shown:
+            return
+        self._shown = False
+        for layer in self._layers:
+            if _disconnect(layer):
+                self._asked = layer.name
+            layer.weight.__class__ = plain_class(type(layer.weight))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the weights be constants for a while, also between forward passes."""
+        begun, self._begun = self._begun, False
+        self.hide()
+        try:
+            yield
+        finally:
+            self._begun = begun
+            self.show()
+
+    def drawn(self, names: Iterable[str]) -> None:
+        """Follow a draw of other channels in these layers."""
+        if self._shown:
+            changed = set(names)
+            for layer in self._layers:
+                if layer.name in changed:
+                    _reconnect(layer)
+
+    def check_not_asked(self) -> None:
+        """Refuse that a backward pass was asked for gradients of the weights alone.
+
+        Raises:
+            StateError: It was; the forward pass has none for them, but for their channels.
+
+        """
+        if self._shown and any(_RETAINS.__get__(layer.weight) for layer in self._layers):
+            self.hide()
+            self.show()
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            raise StateError(
+                f"backward(inputs=...) was asked for the gradient of the weight of {asked}, whose channels train in "
+                "its place: ask for inputs=list(tuner.parameters())"
+            )
+
+    def end(self) -> None:
+        """Give the weights back as they were."""
+        self.hide()
+        self._begun = False
+        for layer in self._layers:
+            _layers.pop(id(layer.weight), None)
+
+
+#: What the class of a shown weight hides, as it is for PyTorch.
+_RETAINS: Any = torch.Tensor.retains_grad
+_REQUIRES: Any = torch.Tensor.requires_grad
+
+
+class _Named(torch.autograd.Function):
+    """The weight as a function of its compact parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, compact: Tensor, channels: WeightChannels) -> Tensor:
+        ctx.channels = channels
+        ctx.mark_dirty(weight)
+        ctx.set_materialize_grads(False)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        return None, None if gradient is None else ctx.channels.gather(gradient), None
+
+
+def _connect(layer: ArmedLayer) -> None:
+    if layer.selected is None or not layer.compact.requires_grad:
+        return
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        _Named.apply(layer.weight, layer.compact, _channels(layer))
+
+
+def _disconnect(layer: ArmedLayer) -> bool:
+    """Make the weight a constant; return whether a backward pass was asked for its gradient."""
+    if not _REQUIRES.__get__(layer.weight):
+        return False
+    asked: bool = _RETAINS.__get__(layer.weight)
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        layer.weight.detach_()
+        if asked:  # PyTorch has no other way to end what retain_grad() has begun
+            torch._C._swap_tensor_impl(layer.weight, layer.weight.detach())
+    return asked
+
+
+def _reconnect(layer: ArmedLayer) -> None:
+    with _unsafe_preserve_version_counter(layer.weight):
+        _disconnect(layer)
+        _connect(layer)
+
+
+def _channels(layer: ArmedLayer) -> WeightChannels:
+    weight, truth = layer.weight, layer.truth
+    assert layer.selected is not None
+    assert isinstance(truth, DenseWeight)
+    return WeightChannels(weight.shape, weight.stride(), truth.kind, truth.groups, layer.selected)
+
+
+def _in_shape(layer: ArmedLayer, values: Tensor | None) -> ChannelGradient | None:
+    """A gradient of the channels as one of the weight."""
+    return None if values is None or layer.selected is None else ChannelGradient(values, _channels(layer))
+
+
+def _of_channels(layer: ArmedLayer, gradient: Tensor | None) -> Tensor | None:
+    """A gradient of the weight as one of the channels."""
+    if gradient is None or layer.selected is None:
+        return None
+    if isinstance(gradient, ChannelGradient) and gradient.shape == layer.weight.shape and not gradient.views:
+        return gradient.held
+    if gradient.shape != layer.weight.shape:
+        raise RuntimeError(
+            f"a gradient of shape {tuple(gradient.shape)} for {layer.name}, whose weight has "
+            f"{tuple(layer.weight.shape)}: give one of the weight's shape"
+        )
+    return _channels(layer).gather(gradient).to(layer.compact)
+
+
+def _layer_of(weight: Any) -> ArmedLayer | None:
+    """The layer of a shown weight; where model and tuner are gone, the weight is a plain one from now on."""
+    layer = _layers.get(id(weight))
+    if layer is None:
+        weight.__class__ = plain_class(type(weight))
+        weight.detach_()
+    return layer
+
+
+class _Shown:
+    """What a shown weight has in the place of :class:`torch.nn.Parameter`'s own."""
+
+    __slots__ = ()
+
+    @property
+    def grad(self) -> Tensor | None:
+        layer = _layer_of(self)
+        return self.grad if layer is None else _in_shape(layer, layer.compact.grad)
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        layer = _layer_of(self)
+        if layer is None:
+            self.grad = gradient
+        else:
+            layer.compact.grad = _of_channels(layer, gradient)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    @property
+    def is_leaf(self) -> bool:
+        return True
+
+    @property
+    def grad_fn(self) -> None:
+        return None
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        layer = _layer_of(self)
+        return self.grad_dtype if layer is None else layer.compact.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        # DistributedDataParallel makes buckets for all that requires a gradient, and waits for each: compact gradients
+        # are averaged as they arrive.
+        asks = sys._getframe(1).f_globals.get("__name__")
+        layer = _layer_of(self)
+        return asks != "torch.nn.parallel.distributed" and layer is not None and layer.compact.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        layer = _layer_of(self)
+        if layer is None:
+            return self.requires_grad_(requires_grad)
+        layer.compact.requires_grad_(requires_grad)
+        _reconnect(layer)
+        return self
+
+    def retain_grad(self) -> None:
+        """Do nothing, as for every leaf."""
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        mine = _layer_of(self)
+        if mine is None:
+            return self.register_hook(hook)
+        known = weakref.ref(mine)
+
+        def seen(values: Tensor) -> Tensor | None:
+            layer = known()
+            if layer is None or (gradient := _in_shape(layer, values)) is None:
+                return None
+            return _of_channels(layer, hook(gradient))
+
+        return mine.compact.register_hook(seen)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Any], None]) -> Any:
+        layer = _layer_of(self)
+        if layer is None:
+            return self.register_post_accumulate_grad_hook(hook)
+        known: Any = weakref.ref(self)
+        compact: Any = layer.compact
+        return compact.register_post_accumulate_grad_hook(lambda _: None if (mine := known()) is None else hook(mine))
+
+    def __repr__(self) -> str:
+        mine: Any = self
+        return repr(plain_class(type(mine))(mine.detach(), mine.requires_grad))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            mine: Any = self
+            kind = plain_class(type(mine))
+            memo[id(self)] = kind(mine.data.clone(memory_format=torch.preserve_format), mine.requires_grad)
+        return memo[id(self)]
+
+
+@lru_cache(maxsize=64)
+def _shown_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+    metaclass: Any = type(kind)
+    made: type[nn.Parameter] = metaclass(
+        kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__}
+    )
+    return made
