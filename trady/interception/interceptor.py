@@ -9,7 +9,7 @@ the forward pass is stopped rather than computed wrongly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from trady.model.hooks import Hook, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
+from trady.ops.frozen_norm import FrozenNorm
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
 #: Changes the arguments of a call before anything else is done with it.
@@ -103,6 +104,11 @@ class Interceptor(CallMode):
         """
         self._prepare_call = prepare_call
         self._handlers.watch(on_layer)
+
+    def keep_norms(self, norms: Iterable[FrozenNorm]) -> None:
+        """Compute the scales and shifts of frozen normalisations now, as they are there after a first pass."""
+        for norm in norms:
+            self._handlers.norms.scale_and_shift(norm)
 
     # -- arming ------------------------------------------------------------------------------------
 

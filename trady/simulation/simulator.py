@@ -209,6 +209,7 @@ class Simulator:
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
+            armed.interceptor.keep_norms(plan.norms)
             live.interval_peak()
             labels: list[Tensor] = []
             kept = self._forward_and_backward(batches, fake, live, labels)
