@@ -136,9 +136,9 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
 
 def _frozen_norms(trace: Trace, plain: set[int]) -> Iterator[FrozenNorm]:
     for entry in trace.calls:
-        if isinstance(entry.call, NormCall) and entry.scope is not None:
-            if not any(id(p) in plain for p in entry.parameters):
-                yield entry.call.norm
+        kept = entry.scope is not None and not any(id(p) in plain for p in entry.parameters)
+        if kept and isinstance(entry.call, NormCall):
+            yield entry.call.norm
 
 
 def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:

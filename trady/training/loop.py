@@ -245,7 +245,6 @@ class Loop:
             self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
-            self.trainer.micro_batch,
         )
 
     def _train(self, sums: EpochSums, stepper: Stepper, random: State | None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
 from trady.ranking.ranking import LayerRanking
-from trady.training.batch import Loss
+from trady.training.batch import Loss, split_batch
 from trady.training.state import State
+from trady.tuner.parts import parts_of
 from trady.tuner.tuner import Tuner
 
 
@@ -46,6 +47,13 @@ class Trainer(Protocol):
 
     def ranking(self) -> LayerRanking | None:
         """Return the layer ranking in use, if there is one."""
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut a batch into parts for a forward and backward pass each: inputs, labels, share of the samples.
+
+        Raises:
+            BudgetError: Not even one sample fits in the budget.
+        """
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer updates."""
@@ -106,6 +114,10 @@ class TunerTrainer:
     def ranking(self) -> LayerRanking | None:
         """Return the ranking given or learnt."""
         return self.tuner.ranking
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Let the tuner cut it so that the budget is kept."""
+        return cast("Iterator[tuple[Any, torch.Tensor, float]]", self.tuner.micro_batches(*split_batch(batch)))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the compact parameters and the head's."""
@@ -191,6 +203,10 @@ class FullTrainer:
     def ranking(self) -> LayerRanking | None:
         """Return nothing: every layer trains."""
         return None
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut it into micro-batches, where these are asked for."""
+        return cast("Iterator[tuple[Any, torch.Tensor, float]]", parts_of(split_batch(batch), self.micro_batch))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters."""

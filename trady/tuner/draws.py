@@ -9,7 +9,9 @@ from typing import Any
 
 from trady.channels.selection import Selection
 from trady.errors import TradyWarning
+from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
+from trady.model.batch import Loss
 from trady.planning.decision import POOL_SHARE, STEPS_A_DRAW, Decision
 from trady.planning.spending import Moment
 from trady.policies import Evidence
@@ -76,6 +78,24 @@ class Draws:
         if self.decision.spending(moment).lacks_evidence:
             return Selection()
         return self.decision.draw(moment, self.epoch, self.count)
+
+    def sweeper(
+        self,
+        loss: Loss | None,
+        progress: Callable[[int, int], None] | None = None,
+        numbers: int = 0,
+    ) -> Sweeper:
+        """Return what sees the gradient of every channel, inside the budget; see :meth:`trady.Tuner.sweeper`."""
+        decision = self.decision
+        return Sweeper(
+            self._armed,
+            tuple(decision.analysis.head_parameters.values()),
+            decision.sweeps(self.moment, self.selection, numbers),
+            loss,
+            decision.micro_batch,
+            decision.seed,
+            progress,
+        )
 
     def resample(self, epoch: int) -> None:
         """Draw the channels of an epoch; a ranking that was being learnt is settled when epoch 1 begins."""

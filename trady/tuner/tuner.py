@@ -19,6 +19,7 @@ from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
 from trady.memory import Ledger, measure
+from trady.model.batch import Batch
 from trady.model.eager import UNCOMPILED, is_compiled
 from trady.model.prepared import refuse_prepared
 from trady.optim.in_backward import UpdatesInBackward, update_forms
@@ -36,6 +37,7 @@ from trady.tuner.draws import Draws
 from trady.tuner.gradients import Arrivals, clip_all, note_writes
 from trady.tuner.guard import Guard
 from trady.tuner.observed import EvidenceState
+from trady.tuner.parts import parts_of
 from trady.tuner.snapshot import WeightSnapshot
 
 
@@ -60,8 +62,8 @@ class Tuner:
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
         self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
         self._armed.on_gradient.append(self._arrivals)
-        if decision.budget is not None and decision.scope.in_bytes:
-            Guard(self._armed, self._draws, self.parameters())
+        bounded = decision.budget is not None and decision.scope.in_bytes
+        self._guard = Guard(self._armed, self._draws, self.parameters()) if bounded else None
         if decision.needs:
             if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
@@ -145,7 +147,6 @@ class Tuner:
             StateError: The tuner is finished, the optimizer has none of the tuner's parameters, or its
                 state cannot be carried over (LBFGS).
             BudgetError: The optimizer's state does not fit in the budget. The tuner is as it was before.
-
         """
         self._check_alive("attach an optimizer")
         given, optimizer = optimizer, innermost(optimizer)
@@ -163,6 +164,25 @@ class Tuner:
         optimizer.register_step_post_hook(self._after_step)
         self._draws.apply(selection)
         return given
+
+    def micro_batches(self, inputs: Any, *others: Any) -> Iterator[tuple[Any, ...]]:
+        """Cut a batch into parts that fit in the budget, one forward and backward pass each (docs/budgets.md).
+
+        Args:
+            inputs: What the model is called with, as in :func:`prepare`.
+            others: What is cut with it: labels, for instance.
+
+        Returns:
+            For each part: inputs, others, and its share of the samples. The mean loss of each part, times its share,
+            adds up to the loss of the whole batch, and so do the gradients.
+
+        Raises:
+            BudgetError: Not even one sample fits.
+            StateError: The tuner is finished.
+        """
+        self._check_alive("cut a batch")
+        batch = Batch.of(inputs, self._armed.model)
+        return parts_of((inputs, *others), self.micro_batch if self._guard is None else self._guard.part_size(batch))
 
     @property
     def observation_due(self) -> bool:
@@ -197,13 +217,12 @@ class Tuner:
             StateError: The tuner is finished, or there is no batch.
             BudgetError: Not one channel fits in what the optimizer's state leaves.
             ModelError: There is no loss.
-
         """
         self._check_alive("observe")
         if not (observed := self._observed).wanted:
             return observed.evidence
         first = observed.evidence is None
-        sweeper = partial(self._sweeper, loss, progress)
+        sweeper = partial(self._draws.sweeper, loss, progress)
         room = partial(self._decision.room, self._draws.moment, self._draws.selection)
         evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot, room)
         self._draws.observed(evidence)
@@ -223,23 +242,9 @@ class Tuner:
         Raises:
             StateError: The tuner is finished.
             BudgetError: Not one channel fits in what the optimizer's state leaves.
-
         """
         self._check_alive("sweep")
-        return self._sweeper(loss, None)
-
-    def _sweeper(
-        self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None, numbers: int = 0
-    ) -> Sweeper:
-        return Sweeper(
-            self._armed,
-            tuple(self._examined.head_parameters.values()),
-            self._decision.sweeps(self._draws.moment, self._draws.selection, numbers),
-            loss,
-            self._decision.micro_batch,
-            self._decision.seed,
-            progress,
-        )
+        return self._draws.sweeper(loss)
 
     def resample(self, epoch: int) -> Selection:
         """Draw the channels of an epoch.
@@ -252,7 +257,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
-
         """
         self._check_alive("resample")
         self._observed.draw_for(epoch)
@@ -268,7 +272,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
-
         """
         self._check_alive("redraw")
         self._observed.check_present("redraw")
@@ -309,7 +312,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or an attached optimizer has clipped with another ratio.
-
         """
         self._check_alive("clip gradients")
         return clip_all(self._compact, list(self._examined.head_parameters.values()), self._attached(), ratio, max_norm)
@@ -320,7 +322,6 @@ class Tuner:
         Args:
             step: Runs forward, backward and the optimizer.
             inference: Also measure one inference pass of the untouched model on the same batch.
-
         """
         self._check_alive("measure")
         return measure(
@@ -343,7 +344,6 @@ class Tuner:
 
         Returns:
             ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
-
         """
         return save_state(self._decision, self._draws, self._observed, self._snapshot, self.delta())
 
@@ -355,7 +355,6 @@ class Tuner:
         Raises:
             CheckpointError: The state is of another model, policy, seed or version, or damaged.
             StateError: The tuner is finished.
-
         """
         self._check_alive("load a state")
         self._restoring = True
@@ -384,7 +383,6 @@ class Tuner:
 
         Args:
             dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
-
         """
         self._check_alive("finish again")
         self._attached.end()
