@@ -124,7 +124,7 @@ def peaks(
 
 
 def tuned(
-    model: nn.Module, x: Tensor, over_minimum: float, make: Callable[..., torch.optim.Optimizer], **options: Any
+    model: nn.Module, x: Any, over_minimum: float, make: Callable[..., torch.optim.Optimizer], **options: Any
 ) -> tuple[trady.Tuner, torch.optim.Optimizer, int]:
     budget = int(minimum(model, x, **options) * over_minimum)
     tuner = trady.prepare(model, x, budget=f"{budget} B", policy="dynamic-random", **options)

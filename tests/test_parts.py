@@ -88,8 +88,8 @@ def test_a_batch_that_fits_is_one_part_as_it_is() -> None:
 
 
 def test_mappings_are_cut_by_their_entries() -> None:
-    x, labels = ids(8, 64), torch.arange(8) % 3
-    tuner, _, _ = tuned_on(Text(), {"ids": ids(16, 16)}, 1.35, torch.optim.SGD)
+    x, labels, example = ids(8, 64), torch.arange(8) % 3, {"ids": ids(16, 16)}
+    tuner, _, _ = tuned_on(Text(), example, 1.35, torch.optim.SGD)
     assert len(in_parts(tuner, {"ids": x}, labels)) > 1
     check_gradients(tuner, Text(), x, labels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from trady.errors import BudgetError, ModelError
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
-from trady.planning.conditions import Loop, costlier
+from trady.planning.conditions import Conditions, Loop, costlier
 from trady.planning.peaks import Case, Peaks
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
@@ -213,6 +213,22 @@ class Decision:
         spending = self.spending(moment)
         compact = sum(form.whole for form in compact_forms(self.table, trained))
         return peak - self.loop.inference_bytes(batch) - spending.kept_bytes(trained, with_head=True) - compact
+
+    def case(self, batches: Sequence[Batch], conditions: Conditions, waiting: int) -> Case:
+        """Return steps that differ from those of the example.
+
+        Args:
+            batches: What the forward passes get.
+            conditions: The same in shapes.
+            waiting: Bytes of a larger batch that wait meanwhile.
+
+        Raises:
+            ModelError: The model cannot be traced on a batch.
+        """
+        planned = replace(self.loop.planned, accumulates=True)
+        if (conditions, waiting) == (planned, self.loop.waiting_bytes):  # it is simulated already
+            return self.peaks.cases[0].accumulating()
+        return replace(self.loop, waiting_bytes=waiting).case(batches, conditions)
 
     def allowing(self, case: Case) -> Decision:
         """Return the decision whose draws leave room for steps of this case too."""

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from trady.report.units import format_bytes
 from trady.tuner.draws import Draws
 from trady.tuner.gradients import keep_gradient
 from trady.tuner.parts import of_batch_statistics
+from trady.tuner.seen import Seen
 
 
 class _Pass:
@@ -203,7 +204,7 @@ class Guard:
     def _judge(self, conditions: Conditions, batches: list[Batch], waiting: int) -> None:
         if (over := self._over(conditions, batches, waiting)) is not None:
             with _simulating(batches[-1], self._armed.model):
-                self._exceeded(conditions, batches, *over)
+                self._exceeded(Seen(conditions, tuple(each.packed for each in batches), waiting), batches, *over)
             self._known_now().fits.add((conditions, waiting))
 
     def _over(self, conditions: Conditions, batches: list[Batch], waiting: int) -> tuple[Case, int] | None:
@@ -241,24 +242,20 @@ class Guard:
     def _case(self, conditions: Conditions, batches: list[Batch], waiting: int) -> Case | None:
         kind = conditions, waiting
         if kind not in self._cases:
-            loop = self._draws.decision.loop
-            if kind == (replace(loop.planned, accumulates=True), loop.waiting_bytes):  # it is simulated already
-                self._cases[kind] = self._draws.decision.peaks.cases[0].accumulating()
-                return self._cases[kind]
             try:
-                found = replace(loop, waiting_bytes=waiting).case(batches, conditions)
+                self._cases[kind] = self._draws.decision.case(batches, conditions, waiting)
             except ModelError as error:
                 self._cannot_tell(batches[-1], error)
-                found = None
-            self._cases[kind] = found
+                self._cases[kind] = None
         return self._cases[kind]
 
     def _cannot_tell(self, batch: Batch, error: Exception) -> None:
         self._warn("trace", f"a forward pass on {batch.shapes} cannot be held against the budget: {error}")
 
-    def _exceeded(self, conditions: Conditions, batches: list[Batch], found: Case, amount: int) -> None:
+    def _exceeded(self, seen: Seen, batches: list[Batch], found: Case, amount: int) -> None:
         decision, budget = self._draws.decision, self._draws.decision.budget
         assert budget is not None
+        conditions = seen.conditions
         what, remedy = self._difference(conditions, batches)
         takes = f"{what}: the step would take {format_bytes(amount)} of the budget {budget}"
         if decision.over_budget == "warn":
@@ -278,6 +275,7 @@ class Guard:
             f"{takes}. To stay inside it, {selection.count} channels train from now on, before it were {before.count}. "
             f"{remedy}",
         )
+        self._draws.seen += (seen,)
         self._adapt(allowing, moment, selection)
 
     def _adapt(self, decision: Decision, moment: Moment, selection: Selection) -> None:

@@ -359,7 +359,7 @@ class Tuner:
         self._check_alive("load a state")
         self._restoring = True
         try:
-            load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
+            load_state(self._armed, self._draws, self._observed, self._snapshot, state)
         finally:
             self._restoring = False
 
