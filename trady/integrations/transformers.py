@@ -233,6 +233,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         narrow = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         adds_up = self.args.gradient_accumulation_steps > 1
         request = replace(options.request, seed=self.args.seed, autocast=narrow, accumulates=adds_up)
+        if self.args.device.type == "cpu":  # Accelerate's loaders read one batch ahead
+            request = replace(request, batches_ahead=1)
         example = options.example
         if example is None:
             found = [*self._longest(), *self._batches(EXAMPLES)]

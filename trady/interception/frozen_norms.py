@@ -34,6 +34,10 @@ class FrozenNorms:
             self._known[id(norm.mean)] = known
         return known[1]
 
+    def forget(self) -> None:
+        """Let go of all of them."""
+        self._known.clear()
+
     def _now(self, buffer: Tensor) -> Tensor:
         place = self._places.get(id(buffer))
         if place is None:

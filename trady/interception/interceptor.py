@@ -121,11 +121,13 @@ class Interceptor(CallMode):
         self._newest_hook, self._switched_on = self._newest_hook_now(), self._checkpointing_now()
 
     def disarm(self) -> None:
-        """Take the hooks out again."""
+        """Take the hooks out again; let go of what was kept from pass to pass."""
         self._recover()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._handlers.norms.forget()
+        self._programs.clear()
 
     @contextmanager
     def off(self) -> Iterator[None]:

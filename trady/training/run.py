@@ -26,7 +26,7 @@ from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, readable, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
-from trady.training.data.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
@@ -264,7 +264,9 @@ def run(
         processes=accelerator.num_processes,
     )
     loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
-    batches: Batches = accelerator.prepare_data_loader(loader)
+    batches = on_device(loader, accelerator)
+    ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
+    request = replace(request, batches_ahead=int(ahead))
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
@@ -313,7 +315,7 @@ def run(
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
-            evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, options.batch_size)),
+            evaluation=on_device(evaluation_batches(evaluation, options.batch_size), accelerator),
             observed=measured_on(loader, options.observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,

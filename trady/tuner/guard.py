@@ -163,7 +163,7 @@ class Guard:
         kept = any(p.grad is not None for p in self._trained)
         while True:
             part = whole.chunk(0, size)
-            waiting = max(whole.nbytes - part.nbytes, loop.waiting_bytes)
+            waiting = max((1 + loop.batches_ahead) * whole.nbytes - part.nbytes, loop.waiting_bytes)
             calls, adds_up = len(loop.planned.calls), size < whole.samples or kept
             conditions = Conditions((shapes_of(part),) * calls, adds_up or loop.planned.accumulates, self._autocast)
             if loop.planned.covers(conditions) and waiting <= loop.waiting_bytes:

@@ -388,6 +388,8 @@ class Tuner:
         self._attached.end()
         self._armed.disarm()
         self._finished = True
+        if self._snapshot is not None:
+            self._snapshot.forget()
         return in_floating_point(self.model) if dequantize else self.model
 
     def _check_alive(self, wish: str) -> None:
