@@ -191,7 +191,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save and self.tuner is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = self.tuner.state_dict()
+            state = self.tuner.state_dict(lazily=True)
             states = {"tuner": State(state["tensors"], state["meta"])}
             save_checkpoint(folder / FOLDER, Checkpoint(state["meta"]["epoch"], self.state.global_step, {}, "", states))
         super()._save_checkpoint(model, trial)

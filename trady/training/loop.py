@@ -336,14 +336,15 @@ class Loop:
 
     def _finish(self, history: list[EpochMetrics]) -> Result:
         plan, ranking, delta = self.trainer.plan(), self.trainer.ranking(), self.trainer.delta()
+        if (folder := self._writable()) is not None:  # tensor by tensor, from the model
+            folder.write_plan(plan)
+            folder.write_model(all_weights(self.trainer.model), delta)
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path
         seconds = sum(epoch.seconds for epoch in history)
         result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
-        if (folder := self._writable()) is not None:
-            folder.write_plan(plan)
-            folder.write_model(all_weights(model), delta)
+        if folder is not None:
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result
 

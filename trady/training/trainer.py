@@ -92,7 +92,7 @@ class Trainer(Protocol):
     def load_state(self, state: State) -> None:
         """Resume from a state."""
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return the changed channels; ``None`` where everything may have changed."""
 
     def finish(self) -> nn.Module:
@@ -163,16 +163,16 @@ class TunerTrainer:
 
     def state(self) -> State:
         """Return the head, the changed weights, the selection and the ranking so far."""
-        given = self.tuner.state_dict()
+        given = self.tuner.state_dict(lazily=True)
         return State(given["tensors"], given["meta"])
 
     def load_state(self, state: State) -> None:
         """Restore the tuner."""
         self.tuner.load_state_dict({"tensors": dict(state.tensors), "meta": dict(state.meta)})
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
-        """Return the changed channels and the head."""
-        return self.tuner.delta()
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
+        """Return the changed channels and the head, each copied when it is asked for."""
+        return self.tuner.changed
 
     def finish(self) -> nn.Module:
         """Disarm the model."""
@@ -262,7 +262,7 @@ class FullTrainer:
         """Load all weights and buffers."""
         self.model.load_state_dict(dict(state.tensors))
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return nothing: every weight changes."""
         return None
 

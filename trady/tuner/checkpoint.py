@@ -17,6 +17,7 @@ from trady.planning.spending import Moment
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.records.schema import Natural
+from trady.records.tensors import joined
 from trady.records.versioned import Format
 from trady.tuner.delta import load_changed_tensors
 from trady.tuner.draws import Draws, Progress
@@ -81,7 +82,7 @@ def save_state(
     earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
     seen, values = save_seen(draws.seen)
     return {
-        "tensors": {**delta, **observed.tensors(), **earlier, **values},
+        "tensors": joined(*(("", tensors) for tensors in (delta, observed.tensors(), earlier, values))),
         "meta": {
             **_progress_to_json(decision, draws.progress(), observed),
             "earlier": slices,

@@ -119,7 +119,6 @@ class Tuner:
         return self._draws.decision
 
     _examined = property(lambda self: self._decision.analysis)
-
     _compact = property(lambda self: [armed.compact for armed in self._armed.layers.values()])
 
     def cost(self) -> Cost:
@@ -178,7 +177,6 @@ class Tuner:
 
         Raises:
             BudgetError: Not even one sample fits.
-            StateError: The tuner is finished.
         """
         self._check_alive("cut a batch")
         batch = Batch.of(inputs, self._armed.model)
@@ -211,7 +209,7 @@ class Tuner:
             progress: Called with (passes done, passes of the batches so far).
 
         Returns:
-            All that is measured so far; ``None`` for a policy that measures nothing.
+            All that is measured so far, if anything.
 
         Raises:
             StateError: The tuner is finished, or there is no batch.
@@ -240,7 +238,6 @@ class Tuner:
                 ``output.loss``.
 
         Raises:
-            StateError: The tuner is finished.
             BudgetError: Not one channel fits in what the optimizer's state leaves.
         """
         self._check_alive("sweep")
@@ -339,13 +336,17 @@ class Tuner:
 
     # -- state ---------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, lazily: bool = False) -> dict[str, Any]:
         """Everything a restart needs beside the base model and the optimizer.
+
+        Args:
+            lazily: Copy a tensor when it is asked for (:attr:`changed`).
 
         Returns:
             ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
         """
-        return save_state(self._decision, self._draws, self._observed, self._snapshot, self.delta())
+        state = save_state(self._decision, self._draws, self._observed, self._snapshot, self.changed)
+        return state if lazily else {**state, "tensors": dict(state["tensors"])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on a model as it was before the first step.
@@ -354,7 +355,6 @@ class Tuner:
 
         Raises:
             CheckpointError: The state is of another model, policy, seed or version, or damaged.
-            StateError: The tuner is finished.
         """
         self._check_alive("load a state")
         self._restoring = True
@@ -363,23 +363,25 @@ class Tuner:
         finally:
             self._restoring = False
 
+    @property
+    def changed(self) -> Mapping[str, Tensor]:
+        """What :meth:`delta` collects, each tensor copied when it is asked for, as for a file."""
+        self._check_alive("read the delta")
+        self._armed.write_back()
+        head = self._examined.head_parameters
+        return changed_tensors(self._armed.model, self._decision.table, self._draws.touched, head)
+
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.
 
-        :func:`trady.apply_delta` turns the base model into the fine-tuned one with it; it holds tensors
-        only, for safetensors.
+        :func:`trady.apply_delta` turns the base model into the fine-tuned one with it; it holds tensors only.
         """
-        self._check_alive("read the delta")
-        self._armed.write_back()
-        return changed_tensors(
-            self._armed.model, self._decision.table, self._draws.touched, self._examined.head_parameters
-        )
+        return dict(self.changed)
 
     def finish(self, *, dequantize: bool = False) -> nn.Module:
         """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again.
 
-        A weight that is stored quantised stays so. The channels of it that have trained lie beside it, in two buffers
-        of its module, which computes with them (docs/composition.md).
+        A weight that is stored quantised stays so, with its trained channels beside it (docs/composition.md).
 
         Args:
             dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
