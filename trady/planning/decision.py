@@ -20,6 +20,7 @@ from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.conditions import Conditions, Loop, costlier
 from trady.planning.peaks import Case, Peaks
+from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
@@ -292,6 +293,7 @@ class Decision:
         spending = self.spending(moment)
         peak = self.scope.bounds_peak
         predicted = spending.peak_parts(selection) if peak else {}
+        step_bytes = sum(predicted.values())
         return Plan(
             model=type(unwrap_compiled(self.model)).__name__,
             budget=self.budget,
@@ -305,7 +307,8 @@ class Decision:
             head_parameters=sum(p.numel() for p in self.analysis.head_parameters.values()),
             selection=selection,
             cost=spending.cost(selection),
-            predicted_peak_bytes=sum(predicted.values()) if peak else None,
+            predicted_peak_bytes=step_bytes if peak else None,
+            predicted_phases=predicted_phases(self, moment, selection, step_bytes) if peak else {},
             least_peak_bytes=spending.timeline.least_bytes if peak else None,
             recomputed=moment.recomputation.names,
             recomputable=moment.recomputation.found,
