@@ -49,15 +49,15 @@ class Watch:
         wanted = sizes(expected())
         assert there == wanted
         # What autograd alone holds is no object of Python's.
-        followed = [storage for storage in self._live.log if storage.death is None and storage.device != "meta"]
-        known = self._before
-        assert sum(storage.nbytes for storage in followed) <= sum(wanted.values()) + known
+        followed = {key: reference.storage for key, reference in self._live._references.items()}
+        known = self._before | wanted.keys()
+        assert not [s for key, s in followed.items() if key not in known and s.nbytes and s.device != "meta"]
 
     @contextmanager
-    def begun(self, before: list[Tensor]) -> Iterator[Watch]:
-        """Watch; tensors of ``before`` are no news."""
-        self._before = sum(sizes(before).values())
+    def begun(self) -> Iterator[Watch]:
+        """Watch; tensors that are there already are no news."""
         gc.collect()
+        self._before = set(sizes(objects()))
         gc.freeze()  # objects of before are not among those of the collector any more
         gc.disable()
         try:
@@ -121,7 +121,7 @@ def test_between_the_phases_what_trains_is_alive_and_nothing_else(
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs), targets)
 
-    with warnings.catch_warnings(), Watch().begun([x, labels, *model.state_dict().values()]) as watch:
+    with warnings.catch_warnings(), Watch().begun() as watch:
         warnings.simplefilter("ignore", TradyWarning)
         with watch.phase(kept):
             trady.plan(model, x, **asked)
@@ -171,9 +171,8 @@ def test_between_the_phases_what_trains_is_alive_and_nothing_else(
 @pytest.mark.parametrize("policy", ["dynamic-random", "velocity", "full"])
 def test_a_run_leaves_the_model_and_nothing_else(policy: str, tmp_path: Path) -> None:
     train, evaluation, model = small_data(32, 0), small_data(16, 1), small_net()
-    held = [*model.state_dict().values()]
     torch.optim.AdamW(small_net().parameters())  # the first one imports PyTorch's compiler, whose frames stay
-    with Watch().begun(held) as watch, warnings.catch_warnings():
+    with Watch().begun() as watch, warnings.catch_warnings():
         warnings.simplefilter("ignore", TradyWarning)
         before = sizes(objects())
         with watch.phase(lambda: [tensor for tensor in objects() if tensor.untyped_storage()._cdata in before]):
