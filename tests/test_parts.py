@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.small_task import small_data, small_net
+from tests.test_left_over import kept_by
 from tests.test_loop_budgets import Text, convolutions, ids, images, minimum
 from tests.test_loop_budgets import tuned as tuned_on
 from trady.errors import StateError, TradyWarning
+from trady.memory.live import LiveBytes
 from trady.optim import SGD
 from trady.planning.budget import StepTooLargeError
 
@@ -138,3 +141,54 @@ def test_what_cannot_be_cut_exactly_is_left_whole() -> None:
 
 def convolutions_after() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_evaluation_is_cut_into_parts_that_fit() -> None:
+    x, labels = images(64, 8), torch.arange(64) % 3
+    tuner, optimizer, budget = tuned_on(convolutions(), images(8, 8), 1.2, torch.optim.AdamW, recompute="all")
+    in_parts(tuner, images(8, 8), torch.arange(8) % 3)
+    optimizer.step()
+    optimizer.zero_grad()
+    scores: list[Tensor] = []
+
+    def evaluate() -> None:
+        tuner.model.eval()
+        with torch.no_grad(), tuner.untouched():
+            for part, targets, share in tuner.micro_batches(x, labels):
+                assert share == len(targets) / 64
+                scores.append(tuner.model(part))
+        tuner.model.train()
+
+    with LiveBytes() as live:
+        live.register([*kept_by(tuner, optimizer), *tuner.model.state_dict().values(), x, labels])
+        evaluate()
+    assert live.peak <= budget
+    assert 8 <= len(scores[0]) < 64
+    with LiveBytes() as live, torch.no_grad(), tuner.untouched():
+        live.register([*kept_by(tuner, optimizer), *tuner.model.state_dict().values(), x, labels])
+        whole = tuner.model(x)
+    assert live.peak > budget
+    torch.testing.assert_close(torch.cat(scores), whole)
+
+
+def test_a_run_evaluates_in_parts_that_fit() -> None:
+    train, evaluation = small_data(16, 0), small_data(48, 1)
+    sizes: list[int] = []
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            sizes.append(len(targets))
+        return F.cross_entropy(output, targets)
+
+    found = []
+    for budget in ("160 KiB", "8 MiB"):
+        sizes.clear()
+        result = trady.finetune(
+            small_net(), train, torch.utils.data.DataLoader(evaluation, 48), budget=budget, policy="head", epochs=1,
+            batch_size=8, lr=0.01, out=None, loss=loss, progress=False,
+        )  # fmt: skip
+        found.append((max(sizes), sum(sizes), result.history[0].accuracy, result.history[0].evaluation_loss))
+    (part, cut, accuracy, value), (whole, _, *expected) = found
+    assert cut == whole == 48
+    assert part < 48
+    assert [accuracy, value] == pytest.approx(expected, rel=1e-5)

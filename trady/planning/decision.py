@@ -208,12 +208,16 @@ class Decision:
             trained: Channels that train, which are kept in compact parameters, with their state and copies.
             batch: The batch.
         """
+        left = self.left_while_idle(moment, trained)
+        return left if math.isinf(left) else left - self.loop.inference_bytes(batch)
+
+    def left_while_idle(self, moment: Moment, trained: Selection) -> float:
+        """Bytes that a budget leaves for weights, batches and passes beside what trains and the optimizer's state."""
         peak = None if self.budget is None else self.budget.peak_bytes
         if peak is None:
             return math.inf
-        spending = self.spending(moment)
         compact = sum(form.whole for form in compact_forms(self.table, trained))
-        return peak - self.loop.inference_bytes(batch) - spending.kept_bytes(trained, with_head=True) - compact
+        return peak - self.spending(moment).kept_bytes(trained, with_head=True) - compact
 
     def case(self, batches: Sequence[Batch], conditions: Conditions, waiting: int) -> Case:
         """Return steps that differ from those of the example.

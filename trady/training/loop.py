@@ -195,15 +195,16 @@ class Loop:
         self._train(sums, self._stepper(optimizer), random)
         training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
         random = random_state()
-        accuracy, evaluation_loss = evaluate(
-            self.trainer.model,
-            self.evaluation,
-            self.loss,
-            self.accelerator,
-            self.settings.mixed_precision,
-            self.trainer.micro_batch,
-            lambda: self._pause(sums, random),
-        )
+        with self.trainer.untouched():  # the plain model takes less than the armed one
+            accuracy, evaluation_loss = evaluate(
+                self.trainer.model,
+                self.evaluation,
+                self.loss,
+                self.accelerator,
+                self.settings.mixed_precision,
+                self.trainer.parts,
+                lambda: self._pause(sums, random),
+            )
         if not evaluation_loss < float("inf"):
             raise self._stopped(f"the evaluation loss became {evaluation_loss}", sums)
         drawn = self.trainer.draw()

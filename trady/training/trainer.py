@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -49,7 +50,7 @@ class Trainer(Protocol):
         """Return the layer ranking in use, if there is one."""
 
     def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
-        """Cut a batch into parts for a forward and backward pass each: inputs, labels, share of the samples.
+        """Cut a batch into parts for a pass each: inputs, labels, share of the samples; in ``no_grad`` for inference.
 
         Raises:
             BudgetError: Not even one sample fits in the budget.
@@ -94,6 +95,9 @@ class Trainer(Protocol):
 
     def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return the changed channels; ``None`` where everything may have changed."""
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Context in which the model runs as its author wrote it."""
 
     def finish(self) -> nn.Module:
         """Return the plain model."""
@@ -173,6 +177,10 @@ class TunerTrainer:
     def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return the changed channels and the head, each copied when it is asked for."""
         return self.tuner.changed
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Leave the model to PyTorch."""
+        return self.tuner.untouched()
 
     def finish(self) -> nn.Module:
         """Disarm the model."""
@@ -265,6 +273,10 @@ class FullTrainer:
     def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return nothing: every weight changes."""
         return None
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Nothing was touched."""
+        return nullcontext()
 
     def finish(self) -> nn.Module:
         """Restore the parameters' flags and drop their gradients."""

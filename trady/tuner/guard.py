@@ -8,6 +8,7 @@ of shapes. Anything else is simulated once; if it does not fit, fewer channels t
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from trady.model.batch import Batch
 from trady.model.untouched import apart
 from trady.ops.context import autocast_dtype_on
 from trady.planning.budget import InfeasibleBudgetError, StepTooLargeError
-from trady.planning.conditions import Conditions, shapes_of
+from trady.planning.conditions import Conditions, Shapes, shapes_of
 from trady.planning.decision import Decision
 from trady.planning.peaks import Case
 from trady.planning.spending import Moment
@@ -116,6 +117,7 @@ class Guard:
         self._armed, self._draws, self._trained = armed, draws, list(trained)
         self._known = _Known()
         self._cases: dict[_Kind, Case | None] = {}
+        self._inference: dict[Shapes, int] = {}
         self._autocast = draws.decision.loop.planned.autocast
         self._open: list[weakref.ref[_Pass]] = []
         self._now: Batch | None = None
@@ -124,6 +126,27 @@ class Guard:
         armed.on_output.append(self._after)
 
     # -- one forward pass ------------------------------------------------------------------------------
+
+    def _inference_size(self, whole: Batch, size: int) -> int:
+        draws = self._draws
+        left = draws.decision.left_while_idle(draws.moment, draws.selection)
+        while size > 1 and not math.isinf(left):
+            part = whole.chunk(0, size)
+            if self._inference_bytes_of(part) + whole.nbytes - part.nbytes <= left:
+                break
+            size = -(-size // 2)
+        return size
+
+    def _inference_bytes_of(self, batch: Batch) -> int:
+        kind = shapes_of(batch)
+        if kind not in self._inference:
+            with _simulating(batch, self._armed.model):
+                try:
+                    self._inference[kind] = self._draws.decision.loop.inference_bytes(batch)
+                except Exception as error:  # it takes another way here than on the example
+                    self._cannot_tell(batch, error)
+                    self._inference[kind] = 0
+        return self._inference[kind]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._now = None
@@ -147,6 +170,8 @@ class Guard:
     def part_size(self, whole: Batch) -> int | None:
         """Return the samples of the largest parts of a batch that fit as it trains now; ``None`` is all of them.
 
+        While gradients are off, the parts are those of an inference pass.
+
         A batch that cannot be cut exactly is left as it is. Where not even one sample fits, fewer channels train from
         now on: before the first part, so that all parts have the gradients of the same channels.
 
@@ -155,11 +180,19 @@ class Guard:
         """
         decision = self._draws.decision
         loop, planned = decision.loop, decision.micro_batch
-        once = self._draws.moment.optimizer.in_backward is not None or not whole.may_be_cut
-        unknown = not whole.tensors or whole.device_in(self._armed.model) is None
-        if once or unknown or of_batch_statistics(self._armed.model) is not None:
+        once = self._draws.moment.optimizer.in_backward is not None
+        unknown = (
+            not whole.may_be_cut
+            or not any(t.dim() for t in whole.tensors)
+            or whole.device_in(self._armed.model) is None
+        )
+        trains = torch.is_grad_enabled()
+        if (once and trains) or unknown or of_batch_statistics(self._armed.model) is not None:
             return planned
         size = whole.samples if planned is None else min(planned, whole.samples)
+        if not trains:
+            size = self._inference_size(whole, size)
+            return None if size == whole.samples else size
         kept = any(p.grad is not None for p in self._trained)
         while True:
             part = whole.chunk(0, size)

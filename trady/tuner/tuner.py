@@ -165,7 +165,7 @@ class Tuner:
         return given
 
     def micro_batches(self, inputs: Any, *others: Any) -> Iterator[tuple[Any, ...]]:
-        """Cut a batch into parts that fit in the budget, one forward and backward pass each (docs/budgets.md).
+        """Cut a batch into parts that fit: for training or, under ``torch.no_grad()``, for inference (docs/budgets.md).
 
         Args:
             inputs: What the model is called with, as in :func:`prepare`.
