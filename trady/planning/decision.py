@@ -312,7 +312,7 @@ class Decision:
             selection=selection,
             cost=spending.cost(selection),
             predicted_peak_bytes=step_bytes if peak else None,
-            predicted_phases=predicted_phases(self, moment, selection, step_bytes) if peak else {},
+            predicted_phases=self.phases(moment, selection, step_bytes) if peak else {},
             least_peak_bytes=spending.timeline.least_bytes if peak else None,
             recomputed=moment.recomputation.names,
             recomputable=moment.recomputation.found,
@@ -326,6 +326,11 @@ class Decision:
             observed=not spending.lacks_evidence,
             held=tuple(name for name in self.table.names if name in self.analysis.held),
         )
+
+    def phases(self, moment: Moment, selection: Selection, step_bytes: int) -> dict[str, int]:
+        """Predict the peak of each phase, in bytes; a step's is known."""
+        waiting = self.loop.waiting_bytes
+        return predicted_phases(self.spending(moment), self.analysis, waiting, selection, step_bytes)
 
     def _mean_sparsity(self, moment: Moment, selection: Selection, epoch: int) -> Sparsity | None:
         """Look at the draws of further epochs too, where a draw costs next to nothing."""

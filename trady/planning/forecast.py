@@ -12,7 +12,6 @@ from torch import nn
 from trady.channels.selection import Selection
 from trady.planning.budget import Budget, InfeasibleBudgetError, parse_budget
 from trady.planning.decision import Decision
-from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
 from trady.planning.request import Request
 
@@ -154,7 +153,7 @@ def _with_peak(decision: Decision) -> Plan:
         return plan
     parts = decision.spending(decision.start).peak_parts(plan.selection)
     peak = sum(parts.values())
-    phases = predicted_phases(decision, decision.start, plan.selection, peak)
+    phases = decision.phases(decision.start, plan.selection, peak)
     return replace(plan, predicted_parts=parts, predicted_peak_bytes=peak, predicted_phases=phases)
 
 
