@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.alive import kept_by
+from tests.loops import Text, convolutions, ids, images, minimum, tuned
 from tests.small_task import small_data, small_net
-from tests.test_left_over import kept_by
-from tests.test_loop_budgets import Text, convolutions, ids, images, minimum
-from tests.test_loop_budgets import tuned as tuned_on
 from trady.errors import StateError, TradyWarning
 from trady.memory.live import LiveBytes
 from trady.optim import SGD
@@ -70,7 +69,7 @@ def test_parts_have_the_gradients_of_the_whole_batch_inside_the_budget(
     build: Callable[[], nn.Module], planned: Tensor, longer: Tensor, recompute: str, over_budget: str
 ) -> None:
     options = {"recompute": recompute, "over_budget": over_budget}
-    tuner, optimizer, budget = tuned_on(build(), planned, 1.35, torch.optim.AdamW, **options)
+    tuner, optimizer, budget = tuned(build(), planned, 1.35, torch.optim.AdamW, **options)
     before, labels, sizes = tuner.selection, torch.arange(len(longer)) % 3, []
     ledger = tuner.ledger(lambda: sizes.extend(in_parts(tuner, longer, labels)), inference=False)
     assert len(sizes) > 1
@@ -82,7 +81,7 @@ def test_parts_have_the_gradients_of_the_whole_batch_inside_the_budget(
 
 def test_a_batch_that_fits_is_one_part_as_it_is() -> None:
     x, labels = ids(16, 16), torch.arange(16) % 3
-    tuner, _, _ = tuned_on(Text(), x, 1.35, torch.optim.SGD)
+    tuner, _, _ = tuned(Text(), x, 1.35, torch.optim.SGD)
     ((inputs, given, share),) = tuner.micro_batches(x, labels)
     assert inputs is x
     assert given is labels
@@ -92,7 +91,7 @@ def test_a_batch_that_fits_is_one_part_as_it_is() -> None:
 
 def test_mappings_are_cut_by_their_entries() -> None:
     x, labels, example = ids(8, 64), torch.arange(8) % 3, {"ids": ids(16, 16)}
-    tuner, _, _ = tuned_on(Text(), example, 1.35, torch.optim.SGD)
+    tuner, _, _ = tuned(Text(), example, 1.35, torch.optim.SGD)
     assert len(in_parts(tuner, {"ids": x}, labels)) > 1
     check_gradients(tuner, Text(), x, labels)
 
@@ -109,7 +108,7 @@ def test_parts_are_no_larger_than_the_plan_says() -> None:
 
 
 def test_where_not_one_sample_fits_fewer_channels_train_before_the_first_part() -> None:
-    tuner, _, budget = tuned_on(Text(), ids(16, 16), 1.35, torch.optim.SGD)
+    tuner, _, budget = tuned(Text(), ids(16, 16), 1.35, torch.optim.SGD)
     x, labels, before = ids(2, 175), torch.arange(2), tuner.selection.count
     with pytest.warns(TradyWarning, match="channels train from now on"):
         ledger = tuner.ledger(lambda: in_parts(tuner, x, labels), inference=False)
@@ -121,7 +120,7 @@ def test_where_not_one_sample_fits_fewer_channels_train_before_the_first_part() 
 @pytest.mark.parametrize(("over_budget", "length"), [("refuse", 200), ("adapt", 600)])
 def test_what_cannot_be_helped_is_refused_before_anything_runs(over_budget: str, length: int) -> None:
     model = Text()
-    tuner, _, _ = tuned_on(model, ids(16, 16), 1.35, torch.optim.SGD, over_budget=over_budget)
+    tuner, _, _ = tuned(model, ids(16, 16), 1.35, torch.optim.SGD, over_budget=over_budget)
     with pytest.raises(StepTooLargeError, match=rf"\(1, {length}\) int64, is not covered.*Prepare with the largest"):
         in_parts(tuner, ids(2, length), torch.arange(2))
     assert model.runs == 0
@@ -145,7 +144,7 @@ def convolutions_after() -> nn.Module:
 
 def test_evaluation_is_cut_into_parts_that_fit() -> None:
     x, labels = images(64, 8), torch.arange(64) % 3
-    tuner, optimizer, budget = tuned_on(convolutions(), images(8, 8), 1.2, torch.optim.AdamW, recompute="all")
+    tuner, optimizer, budget = tuned(convolutions(), images(8, 8), 1.2, torch.optim.AdamW, recompute="all")
     in_parts(tuner, images(8, 8), torch.arange(8) % 3)
     optimizer.step()
     optimizer.zero_grad()

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.alive import objects
+from tests.loops import Text, ids, wide
 from tests.models import Residual, normal, seeded
-from tests.test_left_over import objects
-from tests.test_loop_budgets import Text, ids
-from tests.test_saving import wide
 from trady.memory.live import LiveBytes
 from trady.records.files import write_tensors
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import trady
+from tests.alive import objects
+from tests.loops import wide
 from tests.small_task import small_data
-from tests.test_left_over import objects
 from trady.errors import FileError
 from trady.memory.live import LiveBytes
 from trady.records.files import write_tensors
@@ -76,15 +77,6 @@ def test_lazy_tensors_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "file", both, {})
     assert made == ["b", "a", "b"]
     assert load_file(tmp_path / "file")["x/a"].tolist() == [97.0, 97.0]
-
-
-def wide() -> nn.Module:
-    """Eight layers of 256 KiB."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(3 * 144, 256)]
-    for _ in range(8):
-        layers += [nn.ReLU(), nn.Linear(256, 256)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(256, 3))
 
 
 #: The largest weight of the model.

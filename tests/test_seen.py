@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.loops import Text, convolutions, ids, images, minimum
 from tests.models import same, snapshot
-from tests.test_loop_budgets import Text, convolutions, ids, images, minimum
 from trady.errors import CheckpointError, TradyWarning
 
 
