@@ -81,7 +81,7 @@ def test_one_whole_checkpoint_exists_at_every_instant(
     watch(Path, "rename")
     watch(Path, "write_text")
     watch(shutil, "rmtree")
-    watch(module, "save_file")
+    watch(module, "write_safetensors")
     instant, done = 0, False
     while not done:
         folder = tmp_path / str(instant) / "checkpoint"

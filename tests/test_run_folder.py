@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
@@ -23,6 +23,7 @@ from tests.small_runs import lines, run
 from tests.small_task import StopAfter, small_data, small_net, write_npz
 from trady.errors import CheckpointError, LockedError, ResourceError, StateError, TrainingError
 from trady.records.lock import locked
+from trady.records.tensors import write_safetensors
 from trady.training import checkpoint, saver
 from trady.training.checkpoint import DESCRIPTION, TENSORS, find_checkpoint, load_checkpoint, save_checkpoint
 from trady.training.data import identity as identities
@@ -145,7 +146,7 @@ def changes(patch: pytest.MonkeyPatch) -> Callable[[int], None]:
     for name in ("mkdir", "rename", "replace", "rmdir", "unlink", "write_text"):
         watch(Path, name)
     watch(shutil, "rmtree")
-    watch(checkpoint, "save_file")
+    watch(checkpoint, "write_safetensors")
 
     def die_after(count: int) -> None:
         nonlocal left
@@ -200,14 +201,14 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_and_no_temporary_file(
 ) -> None:
     calls = 0
 
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
+    def full(path: Path, tensors: Any, metadata: Any) -> None:
         nonlocal calls
         calls += 1
-        save_file(tensors, path, metadata)
+        write_safetensors(path, tensors, metadata)
         if calls == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     with pytest.raises(ResourceError, match=r"/checkpoint: the disk is full \(No space left.*--resume"):
         run(tmp_path, policy="full")
     assert load_checkpoint(tmp_path / "checkpoint").epoch == 0

@@ -207,7 +207,7 @@ def test_readers_that_the_same_signal_has_ended_do_not_hide_it(
 
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             self.reads += 1
-            if self.reads == 33 and not in_a_step:
+            if self.reads == 25 and not in_a_step:
                 killed()
             return self.whole[index]
 

@@ -7,6 +7,7 @@ two calls has one reader, nobody holds it when the forward pass has ended, and i
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from trady.calls.actions import Action, Done, InPlace, Leave, WithLayer
 from trady.calls.kinds import ActivationCall, NormCall, PadCall, RecurrentCall, WeightCall
 from trady.calls.recognize import kind_of
 from trady.model.hooks import KnownHooks
+from trady.ops.frozen_norm import FrozenNorm
 from trady.ops.quantized import is_quantized
 from trady.trace.answers import Answer
 from trady.trace.draws import Draws
@@ -76,6 +78,7 @@ class FusionPlan:
         answers: To the calls that look at values.
         decisions: The calls in front of which the model may decide to go another way.
         rounds: Passes of the model in front of this one, with what it kept in Python from one to the next.
+        norms: Its frozen normalisations, whose scales and shifts stay when the pass is over.
     """
 
     steps: tuple[Step, ...]
@@ -87,6 +90,7 @@ class FusionPlan:
     answers: tuple[Answer, ...] = ()
     decisions: frozenset[int] = frozenset()
     rounds: int = 0
+    norms: tuple[FrozenNorm, ...] = ()
 
 
 def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPlan:
@@ -126,7 +130,15 @@ def plan_fusion(trace: Trace, plain: set[int], *, fuse: bool = True) -> FusionPl
         trace.answers,
         frozenset(trace.decisions),
         trace.rounds,
+        tuple(_frozen_norms(trace, plain)),
     )
+
+
+def _frozen_norms(trace: Trace, plain: set[int]) -> Iterator[FrozenNorm]:
+    for entry in trace.calls:
+        kept = entry.scope is not None and not any(id(p) in plain for p in entry.parameters)
+        if kept and isinstance(entry.call, NormCall):
+            yield entry.call.norm
 
 
 def _steps(trace: Trace, actions: dict[int, Action]) -> list[Step]:

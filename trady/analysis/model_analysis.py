@@ -18,6 +18,7 @@ from trady.channels.table import ChannelTable
 from trady.errors import ModelError
 from trady.model.batch import Batch
 from trady.model.mode import ByMode
+from trady.ops.frozen_norm import FrozenNorm
 from trady.quantized.formats import keep_unpacked
 from trady.trace.forward import trace_forward
 from trady.trace.trace import Trace
@@ -61,7 +62,11 @@ class ModelAnalysis:
         tensors = {id(tensor): there[name] for name, tensor in _tensors_by_name(model).items()}
 
         def plan_of_copy(plan: FusionPlan) -> FusionPlan:
-            return replace(plan, steps=tuple(_step_of_copy(step, tensors) for step in plan.steps))
+            return replace(
+                plan,
+                steps=tuple(_step_of_copy(step, tensors) for step in plan.steps),
+                norms=tuple(_norm_of_copy(norm, tensors) for norm in plan.norms if id(norm.mean) in tensors),
+            )
 
         return replace(self, head_parameters=head_parameters(copy, self.head), plans=self.plans.map(plan_of_copy))
 
@@ -74,12 +79,14 @@ def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 def _step_of_copy(step: Step, tensors: Mapping[int, Tensor]) -> Step:
     action = step.action
     if isinstance(action, WithLayer) and action.norm is not None:
-        norm = action.norm
-        owned = {name: getattr(norm, name) for name in ("mean", "variance", "weight", "bias")}
-        there = {name: tensors.get(id(tensor), tensor) for name, tensor in owned.items()}
-        action = replace(action, norm=replace(norm, **there))
+        action = replace(action, norm=_norm_of_copy(action.norm, tensors))
     parameters = tuple(id(tensors[p]) if p in tensors else p for p in step.parameters)
     return replace(step, parameters=parameters, action=action)
+
+
+def _norm_of_copy(norm: FrozenNorm, tensors: Mapping[int, Tensor]) -> FrozenNorm:
+    owned = {name: getattr(norm, name) for name in ("mean", "variance", "weight", "bias")}
+    return replace(norm, **{name: tensors.get(id(tensor), tensor) for name, tensor in owned.items()})
 
 
 def trace_modes(model: nn.Module, example: Batch | Any, *, evaluation: bool = True) -> Traces:

@@ -69,6 +69,13 @@ Freeze = Annotated[
     typer.Option("--freeze", help="Keep these layers as they are: names or patterns; repeat for more."),
 ]
 
+OverBudget = Annotated[
+    str,
+    typer.Option(
+        help="Where not even one sample of a batch fits: train fewer channels from then on (adapt), refuse, or warn."
+    ),
+]
+
 RankingFile = Annotated[
     str | None,
     typer.Option(
@@ -127,6 +134,9 @@ def read_request(
     micro_batch: str | None = None,
     train: list[str] | None = None,
     freeze: list[str] | None = None,
+    calls_per_step: int = 1,
+    accumulates: bool = False,
+    over_budget: str = "adapt",
 ) -> Request:
     """Read what is asked for, from the words of a command line.
 
@@ -150,6 +160,9 @@ def read_request(
         micro_batch=int(micro_batch) if micro_batch is not None and micro_batch.isdecimal() else micro_batch,
         train=train or None,
         freeze=freeze or None,
+        calls_per_step=calls_per_step,
+        accumulates=accumulates,
+        over_budget=over_budget,
     )
     ready_for(request.limit)  # before a model or a data set is read
     return request

@@ -85,6 +85,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         freeze: Layers that stay as they are (:func:`trady.prepare`); flags ``requires_grad=False`` are obeyed too.
         recompute: What the backward pass recomputes instead of keeping it.
         fidelity: ``exact``, ``8bit`` or ``4bit``: how smooth activations are differentiated.
+        calls_per_step: How often ``compute_loss`` calls the model (:func:`trady.prepare`).
+        over_budget: What happens before a pass that would break the budget: ``"adapt"``, ``"refuse"`` or ``"warn"``.
         draws_per_epoch: An epoch is cut into this many equal parts, and channels are drawn again before each.
         example: Keyword arguments of the model's ``forward`` for the largest batch that training will see. Without
             it the plan is made for the longest samples of the training data where these have a column ``length`` or
@@ -109,6 +111,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         freeze: Wish | None = None,
         recompute: str = "auto",
         fidelity: str = "exact",
+        calls_per_step: int = 1,
+        over_budget: str = "adapt",
         draws_per_epoch: int = 1,
         example: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -116,8 +120,9 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         if draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {draws_per_epoch}; give at least 1")
         request = Request(
-            budget, policy, ranking, head, recompute=recompute, fidelity=fidelity, train=train_layers, freeze=freeze
-        )
+            budget, policy, ranking, head, recompute=recompute, fidelity=fidelity, train=train_layers, freeze=freeze,
+            calls_per_step=calls_per_step, over_budget=over_budget,
+        )  # fmt: skip
         with _unnoticed_quantization(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.optimizer: torch.optim.Optimizer | None
@@ -139,7 +144,6 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
 
         Raises:
             StateError: Nothing was trained yet.
-
         """
         if self.tuner is not None:
             return self.tuner.delta()
@@ -187,7 +191,7 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save and self.tuner is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = self.tuner.state_dict()
+            state = self.tuner.state_dict(lazily=True)
             states = {"tuner": State(state["tensors"], state["meta"])}
             save_checkpoint(folder / FOLDER, Checkpoint(state["meta"]["epoch"], self.state.global_step, {}, "", states))
         super()._save_checkpoint(model, trial)
@@ -229,6 +233,8 @@ class TradyMixin(_Base):  # type: ignore[misc, valid-type]
         narrow = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         adds_up = self.args.gradient_accumulation_steps > 1
         request = replace(options.request, seed=self.args.seed, autocast=narrow, accumulates=adds_up)
+        if self.args.device.type == "cpu":  # Accelerate's loaders read one batch ahead
+            request = replace(request, batches_ahead=1)
         example = options.example
         if example is None:
             found = [*self._longest(), *self._batches(EXAMPLES)]

@@ -188,7 +188,7 @@ class Armed:
             yield {name: gate for name, gate in gates.items() if gate is not None}
 
     def disarm(self) -> None:
-        """Write back, take out the hooks, restore the flags."""
+        """Write back, let go of the channels, take out the hooks, restore the flags."""
         try:
             self.write_back()
         finally:
@@ -200,6 +200,8 @@ class Armed:
             self.on_gradient.clear()
             self.on_forward.clear()
             self.on_output.clear()
+            for armed in self.layers.values():  # an optimizer that a person goes on holding holds no channels
+                armed.select(None, by_output=False)
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
             for module in self._modules:

@@ -52,6 +52,10 @@ class FrozenNorms:
                 with _unsafe_preserve_version_counter(made):
                     torch._foreach_copy_(made, norm.scale_and_shift())
 
+    def forget(self) -> None:
+        """Let go of all of them."""
+        self._known.clear()
+
     def _now(self, buffer: Tensor) -> Tensor:
         place = self._places.get(id(buffer))
         if place is None:

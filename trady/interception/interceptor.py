@@ -9,7 +9,7 @@ the forward pass is stopped rather than computed wrongly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ from trady.model.hooks import Hook, Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
+from trady.ops.frozen_norm import FrozenNorm
 from trady.trace.batch_counters import READS_ONE, batch_counters, batches_counted, is_count
 
 _ADD = Tensor.add_
@@ -115,6 +116,11 @@ class Interceptor(CallMode):
         self._prepare_call = prepare_call
         self._handlers.watch(on_layer)
 
+    def keep_norms(self, norms: Iterable[FrozenNorm]) -> None:
+        """Compute the scales and shifts of frozen normalisations now, as they are there after a first pass."""
+        for norm in norms:
+            self._handlers.norms.scale_and_shift(norm)
+
     # -- arming ------------------------------------------------------------------------------------
 
     def arm(self) -> None:
@@ -127,11 +133,13 @@ class Interceptor(CallMode):
         self._newest_hook, self._switched_on = now.newest, now.checkpointing
 
     def disarm(self) -> None:
-        """Take the hooks out again."""
+        """Take the hooks out again; let go of what was kept from pass to pass."""
         self._recover()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._handlers.norms.forget()
+        self._programs.clear()
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -143,6 +143,7 @@ class ModuleStack:
             # PyTorch does not remove this entry with the hook.
             module_registry._global_forward_hooks_with_kwargs.pop(handle.id, None)
         self._running.clear()
+        self._entered = self._batch = _nobody  # a cycle would keep the batch, and what trains
 
     def _learn(self, root: nn.Module) -> None:
         for name, module in root.named_modules():
@@ -179,6 +180,10 @@ class ModuleStack:
         if module is self.model and self.call is None:
             with self._unseen(), torch._C.DisableTorchFunction():  # an armed model's forward is not over yet
                 self.call = Call.of(args, kwargs)
+
+
+def _nobody(_: object) -> None:
+    """Hear of nothing any more."""
 
 
 def _size(module: nn.Module) -> int:

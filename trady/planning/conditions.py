@@ -68,8 +68,9 @@ class Loop:
         planned: What the plan is for.
         told: Whether the autocast of the loop was told, and need not be looked for: wrappers switch it on too late.
         fidelity: How exactly smooth activations that are kept are differentiated.
-        waiting_bytes: Bytes of a larger batch that wait while the model works on a chunk of it.
+        waiting_bytes: Bytes of a larger batch, and of batches read ahead, that wait while the model works.
         loss: What the step makes of the output of the example.
+        batches_ahead: Batches that a loader has read beside the one of the step.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Loop:
     waiting_bytes: int = 0
     loss: ExampleLoss | None = None
     told: bool = False
+    batches_ahead: int = 0
 
     def case(self, batches: Sequence[Batch], conditions: Conditions) -> Case:
         """Return steps under these conditions, to be simulated when their peak is asked for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,8 +18,9 @@ from trady.errors import BudgetError, ModelError
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
-from trady.planning.conditions import Loop, costlier
+from trady.planning.conditions import Conditions, Loop, costlier
 from trady.planning.peaks import Case, Peaks
+from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
@@ -207,12 +208,32 @@ class Decision:
             trained: Channels that train, which are kept in compact parameters, with their state and copies.
             batch: The batch.
         """
+        left = self.left_while_idle(moment, trained)
+        return left if math.isinf(left) else left - self.loop.inference_bytes(batch)
+
+    def left_while_idle(self, moment: Moment, trained: Selection) -> float:
+        """Bytes that a budget leaves for weights, batches and passes beside what trains and the optimizer's state."""
         peak = None if self.budget is None else self.budget.peak_bytes
         if peak is None:
             return math.inf
-        spending = self.spending(moment)
         compact = sum(form.whole for form in compact_forms(self.table, trained))
-        return peak - self.loop.inference_bytes(batch) - spending.kept_bytes(trained, with_head=True) - compact
+        return peak - self.spending(moment).kept_bytes(trained, with_head=True) - compact
+
+    def case(self, batches: Sequence[Batch], conditions: Conditions, waiting: int) -> Case:
+        """Return steps that differ from those of the example.
+
+        Args:
+            batches: What the forward passes get.
+            conditions: The same in shapes.
+            waiting: Bytes of a larger batch that wait meanwhile.
+
+        Raises:
+            ModelError: The model cannot be traced on a batch.
+        """
+        planned = replace(self.loop.planned, accumulates=True)
+        if (conditions, waiting) == (planned, self.loop.waiting_bytes):  # it is simulated already
+            return self.peaks.cases[0].accumulating()
+        return replace(self.loop, waiting_bytes=waiting).case(batches, conditions)
 
     def allowing(self, case: Case) -> Decision:
         """Return the decision whose draws leave room for steps of this case too."""
@@ -276,6 +297,7 @@ class Decision:
         spending = self.spending(moment)
         peak = self.scope.bounds_peak
         predicted = spending.peak_parts(selection) if peak else {}
+        step_bytes = sum(predicted.values())
         return Plan(
             model=type(unwrap_compiled(self.model)).__name__,
             budget=self.budget,
@@ -289,7 +311,8 @@ class Decision:
             head_parameters=sum(p.numel() for p in self.analysis.head_parameters.values()),
             selection=selection,
             cost=spending.cost(selection),
-            predicted_peak_bytes=sum(predicted.values()) if peak else None,
+            predicted_peak_bytes=step_bytes if peak else None,
+            predicted_phases=self.phases(moment, selection, step_bytes) if peak else {},
             least_peak_bytes=spending.timeline.least_bytes if peak else None,
             recomputed=moment.recomputation.names,
             recomputable=moment.recomputation.found,
@@ -303,6 +326,11 @@ class Decision:
             observed=not spending.lacks_evidence,
             held=tuple(name for name in self.table.names if name in self.analysis.held),
         )
+
+    def phases(self, moment: Moment, selection: Selection, step_bytes: int) -> dict[str, int]:
+        """Predict the peak of each phase, in bytes; a step's is known."""
+        waiting = self.loop.waiting_bytes
+        return predicted_phases(self.spending(moment), self.analysis, waiting, selection, step_bytes)
 
     def _mean_sparsity(self, moment: Moment, selection: Selection, epoch: int) -> Sparsity | None:
         """Look at the draws of further epochs too, where a draw costs next to nothing."""

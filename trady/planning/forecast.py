@@ -152,7 +152,9 @@ def _with_peak(decision: Decision) -> Plan:
     if decision.scope.bounds_peak:
         return plan
     parts = decision.spending(decision.start).peak_parts(plan.selection)
-    return replace(plan, predicted_parts=parts, predicted_peak_bytes=sum(parts.values()))
+    peak = sum(parts.values())
+    phases = decision.phases(decision.start, plan.selection, peak)
+    return replace(plan, predicted_parts=parts, predicted_peak_bytes=peak, predicted_phases=phases)
 
 
 def _point(decision: Decision, share: float) -> Point:

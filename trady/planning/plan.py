@@ -54,6 +54,8 @@ class Plan:
         needs_each_epoch: Whether it is measured before every epoch, or once.
         held: Layers that are frozen by hand: by their flags, ``train=`` or ``freeze=``.
         observed: Whether it was; if not, ``selection`` stands in for the first draw, and costs about the same.
+        predicted_phases: Peaks in bytes, weights included: of a ``step``, of ``evaluation``, of ``saving`` and of
+            ``finishing`` (:func:`trady.planning.phases.predicted_phases`).
     """
 
     model: str
@@ -81,6 +83,7 @@ class Plan:
     needs_each_epoch: bool = False
     observed: bool = True
     held: tuple[str, ...] = ()
+    predicted_phases: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mean_sparsity(self) -> Sparsity:
@@ -113,6 +116,7 @@ class Plan:
             "recomputed_share": self.recomputed_share,
             "fidelity": self.fidelity,
             "predicted_parts": dict(self.predicted_parts),
+            **({"predicted_phases": dict(self.predicted_phases)} if self.predicted_phases else {}),
             "micro_batch": self.micro_batch,
             "needs": list(self.needs),
             "needs_each_epoch": self.needs_each_epoch,
@@ -197,6 +201,8 @@ def view(plan: Plan, *, least_budget_bytes: int | None = None, rows: int | None 
     parts: list[RenderableType] = [_choice(plan, least_budget_bytes)]
     if plan.predicted_parts:
         parts.append(_peak(plan))
+    if plan.predicted_phases:
+        parts.append(_phases(plan))
     if rows != 0:
         parts.append(_layers(plan, rows))
     return Group(*parts)
@@ -300,6 +306,17 @@ def _peak(plan: Plan) -> Table:
         table.add_row(escape(part), format_bytes(amount), "█" * round(BAR_WIDTH * amount / peak))
     table.add_section()
     table.add_row("peak", format_bytes(peak), "")
+    return table
+
+
+def _phases(plan: Plan) -> Table:
+    highest = max(1, *plan.predicted_phases.values())
+    table = Table(title="Predicted peak of each phase", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for phase, amount in plan.predicted_phases.items():
+        table.add_row(escape(phase), format_bytes(amount), "█" * round(BAR_WIDTH * amount / highest))
     return table
 
 

@@ -44,7 +44,8 @@ _BOUNDLESS = Budget(PEAK, 2**62)
 class Request:
     """What a user asks for, beside the model and its batch: the one list of options.
 
-    :func:`trady.prepare` says what each is for. Words and budgets are checked here, wherever they were said.
+    :func:`trady.prepare` says what each is for; ``batches_ahead`` are batches that a loader has read beside the one of
+    the step. Words and budgets are checked here, wherever they were said.
 
     Raises:
         BudgetError: A budget that cannot be read, or a word that is not known.
@@ -69,6 +70,7 @@ class Request:
     accumulates: bool = False
     autocast: torch.dtype | None = None
     over_budget: str = "adapt"
+    batches_ahead: int = 0
 
     def __post_init__(self) -> None:
         check_conditions(self.calls_per_step, self.over_budget)
@@ -168,13 +170,14 @@ class Request:
             )
         recomputes = self.fuse and self.recompute != "none"
         planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner(NO_SEGMENTS, 0)
-        calls, waiting = self.calls_per_step, batch.nbytes - chunk.nbytes
+        calls, waiting = self.calls_per_step, (1 + self.batches_ahead) * batch.nbytes - chunk.nbytes
         device = batch.device_in(model) or torch.device("meta")
         planned = Conditions(
-            (shapes_of(chunk),) * calls, self.accumulates or waiting > 0, self.autocast or autocast_dtype_on(device)
+            (shapes_of(chunk),) * calls, self.accumulates or not full, self.autocast or autocast_dtype_on(device)
         )
         loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
-        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told=self.autocast is not None)
+        told = self.autocast is not None
+        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead)
         case = loop.case([chunk] * calls, planned)
         if self.limit is not None and self.limit.scope.in_bytes:
             analysis = replace(analysis, table=case.table)

@@ -22,7 +22,7 @@ from trady.simulation.timeline import NORM_BYTES, Timeline, compact_forms
 USEFUL_SHARE = 0.02
 
 #: A number of steps, as torch.optim keeps it.
-_COUNTER_BYTES = 4
+COUNTER_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ class Spending:
         if self.moment.learns:
             parts["temporaries"] = parts.get("temporaries", 0) + NORM_BYTES * sum(map(len, selection.channels.values()))
         if optimizer.copies > 1:  # Adam counts the steps of every tensor
-            state += _COUNTER_BYTES * len(forms)
+            state += COUNTER_BYTES * len(forms)
         if floats := self.reserve.reserved(selection):
             parts["weights"] = parts.get("weights", 0) + floats
         return {**parts, **({"optimizer state": state} if state else {})}

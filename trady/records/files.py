@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from trady.errors import FileError
 from trady.records.processes import is_running
 from trady.records.reading import other_kind
+from trady.records.tensors import write_safetensors
 from trady.records.translated import writing
 
 _TEMPORARY = re.compile(r"^(\.|checkpoint\.).*tmp-(?:(?P<host>.+)-)?(?P<pid>\d+)$")
@@ -112,23 +112,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file."""
-    ready = separate(tensors)
-    write_whole(path, lambda place: save_file(ready, place, metadata))
-
-
-def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors contiguous, on the CPU, each with a storage of its own."""
-    ready: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
-            value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
-        ready[name] = value
-    return ready
+    """Write a safetensors file, tensor by tensor."""
+    write_whole(path, lambda place: write_safetensors(place, tensors, metadata))
 
 
 def flush(path: Path) -> None:

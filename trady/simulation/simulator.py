@@ -75,7 +75,7 @@ class Simulator:
         example: One batch.
         analysis: What is known of the model on this batch.
         fidelity: As for :func:`trady.prepare`.
-        waiting_bytes: Bytes of a larger batch that wait while the model works on this chunk of it.
+        waiting_bytes: Bytes of a larger batch, and of batches read ahead, that wait while the model works on this one.
         loss: What the step makes of the output; a cross entropy, or the model's own loss, where none is given.
         further: Batches of further forward passes before the backward pass; ``analysis`` has the table of all.
         autocast: What forward passes compute in under autocast; ``None`` is without it.
@@ -152,7 +152,7 @@ class Simulator:
         with untouched(self._model, self._copy, watches=False) as writes:
             armed = Armed(self._copy, self._analysis, segments, self._fidelity)
             try:
-                again = parts and (again or bool(self._waiting.numel()))
+                again = parts and again
                 return self._follow(armed, writes.watching, selection, parts, optimizer or OptimizerMemory(), again)
             finally:
                 armed.disarm()
@@ -213,6 +213,7 @@ class Simulator:
         armed.interceptor.simulate(fake.prepare, ran)
         armed.on_gradient.append(arrived)
         with live:
+            armed.interceptor.keep_norms(plan.norms)
             live.interval_peak()
             labels: list[Tensor] = []
             kept = self._forward_and_backward(batches, fake, live, labels)

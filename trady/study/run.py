@@ -27,7 +27,7 @@ from trady.training.batch import cross_entropy, split_batch
 from trady.training.checkpoint import remove_checkpoint
 from trady.training.data.datasets import epoch_seed
 from trady.training.data.identity import identity
-from trady.training.data.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
 from trady.training.optimizers import optimizer_factory
@@ -148,7 +148,7 @@ def _run(
         recorder = Recorder(
             table=table,
             source=source,
-            batches=accelerator.prepare_data_loader(loader),
+            batches=on_device(loader, accelerator),
             noise_batches=training_batches(task.train, study.batch_size, epoch_seed(seed, 0, "noise order")),
             noise_count=study.noise_batches,
             device=accelerator.device,
@@ -160,7 +160,7 @@ def _run(
         loop = Loop(
             trainer=trainer,
             batches=cast(Batches, recorder),
-            evaluation=accelerator.prepare_data_loader(evaluation_batches(task.evaluation, study.batch_size)),
+            evaluation=on_device(evaluation_batches(task.evaluation, study.batch_size), accelerator),
             accelerator=accelerator,
             schedule=schedule,
             settings=_settings(study, schedule.steps, schedule.warmup_steps, seed),

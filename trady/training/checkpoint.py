@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from trady.errors import CheckpointError
 from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records import schema
-from trady.records.files import flush, remove_tree, separate, temporary_name
+from trady.records.files import flush, remove_tree, temporary_name
 from trady.records.reading import check_regular
 from trady.records.schema import AtLeast, Natural
+from trady.records.tensors import joined, write_safetensors
 from trady.records.translated import writing
 from trady.records.versioned import Format
 from trady.training.state import State
@@ -116,8 +116,8 @@ def _replace(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _fill(place: Path, checkpoint: Checkpoint) -> None:
-    tensors = {f"{name}:{k}": v for name, state in checkpoint.states.items() for k, v in state.tensors.items()}
-    save_file(separate(tensors), place / TENSORS, {"format": str(FORMAT.name)})
+    tensors = joined(*((f"{name}:", state.tensors) for name, state in checkpoint.states.items()))
+    write_safetensors(place / TENSORS, tensors, {"format": str(FORMAT.name)})
     description = {
         **FORMAT.header(),
         "epoch": checkpoint.epoch,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trady.model.batch import Batch
 from trady.training.batch import Loss, batch_errors, forward, logits, readable, split_batch
 from trady.training.data.loaders import Batches
 from trady.training.precision import autocast
@@ -21,7 +21,7 @@ def evaluate(
     loss: Loss,
     accelerator: Accelerator,
     precision: str,
-    micro_batch: int | None = None,
+    parts: Callable[[Any], Iterable[tuple[Any, torch.Tensor, float]]] = lambda batch: [(*split_batch(batch), 1.0)],
     between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode.
@@ -32,7 +32,7 @@ def evaluate(
         loss: From (output, labels) to the mean over the samples.
         accelerator: Where it runs.
         precision: ``no`` or ``bf16``.
-        micro_batch: Samples of a forward pass, as many as training takes; ``None`` is the full batch.
+        parts: Cuts a batch into inputs, labels and share of the samples of each forward pass.
         between: Called after each batch.
     """
     was_training = model.training
@@ -42,8 +42,7 @@ def evaluate(
     try:
         for batch in readable(batches):
             hits, losses = [], []
-            for chunk, _ in Batch.of(batch).chunks(micro_batch):
-                inputs, labels = split_batch(chunk.inputs)
+            for inputs, labels, _ in parts(batch):
                 with batch_errors(inputs, labels), autocast(accelerator.device, precision):
                     output = forward(model, inputs)
                     value = loss(output, labels)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,10 +109,10 @@ class Loop:
                 return self._run(resume, overwrite)
             except Stopped as stop:
                 if self.accelerator.is_main_process:
-                    print(self._where_it_stands(stop.signal.name), file=sys.stderr)  # noqa: T201
+                    print(_where_it_stands(self.folder, stop.signal.name), file=sys.stderr)  # noqa: T201
                 raise
             except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(str(stop) or self._where_it_stands("")) from None
+                raise KeyboardInterrupt(str(stop) or _where_it_stands(self.folder, "")) from None
 
     def _run(self, resume: bool, overwrite: bool) -> Result:
         model, structure = self._fingerprints()
@@ -137,7 +138,7 @@ class Loop:
         )
         if found is not None and within is None:
             self._saver.best(history)
-        self._interrupts = Interrupts(self._where_it_stands)
+        self._interrupts = Interrupts(partial(_where_it_stands, self.folder))  # no cycle: it would keep the optimizer
         with self._interrupts:
             for epoch in range(len(history), self.settings.epochs):
                 history.append(self._epoch(epoch, optimizer, within))
@@ -194,15 +195,16 @@ class Loop:
         self._train(sums, self._stepper(optimizer), random)
         training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
         random = random_state()
-        accuracy, evaluation_loss = evaluate(
-            self.trainer.model,
-            self.evaluation,
-            self.loss,
-            self.accelerator,
-            self.settings.mixed_precision,
-            self.trainer.micro_batch,
-            lambda: self._pause(sums, random),
-        )
+        with self.trainer.untouched():  # the plain model takes less than the armed one
+            accuracy, evaluation_loss = evaluate(
+                self.trainer.model,
+                self.evaluation,
+                self.loss,
+                self.accelerator,
+                self.settings.mixed_precision,
+                self.trainer.parts,
+                lambda: self._pause(sums, random),
+            )
         if not evaluation_loss < float("inf"):
             raise self._stopped(f"the evaluation loss became {evaluation_loss}", sums)
         drawn = self.trainer.draw()
@@ -245,7 +247,6 @@ class Loop:
             self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
-            self.trainer.micro_batch,
         )
 
     def _train(self, sums: EpochSums, stepper: Stepper, random: State | None) -> None:
@@ -334,25 +335,27 @@ class Loop:
             "or tighter clipping (--channel-clip, --max-grad-norm)"
         )
 
-    def _where_it_stands(self, signal: str) -> str:
-        """Return what to say when the run is stopped; ``signal`` is empty for Ctrl-C."""
-        what = "stopped, and nothing is kept: there is no run folder"
-        if self.folder is not None:
-            what = self.folder.where_it_stands()
-        return f"{signal}: {what}" if signal else what
-
     def _finish(self, history: list[EpochMetrics]) -> Result:
         plan, ranking, delta = self.trainer.plan(), self.trainer.ranking(), self.trainer.delta()
+        if (folder := self._writable()) is not None:  # tensor by tensor, from the model
+            folder.write_plan(plan)
+            folder.write_model(all_weights(self.trainer.model), delta)
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path
         seconds = sum(epoch.seconds for epoch in history)
         result = Result(model, self.settings.policy, self.settings.budget, tuple(history), seconds, path, ranking)
-        if (folder := self._writable()) is not None:
-            folder.write_plan(plan)
-            folder.write_model(all_weights(model), delta)
+        if folder is not None:
             folder.write_result({**result.to_json(), "settings": self.settings.to_json()})
         return result
 
     def _writable(self) -> RunFolder | None:
         return self.folder if self.accelerator.is_main_process else None
+
+
+def _where_it_stands(folder: RunFolder | None, signal: str) -> str:
+    """Return what to say when the run is stopped; ``signal`` is empty for Ctrl-C."""
+    what = "stopped, and nothing is kept: there is no run folder"
+    if folder is not None:
+        what = folder.where_it_stands()
+    return f"{signal}: {what}" if signal else what

@@ -26,7 +26,7 @@ from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import Loss, cross_entropy, readable, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
-from trady.training.data.loaders import Batches, evaluation_batches, training_batches
+from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
@@ -41,6 +41,7 @@ from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
 from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
+from trady.tuner.parts import of_batch_statistics
 from trady.tuner.tuner import Tuner
 
 #: The policy that means plain PyTorch here: every parameter trains, without tuner or budget.
@@ -106,6 +107,7 @@ def finetune(
     micro_batch: int | Literal["auto"] | None = None,
     train_layers: Wish | None = None,
     freeze: Wish | None = None,
+    over_budget: str = "adapt",
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
     augment: AugmentName = "none",
@@ -157,6 +159,9 @@ def finetune(
             the full batch, half, a quarter, …
         train_layers: Layers that channels are drawn from, ``train=`` of :func:`trady.prepare`.
         freeze: Layers that stay as they are (:func:`trady.prepare`); flags ``requires_grad=False`` are obeyed too.
+        over_budget: What happens where a batch would break a budget in bytes and not even one sample of it fits:
+            ``"adapt"`` (fewer channels train from then on), ``"refuse"`` or ``"warn"`` (:func:`trady.prepare`). Before
+            that, it is cut into parts that fit, with the same update (docs/budgets.md).
         observed_batches: Number of batches that policies are measured on if they measure before they draw
             (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
             every rank.
@@ -197,6 +202,7 @@ def finetune(
         train=train_layers,
         freeze=freeze,
         autocast=compute_dtype(mixed_precision),
+        over_budget=over_budget,
     )
     return run(
         model,
@@ -258,7 +264,9 @@ def run(
         processes=accelerator.num_processes,
     )
     loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
-    batches: Batches = accelerator.prepare_data_loader(loader)
+    batches = on_device(loader, accelerator)
+    ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
+    request = replace(request, batches_ahead=int(ahead))
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
@@ -285,6 +293,7 @@ def run(
         augment=None if options.augment == "none" else options.augment,
         train_layers=as_text(request.train),
         freeze=as_text(request.freeze),
+        over_budget=None if request.over_budget == "adapt" else request.over_budget,
     )
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
@@ -306,7 +315,7 @@ def run(
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
-            evaluation=accelerator.prepare_data_loader(evaluation_batches(evaluation, options.batch_size)),
+            evaluation=on_device(evaluation_batches(evaluation, options.batch_size), accelerator),
             observed=measured_on(loader, options.observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,
@@ -351,12 +360,11 @@ def _trainer(
 
 def _check_statistics(model: nn.Module) -> None:
     """Refuse micro-batches where a normalisation would use their statistics, not those of the batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ModelError(
-                f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
-                "train without micro_batch, or with track_running_stats=True"
-            )
+    if (name := of_batch_statistics(model)) is not None:
+        raise ModelError(
+            f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
+            "train without micro_batch, or with track_running_stats=True"
+        )
 
 
 def _display(progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None) -> Display:

@@ -46,6 +46,7 @@ class Settings:
         augment: How training images are varied; ``None`` takes them as they are.
         train_layers: Layers that channels are drawn from, as text; ``None`` is all that may train.
         freeze: Layers that stay as they are, as text.
+        over_budget: What happens where not even one sample fits, ``refuse`` or ``warn``; ``None`` is ``adapt``.
     """
 
     policy: str
@@ -72,6 +73,7 @@ class Settings:
     augment: str | None = None
     train_layers: str | None = None
     freeze: str | None = None
+    over_budget: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (

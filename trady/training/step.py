@@ -12,8 +12,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from trady.errors import TrainingError
-from trady.model.batch import Batch
-from trady.planning.budget import StepTooLargeError
 from trady.training.batch import Loss, batch_errors, forward, split_batch
 from trady.training.precision import autocast
 from trady.training.trainer import Trainer
@@ -40,7 +38,6 @@ class Stepper:
         channel_clip: Limit of a channel's gradient norm over the channel's own.
         max_grad_norm: Limit of the head's gradient norm.
         precision: ``no`` or ``bf16``.
-        micro_batch: Samples a forward and backward pass; ``None`` is the full batch.
     """
 
     accelerator: Accelerator
@@ -50,7 +47,6 @@ class Stepper:
     channel_clip: float | None
     max_grad_norm: float | None
     precision: str
-    micro_batch: int | None = None
 
     def __call__(self, batch: Any, parameters: Sequence[nn.Parameter], rate: float) -> StepResult:
         """Train on one batch.
@@ -65,8 +61,8 @@ class Stepper:
             if "channel_clip" in group:
                 group["channel_clip"] = self.channel_clip
         loss, examples = 0.0, len(split_batch(batch)[1])
-        for chunk, share in Batch.of(batch).chunks(self.micro_batch):
-            loss += self._within_budget(chunk, share)
+        for inputs, labels, share in self.trainer.parts(batch):
+            loss += self._gradients_of(inputs, labels, share) * share
         self._average(parameters)
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
@@ -75,19 +71,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, examples)
 
-    def _within_budget(self, chunk: Batch, share: float) -> float:
-        """Add the gradients of a chunk; where its forward pass would break the budget, of one half after the other."""
-        try:
-            return self._gradients_of(chunk.inputs, share) * share
-        except StepTooLargeError:  # before anything ran
-            if chunk.samples == 1:
-                raise
-        parts = chunk.chunks(-(-chunk.samples // 2))
-        return sum(self._within_budget(part, share * of_chunk) for part, of_chunk in parts)
-
-    def _gradients_of(self, chunk: Any, share: float) -> float:
-        """Add the gradients of a chunk of the batch, weighted by its share of the samples; return its loss."""
-        inputs, labels = split_batch(chunk)
+    def _gradients_of(self, inputs: Any, labels: torch.Tensor, share: float) -> float:
+        """Add the gradients of a part of the batch, weighted by its share of the samples; return its loss."""
         with batch_errors(inputs, labels), autocast(self.accelerator.device, self.precision):
             value = self.loss(forward(self.trainer.model, inputs), labels)
         loss = float(value.detach())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
 from trady.ranking.ranking import LayerRanking
-from trady.training.batch import Loss
+from trady.training.batch import Loss, split_batch
 from trady.training.state import State
+from trady.tuner.parts import parts_of
 from trady.tuner.tuner import Tuner
 
 
@@ -46,6 +48,13 @@ class Trainer(Protocol):
 
     def ranking(self) -> LayerRanking | None:
         """Return the layer ranking in use, if there is one."""
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut a batch into parts for a pass each: inputs, labels, share of the samples; in ``no_grad`` for inference.
+
+        Raises:
+            BudgetError: Not even one sample fits in the budget.
+        """
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer updates."""
@@ -84,8 +93,11 @@ class Trainer(Protocol):
     def load_state(self, state: State) -> None:
         """Resume from a state."""
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return the changed channels; ``None`` where everything may have changed."""
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Context in which the model runs as its author wrote it."""
 
     def finish(self) -> nn.Module:
         """Return the plain model."""
@@ -106,6 +118,10 @@ class TunerTrainer:
     def ranking(self) -> LayerRanking | None:
         """Return the ranking given or learnt."""
         return self.tuner.ranking
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Let the tuner cut it so that the budget is kept."""
+        return cast("Iterator[tuple[Any, torch.Tensor, float]]", self.tuner.micro_batches(*split_batch(batch)))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the compact parameters and the head's."""
@@ -151,16 +167,20 @@ class TunerTrainer:
 
     def state(self) -> State:
         """Return the head, the changed weights, the selection and the ranking so far."""
-        given = self.tuner.state_dict()
+        given = self.tuner.state_dict(lazily=True)
         return State(given["tensors"], given["meta"])
 
     def load_state(self, state: State) -> None:
         """Restore the tuner."""
         self.tuner.load_state_dict({"tensors": dict(state.tensors), "meta": dict(state.meta)})
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
-        """Return the changed channels and the head."""
-        return self.tuner.delta()
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
+        """Return the changed channels and the head, each copied when it is asked for."""
+        return self.tuner.changed
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Leave the model to PyTorch."""
+        return self.tuner.untouched()
 
     def finish(self) -> nn.Module:
         """Disarm the model."""
@@ -191,6 +211,10 @@ class FullTrainer:
     def ranking(self) -> LayerRanking | None:
         """Return nothing: every layer trains."""
         return None
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut it into micro-batches, where these are asked for."""
+        return cast("Iterator[tuple[Any, torch.Tensor, float]]", parts_of(split_batch(batch), self.micro_batch))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters."""
@@ -246,9 +270,13 @@ class FullTrainer:
         """Load all weights and buffers."""
         self.model.load_state_dict(dict(state.tensors))
 
-    def delta(self) -> dict[str, torch.Tensor] | None:
+    def delta(self) -> Mapping[str, torch.Tensor] | None:
         """Return nothing: every weight changes."""
         return None
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Nothing was touched."""
+        return nullcontext()
 
     def finish(self) -> nn.Module:
         """Restore the parameters' flags and drop their gradients."""

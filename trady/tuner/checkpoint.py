@@ -17,10 +17,13 @@ from trady.planning.spending import Moment
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.records.schema import Natural
+from trady.records.tensors import joined
 from trady.records.versioned import Format
 from trady.tuner.delta import load_changed_tensors
 from trady.tuner.draws import Draws, Progress
 from trady.tuner.observed import EARLIER, PREFIX, EvidenceState, check_layers
+from trady.tuner.seen import PREFIX as SEEN
+from trady.tuner.seen import SeenRecord, load_seen, save_seen
 from trady.tuner.snapshot import WeightSnapshot
 
 #: The header of a tuner's state.
@@ -64,6 +67,7 @@ class _Record:
     state_factors: tuple[tuple[float, ...], ...] | None = None
     observed: _ObservedRecord | None = None
     earlier: tuple[_SliceRecord, ...] | None = None
+    seen: tuple[SeenRecord, ...] = ()
 
 
 def save_state(
@@ -76,14 +80,18 @@ def save_state(
     """Return everything a restart needs beside the base model and the optimizer; see :meth:`trady.Tuner.state_dict`."""
     kept, slices = ({}, None) if snapshot is None else snapshot.state()
     earlier = {EARLIER + name: tensor for name, tensor in kept.items()}
+    seen, values = save_seen(draws.seen)
     return {
-        "tensors": {**delta, **observed.tensors(), **earlier},
-        "meta": {**_progress_to_json(decision, draws.progress(), observed), "earlier": slices},
+        "tensors": joined(*(("", tensors) for tensors in (delta, observed.tensors(), earlier, values))),
+        "meta": {
+            **_progress_to_json(decision, draws.progress(), observed),
+            "earlier": slices,
+            **({"seen": seen} if seen else {}),
+        },
     }
 
 
 def load_state(
-    decision: Decision,
     armed: Armed,
     draws: Draws,
     observed: EvidenceState,
@@ -96,10 +104,10 @@ def load_state(
         CheckpointError: The state is of another model, policy, seed or version, or damaged.
 
     """
-    progress, meta = _read_progress(decision, draws.moment, observed, state)
+    decision, progress, meta = _read_progress(draws, observed, state)
     armed.select(Selection())
     try:
-        changed = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith(PREFIX)}
+        changed = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith((PREFIX, SEEN))}
         touched = load_changed_tensors(armed.model, changed)
     except CheckpointError:
         armed.select(draws.selection)
@@ -108,7 +116,7 @@ def load_state(
     if known:
         observed.evidence, observed.epoch = progress.moment.evidence, progress.observed_epoch
     names = {uncompiled_name(layer.parameter): layer.name for layer in decision.table}
-    draws.restore(progress, touched.renamed(names))
+    draws.restore(decision, progress, touched.renamed(names))
     if snapshot is not None and known:
         kept = {k.removeprefix(EARLIER): t for k, t in state["tensors"].items() if k.startswith(EARLIER)}
         snapshot.load(kept, meta.get("earlier"))
@@ -135,10 +143,14 @@ def _progress_to_json(decision: Decision, progress: Progress, observed: Evidence
 
 
 def _read_progress(
-    decision: Decision, moment: Moment, observed: EvidenceState, state: Mapping[str, Any]
-) -> tuple[Progress, Mapping[str, Any]]:
-    """Read a state without its weights; return the progress, and the JSON values that it was read from."""
-    meta = _checked_meta(state)
+    draws: Draws, observed: EvidenceState, state: Mapping[str, Any]
+) -> tuple[Decision, Progress, Mapping[str, Any]]:
+    """Read a state without its weights.
+
+    Returns:
+        What the decision has become, the progress, and the JSON values that it was read from.
+    """
+    meta, decision = _checked_meta(state), draws.planned
     for what, given, wanted in (
         ("model structure", meta["structure"], structure_digest(decision.table)),
         ("policy", meta["policy"], decision.policy.name),
@@ -150,7 +162,11 @@ def _read_progress(
                 f"the checkpoint is of {what} {given!r}, this run of {wanted!r}; start a new run for it"
             )
     with STATE.reading():
-        return _progress(decision, moment, observed, meta, state["tensors"]), meta
+        progress = _progress(decision, draws.moment, observed, meta, state["tensors"])
+        decision, seen = load_seen(decision, meta.get("seen"), state["tensors"])
+    if seen or draws.seen:
+        progress = replace(progress, seen=seen, moment=decision.fit_to_budget(progress.moment))
+    return decision, progress, meta
 
 
 def _progress(

@@ -18,6 +18,7 @@ from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import channel_major, select_channels
 from trady.quantized.linear import QuantizedLinear, layer_at
+from trady.records.tensors import LazyTensors, Outline
 from trady.records.versioned import Format
 
 _CHANNELS, _VALUES, _GROUPS, _WHOLE = "::channels", "::values", "::groups", "::whole"
@@ -35,8 +36,10 @@ def changed_tensors(
     table: ChannelTable,
     touched: Selection,
     head: Mapping[str, nn.Parameter],
-) -> dict[str, Tensor]:
-    """Copy the channels that were ever selected (of quantised layers those that have trained), and the head.
+) -> LazyTensors:
+    """The channels that were ever selected (of quantised layers those that have trained), and the head, as copies.
+
+    Each is copied when it is asked for.
 
     Returns:
         Under the names of the uncompiled model: for every weight ``name::channels`` (int64 [n]),
@@ -45,24 +48,44 @@ def changed_tensors(
         the head ``name::whole``.
 
     """
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Outline] = {}
     for layer in table:
         if layer.name not in touched:
             continue
         index, outputs = torch.tensor(_changed(model, layer, touched[layer.name])), None
         if not len(index):
             continue
-        weight, name = _weight(model, layer.parameter), uncompiled_name(layer.parameter)
+        name = uncompiled_name(layer.parameter)
         if layer.name in touched.outputs:
-            tensors[name + _OUTPUTS] = outputs = torch.tensor(touched.outputs[layer.name])
+            outputs = torch.tensor(touched.outputs[layer.name])
+            found[name + _OUTPUTS] = Outline.of(outputs)
         groups = _INPUT_MAJOR if layer.kind == "addmm" else layer.groups
-        values = _rows(weight, groups)[_place(weight, groups, index, outputs)]
-        tensors[name + _CHANNELS] = index
-        tensors[name + _VALUES] = values.contiguous().clone()
-        tensors[name + _GROUPS] = torch.tensor([groups], dtype=torch.int64)
+        found[name + _CHANNELS] = Outline.of(index)
+        found[name + _VALUES] = _values(model, layer.parameter, groups, index, outputs)
+        found[name + _GROUPS] = Outline.of(torch.tensor([groups], dtype=torch.int64))
     for name, parameter in head.items():
-        tensors[uncompiled_name(name) + _WHOLE] = parameter.detach().clone().contiguous()
-    return tensors
+        whole = partial(_whole, parameter)
+        found[uncompiled_name(name) + _WHOLE] = Outline(tuple(parameter.shape), parameter.dtype, whole)
+    return LazyTensors(found)
+
+
+def _values(model: nn.Module, parameter: str, groups: int, index: Tensor, outputs: Tensor | None) -> Outline:
+    layer = _layer(model, parameter)
+    # Of a quantised layer the type is asked for, and the shape is known: nothing is dequantised.
+    like = model.get_parameter(parameter) if layer is None else layer.empty()
+    weight = like.detach() if layer is None else torch.empty(layer.shape, dtype=like.dtype, device="meta")
+    rows = _rows(weight, groups)
+    shape = (len(index), *rows.shape[2:]) if outputs is None else (len(index), len(outputs), *rows.shape[3:])
+
+    def copied() -> Tensor:
+        now = _weight(model, parameter)
+        return _rows(now, groups)[_place(now, groups, index, outputs)].contiguous()
+
+    return Outline(tuple(shape), weight.dtype, copied)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().clone().contiguous()
 
 
 def apply_delta(model: nn.Module, delta: Mapping[str, Tensor] | str | os.PathLike[str]) -> nn.Module:

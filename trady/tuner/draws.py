@@ -9,12 +9,15 @@ from typing import Any
 
 from trady.channels.selection import Selection
 from trady.errors import TradyWarning
+from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
+from trady.model.batch import Loss
 from trady.planning.decision import POOL_SHARE, STEPS_A_DRAW, Decision
 from trady.planning.spending import Moment
 from trady.policies import Evidence
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking
+from trady.tuner.seen import Seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,7 @@ class Progress:
         redraw: Draws inside of it.
         steps: Optimizer steps that the ranking has seen.
         observed_epoch: The epoch that was drawn from the evidence; ``None`` while it is fresh.
+        seen: Steps of the loop that were not planned, and that draws leave room for.
     """
 
     moment: Moment
@@ -38,6 +42,7 @@ class Progress:
     redraw: int
     steps: int
     observed_epoch: int | None = None
+    seen: tuple[Seen, ...] = ()
 
 
 class Draws:
@@ -49,19 +54,23 @@ class Draws:
         changed: Called after a draw with the compact parameters that have changed.
 
     Attributes:
-        decision: What was decided; it leaves room for what the loop has been seen to do.
+        planned: What was decided at first.
+        decision: The same, with room for what the loop has been seen to do.
         moment: What draws depend on.
         selection: The channels that train.
         touched: Channels that were ever selected.
         epoch: The epoch that was drawn last.
         count: Draws inside of it, beside the first.
         online: The ranking that is being learnt; ``None`` where none is.
+        seen: What the loop has been seen to do, and ``decision`` leaves room for.
     """
 
     def __init__(self, decision: Decision, armed: Armed, changed: Callable[[Sequence[Change]], None]) -> None:
-        self.decision, self._armed, self._changed = decision, armed, changed
+        self.planned = self.decision = decision
+        self._armed, self._changed = armed, changed
         self.moment = decision.start
         self.selection, self.touched = Selection(), Selection()
+        self.seen: tuple[Seen, ...] = ()
         self.epoch = self.count = 0
         self.online = decision.online_ranking() if decision.start.learns else None
         self._steps, self._full = 0, False
@@ -76,6 +85,24 @@ class Draws:
         if self.decision.spending(moment).lacks_evidence:
             return Selection()
         return self.decision.draw(moment, self.epoch, self.count)
+
+    def sweeper(
+        self,
+        loss: Loss | None,
+        progress: Callable[[int, int], None] | None = None,
+        numbers: int = 0,
+    ) -> Sweeper:
+        """Return what sees the gradient of every channel, inside the budget; see :meth:`trady.Tuner.sweeper`."""
+        decision = self.decision
+        return Sweeper(
+            self._armed,
+            tuple(decision.analysis.head_parameters.values()),
+            decision.sweeps(self.moment, self.selection, numbers),
+            loss,
+            decision.micro_batch,
+            decision.seed,
+            progress,
+        )
 
     def resample(self, epoch: int) -> None:
         """Draw the channels of an epoch; a ranking that was being learnt is settled when epoch 1 begins."""
@@ -145,11 +172,14 @@ class Draws:
 
     def progress(self) -> Progress:
         """Return how far the draws have come."""
-        return Progress(self.moment, self.selection, self.online, self.epoch, self.count, self._steps)
+        moment, online = self.moment, self.online
+        return Progress(moment, self.selection, online, self.epoch, self.count, self._steps, seen=self.seen)
 
-    def restore(self, progress: Progress, touched: Selection) -> None:
-        """Go on from there."""
+    def restore(self, decision: Decision, progress: Progress, touched: Selection) -> None:
+        """Go on from there, with what the decision has become since."""
+        self.decision, self.seen = decision, progress.seen
         self.moment, self.online = progress.moment, progress.online
+        self._armed.interceptor.recompute(self.moment.recomputation.segments)
         self.epoch, self.count, self._steps = progress.epoch, progress.redraw, progress.steps
         self.touched = touched
         self.apply(progress.selection)

@@ -8,10 +8,12 @@ of shapes. Anything else is simulated once; if it does not fit, fewer channels t
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +27,15 @@ from trady.model.batch import Batch
 from trady.model.untouched import apart
 from trady.ops.context import autocast_dtype_on
 from trady.planning.budget import InfeasibleBudgetError, StepTooLargeError
-from trady.planning.conditions import Conditions, shapes_of
+from trady.planning.conditions import Conditions, Shapes, shapes_of
 from trady.planning.decision import Decision
 from trady.planning.peaks import Case
 from trady.planning.spending import Moment
 from trady.report.units import format_bytes
 from trady.tuner.draws import Draws
 from trady.tuner.gradients import keep_gradient, processes
+from trady.tuner.parts import of_batch_statistics
+from trady.tuner.seen import Seen
 
 
 class _Pass:
@@ -66,6 +70,22 @@ class _Input:
         return torch.ones(self._shape, dtype=self._dtype, device="meta" if wide else "cpu")
 
 
+#: A kind of step, and the bytes of a larger batch that wait meanwhile.
+_Kind = tuple[Conditions, int]
+
+
+@dataclass(eq=False)
+class _Known:
+    """Steps that are known to fit or not to fit with what trains at a moment."""
+
+    drawn: tuple[Selection, Moment] | None = None
+    fits: set[_Kind] = field(default_factory=set)
+    exceeds: dict[_Kind, tuple[Case, int]] = field(default_factory=dict)
+
+    def is_of(self, selection: Selection, moment: Moment) -> bool:
+        return self.drawn is not None and self.drawn[0] is selection and self.drawn[1] is moment
+
+
 def _let_go(leaf: Any) -> Any:
     return _Input(leaf) if isinstance(leaf, Tensor) else leaf
 
@@ -95,8 +115,10 @@ class Guard:
 
     def __init__(self, armed: Armed, draws: Draws, trained: Iterable[nn.Parameter]) -> None:
         self._armed, self._draws, self._trained = armed, draws, list(trained)
-        self._fits: tuple[object, set[Conditions]] = (None, set())
-        self._cases: dict[Conditions, Case | None] = {}
+        self._known = _Known()
+        self._cases: dict[_Kind, Case | None] = {}
+        self._inference: dict[Shapes, int] = {}
+        self._autocast = draws.decision.loop.planned.autocast
         self._open: list[weakref.ref[_Pass]] = []
         self._now: Batch | None = None
         self._warned: set[str] = set()
@@ -104,6 +126,27 @@ class Guard:
         armed.on_output.append(self._after)
 
     # -- one forward pass ------------------------------------------------------------------------------
+
+    def _inference_size(self, whole: Batch, size: int) -> int:
+        draws = self._draws
+        left = draws.decision.left_while_idle(draws.moment, draws.selection)
+        while size > 1 and not math.isinf(left):
+            part = whole.chunk(0, size)
+            if self._inference_bytes_of(part) + whole.nbytes - part.nbytes <= left:
+                break
+            size = -(-size // 2)
+        return size
+
+    def _inference_bytes_of(self, batch: Batch) -> int:
+        kind = shapes_of(batch)
+        if kind not in self._inference:
+            with _simulating(batch, self._armed.model):
+                try:
+                    self._inference[kind] = self._draws.decision.loop.inference_bytes(batch)
+                except Exception as error:  # it takes another way here than on the example
+                    self._cannot_tell(batch, error)
+                    self._inference[kind] = 0
+        return self._inference[kind]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._now = None
@@ -120,9 +163,51 @@ class Guard:
             any(p.grad is not None for p in self._trained),
             loop.planned.autocast if loop.told else autocast_dtype_on(device),
         )
-        if loop.planned.covers(conditions):
-            return
-        self._judge(conditions, before, batch)
+        self._autocast = conditions.autocast
+        if not loop.planned.covers(conditions):
+            self._judge(conditions, [*(each.batch for each in before), batch], loop.waiting_bytes)
+
+    def part_size(self, whole: Batch) -> int | None:
+        """Return the samples of the largest parts of a batch that fit as it trains now; ``None`` is all of them.
+
+        While gradients are off, the parts are those of an inference pass.
+
+        A batch that cannot be cut exactly is left as it is. Where not even one sample fits, fewer channels train from
+        now on: before the first part, so that all parts have the gradients of the same channels.
+
+        Raises:
+            StepTooLargeError: Nothing fits.
+        """
+        decision = self._draws.decision
+        loop, planned = decision.loop, decision.micro_batch
+        once = self._draws.moment.optimizer.in_backward is not None
+        unknown = (
+            not whole.may_be_cut
+            or not any(t.dim() for t in whole.tensors)
+            or whole.device_in(self._armed.model) is None
+        )
+        trains = torch.is_grad_enabled()
+        if (once and trains) or unknown or of_batch_statistics(self._armed.model) is not None:
+            return planned
+        size = whole.samples if planned is None else min(planned, whole.samples)
+        if not trains:
+            size = self._inference_size(whole, size)
+            return None if size == whole.samples else size
+        kept = any(p.grad is not None for p in self._trained)
+        while True:
+            part = whole.chunk(0, size)
+            waiting = max((1 + loop.batches_ahead) * whole.nbytes - part.nbytes, loop.waiting_bytes)
+            calls, adds_up = len(loop.planned.calls), size < whole.samples or kept
+            conditions = Conditions((shapes_of(part),) * calls, adds_up or loop.planned.accumulates, self._autocast)
+            if loop.planned.covers(conditions) and waiting <= loop.waiting_bytes:
+                break
+            if size == 1:
+                self._judge(conditions, [part] * calls, waiting)
+                break
+            if self._over(conditions, [part] * calls, waiting) is None:
+                break
+            size = -(-size // 2)
+        return None if size == whole.samples else size
 
     def _after(self, module: nn.Module, output: Any) -> None:
         """Remember a pass until a backward pass has gone through its graph, or the graph is gone."""
@@ -149,51 +234,61 @@ class Guard:
 
     # -- what does not go by the plan ------------------------------------------------------------------
 
-    def _judge(self, conditions: Conditions, before: list[_Pass], batch: Batch) -> None:
-        draws, budget = self._draws, self._draws.decision.budget
+    def _judge(self, conditions: Conditions, batches: list[Batch], waiting: int) -> None:
+        if (over := self._over(conditions, batches, waiting)) is not None:
+            with _simulating(batches[-1], self._armed.model):
+                self._exceeded(Seen(conditions, tuple(each.packed for each in batches), waiting), batches, *over)
+            self._known_now().fits.add((conditions, waiting))
+
+    def _over(self, conditions: Conditions, batches: list[Batch], waiting: int) -> tuple[Case, int] | None:
+        """Return what a step of this kind takes, where that is more than the budget; what cannot be told is not."""
+        draws, budget, known = self._draws, self._draws.decision.budget, self._known_now()
         assert budget is not None
-        drawn = draws.selection, draws.moment
-        if self._fits[0] is None or any(a is not b for a, b in zip(self._fits[0], drawn, strict=True)):  # type: ignore[call-overload]
-            self._fits = drawn, set()
-        if any(known.covers(conditions) for known in self._fits[1]):
-            return
-        kind = _device_type(batch, self._armed.model)
-        with apart(), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            batches = [*(each.batch for each in before), batch]
-            found = self._case(conditions, batches)
+        if any(kind.covers(conditions) and room >= waiting for kind, room in known.fits):
+            return None
+        for (kind, room), over in known.exceeds.items():
+            if conditions.covers(kind) and waiting >= room:
+                return over
+        with _simulating(batches[-1], self._armed.model):
+            found = self._case(conditions, batches, waiting)
             if found is None:
-                return
+                return None
             try:
                 amount = draws.decision.step_amount(draws.moment, draws.selection, found)
             except TradyError:
                 raise
             except Exception as error:  # the model takes another way here than on the example
-                self._cannot_tell(batch, error)
-                return
-            if amount > budget.amount:
-                self._exceeded(conditions, batches, found, amount)
-        self._fits = (draws.selection, draws.moment), {*self._fits[1], conditions}
+                self._cannot_tell(batches[-1], error)
+                return None
+        if amount > budget.amount:
+            known.exceeds[conditions, waiting] = found, amount
+            return found, amount
+        known.fits.add((conditions, waiting))
+        return None
 
-    def _case(self, conditions: Conditions, batches: list[Batch]) -> Case | None:
-        if conditions not in self._cases:
-            loop = self._draws.decision.loop
-            if conditions == replace(loop.planned, accumulates=True):  # the planned step is simulated already
-                self._cases[conditions] = self._draws.decision.peaks.cases[0].accumulating()
-                return self._cases[conditions]
+    def _known_now(self) -> _Known:
+        """What is known of steps with what trains now."""
+        if not self._known.is_of(self._draws.selection, self._draws.moment):
+            self._known = _Known((self._draws.selection, self._draws.moment))
+        return self._known
+
+    def _case(self, conditions: Conditions, batches: list[Batch], waiting: int) -> Case | None:
+        kind = conditions, waiting
+        if kind not in self._cases:
             try:
-                found = loop.case(batches, conditions)
+                self._cases[kind] = self._draws.decision.case(batches, conditions, waiting)
             except ModelError as error:
                 self._cannot_tell(batches[-1], error)
-                found = None
-            self._cases[conditions] = found
-        return self._cases[conditions]
+                self._cases[kind] = None
+        return self._cases[kind]
 
     def _cannot_tell(self, batch: Batch, error: Exception) -> None:
         self._warn("trace", f"a forward pass on {batch.shapes} cannot be held against the budget: {error}")
 
-    def _exceeded(self, conditions: Conditions, batches: list[Batch], found: Case, amount: int) -> None:
+    def _exceeded(self, seen: Seen, batches: list[Batch], found: Case, amount: int) -> None:
         decision, budget = self._draws.decision, self._draws.decision.budget
         assert budget is not None
+        conditions = seen.conditions
         what, remedy = self._difference(conditions, batches)
         takes = f"{what}: the step would take {format_bytes(amount)} of the budget {budget}"
         if decision.over_budget == "warn":
@@ -213,6 +308,7 @@ class Guard:
             f"{takes}. To stay inside it, {selection.count} channels train from now on, before it were {before.count}. "
             f"{remedy}",
         )
+        self._draws.seen += (seen,)
         self._adapt(allowing, moment, selection)
 
     def _adapt(self, decision: Decision, moment: Moment, selection: Selection) -> None:
@@ -236,9 +332,13 @@ class Guard:
                 f"Run backward() after each pass, or plan for it: trady.prepare(..., calls_per_step={len(batches)})",
             )
         if not self._planned(conditions):
+            in_parts = ", or run it in parts that fit: for x, y, share in tuner.micro_batches(x, y): " + (
+                "(loss(model(x), y) * share).backward()"
+            )
+            alone = batches[-1].samples == 1
             return (
                 f"this batch, {batches[-1].shapes}, is not covered by the one that was planned for",
-                "Prepare with the largest batch that training will see, or cut batches into smaller parts",
+                "Prepare with the largest batch that training will see" + ("" if alone else in_parts),
             )
         if conditions.autocast != planned.autocast:
             return (
@@ -258,6 +358,10 @@ class Guard:
             warnings.warn(text, TradyWarning, stacklevel=8)
 
 
-def _device_type(batch: Batch, model: nn.Module) -> str:
+@contextmanager
+def _simulating(batch: Batch, model: nn.Module) -> Iterator[None]:
+    """Context for simulations in front of a forward pass: the loop's own modes are off."""
     device = batch.device_in(model)
-    return "cpu" if device is None else device.type
+    kind = "cpu" if device is None else device.type
+    with apart(), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        yield

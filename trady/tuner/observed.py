@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trady.channels.table import ChannelTable
@@ -17,6 +18,7 @@ from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
 from trady.model.batch import Batch, Loss
 from trady.policies.evidence import Evidence, Needs
+from trady.records.tensors import LazyTensors, Outline
 from trady.tuner.snapshot import WeightSnapshot
 
 #: Tensors of a state that hold evidence begin with it; no parameter of a model can.
@@ -103,14 +105,14 @@ class EvidenceState:
             )
         self.epoch = epoch
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The evidence as tensors, under names that no parameter has."""
+    def tensors(self) -> LazyTensors:
+        """The evidence as tensors, under names that no parameter has; each is copied when it is asked for."""
         if self.evidence is None:
-            return {}
+            return LazyTensors({})
         found = {f"{_CARRIED}/{name}": array for name, array in self.evidence.carried.items()}
         for kind, layers in self.evidence.items():
             found.update({f"{_KINDS}/{kind}/{name}": array for name, array in layers.items()})
-        return {PREFIX + name: torch.from_numpy(np.array(array)) for name, array in found.items()}
+        return LazyTensors({PREFIX + name: _outline(np.asarray(array)) for name, array in found.items()})
 
     def meta(self) -> dict[str, Any] | None:
         """What :meth:`load` needs beside the tensors, as JSON values."""
@@ -149,6 +151,11 @@ class EvidenceState:
                 values[kind][name] = tensor.numpy()
         epoch = meta["epoch"]
         return Evidence(values, carried, int(meta["batches"])), None if epoch is None else int(epoch)
+
+
+def _outline(array: NDArray[Any]) -> Outline:
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    return Outline(array.shape, kind, lambda: torch.from_numpy(np.array(array)))
 
 
 def check_layers(evidence: Evidence, table: ChannelTable) -> None:

@@ -63,6 +63,10 @@ class WeightSnapshot:
         self._begun = self._untrained = True
         self.drawn(self._armed.layers)
 
+    def forget(self) -> None:
+        """Let go of all that is kept."""
+        self._slices, self._head, self._begun = [], {}, False
+
     def drawn(self, changed: Collection[str]) -> None:
         """Other channels train in these layers from now on."""
         if not self._begun:

@@ -19,6 +19,7 @@ from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
 from trady.memory import Ledger, measure
+from trady.model.batch import Batch
 from trady.model.eager import UNCOMPILED, is_compiled
 from trady.model.prepared import refuse_prepared
 from trady.optim.in_backward import UpdatesInBackward, update_forms
@@ -37,6 +38,7 @@ from trady.tuner.draws import Draws
 from trady.tuner.gradients import Arrivals, clip_all, note_writes
 from trady.tuner.guard import Guard
 from trady.tuner.observed import EvidenceState
+from trady.tuner.parts import parts_of
 from trady.tuner.snapshot import WeightSnapshot
 
 
@@ -61,8 +63,8 @@ class Tuner:
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
         self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
         self._armed.on_gradient.append(self._arrivals)
-        if decision.budget is not None and decision.scope.in_bytes:
-            Guard(self._armed, self._draws, self.parameters())
+        bounded = decision.budget is not None and decision.scope.in_bytes
+        self._guard = Guard(self._armed, self._draws, self.parameters()) if bounded else None
         if decision.needs:
             if not needs_batches(decision.needs) and not any(p.is_meta for p in model.parameters()):
                 self.observe(())
@@ -118,7 +120,6 @@ class Tuner:
         return self._draws.decision
 
     _examined = property(lambda self: self._decision.analysis)
-
     _compact = property(lambda self: [armed.compact for armed in self._armed.layers.values()])
 
     def cost(self) -> Cost:
@@ -146,7 +147,6 @@ class Tuner:
             StateError: The tuner is finished, the optimizer has none of the tuner's parameters, or its
                 state cannot be carried over (LBFGS).
             BudgetError: The optimizer's state does not fit in the budget. The tuner is as it was before.
-
         """
         self._check_alive("attach an optimizer")
         given, optimizer = optimizer, innermost(optimizer)
@@ -164,6 +164,24 @@ class Tuner:
         optimizer.register_step_post_hook(self._after_step)
         self._draws.apply(selection)
         return given
+
+    def micro_batches(self, inputs: Any, *others: Any) -> Iterator[tuple[Any, ...]]:
+        """Cut a batch into parts that fit: for training or, under ``torch.no_grad()``, for inference (docs/budgets.md).
+
+        Args:
+            inputs: What the model is called with, as in :func:`prepare`.
+            others: What is cut with it: labels, for instance.
+
+        Returns:
+            For each part: inputs, others, and its share of the samples. The mean loss of each part, times its share,
+            adds up to the loss of the whole batch, and so do the gradients.
+
+        Raises:
+            BudgetError: Not even one sample fits.
+        """
+        self._check_alive("cut a batch")
+        batch = Batch.of(inputs, self._armed.model)
+        return parts_of((inputs, *others), self.micro_batch if self._guard is None else self._guard.part_size(batch))
 
     @property
     def observation_due(self) -> bool:
@@ -192,19 +210,18 @@ class Tuner:
             progress: Called with (passes done, passes of the batches so far).
 
         Returns:
-            All that is measured so far; ``None`` for a policy that measures nothing.
+            All that is measured so far, if anything.
 
         Raises:
             StateError: The tuner is finished, or there is no batch.
             BudgetError: Not one channel fits in what the optimizer's state leaves.
             ModelError: There is no loss.
-
         """
         self._check_alive("observe")
         if not (observed := self._observed).wanted:
             return observed.evidence
         first = observed.evidence is None
-        sweeper = partial(self._sweeper, loss, progress)
+        sweeper = partial(self._draws.sweeper, loss, progress)
         room = partial(self._decision.room, self._draws.moment, self._draws.selection)
         evidence = observed.gather(self._armed, sweeper, batches, loss, self._snapshot, room)
         self._draws.observed(evidence)
@@ -218,20 +235,7 @@ class Tuner:
         It changes nothing, until the optimizer keeps more state. ``loss`` and errors are those of :meth:`observe`.
         """
         self._check_alive("sweep")
-        return self._sweeper(loss, None)
-
-    def _sweeper(
-        self, loss: Callable[[Any, Any], Tensor] | None, progress: Callable[[int, int], None] | None, numbers: int = 0
-    ) -> Sweeper:
-        return Sweeper(
-            self._armed,
-            tuple(self._examined.head_parameters.values()),
-            self._decision.sweeps(self._draws.moment, self._draws.selection, numbers),
-            loss,
-            self._decision.micro_batch,
-            self._decision.seed,
-            progress,
-        )
+        return self._draws.sweeper(loss)
 
     def resample(self, epoch: int) -> Selection:
         """Draw the channels of an epoch.
@@ -244,7 +248,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
-
         """
         self._check_alive("resample")
         self._observed.draw_for(epoch)
@@ -260,7 +263,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or the policy wants something measured first (:meth:`observe`).
-
         """
         self._check_alive("redraw")
         self._observed.check_present("redraw")
@@ -301,7 +303,6 @@ class Tuner:
 
         Raises:
             StateError: The tuner is finished, or an attached optimizer has clipped with another ratio.
-
         """
         self._check_alive("clip gradients")
         return clip_all(self._compact, list(self._examined.head_parameters.values()), self._attached(), ratio, max_norm)
@@ -312,7 +313,6 @@ class Tuner:
         Args:
             step: Runs forward, backward and the optimizer.
             inference: Also measure one inference pass of the untouched model on the same batch.
-
         """
         self._check_alive("measure")
         return measure(
@@ -340,14 +340,17 @@ class Tuner:
 
     # -- state ---------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, lazily: bool = False) -> dict[str, Any]:
         """Everything a restart needs beside the base model and the optimizer.
+
+        Args:
+            lazily: Copy a tensor when it is asked for (:attr:`changed`).
 
         Returns:
             ``tensors``: changed channels and the head; ``meta``: JSON values (selection, epoch, ranking).
-
         """
-        return save_state(self._decision, self._draws, self._observed, self._snapshot, self.delta())
+        state = save_state(self._decision, self._draws, self._observed, self._snapshot, self.changed)
+        return state if lazily else {**state, "tensors": dict(state["tensors"])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on a model as it was before the first step.
@@ -356,42 +359,43 @@ class Tuner:
 
         Raises:
             CheckpointError: The state is of another model, policy, seed or version, or damaged.
-            StateError: The tuner is finished.
-
         """
         self._check_alive("load a state")
         self._restoring = True
         try:
-            load_state(self._decision, self._armed, self._draws, self._observed, self._snapshot, state)
+            load_state(self._armed, self._draws, self._observed, self._snapshot, state)
         finally:
             self._restoring = False
+
+    @property
+    def changed(self) -> Mapping[str, Tensor]:
+        """What :meth:`delta` collects, each tensor copied when it is asked for, as for a file."""
+        self._check_alive("read the delta")
+        self._armed.write_back()
+        head = self._examined.head_parameters
+        return changed_tensors(self._armed.model, self._decision.table, self._draws.touched, head)
 
     def delta(self) -> dict[str, Tensor]:
         """Collect what training has changed: the channels that were ever selected, and the head.
 
-        :func:`trady.apply_delta` turns the base model into the fine-tuned one with it; it holds tensors
-        only, for safetensors.
+        :func:`trady.apply_delta` turns the base model into the fine-tuned one with it; it holds tensors only.
         """
-        self._check_alive("read the delta")
-        self._armed.write_back()
-        return changed_tensors(
-            self._armed.model, self._decision.table, self._draws.touched, self._examined.head_parameters
-        )
+        return dict(self.changed)
 
     def finish(self, *, dequantize: bool = False) -> nn.Module:
         """Give the plain model back: hooks out, flags as they were, trained channels in its weights, compiled again.
 
-        A weight that is stored quantised stays so. The channels of it that have trained lie beside it, in two buffers
-        of its module, which computes with them (docs/composition.md).
+        A weight that is stored quantised stays so, with its trained channels beside it (docs/composition.md).
 
         Args:
             dequantize: Turn quantised linear layers into plain ones, in floating point (:func:`trady.dequantize`).
-
         """
         self._check_alive("finish again")
         self._attached.end()
         self._armed.disarm()
         self._finished = True
+        if self._snapshot is not None:
+            self._snapshot.forget()
         return in_floating_point(self.model) if dequantize else self.model
 
     def _check_alive(self, wish: str) -> None:

@@ -39,6 +39,7 @@ def finetune(
     scheme: options.Scheme = None,
     train: options.Train = None,
     freeze: options.Freeze = None,
+    over_budget: options.OverBudget = "adapt",
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -99,6 +100,7 @@ def finetune(
         micro_batch=micro_batch,
         train=train,
         freeze=freeze,
+        over_budget=over_budget,
     )
     check_name(augment)
     if checkpoint_every is not None:

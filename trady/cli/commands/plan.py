@@ -39,6 +39,12 @@ def plan(
     scheme: options.Scheme = None,
     train: options.Train = None,
     freeze: options.Freeze = None,
+    calls_per_step: Annotated[
+        int, typer.Option(min=1, help="How often your loop calls the model before backward(): 3 for triplets.")
+    ] = 1,
+    accumulates: Annotated[
+        bool, typer.Option("--accumulates", help="Your loop adds up the gradients of several passes.")
+    ] = False,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -74,6 +80,8 @@ def plan(
         seed=seed,
         train=train,
         freeze=freeze,
+        calls_per_step=calls_per_step,
+        accumulates=accumulates,
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=micro_batch,

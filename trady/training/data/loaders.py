@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from trady.errors import DataError
@@ -37,6 +40,35 @@ def evaluation_batches(data: Dataset[Any] | Batches, batch_size: int) -> Batches
         return data
     _length(data, "evaluation")
     return DataLoader(data, batch_size)
+
+
+def on_device(batches: Batches, accelerator: Accelerator) -> Batches:
+    """Return batches that come on the device of a run: one at a time, or over several processes, one read ahead.
+
+    Accelerate reads one batch ahead to know which is the last, which only processes that share the samples need. It
+    would stay in memory all through a step.
+    """
+    if accelerator.num_processes > 1:
+        shared: Batches = accelerator.prepare_data_loader(batches)
+        return shared
+    return batches if accelerator.device.type == "cpu" else cast("Batches", _Sent(batches, accelerator.device))
+
+
+class _Sent:
+    """A loader whose batches are sent to a device."""
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield send_to_device(batch, self._device)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
 
 
 def start_epoch(batches: Batches, epoch: int) -> None:
