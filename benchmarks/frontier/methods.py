@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.frontier.tasks import FrontierTask, Kind
-from benchmarks.heads import head_of
-from benchmarks.lora import add_adapters
 from benchmarks.skipped import SkippedError
+from trady.estimates.adapters import add_adapters
+from trady.estimates.heads import head_of
 
 #: Peaks of TraDy's policies, as multiples of that of inference.
 RATIOS = (0.75, 1.0, 1.5, 2.0)
