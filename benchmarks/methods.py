@@ -84,8 +84,10 @@ def plain(workload: Workload, task: Task, seed: int = 0, *, name: str) -> Iterat
     yield _step(task, note=note)
 
 
+Method = Callable[..., AbstractContextManager[Step]]
+
 #: Plain PyTorch in training mode; every parameter trains.
-full_fine_tuning = partial(plain, name="full")
+full_fine_tuning: Method = partial(plain, name="full")
 
 
 @contextmanager
@@ -142,8 +144,6 @@ def floor(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
     with input_gradients(task) as run:
         yield Step(run, partial(trady.measure, run, task.model, inference=False), 0)
 
-
-Method = Callable[..., AbstractContextManager[Step]]
 
 #: In the order of the tables. Each takes a workload, a task and, if it likes, a seed.
 METHODS: dict[str, Method] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def _biases(task: FrontierTask, model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _adapters(task: FrontierTask, model: nn.Module, **options: bool) -> None:
+def _adapters(task: FrontierTask, model: nn.Module, **options: Any) -> None:
     add_adapters(model, convolutions=task.kind == "image", **options)
 
 

@@ -93,7 +93,7 @@ def lives_in_convolutions(model: nn.Module) -> bool:
     for module in model.modules():
         for kind in of_kind:
             if isinstance(module, kind) and module is not head:
-                of_kind[kind] += module.weight.numel()  # type: ignore[union-attr, operator]
+                of_kind[kind] += module.weight.numel()  # type: ignore[operator]
     return of_kind[nn.Conv2d] > of_kind[nn.Linear]
 
 

@@ -15,17 +15,28 @@ from trady.estimates.methods import TRADY, Method, Settings
 from trady.estimates.report import MOST_SAMPLES, MOST_TOKENS, MethodFit
 from trady.estimates.search import largest_within
 from trady.estimates.subject import Subject
-from trady.model.batch import Batch
 from trady.model.untouched import switch_mode
 from trady.planning.budget import Budget, InfeasibleBudgetError
+from trady.planning.decision import Decision
+from trady.planning.forecast import share_point
 from trady.planning.request import Request
 from trady.planning.scopes import PEAK
 from trady.quantized.formats import stored_in
+from trady.report.units import format_percent
 from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.plain_step import PlainStep, Surroundings, simulate_evaluation, simulate_step
 from trady.simulation.simulator import form_of
 from trady.trace.forward import trace_forward
+
+#: The share of the channels of every layer that is a useful number to train.
+SHARE = 0.02
+
+#: A peak that everything fits in.
+_BOUNDLESS = 2**62
+
+#: What a step of so many samples and tokens takes, in bytes.
+Budgeting = Callable[[int, int | None], int]
 
 #: Says what a long estimate is at.
 Progress = Callable[[str], object]
@@ -90,8 +101,8 @@ class Estimator:
         except TradyError as reason:
             return MethodFit(method.name, method.title, refused=str(reason))
         except Exception as error:
-            reason = f"a step cannot be simulated ({type(error).__name__}: {error})"
-            return MethodFit(method.name, method.title, refused=reason)
+            refused = f"a step cannot be simulated ({type(error).__name__}: {error})"
+            return MethodFit(method.name, method.title, refused=refused)
 
     def _measured(self, found: MethodFit, model: nn.Module, at: Progress) -> MethodFit:
         subject, optimizer = self._subject, self._asked.optimizer
@@ -136,38 +147,40 @@ class Estimator:
 
     # -- TraDy ---------------------------------------------------------------------------------------------
 
-    def smallest_trady(self, at: Progress) -> MethodFit:
-        """Estimate TraDy in the smallest budget that a step is possible in."""
-        subject = self._subject
-        at("TraDy, smallest budget")
-        try:
-            found = self.trady(self._least(subject.batch_size, subject.length), at)
-            title = "TraDy, smallest budget"
+    def smallest_trady(self, at: Progress) -> list[MethodFit]:
+        """Estimate TraDy in the smallest budget that is possible, and in one for some channels of every layer."""
+        subject, smallest, some = (
+            self._subject,
+            "TraDy, smallest budget",
+            f"TraDy, {format_percent(SHARE)} of the channels",
+        )
+        found: list[MethodFit] = []
+        for title, budget_of in ((smallest, self._least), (some, self._for_share)):
+            at(title)
 
-            def peak_of(count: int, length: int | None) -> int:
+            def peak_of(count: int, length: int | None, title: str = title, budget_of: Budgeting = budget_of) -> int:
                 at(f"{title}: {_spelled(count, length)}")
-                return self._least(count, length)
+                return budget_of(count, length)
 
-            return self._searched(replace(found, title=title), peak_of)
-        except TradyError as reason:
-            return MethodFit(TRADY, "TraDy, smallest budget", refused=str(reason))
+            try:
+                row = self._trady(budget_of(subject.batch_size, subject.length), title)
+                found.append(self._searched(row, peak_of))
+            except TradyError as reason:
+                return [*found, MethodFit(TRADY, title, refused=str(reason))]
+        return found
 
-    def trady(self, budget: int, at: Progress) -> MethodFit:
-        """Estimate TraDy in a budget of a step's peak.
-
-        Raises:
-            BudgetError: The budget is below the minimum.
-            ModelError: The model cannot be traced, or has nothing to update.
-
-        """
-        limit, subject = Budget(PEAK, budget), self._subject
-        title = f"TraDy in {str(limit).removeprefix('peak:')}"
+    def trady_within(self, budget: int, at: Progress) -> MethodFit:
+        """Estimate TraDy in a budget of a step's peak; what is impossible is said in the row."""
+        title = f"TraDy in {str(Budget(PEAK, budget)).removeprefix('peak:')}"
         at(title)
-        request = Request(budget=limit, autocast=self._asked.autocast)
-        batch = subject.batch(subject.batch_size, subject.length)
-        decision = request.decide(self._model, batch, optimizer=self._asked.optimizer, explain=False)
-        plan = decision.plan(decision.start)
-        elements = plan.cost.compact_bytes // plan.table.weight_element_bytes
+        try:
+            return self._trady(budget, title)
+        except TradyError as reason:
+            return MethodFit(TRADY, title, refused=str(reason), budget_bytes=budget)
+
+    def _trady(self, budget: int, title: str) -> MethodFit:
+        subject = self._subject
+        plan = (decision := self._decided(budget, subject.batch_size, subject.length)).plan(decision.start)
         parts = dict(plan.predicted_parts)
         evaluation = self._evaluation(meta_copy(subject.bare)) + sum(
             parts.get(name, 0) for name in ("compact parameters", "optimizer state")
@@ -176,7 +189,7 @@ class Estimator:
             TRADY,
             title,
             f"{len(plan.recomputed)} of {plan.recomputable} segments recomputed" if plan.recomputable else "",
-            trainable_parameters=elements + plan.head_parameters,
+            trainable_parameters=plan.cost.compact_bytes // plan.table.weight_element_bytes + plan.head_parameters,
             peak_bytes=plan.predicted_peak_bytes or 0,
             parts=parts,
             evaluation_bytes=evaluation,
@@ -185,13 +198,23 @@ class Estimator:
             channel_share=plan.cost.channels / max(plan.table.channel_count, 1),
         )
 
-    def trady_row(self, budget: int, at: Progress) -> MethodFit:
-        """Estimate TraDy in a budget; what is impossible is said in the row."""
+    def _decided(self, budget: int, count: int, length: int | None) -> Decision:
+        request = Request(budget=Budget(PEAK, budget), autocast=self._asked.autocast)
+        batch = self._subject.batch(count, length)
+        return request.decide(self._model, batch, optimizer=self._asked.optimizer, explain=False)
+
+    def _least(self, count: int, length: int | None) -> int:
+        """The smallest budget of a batch."""
         try:
-            return self.trady(budget, at)
-        except TradyError as reason:
-            title = f"TraDy in {str(Budget(PEAK, budget)).removeprefix('peak:')}"
-            return MethodFit(TRADY, title, refused=str(reason), budget_bytes=budget)
+            self._decided(1, count, length)
+        except InfeasibleBudgetError as error:
+            return error.least_amount
+        return 1
+
+    def _for_share(self, count: int, length: int | None) -> int:
+        """The peak of a step in which some channels of every layer train, and all is recomputed that may be."""
+        decision = self._decided(_BOUNDLESS, count, length)
+        return share_point(decision, SHARE).recomputed_peak_bytes
 
     @property
     def _model(self) -> nn.Module:
@@ -199,16 +222,6 @@ class Estimator:
         subject = self._subject
         floats = {p.dtype for p in subject.model.parameters() if p.is_floating_point()}
         return subject.model if floats <= {subject.dtype} else subject.bare
-
-    def _least(self, count: int, length: int | None) -> int:
-        """The smallest budget of a batch."""
-        request = Request(budget=Budget(PEAK, 1), autocast=self._asked.autocast)
-        batch = self._subject.batch(count, length)
-        try:
-            request.decide(self._model, batch, optimizer=self._asked.optimizer, explain=False)
-        except InfeasibleBudgetError as error:
-            return error.least_amount
-        return 1
 
 
 def _spelled(count: int, length: int | None) -> str:

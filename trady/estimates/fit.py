@@ -75,8 +75,8 @@ def fit(
             (its weights are not looked for), ``package.module:function``, or ``efficientnet-lite0``.
         example: One batch for a module: a tensor, a tuple or a mapping. Its samples and tokens are cut and repeated.
         methods: ``full``, ``checkpoint``, ``lora``, ``lora-checkpoint``, ``qlora``, ``qlora-checkpoint``,
-            ``qlora-8bit``, ``qlora-8bit-checkpoint``, ``bitfit``, ``head``, ``last-N`` (the last N blocks) and ``trady``
-            (in the smallest budget that is possible).
+            ``qlora-8bit``, ``qlora-8bit-checkpoint``, ``bitfit``, ``head``, ``last-N`` (the last N blocks) and
+            ``trady`` (in the smallest budget that is possible, and in one for 2 % of the channels of every layer).
         memory: What a step may take, such as ``"16GiB"``: the largest batch and the longest sequence are looked for,
             and TraDy is planned in it as well.
         budgets: ``peak:`` budgets that TraDy is planned in too.
@@ -89,8 +89,8 @@ def fit(
             parameters.
         autocast: ``bfloat16`` or ``float16``, what forward passes compute in under ``torch.autocast``.
         rank: Of adapters.
-        targets: Where adapters stand: ``"all"`` layers but the head, ``"peft"`` (its own choice for this type of model),
-            or names of layers such as ``("q_proj", "v_proj")``.
+        targets: Where adapters stand: ``"all"`` layers but the head, ``"peft"`` (its own choice for this type of
+            model), or names of layers such as ``("q_proj", "v_proj")``.
         blocks: Class names of the blocks that are checkpointed and counted by ``last-N``; found by default.
         device: ``cpu`` or ``cuda``: whose default of ``foreach`` the optimizer steps by. By default ``cuda`` where
             there is one.
@@ -144,9 +144,10 @@ def fit(
         for method in known:
             add(estimator.row(method, at))
         if TRADY in methods:
-            add(estimator.smallest_trady(at))
+            for row in estimator.smallest_trady(at):
+                add(row)
         for limit in limits:
-            add(estimator.trady_row(limit, at))
+            add(estimator.trady_within(limit, at))
     return replace(report, rows=tuple(rows))
 
 

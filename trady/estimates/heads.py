@@ -55,7 +55,7 @@ def _listed(model: nn.Module) -> Iterator[nn.Module]:
     for parent in model.modules():
         if isinstance(parent, (nn.ModuleList, nn.Sequential)):
             for child in parent.children():
-                if id(child) not in seen and not isinstance(child, (nn.ModuleList, nn.Sequential)):
+                if id(child) not in seen and not isinstance(child, nn.ModuleList):
                     seen.add(id(child))
                     yield child
 

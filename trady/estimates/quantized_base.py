@@ -32,7 +32,10 @@ def quantize_base(model: nn.Module, bits: int, where: Callable[[nn.Module, str],
         UnsuitableMethodError: There is no linear layer.
 
     """
-    layers = needs("bitsandbytes", "benchmarks").nn
+    library = needs("bitsandbytes", "benchmarks")
+    layers = library.nn
+    # It keeps the first table of codes that it makes for all that comes: that must be one with values.
+    library.functional.quantize_4bit(torch.zeros(64), compress_statistics=True)
     untouched = {id(head_of(model)), id(getattr(model, "lm_head", None))}
     found = [
         (name, module)
@@ -51,7 +54,7 @@ def quantize_base(model: nn.Module, bits: int, where: Callable[[nn.Module, str],
 
 
 def _stored(layers: Any, plain: nn.Module, bits: int) -> nn.Module:
-    weight: torch.Tensor = plain.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: torch.Tensor = plain.weight.detach()  # type: ignore[operator]
     if not isinstance(plain, nn.Linear):  # transformers' Conv1D
         weight = weight.t().contiguous()
     outputs, inputs = weight.shape

@@ -128,8 +128,8 @@ class FitReport:
             best = max(smaller, key=lambda row: row.largest_batch or 0)
             return f"{text} {best.title} fits with a batch of {best.largest_batch}."
         return (
-            f"{text} Not even one sample fits by any of these methods: a smaller model, a shorter length, --dtype bfloat16 "
-            "or qlora-checkpoint may."
+            f"{text} Not even one sample fits by any of these methods: a smaller model, a shorter length, "
+            "--dtype bfloat16 or qlora-checkpoint may."
         )
 
     def __rich__(self) -> RenderableType:

@@ -81,7 +81,9 @@ def subject_of_module(
     batch = Batch.of(example, model)
     found = _length_in(batch)
     if length is not None and found is None:
-        raise ModelError(f"length={length} is for batches with token ids [samples, tokens]; this one has {batch.shapes}")
+        raise ModelError(
+            f"length={length} is for batches with token ids [samples, tokens]; this one has {batch.shapes}"
+        )
     wanted = read_dtype(dtype) if isinstance(dtype, str) else dtype
     bare = meta_copy(model)
     return Subject(
@@ -147,7 +149,7 @@ def _without_memory(name: str, classes: int, seed: int) -> LoadedModel:
 
 def _length_in(batch: Batch) -> int | None:
     """Return the tokens of a sequence; ``None`` where there are no ids."""
-    ids = (t for t in batch.tensors if t.dim() == 2 and not t.is_floating_point() and t.shape[0] == batch.samples)  # noqa: PLR2004
+    ids = (t for t in batch.tensors if t.dim() == 2 and not t.is_floating_point() and t.shape[0] == batch.samples)
     return next((int(t.shape[1]) for t in ids), None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -23,6 +23,10 @@ COLUMNS = {
     "batch": ("inputs",),
     "temporary": ("temporaries",),
 }
+
+
+#: Parts that are a smaller share of all peaks have no column.
+_SEEN = 0.005
 
 
 def amounts(row: MethodFit) -> dict[str, int]:
@@ -51,31 +55,34 @@ def view(report: FitReport) -> Iterator[RenderableType]:
         caption="" if report.complete else "stopped: methods are missing",
         caption_justify="left",
     )
-    table.add_column("method", overflow="fold")
+    table.add_column("method", no_wrap=True)
     searched = report.memory_bytes is not None
     memory = format_bytes(report.memory_bytes or 0)
-    for heading in ("trains", "peak", *COLUMNS, "evaluation"):
-        table.add_column(heading, justify="right")
+    told = [row for row in report.rows if row.refused is None]
+    columns = [column for column in COLUMNS if any(amounts(row)[column] > _SEEN * row.peak_bytes for row in told)]
+    for heading in ("trains", "peak", *columns, "evaluation"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if searched:
         table.add_column(f"in {memory}", justify="right")
         table.add_column("largest batch", justify="right")
         if report.length is not None:
             table.add_column("longest", justify="right")
-    for row in report.rows:
-        if row.refused is None:
-            table.add_row(*_cells(report, row))
+    for row in told:
+        table.add_row(*_cells(report, row, columns))
     yield table
     for row in report.rows:
         if row.refused is not None:
             yield escape(f"{row.title} is left out: {row.refused}")
         elif row.note or row.channels is not None:
-            channels = "" if row.channels is None else f"{row.channels} channels ({format_percent(row.channel_share or 0)})"
+            channels = (
+                "" if row.channels is None else f"{row.channels} channels ({format_percent(row.channel_share or 0)})"
+            )
             yield escape(f"{row.title}: {', '.join(filter(None, (channels, row.note)))}")
     if report.advice is not None:
         yield escape(report.advice)
 
 
-def _cells(report: FitReport, row: MethodFit) -> Iterator[str]:
+def _cells(report: FitReport, row: MethodFit, columns: Sequence[str]) -> Iterator[str]:
     from trady.estimates.report import MOST_SAMPLES
 
     fits = report.fits(row)
@@ -83,7 +90,8 @@ def _cells(report: FitReport, row: MethodFit) -> Iterator[str]:
     yield row.title
     yield format_percent(share)
     yield f"[bold]{format_bytes(row.peak_bytes)}[/]"
-    for amount in amounts(row).values():
+    of_column = amounts(row)
+    for amount in map(of_column.__getitem__, columns):
         yield format_bytes(amount) if amount else "–"
     yield format_bytes(row.evaluation_bytes)
     if report.memory_bytes is None:

@@ -78,6 +78,7 @@ def simulate_step(model: nn.Module, packed: PackedBatch, optimizer: OptimizerMem
     with live:
         with fake, simulated_autocast(around.autocast):
             output = model(*args, **kwargs)
+        loss: torch.Tensor | None
         labels: torch.Tensor | None = None  # what the user's loss reads beside the batch
         if around.loss is not None:
             with fake, fake.cut(around.loss.samples, batch.samples), simulated_autocast(around.autocast):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 #: A test holds them equal to those of trady.estimates, so that ``--help`` need not load it.
 METHODS = (
-    "full, checkpoint, lora, lora-checkpoint, qlora, qlora-checkpoint, qlora-8bit, qlora-8bit-checkpoint, bitfit, head, "
-    "last-N, trady"
+    "full, checkpoint, lora, lora-checkpoint, qlora, qlora-checkpoint, qlora-8bit, qlora-8bit-checkpoint, bitfit, "
+    "head, last-N, trady"
 )
 USUAL = "full,checkpoint,lora,lora-checkpoint,qlora,qlora-checkpoint,bitfit,head,last-2,trady"
 OPTIMIZERS = "sgd, sgd-momentum, adam, adamw, adafactor"
@@ -108,7 +108,8 @@ def fit(
     except KeyboardInterrupt:
         if found:
             _show(found[-1], out, as_json)
-        raise KeyboardInterrupt(f"stopped: {len(found)} of the methods are above") from None
+        rows = len(found[-1].rows) if found else 0
+        raise KeyboardInterrupt(f"stopped: {rows} of {len(wanted)} methods are told") from None
     _show(report, out, as_json)
     if plot is not None:
         draw(report, plot)
