@@ -92,10 +92,14 @@ def test_the_peak_is_that_of_the_ledger(name: str, method: str, models: Path) ->
         if (name, method) in NOTHING:
             assert NOTHING[name, method] in str(told.refused)
             continue
+        assert told.refused is None
+        if not told.trainable_parameters:  # no head, and in the smallest budget no room for what is drawn first
+            assert (method, told.channels) == ("trady", 0)
+            continue
         found = measured(workload, workload.make(models), told)
         # Fake batch normalisation in evaluation mode keeps statistics that the real one does not: much in a small step.
         close = 0.03 if method == "trady" else 0.012 if name == "mobilenetv2" else 0.001
-        assert told.peak_bytes == pytest.approx(found.peak_bytes, rel=close)
+        assert told.peak_bytes == pytest.approx(found.peak_bytes, rel=close, abs=1024)
         assert sum(told.parts.values()) == pytest.approx(told.peak_bytes, abs=64)
 
 

@@ -43,6 +43,7 @@ class Row:
 
     Attributes:
         workload: Its name.
+        samples: Of the batch.
         method: Its name.
         title: For people; tells TraDy's budgets apart.
         refused: Why there is no figure.
@@ -53,6 +54,7 @@ class Row:
     """
 
     workload: str
+    samples: int
     method: str
     title: str
     refused: str | None
@@ -99,13 +101,15 @@ def compare(workload: Workload, make: Any, methods: Sequence[str], progress: Con
     asked = trady.fit(task.model, task.batch, methods=methods, blocks=workload.blocks, device="cpu")
     rows = []
     for told in asked.rows:
-        if told.refused is not None:
-            rows.append(Row(workload.name, told.method, told.title, told.refused))
+        refused = told.refused or (None if told.trainable_parameters else "nothing trains in it")
+        if refused is not None:
+            rows.append(Row(workload.name, asked.batch_size, told.method, told.title, refused))
             continue
         started = time.perf_counter()
         ledger = measured(workload, make(), told)
         row = Row(
             workload.name,
+            asked.batch_size,
             told.method,
             told.title,
             None,
@@ -148,8 +152,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__)
     parser.add_argument("--llama", action="store_true", help="the shape of Llama-3.2-3B instead of the workloads")
     parser.add_argument("--method", nargs="+", default=list(COMPARED), metavar="NAME", help="which methods")
-    parser.add_argument("--small", action="store_true", help="steps of a quarter of each batch, which take less time")
     add_workloads(parser, WORKLOADS)
+    parser.add_argument(
+        "--small",
+        nargs="+",
+        choices=list(WORKLOADS),
+        default=[],
+        metavar="NAME",
+        help="workloads of which a quarter of the batch is taken, which takes less time (default: none)",
+    )
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
@@ -162,15 +173,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         def make(workload: Workload = workload, models: Any = models) -> Task:
             task = workload.make(models)
-            return reduced(task) if options.small else task
+            return reduced(task) if workload.name in options.small else task
 
         rows += compare(workload, make, options.method, progress)
+        if options.json != "-":  # a long run leaves what it has
+            write_json(options.json, as_figures(rows))
     console.print(as_table(rows))
     verdict = judge(rows)
     console.print(f"{'[green]pass[/]' if verdict.met else '[red]FAIL[/]'}  {verdict.bar}: {verdict.measured}")
-    figures = [asdict(row) | ({} if row.refused else {"error": row.error}) for row in rows]
-    write_json(options.json, {"small": options.small, "optimizer": "adamw", "rows": figures, "bar": asdict(verdict)})
+    write_json(options.json, as_figures(rows))
     return int(not verdict.met)
+
+
+def as_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what is written."""
+    figures = [asdict(row) | ({} if row.refused else {"error": row.error}) for row in rows]
+    return {"optimizer": "adamw", "rows": figures, "bar": asdict(judge(rows))}
 
 
 if __name__ == "__main__":

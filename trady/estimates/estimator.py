@@ -182,13 +182,17 @@ class Estimator:
         subject = self._subject
         plan = (decision := self._decided(budget, subject.batch_size, subject.length)).plan(decision.start)
         parts = dict(plan.predicted_parts)
+        notes = [
+            f"{len(plan.recomputed)} of {plan.recomputable} segments recomputed" if plan.recomputable else "",
+            "" if plan.cost.channels else "no room for what is drawn first",
+        ]
         evaluation = self._evaluation(meta_copy(subject.bare)) + sum(
             parts.get(name, 0) for name in ("compact parameters", "optimizer state")
         )
         return MethodFit(
             TRADY,
             title,
-            f"{len(plan.recomputed)} of {plan.recomputable} segments recomputed" if plan.recomputable else "",
+            ", ".join(filter(None, notes)),
             trainable_parameters=plan.cost.compact_bytes // plan.table.weight_element_bytes + plan.head_parameters,
             peak_bytes=plan.predicted_peak_bytes or 0,
             parts=parts,

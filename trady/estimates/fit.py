@@ -61,8 +61,8 @@ def fit(
     blocks: Sequence[str] = (),
     device: str | None = None,
     seed: int = 0,
-    done: Callable[[FitReport], object] = lambda report: None,
-    at: Progress = lambda what: None,
+    done: Callable[[FitReport], object] | None = None,
+    at: Progress | None = None,
 ) -> FitReport:
     """Tell what a training step of a model takes, method by method, without weights and without running it.
 
@@ -136,18 +136,23 @@ def fit(
 
     def add(row: MethodFit) -> None:
         rows.append(row)
-        done(replace(report, rows=tuple(rows), complete=False))
+        if done is not None:
+            done(replace(report, rows=tuple(rows), complete=False))
+
+    def tell(what: str) -> None:
+        if at is not None:
+            at(what)
 
     with untouched(subject.model, subject.bare, watches=False):
-        at("tracing")
+        tell("tracing")
         estimator = Estimator(subject, Asked(taken, memory_bytes, read_dtype(autocast), settings))
         for method in known:
-            add(estimator.row(method, at))
+            add(estimator.row(method, tell))
         if TRADY in methods:
-            for row in estimator.smallest_trady(at):
+            for row in estimator.smallest_trady(tell):
                 add(row)
         for limit in limits:
-            add(estimator.trady_within(limit, at))
+            add(estimator.trady_within(limit, tell))
     return replace(report, rows=tuple(rows))
 
 
