@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
-from benchmarks.fit.__main__ import measured, stepping
+from benchmarks.fit.__main__ import measured
 from benchmarks.tasks import Task
+from tests.fits import installed, ledger_of, llama
 from tests.models import PreActivation, Residual
 from tests.small_task import small_net
-from tests.small_workloads import small, toy_task
+from tests.small_workloads import shown, small, toy_task
 from trady.errors import BudgetError, ModelError, TradyError
 from trady.estimates.adapters import add_adapters
 from trady.estimates.fit import OPTIMIZERS, USUAL
@@ -26,45 +27,15 @@ from trady.estimates.heads import blocks_of
 from trady.estimates.methods import METHODS, Settings, read_method
 from trady.estimates.report import FitReport, MethodFit
 from trady.estimates.search import largest_within
-from trady.training.models.load import LoadedModel
 
-hf = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 #: Beside those of LoRA and QLoRA, which need packages that not everybody has.
 PLAIN = ("full", "checkpoint", "bitfit", "head", "last-1", "trady")
 
 
-def installed(method: str) -> None:
-    """Skip a test of a method whose package is not there."""
-    if "lora" in method:
-        pytest.importorskip("peft")
-    if method.startswith("qlora"):
-        pytest.importorskip("bitsandbytes")
-
-
 def asked(task: Task, method: str, **options: Any) -> MethodFit:
     return trady.fit(task.model, task.batch, methods=[method], device="cpu", **options)[method]
-
-
-def ledger_of(task: Task, method: str, optimizer: str = "adamw", **settings: Any) -> trady.Ledger:
-    """Run two steps, and account for the second one."""
-    read_method(method).apply(task.model, Settings(**settings))
-    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    step = stepping(task, OPTIMIZERS[optimizer](trained, lr=1e-6))
-    step()
-    return trady.measure(step, task.model, inference=False)
-
-
-def llama(dtype: torch.dtype = torch.float32, batch: int = 4, length: int = 24) -> Task:
-    config = hf.LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=500, max_position_embeddings=64, use_cache=False, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = hf.LlamaForCausalLM(config).to(dtype)
-    ids = torch.randint(1, 500, (batch, length), generator=torch.Generator().manual_seed(0))
-    return Task(model, {"input_ids": ids, "labels": ids}, lambda output: output.loss)
 
 
 #: Every method on a transformer; elsewhere those that find something else there: layers with transposed weights,
@@ -222,7 +193,7 @@ def test_memory_that_the_weights_do_not_fit_in_is_answered_with_what_takes_least
     assert report.advice is not None
     assert "The weights alone take" in report.advice
     assert "Not even one sample fits" in report.advice
-    assert report.advice in " ".join(_text(report).split())
+    assert report.advice in " ".join(shown(report).split())
 
 
 def test_a_batch_that_is_too_large_is_answered_with_one_that_fits() -> None:
@@ -251,7 +222,7 @@ def test_what_cannot_be_is_refused_in_a_sentence() -> None:
         ({"batch_size": 0}, ModelError, "batch_size is 0"),
     ):
         with pytest.raises(error, match=said):
-            trady.fit(task.model, task.batch, **options)  # type: ignore[arg-type]
+            trady.fit(task.model, task.batch, **options)
     with pytest.raises(ModelError, match="needs an example batch"):
         trady.fit(task.model)
     with pytest.raises(ModelError, match="batches with token ids"):
@@ -357,23 +328,11 @@ def test_a_model_that_looks_at_values_is_told_what_it_saw_in_a_batch_of_any_size
     assert report["full"].largest_batch
 
 
-def heavy(classes: int) -> nn.Module:
-    """40 GiB of weights, which a machine that tests run on has no room for."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 100_000), nn.Linear(100_000, 100_000))
-
-
-def careful(classes: int) -> LoadedModel:
-    """A function that looks at what it has made, which takes values."""
-    model = Residual(classes=classes)
-    assert float(model.head.weight.detach().abs().sum()) > 0
-    return LoadedModel(model, image_size=16)
-
-
 def test_a_function_is_called_so_that_its_model_takes_no_memory() -> None:
-    report = trady.fit("tests.test_fit:heavy", methods=["full", "head"], image_size=8)
+    report = trady.fit("tests.fits:heavy", methods=["full", "head"], image_size=8)
     assert report.weight_bytes > 37 * 2**30
     assert report["full"].peak_bytes > 4 * report.weight_bytes
-    report = trady.fit("tests.test_fit:careful", methods=["full"], batch_size=2)
+    report = trady.fit("tests.fits:careful", methods=["full"], batch_size=2)
     assert (report.image_size, report.batch_size) == (16, 2)
 
 
@@ -405,9 +364,3 @@ def test_adapters_without_memory_are_those_of_peft() -> None:
 
 def test_the_usual_methods_are_known() -> None:
     assert all(read_method(name).title for name in USUAL if name != "trady")
-
-
-def _text(report: FitReport) -> str:
-    from tests.small_workloads import shown
-
-    return shown(report)

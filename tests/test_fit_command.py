@@ -10,8 +10,7 @@ import pytest
 
 from benchmarks.fit import llama as shape
 from tests.command import MODEL, trady_command, trady_here
-from tests.test_fit import installed
-from tests.test_plan_command import LLAMA
+from tests.fits import CONFIG, installed
 from trady.cli.commands import fit as command
 from trady.estimates import fit as estimates
 from trady.estimates.estimator import Estimator
@@ -25,7 +24,7 @@ SIZE = ("--batch-size", 4, "--length", 32)
 def llama(tmp_path: Path) -> Path:
     """A configuration, and no weights."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA))
+    path.write_text(json.dumps(CONFIG))
     return path
 
 
@@ -52,7 +51,7 @@ def test_a_table_of_a_configuration(llama: Path) -> None:
 
 
 def test_json_is_the_report(llama: Path, tmp_path: Path) -> None:
-    found = figures(llama, *SIZE, "--methods", "full", "--memory", "3MiB", "--out", tmp_path / "fit.json")
+    found = figures(llama, *SIZE, "--methods", "full", "--memory", "16MiB", "--out", tmp_path / "fit.json")
     assert (found["format"], found["version"]) == ("trady fit", 1)
     assert FitReport.from_json(found).complete
     assert json.loads((tmp_path / "fit.json").read_text()) == found
