@@ -23,14 +23,11 @@ METHODS = (
 USUAL = "full,checkpoint,lora,lora-checkpoint,qlora,qlora-checkpoint,bitfit,head,last-2,trady"
 OPTIMIZERS = "sgd, sgd-momentum, adam, adamw, adafactor"
 
-EXAMPLES = """
-Examples:
+EXAMPLES = """Example: trady fit llama/config.json --dtype bfloat16 --batch-size 4 --length 768 --memory 24GiB
 
-  trady fit llama/config.json --dtype bfloat16 --batch-size 4 --length 768 --memory 24GiB
+Or: trady fit bert-base-uncased --methods full,lora,qlora --rank 16 --targets query,value
 
-  trady fit bert-base-uncased --methods full,lora,qlora --rank 16 --targets query,value
-
-  trady fit my_models:resnet --image-size 224 --batch-size 32 --plot fit.svg
+Or: trady fit my_models:resnet --image-size 224 --batch-size 32 --plot fit.svg
 """
 
 
