@@ -29,11 +29,11 @@ from rich.table import Table
 
 import trady
 from benchmarks.gradients import layer_errors
-from benchmarks.heads import train_with_fixed_statistics
 from benchmarks.options import add_json, console_for, main, write_json
 from benchmarks.shares import ShareOfEveryLayer, budget_of
 from benchmarks.tasks import Task, needs, own_loss, seeded
 from trady.errors import TradyError
+from trady.estimates.heads import train_with_fixed_statistics
 from trady.planning.budget import InfeasibleBudgetError
 from trady.planning.request import Request
 

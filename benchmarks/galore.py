@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from benchmarks.heads import head_of
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import needs
+from trady.estimates.heads import head_of
 
 #: Of the projections; half of the smallest dimension where a weight is smaller than twice that.
 RANK = 128

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import trady
-from benchmarks.heads import train_with_fixed_statistics
 from benchmarks.workloads import Workload
+from trady.estimates.heads import train_with_fixed_statistics
 from trady.ops.selected import channel_major
 
 

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import trady
-from benchmarks.checkpointing import checkpoint_blocks
 from benchmarks.floor import input_gradients
 from benchmarks.galore import galore_optimizer
-from benchmarks.heads import head_of, train_with_fixed_statistics
-from benchmarks.lora import RANK, add_adapters
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import Task
 from benchmarks.workloads import Workload
+from trady.estimates.adapters import RANK
+from trady.estimates.heads import train_with_fixed_statistics
+from trady.estimates.methods import Settings, read_method
 
 #: From what trains to its optimizer.
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -111,63 +111,25 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def full_fine_tuning(
-    workload: Workload, task: Task, seed: int = 0, optimizer: OptimizerFactory = plain_sgd
-) -> Iterator[Step]:
-    """Plain PyTorch in training mode; every parameter trains."""
-    task.model.requires_grad_(True).train()
-    yield plain_step(task, optimizer)
-
-
-@contextmanager
-def head_only(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
-    """Plain PyTorch; the last linear layer trains behind a frozen network (statistics fixed)."""
-    head = head_of(task.model)
-    if head is None:
-        raise SkippedError("the output layer is tied to the embedding: there is no head that could train alone")
-    task.model.requires_grad_(False)
-    train_with_fixed_statistics(task.model)
-    head.requires_grad_(True)
-    yield plain_step(task)
-
-
-@contextmanager
-def bitfit(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
-    """Only biases train, those of normalisation layers and of the head included (arXiv 2106.10199)."""
-    biases = [parameter for name, parameter in task.model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    body = set(task.model.parameters()) - set((head_of(task.model) or nn.Module()).parameters())
-    if body.isdisjoint(biases):
-        raise SkippedError("the network has no bias in front of its head")
-    task.model.requires_grad_(False)
-    train_with_fixed_statistics(task.model)
-    for bias in biases:
-        bias.requires_grad_(True)
-    yield plain_step(task)
-
-
-@contextmanager
-def lora(
+def plain(
     workload: Workload,
     task: Task,
     seed: int = 0,
-    checkpoint: bool = False,
+    *,
+    name: str,
     optimizer: OptimizerFactory = plain_sgd,
     rank: int = RANK,
 ) -> Iterator[Step]:
-    """Low-rank adapters of peft beside frozen weights (:mod:`benchmarks.lora`); statistics fixed."""
-    where = f", {checkpoint_blocks(task.model, workload.blocks)}" if checkpoint else ""
-    note = add_adapters(task.model, rank, convolutions=workload.kind == "cnn")
-    train_with_fixed_statistics(task.model)
-    yield plain_step(task, optimizer, note + where)
+    """Plain PyTorch, on the model as :mod:`trady.estimates.methods` makes it."""
+    settings = Settings(rank, block_classes=workload.blocks, convolutions=workload.kind == "cnn")
+    note = read_method(name).apply(task.model, settings)
+    yield plain_step(task, optimizer, note)
 
 
-@contextmanager
-def checkpointing(
-    workload: Workload, task: Task, seed: int = 0, optimizer: OptimizerFactory = plain_sgd
-) -> Iterator[Step]:
-    """Full fine-tuning that recomputes each block in the backward pass (:mod:`benchmarks.checkpointing`)."""
-    task.model.requires_grad_(True).train()
-    yield plain_step(task, optimizer, checkpoint_blocks(task.model, workload.blocks))
+Method = Callable[..., AbstractContextManager[Step]]
+
+#: Plain PyTorch in training mode; every parameter trains.
+full_fine_tuning: Method = partial(plain, name="full")
 
 
 @contextmanager
@@ -227,16 +189,10 @@ def floor(workload: Workload, task: Task, seed: int = 0) -> Iterator[Step]:
         yield Step(run, partial(trady.measure, run, task.model, inference=False), 0)
 
 
-Method = Callable[..., AbstractContextManager[Step]]
-
 #: In the order of the tables. Each takes a workload, a task and, if it likes, a seed.
 METHODS: dict[str, Method] = {
     "full": full_fine_tuning,
-    "head": head_only,
-    "bitfit": bitfit,
-    "lora": lora,
-    "lora-checkpoint": partial(lora, checkpoint=True),
-    "checkpoint": checkpointing,
+    **{name: partial(plain, name=name) for name in ("head", "bitfit", "lora", "lora-checkpoint", "checkpoint")},
     "galore": galore,
     "static-random": static_random,
     "trady": trady_step,

@@ -26,6 +26,7 @@ import trady
 from benchmarks import options
 from benchmarks.tasks import needs
 from benchmarks.text import Sentences, minilm, pretrained_minilm, read_sentences
+from trady.estimates.quantized_base import quantize_base
 from trady.ops.selected import channel_major
 from trady.quantized.formats import inner_tensors, stored_in
 from trady.training.run import finetune
@@ -79,13 +80,7 @@ def in_four_bits(model: nn.Module) -> nn.Module:
 
 def in_nf4(model: nn.Module) -> nn.Module:
     """NF4 by bitsandbytes, as QLoRA (arXiv 2305.14314) stores a base."""
-    layers = needs("bitsandbytes", "quantized").nn
-    for name, plain in [(n, m) for n, m in model.named_modules() if _of_the_encoder(m, n)]:
-        stored = layers.Linear4bit(plain.in_features, plain.out_features, quant_type="nf4")
-        stored.load_state_dict(plain.state_dict())
-        stored.support_avx512bf16_for_cpu = False  # it would repack its weights in evaluation mode
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, stored.to("cpu"))
+    quantize_base(model, 4, _of_the_encoder)
     return model
 
 

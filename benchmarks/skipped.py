@@ -1,7 +1,6 @@
 """A method that a workload leaves out."""
 
-from trady.errors import TradyError
+from trady.estimates.unsuitable import UnsuitableMethodError
 
-
-class SkippedError(TradyError):
-    """A method that this network has nothing for; the message says why."""
+#: A method that this network has nothing for; the message says why.
+SkippedError = UnsuitableMethodError

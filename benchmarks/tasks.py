@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,11 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from trady.errors import ModelError
-
-
-class MissingPackageError(ModelError):
-    """A package of an extra that is not installed."""
+from trady.estimates.unsuitable import MissingPackageError as MissingPackageError
+from trady.estimates.unsuitable import needs as needs
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,3 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return build()
-
-
-def needs(package: str, extra: str) -> Any:
-    """Import a package that an extra of trady installs.
-
-    Raises:
-        MissingPackageError: It is not installed; the message says what to type.
-
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingPackageError(f'{package} cannot be imported ({error}): pip install "trady[{extra}]"') from None

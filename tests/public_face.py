@@ -179,6 +179,7 @@ def _files() -> dict[str, Any]:
 
     found = {
         "Plan": keys(trady.plan(small_net(), example, budget="peak:1 MiB").to_json()),
+        "FitReport": keys(trady.fit(small_net(), example, methods=["full"], device="cpu").to_json()),
         "LayerRanking": keys(trady.rank(small_net(), batches, cross_entropy).to_json()),
         "a line of results.jsonl": keys(Row("m", "d", None, None, "head", 0, "done", "digest").to_json()),
         "settings of trady study": sorted(StudySettings.__dataclass_fields__),

@@ -9,6 +9,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "channels": ("test_policies.py",),
     "cli": ("test_study_command.py::test_what_cannot_be_is_refused_at_once",),
     "compare": ("test_comparison.py",),
+    "estimates": ("test_fit.py::test_the_search_finds_what_trying_everything_finds",),
     "evidence": ("test_velocity.py::test_a_neuron_that_does_not_move_has_no_velocity",),
     "integrations": ("test_transformers_trainer.py::test_it_trains_what_a_loop_of_ones_own_trains",),
     "interception": ("test_interception.py", "test_optimizer_state.py"),

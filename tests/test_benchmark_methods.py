@@ -240,7 +240,7 @@ def test_method_without_its_package_is_left_out_and_the_rest_is_measured(monkeyp
     def missing(package: str, extra: str) -> None:
         raise MissingPackageError(f"{package} cannot be imported")
 
-    monkeypatch.setattr("benchmarks.lora.needs", missing)
+    monkeypatch.setattr("trady.estimates.adapters.needs", missing)
     measured = memory.measure(TOY, Path(), methods=("head", "lora"))
     assert [row.method for row in measured.rows] == ["head"]
     assert measured.skipped == {"lora": "peft cannot be imported"}

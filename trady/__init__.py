@@ -40,6 +40,7 @@ from trady.tuner.rank import rank
 from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
+    from trady.estimates.fit import fit
     from trady.training import DataSplit, Result, finetune, load_data
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
@@ -51,6 +52,10 @@ def __getattr__(name: str) -> Any:
         import trady.training
 
         return getattr(trady.training, name)
+    if name == "fit":
+        from trady.estimates.fit import fit
+
+        return fit
     raise AttributeError(f"module 'trady' has no attribute {name!r}")
 
 
@@ -84,6 +89,7 @@ __all__ = [
     "cross_entropy",
     "dequantize",
     "finetune",
+    "fit",
     "load_data",
     "measure",
     "optim",

@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import trady
-from benchmarks.checkpointing import checkpoint_blocks
 from benchmarks.frontier.methods import CLIPPED_RATE, METHODS, Method, Plain, Tuned, forward_only_step
 from benchmarks.frontier.tasks import TASKS, Folders, FrontierTask
-from benchmarks.heads import train_with_fixed_statistics
 from trady.errors import BudgetError
+from trady.estimates.checkpointing import checkpoint_blocks
+from trady.estimates.heads import train_with_fixed_statistics
 from trady.training.batch import cross_entropy, forward, split_batch
 from trady.training.data.loaders import evaluation_batches, start_epoch, training_batches
 from trady.training.evaluate import evaluate

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.frontier.tasks import FrontierTask, Kind
-from benchmarks.heads import head_of
-from benchmarks.lora import add_adapters
 from benchmarks.skipped import SkippedError
+from trady.estimates.adapters import add_adapters
+from trady.estimates.heads import head_of
 
 #: Peaks of TraDy's policies, as multiples of that of inference.
 RATIOS = (0.75, 1.0, 1.5, 2.0)
@@ -107,7 +108,7 @@ def _biases(task: FrontierTask, model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _adapters(task: FrontierTask, model: nn.Module, **options: bool) -> None:
+def _adapters(task: FrontierTask, model: nn.Module, **options: Any) -> None:
     add_adapters(model, convolutions=task.kind == "image", **options)
 
 

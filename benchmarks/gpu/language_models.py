@@ -14,7 +14,7 @@ import trady
 from benchmarks import text
 from benchmarks.gpu.times import replayed
 from benchmarks.gpu.where import Figures, Where, adamw, allocator_peak, forget, timed
-from benchmarks.methods import Step, TunedStep, checkpointing, full_fine_tuning, lora, trady_step
+from benchmarks.methods import Step, TunedStep, plain, trady_step
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError, Task, needs, own_loss
 from benchmarks.workloads import WORKLOADS
@@ -29,10 +29,7 @@ VOCABULARY = 128256
 BATCHES = {"4x768": (4, 768), "1x4096": (1, 4096)}
 
 METHODS: dict[str, Callable[..., AbstractContextManager[Step]]] = {
-    "full": full_fine_tuning,
-    "checkpoint": checkpointing,
-    "lora": partial(lora, rank=32),
-    "lora-checkpoint": partial(lora, rank=32, checkpoint=True),
+    **{name: partial(plain, name=name, rank=32) for name in ("full", "checkpoint", "lora", "lora-checkpoint")},
     "trady": trady_step,
     "trady, all recomputed": partial(trady_step, recompute="all"),
     "trady, nothing recomputed": partial(trady_step, recompute="none"),

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks import text, vision
-from benchmarks.heads import train_with_fixed_statistics
 from benchmarks.methods import Step, plain_step
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import CrossEntropy, Task, needs, seeded
 from benchmarks.workloads import CNN, TRANSFORMER, Workload, share_workload
+from trady.estimates.heads import train_with_fixed_statistics
 
 #: Of the channels of every layer, at least one trains.
 _SHARE = Fraction(2, 100)

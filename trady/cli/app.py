@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 from trady.cli.commands.compare import compare
 from trady.cli.commands.demo import demo
 from trady.cli.commands.finetune import finetune
+from trady.cli.commands.fit import EXAMPLES as FIT_EXAMPLES
+from trady.cli.commands.fit import fit
 from trady.cli.commands.measure import measure
 from trady.cli.commands.plan import plan
 from trady.cli.commands.rank import rank
@@ -88,6 +90,8 @@ def _options(
 app.command(epilog="Example: trady demo --short")(demo)
 
 app.command(epilog="Example: trady plan efficientnet-lite0 --image-size 64 --budget 'update:1 MiB'")(plan)
+
+app.command(epilog=FIT_EXAMPLES)(fit)
 
 app.command(
     epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "

@@ -173,11 +173,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_rich(value: Any) -> None:
+def print_rich(value: Any, width: int = 120) -> None:
     """Print a result for people, as wide as it needs to be where nobody's terminal limits it."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+        console = Console(highlight=False, width=width)
     console.print(value)

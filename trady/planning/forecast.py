@@ -98,7 +98,7 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
 
     """
     decision = request.decide(model, example)
-    points = tuple(_point(decision, share) for share in shares)
+    points = tuple(share_point(decision, share) for share in shares)
     return Forecast(_with_peak(decision), decision.minimum_peak(decision.start), points)
 
 
@@ -157,7 +157,8 @@ def _with_peak(decision: Decision) -> Plan:
     return replace(plan, predicted_parts=parts, predicted_peak_bytes=peak, predicted_phases=phases)
 
 
-def _point(decision: Decision, share: float) -> Point:
+def share_point(decision: Decision, share: float) -> Point:
+    """Predict the peak of a step in which this share of the channels of every layer of the pool trains."""
     counts = {name: round(share * decision.table[name].channels) for name in decision.start.pool}
     least = 1 if share > 0 else 0
     selection = Selection(

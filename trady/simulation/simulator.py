@@ -224,11 +224,11 @@ class Simulator:
                     kept += self._forward_and_backward(batches, fake, live, labels)
                 live.register([p.grad for p in compact if p.grad is not None], "compact gradients")
                 live.register([p.grad for p in self._copy.parameters() if p.grad is not None], "gradients")
-                moment = optimizer.moment_bytes(_form(p) for p in (*compact, *head) if p.grad is not None)
+                moment = optimizer.moment_bytes(form_of(p) for p in (*compact, *head) if p.grad is not None)
                 torch.empty(moment, dtype=torch.uint8, device="meta")
-                made_of = _parts(live, kept)
+                made_of = parts_at_peak(live, kept)
         frees = optimizer.in_backward is not None
-        return Timeline(tuple(intervals), self._analysis.table, tuple(map(_form, head)), made_of, frees)
+        return Timeline(tuple(intervals), self._analysis.table, tuple(map(form_of, head)), made_of, frees)
 
     def _forward_and_backward(
         self, batches: Sequence[Batch], fake: FakeRun, live: LiveBytes, labels: list[Tensor]
@@ -246,7 +246,7 @@ class Simulator:
         kept = [storage for storage in live.log if storage.death is None]
         if loss is not None and loss.requires_grad:  # without a head and a channel there is nothing behind it
             with fake:
-                _backward(loss)
+                run_backward(loss)
         return kept
 
     def _loss_of(self, outputs: list[Any], samples: int, fake: FakeRun, labels: list[Tensor]) -> Tensor | None:
@@ -260,11 +260,12 @@ class Simulator:
         return sum(losses[1:], losses[0]) if losses else None
 
 
-def _form(parameter: Tensor) -> Form:
+def form_of(parameter: Tensor) -> Form:
+    """Measure a parameter."""
     return Form.of(parameter.shape, parameter.element_size())
 
 
-def _backward(loss: Tensor) -> None:
+def run_backward(loss: Tensor) -> None:
     """Run the backward pass with function modes on, for sections that a model recomputes in it.
 
     ``loss.backward()`` is itself handled by the modes, which are off meanwhile.
@@ -277,7 +278,7 @@ def _backward(loss: Tensor) -> None:
         internal_query.reset(token)
 
 
-def _parts(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:
+def parts_at_peak(live: LiveBytes, kept: Sequence[Storage]) -> dict[str, int]:
     """What the peak is made of; saved is what is alive between forward and backward."""
     _, moment = live.highest()
     saved = {id(storage) for storage in kept}

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trady.cli import options
-from trady.cli.example import make_planned
 
 if TYPE_CHECKING:
-    from trady.cli.example import Planned
     from trady.planning.request import Request
+    from trady.training.models.planned import Planned
 
 
 def plan(
@@ -63,6 +62,7 @@ def plan(
     """Show what would train, what is kept, what is recomputed, and what a step takes. Nothing is allocated."""
     from trady.errors import BudgetError
     from trady.planning.budget import parse_budget
+    from trady.training.models.planned import make_planned
 
     if (budget is None) == (sweep is None):
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')

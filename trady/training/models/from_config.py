@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,21 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
         image_size = 0 if tokens else preprocessing(transformers, name, config)[1]
     vocabulary = int(config.get_text_config().vocab_size) if tokens else None
     return Skeleton(model, vocabulary, not classifies, image_size, wanted)
+
+
+def longest_text(name: str) -> int | None:
+    """Return the most tokens that a model of text takes, by its configuration; ``None`` for a model of images.
+
+    Raises:
+        ModelError: There is no such configuration.
+    """
+    transformers = import_transformers(name)
+    with quiet(transformers), hub_errors(name):
+        config = read_config(transformers, name)
+    if not hasattr(config, "vocab_size"):
+        return None
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else sys.maxsize
 
 
 def token_batch(found: Skeleton, sequences: int, length: int, seed: int) -> dict[str, torch.Tensor]:
