@@ -40,6 +40,7 @@ from trady.tuner.rank import rank
 from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
+    from trady.integrations.trainer import tune
     from trady.training import DataSplit, Result, finetune, load_data
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
@@ -51,6 +52,10 @@ def __getattr__(name: str) -> Any:
         import trady.training
 
         return getattr(trady.training, name)
+    if name == "tune":
+        from trady.integrations.trainer import tune
+
+        return tune
     raise AttributeError(f"module 'trady' has no attribute {name!r}")
 
 
@@ -92,4 +97,5 @@ __all__ = [
     "prepare",
     "rank",
     "register_policy",
+    "tune",
 ]

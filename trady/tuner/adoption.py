@@ -140,7 +140,23 @@ class Optimizers:
         shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
         self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
         self._strangers = StrangerCheck(self._compact.values(), self)
+        self._ended = False
         armed.on_forward.append(self._before_forward)
+
+    def watch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        """Be called before and after the steps of an optimizer, for as long as it has channels after the end."""
+        ours = {id(p) for p in self._compact.values()}
+
+        def given_back() -> bool:
+            return self._ended and not any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+        optimizer.register_step_pre_hook(lambda stepped, *_: None if given_back() else before(stepped))
+        optimizer.register_step_post_hook(lambda stepped, *_: None if given_back() else after(stepped))
 
     def __call__(self) -> list[torch.optim.Optimizer]:
         """Return those that are still there, in the order in which they were attached."""
@@ -208,5 +224,6 @@ class Optimizers:
 
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
+        self._ended = True
         self._shown.remove()
         self._strangers.remove()

@@ -159,8 +159,7 @@ class Tuner:
         self._armed.interceptor.recompute(moment.recomputation.segments)
         if isinstance(optimizer, UpdatesInBackward):
             optimizer.take(self._compact)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._attached.watch(optimizer, self._before_step, self._after_step)
         self._draws.apply(selection)
         return given
 
