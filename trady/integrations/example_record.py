@@ -31,7 +31,9 @@ def step_to_state(step: Step) -> State | None:
         inputs = _encoded(step.example.inputs, tensors)
     except _NoRecordError:
         return None
-    return State(tensors, {"module": step.module, "calls": step.calls, "inputs": inputs})
+    return State(
+        tensors, {"module": step.module, "calls": step.calls, "has_head": step.has_head, "inputs": inputs}
+    )
 
 
 def step_from_state(state: State, device: torch.device) -> Step:
@@ -43,7 +45,7 @@ def step_from_state(state: State, device: torch.device) -> Step:
     try:
         meta = state.meta
         inputs = _decoded(meta["inputs"], state.tensors, device)
-        return Step(str(meta["module"]), Batch(inputs), max(1, int(meta["calls"])))
+        return Step(str(meta["module"]), Batch(inputs), max(1, int(meta["calls"])), bool(meta["has_head"]))
     except (AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the example batch of the checkpoint is damaged ({error}); start the run again, or name another checkpoint"

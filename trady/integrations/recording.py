@@ -37,18 +37,20 @@ class Step:
         module: The name of the module that trains by channel; what a loss calls beside it is left to PyTorch.
         example: What its largest pass was called with.
         calls: Passes of it before a backward pass.
+        has_head: Whether that module ends in the model's head: nothing else of the model is called.
     """
 
     module: str
     example: Batch
     calls: int = 1
+    has_head: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, passes: Sequence[Pass], *, more: Sequence[Pass] = ()) -> Step:
         """Tell it from the passes of one step.
 
         The model itself, where it is called. Else the one module with the most weights among those that are called:
-        losses that call ``model.bert(…)`` and a classifier after it train the classifier whole, as any head.
+        a loss that calls ``model.bert(…)`` and a classifier after it trains the classifier whole, as any head.
 
         Args:
             model: The model.
@@ -67,7 +69,7 @@ class Step:
         chosen = "" if "" in names else max(names, key=lambda name: _weights(model.get_submodule(name)))
         ours = [each.batch for each in passes if each.module == chosen]
         larger = [each.batch for each in more if each.module == chosen]
-        return cls(chosen, max((*ours, *larger), key=lambda batch: batch.elements), len(ours))
+        return cls(chosen, max((*ours, *larger), key=lambda batch: batch.elements), len(ours), names == {chosen})
 
 
 def _weights(module: nn.Module) -> int:

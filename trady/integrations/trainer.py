@@ -9,7 +9,7 @@ a restart needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -338,7 +338,7 @@ class Tuning:
             accumulates=args.gradient_accumulation_steps > 1,
             calls_per_step=step.calls,
         )
-        if step.module and request.head == "auto":  # what the loss calls behind it is the head, and trains whole
+        if not step.has_head and request.head == "auto":  # what the loss calls behind it trains whole
             request = replace(request, head=None)
         return request
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from trady.tuner.optimizer_state import remap_state
 
 #: Attributes by which a wrapper holds the optimizer that it wraps.
 _WRAPPED = ("optimizer", "base_optimizer")
+
+#: Where the state of an optimizer says which channels it is of.
+_SIGNATURE = "trady_channels"
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -136,7 +140,9 @@ class Optimizers:
         self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
-        self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: What channels it is of, where it says so.
+        self._loaded: weakref.WeakKeyDictionary[torch.optim.Optimizer, str | None] = weakref.WeakKeyDictionary()
+        self._digest = armed.selection.digest
         shown = {f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table}
         self._shown = ShownParameters(armed.model, shown, () if armed.given is armed.model else (armed.given,))
         self._strangers = StrangerCheck(self._compact.values(), self)
@@ -184,24 +190,55 @@ class Optimizers:
             raise
         if all(known is not optimizer for known in self()):
             self._known.append(weakref.ref(optimizer))
-            loaded = self._loaded
-            optimizer.register_load_state_dict_post_hook(lambda optimizer: loaded.add(optimizer))
+            self._sign_state(optimizer)
+
+    def _sign_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the state of an optimizer say which channels it is of: momentum of others has the same shape."""
+        us = weakref.ref(self)
+
+        def sign(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if (ours := us()) is not None and not ours._ended:
+                state[_SIGNATURE] = ours._armed.selection.digest
+
+        def read(loading: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if (ours := us()) is not None and not ours._ended:
+                ours._loaded[loading] = state.pop(_SIGNATURE, None)
+
+        optimizer.register_state_dict_post_hook(sign)
+        optimizer.register_load_state_dict_pre_hook(read)
+
+    def _check_loaded(self) -> None:
+        """Refuse state of other channels than those that trained until now; it is looked at once.
+
+        Raises:
+            StateError: The tuner's state was not loaded beside the optimizer's.
+        """
+        of, self._loaded = list(self._loaded.values()), weakref.WeakKeyDictionary()
+        if any(digest is not None and digest != self._digest for digest in of):
+            raise StateError(
+                "the state that was loaded into the optimizer is of other channels than those that train now: load the "
+                "tuner's state too, tuner.load_state_dict(...); Accelerate does it in load_state after "
+                "accelerator.register_for_checkpointing(tuner)"
+            )
 
     def drawn(self, changes: Sequence[Change]) -> None:
         """Let the state follow the channels."""
+        self._check_loaded()
+        self._digest = self._armed.selection.digest
         for optimizer in self():
             for change in changes:
                 remap_state(optimizer, change)
 
     def restored(self, changes: Sequence[Change]) -> None:
         """Let the state follow channels that a checkpoint has chosen, but where it was loaded from there before."""
+        self._digest = self._armed.selection.digest
         for optimizer in self():
             for change in () if optimizer in self._loaded else changes:
                 remap_state(optimizer, change)
 
     def before_step(self) -> None:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
-        self._loaded.clear()
+        self._check_loaded()
         check_nobody_waits(self._compact, self())
         self._armed.write_back()
 
