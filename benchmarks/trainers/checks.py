@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import trady
 from benchmarks.trainers.builds import BUILDS
+from trady.analysis.head import head_parameters
 from trady.channels.selection import Selection
 
 #: What is asked of every run: the same channels to the end, so that a plain run can be told which.
@@ -37,6 +38,11 @@ FEATURES: Mapping[str, dict[str, Any]] = {
     "resume": {"save_strategy": "steps", "save_steps": 3},
     "generation": {},
     "packing": {},
+    "all at once": {
+        "gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "eval_strategy": "steps", "eval_steps": 1,
+        "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    },
 }  # fmt: skip
 
 #: Cells that are no run, and why.
@@ -47,7 +53,6 @@ LEFT_OUT: Mapping[tuple[str, str], str] = {
         for name in ("Trainer", "Trainer, two forwards", "Trainer, model.bert(…)", "RewardTrainer",
                      "SentenceTransformerTrainer")
     },
-    ("GRPOTrainer", "best model"): "it reports no evaluation loss to choose by",
 }  # fmt: skip
 
 
@@ -88,15 +93,13 @@ def cell(trainer: str, feature: str) -> Cell:
         options["packing"] = True
     if feature == "generation" and trainer == "Seq2SeqTrainer":
         options |= {"predict_with_generate": True, "eval_strategy": "epoch"}
-    if trainer in ("GRPOTrainer",) and feature in ("evaluation",):
-        options |= {"num_generations": 2}
     with tempfile.TemporaryDirectory() as folder, quiet():
         out = Path(folder)
 
         def build(name: str) -> Any:
             made = BUILDS[trainer](out / name, dict(options))
             if feature == "generation" and hasattr(made.model, "generate"):
-                made.add_callback(_Generating())
+                made.add_callback(_generating())
             return made
 
         tuned = build("tuned")
@@ -117,9 +120,7 @@ def cell(trainer: str, feature: str) -> Cell:
         compared.train()
         found = weights_of(tuned.model)
         error = max(difference(found, weights_of(compared.model)), difference(found, weights_of(whole.model)))
-        return Cell(
-            trainer, feature, error, difference(found, before), logged=logged_difference(whole, compared)
-        )  # fmt: skip
+        return Cell(trainer, feature, error, difference(found, before), logged=logged_difference(whole, compared))
 
 
 def beside(model: nn.Module, step: Any) -> list[nn.Parameter]:
@@ -146,9 +147,6 @@ def _generating() -> Any:
     return Generates()
 
 
-_Generating: Callable[[], Any] = _generating
-
-
 def mask(
     model: nn.Module, plan: trady.Plan, module: str = "", *, selection: Selection | None = None, whole: Any = ()
 ) -> None:
@@ -167,11 +165,8 @@ def mask(
         parameter.requires_grad_(False)
     for parameter in whole:
         parameter.requires_grad_(True)
-    for name in plan.head:
-        for parameter in [dict(part.named_parameters())[name]] if name in dict(part.named_parameters()) else list(
-            part.get_submodule(name).parameters()
-        ):
-            parameter.requires_grad_(True)
+    for parameter in head_parameters(part, plan.head).values():
+        parameter.requires_grad_(True)
     for layer in plan.table:
         if layer.name in chosen.channels:
             weight = part.get_parameter(layer.parameter)

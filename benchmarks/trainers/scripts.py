@@ -119,7 +119,9 @@ def lightning(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> 
 def accelerate(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> tuple[nn.Module, trady.Plan]:
     """A loop on Accelerate; on resume, what is saved in one order of the lines is loaded in another."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # one process for all cells
     adds_up = 2 if feature == "accumulation" else 1
     accelerator = Accelerator(
         cpu=True, gradient_accumulation_steps=adds_up, mixed_precision="bf16" if feature == "bf16" else "no"
@@ -175,10 +177,11 @@ def accelerate(feature: str, out: Path, plan: trady.Plan | None, again: bool) ->
 def skorch(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> tuple[nn.Module, trady.Plan]:
     """A skorch net, whose optimizer is adopted when it is there."""
     from skorch import NeuralNetClassifier
-    from skorch.callbacks import GradientNormClipping
+    from skorch.callbacks import Callback, GradientNormClipping
 
     x, y = images()
-    callbacks = [("clip", GradientNormClipping(0.05))] if feature == "clipping" else []
+    clips = feature == "clipping"
+    callbacks: list[Any] = [("clip", GradientNormClipping(0.05))] if clips and plan is not None else []
     split = None
     if feature == "evaluation":
         from skorch.dataset import ValidSplit
@@ -195,6 +198,15 @@ def skorch(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> tup
         return learner.module_, plan
     tuner = trady.prepare(learner.module_, x[:4], **ASKED)
     tuner.attach(learner.optimizer_)
+
+    class Clip(Callback):  # type: ignore[misc, unused-ignore]
+        """Its own callback clips named parameters, and channels have no names in a module."""
+
+        def on_grad_computed(self, net: Any, **_: Any) -> None:
+            nn.utils.clip_grad_norm_(net.module_.parameters(), 0.05)
+
+    if clips:
+        learner.callbacks_.append(("clip", Clip()))
     learner.partial_fit(x, y)
     made = tuner.plan
     tuner.finish()
@@ -292,4 +304,3 @@ def cell(script: str, feature: str) -> Cell:
         compared = weights_of(run(feature, out / "plain", plan, False)[0])
         error = max(difference(found, compared), difference(found, whole))
         return Cell(script, feature, error, difference(found, before))
-

@@ -31,9 +31,7 @@ def step_to_state(step: Step) -> State | None:
         inputs = _encoded(step.example.inputs, tensors)
     except _NoRecordError:
         return None
-    return State(
-        tensors, {"module": step.module, "calls": step.calls, "has_head": step.has_head, "inputs": inputs}
-    )
+    return State(tensors, {"module": step.module, "calls": step.calls, "has_head": step.has_head, "inputs": inputs})
 
 
 def step_from_state(state: State, device: torch.device) -> Step:
