@@ -181,7 +181,7 @@ def test_trainers_that_cannot_be_are_refused_before_anything_is_changed(tmp_path
             trady.tune(made, **ASKED)
         assert set(vars(made)) == names
         setattr(made.args, setting, None)
-    with pytest.raises(ModelError, match="TradyCallback, for a loop of your own trady.prepare"):
+    with pytest.raises(ModelError, match=r"TradyCallback, for a loop of your own trady\.prepare"):
         trady.tune(nn.Linear(2, 2), **ASKED)
     with pytest.raises(TrainingError, match="draws_per_epoch is 0"):
         trady.tune(made, **ASKED, draws_per_epoch=0)
@@ -207,7 +207,7 @@ def test_a_model_that_is_exchanged_while_it_trains_is_refused(tmp_path: Path) ->
     made = plain(tmp_path, {})
     trady.tune(made, **ASKED)
 
-    class Exchanges(transformers.TrainerCallback):  # type: ignore[misc]
+    class Exchanges(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             made.model = nn.Linear(2, 2)
 

@@ -1,6 +1,7 @@
-"""Other people's trainers inside a budget, feature by feature: do they end where plain training of the same tensors ends?
+"""Other people's trainers inside a budget, feature by feature: do they end where plain training ends?
 
-A cell is the largest difference of a weight (or, for resume, of a weight from the unbroken run too), or why there is none.
+A cell is the largest difference of a weight from plain training of the same tensors (for resume, from the unbroken run
+too), or why there is none.
 """
 
 from __future__ import annotations

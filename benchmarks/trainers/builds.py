@@ -114,7 +114,7 @@ def two_forwards(out: Path, options: dict[str, Any]) -> Any:
     """A loss of two forward passes, one with positional arguments: predictions are to agree without the last word."""
     import transformers
 
-    class Agreeing(transformers.Trainer):  # type: ignore[misc, name-defined]
+    class Agreeing(transformers.Trainer):  # type: ignore[misc]
         """Two passes before a backward pass."""
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
@@ -130,7 +130,7 @@ def part_of_the_model(out: Path, options: dict[str, Any]) -> Any:
     """A loss that calls ``model.bert(…)`` and the classifier, and never the model itself."""
     import transformers
 
-    class InParts(transformers.Trainer):  # type: ignore[misc, name-defined]
+    class InParts(transformers.Trainer):  # type: ignore[misc]
         """Calls parts of the model."""
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:

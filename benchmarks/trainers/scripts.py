@@ -97,11 +97,12 @@ def lightning(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> 
         callbacks.append(session)
     else:
         mask(task.net, plan)
-    options: dict[str, Any] = {
+    by_feature: dict[str, dict[str, Any]] = {
         "accumulation": {"accumulate_grad_batches": 2},
         "clipping": {"gradient_clip_val": 0.05},
         "bf16": {"precision": "bf16-mixed"},
-    }.get(feature, {})
+    }
+    options = by_feature.get(feature, {})
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=callbacks, num_sanity_val_steps=0, **options,
@@ -214,7 +215,7 @@ def skorch(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> tup
 
 
 def images_script(feature: str, out: Path, plan: trady.Plan | None, again: bool) -> tuple[nn.Module, trady.Plan]:
-    """A training script in the style of timm's and torchvision's: own loop, autocast, accumulation, a file to resume."""
+    """A script in the style of timm's and torchvision's: own loop, autocast, accumulation, a file to resume."""
     model, (x, y) = net(), images()
     if plan is not None:
         mask(model, plan)

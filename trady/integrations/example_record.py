@@ -1,8 +1,9 @@
-"""The example that a run was planned for, as a checkpoint keeps it: a resumed run is planned for the same."""
+"""What a trainer's checkpoint has from trady, and the example in it: a resumed run is planned for the same one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from trady.errors import CheckpointError
 from trady.integrations.recording import Step
 from trady.model.batch import Batch, without_memory
+from trady.training.checkpoint import Checkpoint, load_checkpoint
 from trady.training.state import State
+
+#: What a checkpoint of a trainer has from trady.
+FOLDER = "trady"
 
 #: Values that JSON has.
 _PLAIN = (bool, int, float, str, type(None))
@@ -84,3 +89,19 @@ def _decoded(record: Mapping[str, Any], tensors: Mapping[str, Tensor], device: t
         items = [_decoded(each, tensors, device) for each in content]
         return items if kind == "list" else tuple(items)
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read what trady has written beside a trainer's checkpoint.
+
+    Raises:
+        CheckpointError: There is nothing, or it is of something else.
+    """
+    if not (folder / FOLDER).is_dir():
+        raise CheckpointError(
+            f"{folder} holds no state of trady's ({FOLDER}/): it was not written by a Trainer with a budget"
+        )
+    checkpoint = load_checkpoint(folder / FOLDER)
+    if "tuner" not in checkpoint.states:
+        raise CheckpointError(f"{folder / FOLDER} is of no Trainer; name another one, or start again")
+    return checkpoint

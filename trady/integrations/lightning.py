@@ -88,6 +88,7 @@ class TradyCallback(Callback):  # type: ignore[misc, valid-type, unused-ignore]
         self._state: Mapping[str, Any] = {}
         self._loaded: Mapping[str, Any] | None = None
         self._restored: int | None = None
+        self._drawn = -1
 
     def delta(self) -> dict[str, Tensor]:
         """Collect the channels that were ever trained, and the head, as :meth:`trady.Tuner.delta`.
@@ -143,14 +144,14 @@ class TradyCallback(Callback):  # type: ignore[misc, valid-type, unused-ignore]
         elif self._drawn == trainer.current_epoch:
             return
         assert self.tuner is not None
-        self._drawn: int = trainer.current_epoch
+        self._drawn = trainer.current_epoch
         restored, self._restored = self._restored, None
         if restored == self._drawn:
             return
         if self.tuner.observation_due:
             raise TrainingError(
-                f"the policy {self._request.rule.name} measures gradients before it draws, which a callback cannot do "
-                "in Lightning's loop: choose trady, trady+ or dynamic-random, or use trady.prepare in a loop of your own"
+                f"the policy {self._request.rule.name} measures gradients before it draws, which a callback cannot do: "
+                "choose trady, trady+ or dynamic-random, or call trady.prepare in a loop of your own"
             )
         self.tuner.resample(self._drawn)
 
@@ -203,9 +204,9 @@ class TradyCallback(Callback):  # type: ignore[misc, valid-type, unused-ignore]
 
 def _seen(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Step:
     """Tell from the first batch what a training step calls; nothing is logged or changed by it."""
-    with own_randomness(), untouched(pl_module, batch), _silent(pl_module), recorded(pl_module) as passes:
-        with torch.enable_grad(), trainer.precision_plugin.forward_context():
-            pl_module.training_step(batch, batch_idx)
+    narrow = trainer.precision_plugin.forward_context
+    with own_randomness(), untouched(pl_module, batch), _silent(pl_module), recorded(pl_module) as passes, narrow():
+        pl_module.training_step(batch, batch_idx)
     return Step.of(pl_module, passes)
 
 
@@ -230,8 +231,8 @@ def _refuse(trainer: Any, pl_module: Any, *, seen: bool) -> None:
     """
     if trainer.world_size > 1:
         raise ModelError(
-            f"a memory budget does not work with the strategy {type(trainer.strategy).__name__} on {trainer.world_size} "
-            "devices, which wraps the model before a callback sees it; take devices=1"
+            f"a memory budget does not work with {type(trainer.strategy).__name__} on {trainer.world_size} devices, "
+            "which wraps the model before a callback sees it; take devices=1"
         )
     others = [each for each in trainer.callbacks if isinstance(each, TradyCallback)]
     if len(others) > 1:

@@ -6,7 +6,7 @@ is what a trainer counts. Data without indices is left alone: it may be there on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady.errors import ModelError
+from trady.errors import TrainingError
 from trady.integrations.recording import Pass, recorded
 from trady.model.python_state import PythonState
 from trady.model.untouched import untouched
@@ -38,9 +38,6 @@ def passes_of(trainer: Any, model: nn.Module, inputs: Any, items: Any, *, only_f
         inputs: What ``compute_loss`` gets.
         items: What the trainer normalises the loss by.
         only_first: Stop at the first pass.
-
-    Raises:
-        ModelError: ``compute_loss`` cannot be run once more.
     """
     attributes = dict(vars(trainer))
     roots = [value for name, value in attributes.items() if name not in _LEFT_ALONE and not isinstance(value, Tensor)]
@@ -48,16 +45,16 @@ def passes_of(trainer: Any, model: nn.Module, inputs: Any, items: Any, *, only_f
     was_training = model.training
     # A pass stopped at its first module writes to nothing.
     apart = nullcontext() if only_first else untouched(trainer.model, *roots)
-    with own_randomness(), apart, recorded(trainer.model, only_first=only_first) as passes, torch.enable_grad():
-        model.train()
-        with getattr(trainer, "compute_loss_context_manager", nullcontext)():
-            trainer.compute_loss(model, given, num_items_in_batch=items)
-    model.train(was_training)
-    if passes == [] and not torch.is_grad_enabled():
-        raise ModelError("the loop runs under torch.no_grad(): nothing can train there")
-    for name in set(vars(trainer)) - set(attributes):
-        delattr(trainer, name)
-    vars(trainer).update(attributes)
+    try:
+        with own_randomness(), apart, recorded(trainer.model, only_first=only_first) as passes, torch.enable_grad():
+            model.train()
+            with getattr(trainer, "compute_loss_context_manager", nullcontext)():
+                trainer.compute_loss(model, given, num_items_in_batch=items)
+    finally:
+        model.train(was_training)
+        for name in set(vars(trainer)) - set(attributes):
+            delattr(trainer, name)
+        vars(trainer).update(attributes)
     return passes
 
 
@@ -76,7 +73,7 @@ def longest_inputs(trainer: Any) -> list[Any]:
         lengths = list(_lengths(data, BATCHES * size))
         if not lengths or not any(lengths):
             return []
-        found = []
+        found: list[list[int]] = []
         for key in (sum, max):
             measured = [key(each) if each else 0 for each in lengths]
             chosen = sorted(range(len(measured)), key=measured.__getitem__, reverse=True)[:size]
@@ -152,13 +149,16 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, (str, list, tuple)) else 0
 
 
-def own_loss(message: Callable[[], Exception]) -> Callable[[Any, None], Tensor]:
-    """Return a loss that takes the one that a model has computed itself."""
+def own_loss(output: Any, _: None) -> Tensor:
+    """Return the loss that a model has computed itself.
 
-    def of(output: Any, _: None) -> Tensor:
-        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
-        if not isinstance(loss, Tensor) or loss.dim():
-            raise message()
-        return loss
-
-    return of
+    Raises:
+        TrainingError: It has none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise TrainingError(
+            "this policy measures gradients of the loss that the model returns, and it returns none: choose one that "
+            "measures nothing (trady, trady+, dynamic-random), or give the batches labels"
+        )
+    return loss

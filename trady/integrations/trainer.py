@@ -9,8 +9,8 @@ a restart needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -20,13 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from trady.analysis.by_hand import Wish
-from trady.errors import CheckpointError, ModelError, StateError, TrainingError
-from trady.integrations.example_record import step_from_state, step_to_state
+from trady.errors import StateError, TrainingError
+from trady.integrations.adopting import (
+    as_written,
+    largest_of_all,
+    memory_of_optimizer,
+    put_back,
+    several_processes,
+    take_up,
+)
+from trady.integrations.example_record import FOLDER, read_checkpoint, step_from_state, step_to_state
 from trady.integrations.looking import inputs_by_index, longest_inputs, own_loss, passes_of
+from trady.integrations.loop_callback import loop_callback
 from trady.integrations.recording import Step
+from trady.integrations.refusals import check_trainer, optimizer_of, refuse_wrappers
 from trady.model.batch import Batch
-from trady.model.eager import unwrap_compiled
-from trady.optim.in_backward import update_forms
 from trady.planning.budget import Budget
 from trady.planning.plan import Plan
 from trady.planning.request import Request
@@ -34,21 +42,11 @@ from trady.policies import Policy
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.records.lock import locked
-from trady.simulation.optimizer_probe import optimizer_memory
-from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
-from trady.tuner.adoption import innermost
 from trady.tuner.tuner import Tuner
-
-#: What a checkpoint of a trainer has from trady.
-FOLDER = "trady"
-#: What a trainer must have to be wrapped.
-_NEEDED = (
-    "train", "training_step", "compute_loss", "create_optimizer", "_load_from_checkpoint", "_load_best_model",
-    "_save_checkpoint", "get_train_dataloader", "add_callback", "accelerator", "args", "model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Tuning:
         for name in ("train", "training_step", "create_optimizer", "_load_from_checkpoint", "_load_best_model",
                      "_save_checkpoint"):  # fmt: skip
             self._wrap(name)
-        trainer.add_callback(_callback(self))
+        trainer.add_callback(loop_callback(self))
         trainer.trady = self
 
     def delta(self) -> dict[str, Tensor]:
@@ -220,13 +218,17 @@ class Tuning:
         trainer._prepare_inputs = prepare_inputs
 
     def _create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        if self.tuner is not None:
-            return self._trainer.optimizer
-        return self._originals["create_optimizer"](*args, **kwargs)
+        if self.tuner is None:
+            made = self._originals["create_optimizer"](*args, **kwargs)
+            if not several_processes():
+                return made
+            # DDP waits for a gradient of all that requires one when it wraps the model, which is about to happen.
+            self._armed(lambda: self._looked_ahead("several processes wrap the model before the first step"))
+        return self._trainer.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint = _read(folder)
+        checkpoint = read_checkpoint(folder)
         # On the weights that the run was started with: a policy may look at them.
         self._armed(lambda: self._kept(folder, checkpoint))
         self._originals["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
@@ -235,7 +237,7 @@ class Tuning:
     def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
         self._originals["_load_best_model"](*args, **kwargs)
         if self.tuner is not None:
-            self._restore(_read(Path(self._trainer.state.best_model_checkpoint)))
+            self._restore(read_checkpoint(Path(self._trainer.state.best_model_checkpoint)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -277,7 +279,7 @@ class Tuning:
             batches = inputs_by_index(trainer, OBSERVED_BATCHES) or [prepared]
             with self.tuner.untouched():
                 found = [passes_of(trainer, model, batch, items, only_first=True) for batch in batches]
-            self.tuner.observe([(passes[0].batch.inputs, None) for passes in found if passes], own_loss(_no_loss))
+            self.tuner.observe([(passes[0].batch.inputs, None) for passes in found if passes], own_loss)
         self.tuner.resample(self._epoch)
 
     # -- arming --------------------------------------------------------------------------------------
@@ -287,41 +289,48 @@ class Tuning:
         trainer = self._trainer
         passes = passes_of(trainer, model, prepared, items)
         further = [each for batch in longest_inputs(trainer) for each in passes_of(trainer, model, batch, None)]
-        return _largest_of_all(Step.of(trainer.model, passes, more=further))
+        return largest_of_all(Step.of(trainer.model, passes, more=further))
 
     def _kept(self, folder: Path, checkpoint: Checkpoint) -> Step:
         """What the run was planned for, as its checkpoint has kept it; else as the data shows it."""
-        trainer = self._trainer
         if "example" in checkpoint.states:
-            return step_from_state(checkpoint.states["example"], trainer.args.device)
-        batches = inputs_by_index(trainer, 1)
+            return step_from_state(checkpoint.states["example"], self._trainer.args.device)
+        return self._looked_ahead(f"{folder} does not say what the run was planned for")
+
+    def _looked_ahead(self, why: str) -> Step:
+        """Tell what a step calls before there is one.
+
+        Raises:
+            StateError: The data can be read once only.
+        """
+        batches = inputs_by_index(self._trainer, 1)
         if not batches:
-            raise CheckpointError(
-                f"{folder} does not say what the run was planned for, and the data cannot be looked at without taking "
-                "it away: pass example=, a batch as the model's forward gets it, to trady.tune"
+            raise StateError(
+                f"{why}, and the data cannot be looked at without taking it away: pass example= to trady.tune, a batch "
+                "as the model's forward gets it"
             )
-        return self._seen(trainer.model, batches[0], None)
+        return self._seen(self._trainer.model, batches[0], None)
 
     def _armed(self, step: Any) -> Tuner:
         """Arm the model for what ``step()`` tells, unless it is."""
         if self.tuner is not None:
             return self.tuner
         trainer, given = self._trainer, self._options.example
-        with _as_written(trainer.model):
+        with as_written(trainer.model):
             found = step() if given is None else Step("", Batch.of(given, trainer.model))
             model = trainer.model.get_submodule(found.module)
             if trainer.optimizer is None:
                 self._originals["create_optimizer"]()
-            optimizer = self._optimizer()
+            optimizer = optimizer_of(trainer)
             groups = [list(group["params"]) for group in optimizer.param_groups]
-            decision = self._request(found).decide(model, found.example, optimizer=_memory_of(optimizer))
+            decision = self._request(found).decide(model, found.example, optimizer=memory_of_optimizer(optimizer))
             tuner = Tuner(decision)
             try:
-                _take_up(optimizer, tuner)
+                take_up(optimizer, tuner)
                 tuner.attach(optimizer)
             except BaseException:
                 tuner.finish()
-                _put_back(optimizer, groups)
+                put_back(optimizer, groups)
                 raise
         self.tuner, self.plan, self._step, self._delta = tuner, tuner.plan, found, None
         self._given = None if self._own_optimizer else (optimizer, groups)
@@ -341,28 +350,6 @@ class Tuning:
         if not step.has_head and request.head == "auto":  # what the loss calls behind it trains whole
             request = replace(request, head=None)
         return request
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer that takes the steps.
-
-        Raises:
-            StateError: There is none, or it cannot be followed.
-        """
-        optimizer = self._trainer.optimizer
-        if optimizer is None or not hasattr(optimizer, "param_groups"):
-            raise StateError(
-                "create_optimizer() left no torch optimizer in trainer.optimizer, and trady needs it there: let it set "
-                "self.optimizer, or hand one over with optimizers=(optimizer, None)"
-            )
-        inner = innermost(optimizer)
-        asked = getattr(self._trainer.args.optim, "value", self._trainer.args.optim)
-        whole = {"rank", "update_proj_gap", "proj_type"} & {key for group in inner.param_groups for key in group}
-        if whole or type(inner).__name__ in ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo", "DummyOptim"):
-            raise TrainingError(
-                f"optim={asked!r} makes its optimizer from the whole model, and under a budget most of it does not "
-                "train: choose adamw_torch, sgd or another one over parameters"
-            )
-        return inner
 
     def _clip_together(self) -> None:
         """Clip, and log the norm of, the channels with what the trainer clips: all its versions do so by this call."""
@@ -390,146 +377,10 @@ class Tuning:
         self.tuner = None
         if self._given is None:
             return
-        _put_back(*self._given)
+        put_back(*self._given)
 
     def _restore(self, checkpoint: Checkpoint) -> int:
         state = checkpoint.states["tuner"]
         assert self.tuner is not None
         self.tuner.load_state_dict({"tensors": dict(state.tensors), "meta": dict(state.meta)})
         return checkpoint.epoch
-
-
-def _callback(session: Tuning) -> Any:
-    """Tell the session where its trainer's loop stands."""
-    from transformers import TrainerCallback
-
-    class Steps(TrainerCallback):  # type: ignore[misc]
-        """Tells a trainer's budget where the loop stands."""
-
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            session.epoch_begins(int((state.epoch or 0.0) + 1e-6))  # a whole number, but for rounding
-
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            session.drop_gradients()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            session.end_step(state.global_step, state.max_steps, state.num_train_epochs)
-
-    return Steps()
-
-
-def _read(folder: Path) -> Checkpoint:
-    """Read what trady has written beside a trainer's checkpoint.
-
-    Raises:
-        CheckpointError: There is nothing, or it is of something else.
-    """
-    if not (folder / FOLDER).is_dir():
-        raise CheckpointError(
-            f"{folder} holds no state of trady's ({FOLDER}/): it was not written by a Trainer with a budget"
-        )
-    checkpoint = load_checkpoint(folder / FOLDER)
-    if "tuner" not in checkpoint.states:
-        raise CheckpointError(f"{folder / FOLDER} is of no Trainer; name another one, or start again")
-    return checkpoint
-
-
-def _take_up(optimizer: torch.optim.Optimizer, tuner: Tuner) -> None:
-    """Add what trains and has no flag that says so: quantised weights, and layers that were named.
-
-    Matrices go to the first group, which decays in trainers, vectors to the last one.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights = dict(unwrap_compiled(tuner.model).named_parameters())
-    for name, parameter in tuner.named_parameters():
-        if id(weights.get(name.removesuffix(".channels"), parameter)) not in held:
-            optimizer.param_groups[0 if parameter.dim() > 1 else -1]["params"].append(parameter)
-
-
-def _put_back(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-    """Give an optimizer the parameters that it had; what it keeps of others goes."""
-    kept = {id(p) for group in groups for p in group}
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"][:] = parameters
-    for parameter in [p for p in optimizer.state if id(p) not in kept]:
-        del optimizer.state[parameter]
-
-
-def _memory_of(optimizer: torch.optim.Optimizer) -> Any:
-    parameters: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
-    return replace(optimizer_memory(optimizer), in_backward=update_forms([optimizer], list(parameters)))
-
-
-def _largest_of_all(step: Step) -> Step:
-    """Agree with the other processes on the largest example: all must draw the same channels."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return step
-    from trady.integrations.example_record import step_to_state
-
-    mine = step_to_state(step)
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (step.example.elements, mine))
-    largest = max(range(len(found)), key=lambda rank: found[rank][0])
-    if largest == torch.distributed.get_rank() or found[largest][1] is None:
-        return step
-    device = next((t.device for t in step.example.tensors), torch.device("cpu"))
-    return replace(step_from_state(found[largest][1], device), calls=step.calls)
-
-
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Undo Accelerate's autocast around ``forward`` while a plan is made: the plan has its own."""
-    original, patched = vars(model).get("_original_forward"), vars(model).get("forward")
-    if original is None or patched is None:
-        yield
-        return
-    model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = patched
-
-
-def _no_loss() -> Exception:
-    return TrainingError(
-        "this policy measures gradients of the loss that the model returns, and it returns none: choose one that "
-        "measures nothing (trady, trady+, dynamic-random), or give the batches labels"
-    )
-
-
-def check_trainer(trainer: Any) -> None:
-    """Refuse what is no transformers-like trainer, or has a budget already.
-
-    Raises:
-        ModelError: See :func:`refuse_wrappers`, or it is something else.
-        StateError: It has one.
-    """
-    missing = [name for name in _NEEDED if not hasattr(trainer, name)]
-    if missing:
-        raise ModelError(
-            f"a {type(trainer).__name__} is no trainer like those of transformers (it has no {missing[0]}): for "
-            "Lightning there is trady.integrations.lightning.TradyCallback, for a loop of your own trady.prepare"
-        )
-    if isinstance(vars(trainer).get("trady"), Tuning):
-        raise StateError(
-            f"this {type(trainer).__name__} has a budget already: call trady.tune once, or make another trainer"
-        )
-    refuse_wrappers(trainer)
-
-
-def refuse_wrappers(trainer: Any) -> None:
-    """Refuse what shards, compiles or disturbs what must be whole.
-
-    Raises:
-        ModelError: The message says what to take instead.
-    """
-    args = trainer.args
-    for asked, what, instead in (
-        (getattr(trainer, "is_deepspeed_enabled", False), "DeepSpeed", "plain or distributed data-parallel training"),
-        (getattr(trainer, "is_fsdp_enabled", False), "FSDP", "plain or distributed data-parallel training"),
-        (args.n_gpu > 1, "DataParallel over several GPUs", "torchrun, or CUDA_VISIBLE_DEVICES with one of them"),
-        (args.torch_compile, "torch_compile", "compiling the model after train()"),
-        (args.neftune_noise_alpha is not None, "NEFTune, whose noise cannot be planned", "dropout"),
-    ):
-        if asked:
-            raise ModelError(f"a memory budget does not work with {what}; take {instead}")
