@@ -39,7 +39,7 @@ def test_it_ends_where_plain_training_of_the_same_tensors_ends(trainer: str, fea
     assert found.error is not None
     assert found.error <= BAR
     assert found.changed is not None
-    assert found.changed > 1e-3
+    assert found.changed > 100 * BAR
     assert found.logged < 1e-4
 
 
@@ -168,7 +168,8 @@ def test_an_optimizer_that_was_handed_over_is_adopted_and_given_back(tmp_path: P
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], before, strict=True))
     assert {id(p) for p in optimizer.state} <= {id(p) for p in before}
     changed = [name for name, value in made.model.state_dict().items() if not torch.equal(value, weights[name])]
-    assert set(changed) == set(session.delta()) & set(changed) or changed
+    assert changed
+    assert session.delta()
     made.train()  # and once more, with the same one
 
 

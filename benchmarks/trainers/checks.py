@@ -81,7 +81,7 @@ class Cell:
         """Whether it trained, and ended where plain training ends."""
         if self.error is None:
             return bool(self.says)
-        return self.error <= BAR and (self.changed or 0) > 10 * BAR
+        return self.error <= BAR and (self.changed or 0) > 100 * BAR
 
 
 def cell(trainer: str, feature: str) -> Cell:
