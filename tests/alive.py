@@ -24,7 +24,7 @@ def sizes(tensors: list[Tensor]) -> dict[int, int]:
 def kept_by(tuner: trady.Tuner, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     """What a tuner and an optimizer are known to keep: compact parameters, indices, norms, snapshot, state."""
     armed = tuner._armed
-    norms = [tensor for _, both in armed.interceptor._handlers.norms._known.values() for tensor in both]
+    norms = [tensor for found in armed.interceptor._handlers.norms._known.values() for tensor in found[-1]]
     snapshot = [] if tuner._snapshot is None else tuner._snapshot.tensors
     state: list[Tensor] = []
     for values in {} if optimizer is None else optimizer.state.values():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tuned import prepared, train
 from trady.interception.armed import Change
 from trady.tuner.optimizer_state import remap_state
 
@@ -77,3 +78,34 @@ def test_state_in_blocks_of_many_channels_starts_anew() -> None:
     compact.grad = torch.full_like(compact, 2.0)
     optimizer.step()
     torch.testing.assert_close(compact.detach(), torch.full((2, 6), -0.2))  # nothing of the old momentum
+
+
+class StartsFrom(torch.optim.Optimizer):
+    """Dual averaging as MADGRAD's: a step starts from the weights as they were, not from those of now."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or not parameter.numel():
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["x0"], state["s"] = parameter.clone(), torch.zeros_like(parameter)
+                state["s"] += parameter.grad
+                parameter.copy_(state["x0"] - group["lr"] * state["s"])
+
+
+def test_state_that_is_made_of_weights_does_not_pull_channels_that_join_towards_zero() -> None:
+    tuner = prepared()
+    optimizer = tuner.attach(StartsFrom(tuner.parameters(), lr=0.0))
+    before = {name: value.clone() for name, value in tuner.model.state_dict().items() if "num_batches" not in name}
+    train(tuner, optimizer, epochs=range(4))  # with a rate of zero nothing moves
+    joined = [p for p in tuner.parameters() if optimizer.state.get(p, {}).get("x0") is not None]
+    assert joined
+    tuner.finish()
+    after = tuner.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

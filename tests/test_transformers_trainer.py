@@ -236,7 +236,7 @@ def test_gradients_do_not_add_up_from_step_to_step_and_are_clipped_together(tmp_
 
 def test_what_does_not_work_is_refused_and_says_what_does(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="TrainingArguments"):
-        trainer(tmp_path, optimizers=(torch.optim.SGD(bert().parameters(), lr=0.1), None))
+        trainer(tmp_path, optimizers=(torch.optim.SGD(bert().parameters(), lr=0.1), None)).train()
     with pytest.raises(ModelError, match="compiling the model after train"):
         trainer(tmp_path, torch_compile=True)
     with pytest.raises(TrainingError, match="draws_per_epoch is 5, and an epoch has 4 steps"):

@@ -41,6 +41,7 @@ from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
     from trady.estimates.fit import fit
+    from trady.integrations.trainer import tune
     from trady.training import DataSplit, Result, finetune, load_data
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
@@ -56,6 +57,10 @@ def __getattr__(name: str) -> Any:
         from trady.estimates.fit import fit
 
         return fit
+    if name == "tune":
+        from trady.integrations.trainer import tune
+
+        return tune
     raise AttributeError(f"module 'trady' has no attribute {name!r}")
 
 
@@ -98,4 +103,5 @@ __all__ = [
     "prepare",
     "rank",
     "register_policy",
+    "tune",
 ]

@@ -22,9 +22,9 @@ def find_head(
     Args:
         model: The model.
         trace: Its forward pass.
-        head: ``"auto"`` is the last weight layer that is called, unless its weight is used elsewhere
-            too or it is a language model's: one that scores every token read against a vocabulary is trained
-            before, like the layers below it, or it is frozen by hand. Else one or several names of modules or
+        head: ``"auto"`` is each weight layer that an output is made by and no other weight reads from, unless it is
+            used elsewhere too, frozen by hand, or a language model's: one that scores every token read against a
+            vocabulary is trained before, like the layers below it. Else one or several names of modules or
             parameters; ``None`` or an empty sequence is no head.
         frozen: Identities of the parameters that are frozen by hand.
 
@@ -45,23 +45,50 @@ def find_head(
             if is_quantized(parameter):
                 raise ModelError(f"head {name!r} cannot train: it is {stored_as(parameter)}")
         return names
-    weights = [entry for entry in trace.calls if weight_parameter(entry) is not None]
-    if not weights:
-        return ()
-    last = weight_parameter(weights[-1])
-    if last is None or id(last) in frozen or is_quantized(last) or isinstance(weights[-1].call, RecurrentCall):
-        return ()
-    if _scores_tokens(weights[-1], last, trace):
-        return ()
-    users = [entry for entry in trace.calls if any(p is last for p in entry.parameters)]
-    owners = [name for name, module in model.named_modules() if any(p is last for p in module.parameters(False))]
-    if len(users) != 1 or len(owners) != 1:
-        return ()
-    own = {id(p) for p in users[0].parameters}
-    if all(id(p) in own for p in own_parameters(model.get_submodule(owners[0]))):
-        return (owners[0],)
-    # The module has other weights too: the head is what the last call reads.
-    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
+    found: list[str] = []
+    for weight, uses in _last_layers(trace):
+        if id(weight) in frozen or is_quantized(weight) or any(isinstance(use.call, RecurrentCall) for use in uses):
+            continue
+        if any(_scores_tokens(use, weight, trace) for use in uses):
+            continue
+        owners = [name for name, module in model.named_modules() if any(p is weight for p in module.parameters(False))]
+        if len(owners) != 1:
+            continue
+        own = {id(p) for use in uses for p in use.parameters}
+        if all(id(p) in own for p in own_parameters(model.get_submodule(owners[0]))):
+            found.append(owners[0])
+        else:  # the module has other weights too: the head is what these calls read
+            found += [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    return tuple(dict.fromkeys(found))
+
+
+def _last_layers(trace: Trace) -> list[tuple[nn.Parameter, list[TracedCall]]]:
+    """The weights that an output of the model is made by, and no other weight reads from; with the calls of each.
+
+    An output that several weights have gone into since (the sum at the end of a residual network, a fused loss of many
+    parts) has no last layer. What nobody reads and nobody gets (a pooler beside the output that is used) is none.
+    """
+    bits: dict[int, int] = {}
+    weights: list[tuple[nn.Parameter, list[TracedCall]]] = []
+    made_by, read_on = [0] * len(trace.values), 0
+    for entry in trace.calls:
+        mask = 0
+        for value in entry.reads:
+            mask |= made_by[value]
+        matrices = [p for p in entry.parameters if isinstance(p, nn.Parameter) and p.dim() > 1]
+        if matrices:
+            read_on |= mask
+            mask = 0
+        for weight in matrices:
+            if id(weight) not in bits:
+                bits[id(weight)] = 1 << len(weights)
+                weights.append((weight, []))
+            mask |= bits[id(weight)]
+            weights[bits[id(weight)].bit_length() - 1][1].append(entry)
+        for value in entry.makes:
+            made_by[value] = 0 if entry.without_gradient else mask
+    outputs = {made_by[index] for index, value in enumerate(trace.values) if value.kept}
+    return [found for found in weights if bits[id(found[0])] in outputs and not bits[id(found[0])] & read_on]
 
 
 def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool:
@@ -72,11 +99,10 @@ def _scores_tokens(call: TracedCall, weight: nn.Parameter, trace: Trace) -> bool
     """
     looked_up = [entry for entry in trace.calls if name_of(entry.function) == "embedding" and entry.parameters]
     largest = max(looked_up, key=lambda entry: entry.parameters[0].numel(), default=None)
-    return (
-        largest is not None
-        and largest.parameters[0].shape == weight.shape
-        and largest.output_shape[:-1] == call.output_shape[:-1]
-    )
+    if largest is None or largest.parameters[0].shape != weight.shape:
+        return False
+    # In a loss of a custom function it may score some of the tokens, in parts.
+    return call.in_function or largest.output_shape[:-1] == call.output_shape[:-1]
 
 
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:

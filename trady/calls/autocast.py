@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from trady.calls.names import name_of
+from trady.ops.context import simulated_autocast_dtype
 
 _NARROW_NAMES = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc bmm mm baddbmm addmm addbmm
@@ -60,6 +61,14 @@ def cast(
         return args, kwargs
     converted: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(lambda leaf: _to(leaf, wanted), (args, kwargs))
     return converted
+
+
+def cast_where_simulated(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Convert the arguments of a call on fake tensors where autocast is simulated (trady.ops.context)."""
+    dtype = simulated_autocast_dtype.get()
+    return (args, kwargs) if dtype is None else cast(function, args, kwargs, dtype, device)
 
 
 def _promoted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

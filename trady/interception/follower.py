@@ -67,6 +67,8 @@ def _next_place(forward: ForwardState, function: Any, tensors: list[Tensor]) -> 
     parameters = tuple(id(p) for p in map(untransposed, tensors) if isinstance(p, nn.Parameter))
     if forward.writing is not None:
         return _next_place_in_segment(forward, plan, forward.writing, function, tensors, parameters)
+    if forward.cursor >= len(plan.steps) and not parameters:
+        return None  # a wrapper works on the output, which nothing has overwritten: Accelerate makes it float32
     if plan.decisions:
         return _next_place_or_way(forward, plan, function, parameters)
     if _is_call(plan, forward.cursor, function, parameters):

@@ -1,9 +1,8 @@
 """Routes a model's own calls to the lean operations while its forward pass runs.
 
-A function mode is pushed by a forward hook on the outermost module that is called and popped
-when it returns or raises, so that classes, keys and ``print(model)`` stay as they are. The calls are
-followed along the traced ones; where they leave the trace after something was fused or overwritten,
-the forward pass is stopped rather than computed wrongly.
+A function mode is pushed by a forward hook on the outermost module that is called and popped when it returns or raises,
+so that classes, keys and ``print(model)`` stay as they are. Calls are followed along the traced ones; where they leave
+the trace after something was fused or overwritten, the forward pass is stopped rather than computed wrongly.
 """
 
 from __future__ import annotations
@@ -392,9 +391,8 @@ class Interceptor(CallMode):
 
 
 _HANDED_OUT_FAKE = (
-    "the model handed out an activation that it had let go in the traced forward pass, and that is only computed in "
-    "the backward pass: prepare with an example that asks for it too (output_attentions=True, for instance), or pass "
-    'recompute="none" to trady.prepare'
+    "the model handed out an activation that the traced forward pass let go, and that only the backward pass computes: "
+    'prepare with an example that asks for it too (output_attentions=True), or with recompute="none"'
 )
 
 

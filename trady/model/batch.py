@@ -205,6 +205,27 @@ def _is_one_argument(given: Any, model: nn.Module) -> bool:
     return False
 
 
+def batch_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """Return what a module is called with as a batch: positional arguments beside keywords go by their names."""
+    if not kwargs:
+        return Batch(args)
+    named = _by_name(module, args)
+    return Batch((args, kwargs)) if named is None else Batch({**named, **kwargs})
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any] | None:
+    """Positional arguments under the names of a module's parameters; ``None`` where these do not say."""
+    if not args:
+        return {}
+    try:
+        parameters = list(inspect.signature(unwrap_compiled(module).forward).parameters.values())[: len(args)]
+    except (TypeError, ValueError):
+        return None
+    if len(parameters) < len(args) or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
+        return None
+    return {each.name: value for each, value in zip(parameters, args, strict=True)}
+
+
 def way_of_calling(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Tell calls of a model apart: which arguments it gets, dimensions of tensors, flags; not sizes or values."""
 

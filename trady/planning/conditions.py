@@ -14,6 +14,7 @@ from trady.channels.table import ChannelTable, Layer
 from trady.errors import BudgetError
 from trady.model.batch import Batch, PackedBatch
 from trady.model.untouched import apart
+from trady.ops.context import simulated_autocast
 from trady.planning.peaks import Case
 from trady.simulation.simulator import ExampleLoss, Simulator
 from trady.trace.forward import trace_forward
@@ -119,7 +120,8 @@ class Loop:
         table, dtype = self.analysis.table, autocast or batch.dtype_in(self.model)
         if shapes_of(batch) == self.planned.calls[0]:
             return replace(table, element_bytes=dtype.itemsize)
-        trace = trace_forward(self.model, batch, training=True)
+        with simulated_autocast(autocast):
+            trace = trace_forward(self.model, batch, training=True)
         plans, head = self.analysis.plans.training, self.analysis.head
         found = {layer.parameter: layer for layer in build_table(self.model, trace, plans, head, dtype)}
         layers = tuple(_as_found(layer, found.get(layer.parameter)) for layer in table)

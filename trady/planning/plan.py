@@ -234,7 +234,7 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     if plan.head:
         yield "always trained", f"{', '.join(plan.head)}: {format_count(plan.head_parameters)} parameters"
     else:
-        why = "the last one is shared, frozen, quantised or a language model's, or head= is empty"
+        why = "no output is of one layer, or that is shared, frozen, quantised, a language model's, or head= is empty"
         yield "always trained", f'no layer: {why}; name one as head="..."'
     yield "draws from", _pool(plan)
     if plan.held:

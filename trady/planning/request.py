@@ -16,7 +16,7 @@ from trady.errors import BudgetError, ModelError, RankingError
 from trady.evidence.measures import needs_snapshot
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
-from trady.ops.context import autocast_dtype_on
+from trady.ops.context import autocast_dtype_on, simulated_autocast
 from trady.ops.smooth import FIDELITIES
 from trady.planning.alternatives import alternatives
 from trady.planning.budget import Budget, InfeasibleBudgetError, infeasible_budget, parse_budget
@@ -160,7 +160,9 @@ class Request:
         full = size is None or size >= batch.samples
         chunk = batch if size is None or full else batch.chunk(0, size)
         head = self.head if self.plan is None else self.plan.head
-        traces = trace_modes(model, chunk)
+        narrow = self.autocast or autocast_dtype_on(batch.device_in(model) or torch.device("meta"))
+        with simulated_autocast(narrow):
+            traces = trace_modes(model, chunk)
         frozen = frozen_by_hand(model, self.train, self.freeze)
         analysis = analyse_model(model, chunk, head=head, fuse=self.fuse, traces=traces, frozen=frozen)
         if self.plan is not None and structure_digest(self.plan.table) != structure_digest(analysis.table):
@@ -169,12 +171,12 @@ class Request:
                 "make a new one with trady.plan"
             )
         recomputes = self.fuse and self.recompute != "none"
-        planner = Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner(NO_SEGMENTS, 0)
+        with simulated_autocast(narrow):
+            planner = (
+                Planner(*find_recomputable(model, chunk, analysis, traces)) if recomputes else Planner(NO_SEGMENTS, 0)
+            )
         calls, waiting = self.calls_per_step, (1 + self.batches_ahead) * batch.nbytes - chunk.nbytes
-        device = batch.device_in(model) or torch.device("meta")
-        planned = Conditions(
-            (shapes_of(chunk),) * calls, self.accumulates or not full, self.autocast or autocast_dtype_on(device)
-        )
+        planned = Conditions((shapes_of(chunk),) * calls, self.accumulates or not full, narrow)
         loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
         told = self.autocast is not None
         loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
+from trady.calls.autocast import cast_where_simulated
 from trady.calls.canonical import untransposed
 from trady.calls.kinds import Call, RecurrentCall
 from trady.calls.mode import CallMode
@@ -268,6 +269,8 @@ class _Recorder(CallMode):
             if answer.decides:
                 self.trace.decisions = (*self.trace.decisions, len(self.trace.calls))
             return answer.repeated(arguments)
+        # Some models convert what has not the type of their weights: where they run under autocast, that shows.
+        args, kwargs = cast_where_simulated(func, args, kwargs, "cpu" if self._device is None else self._device.type)
         try:
             return run_on_meta(func, args, kwargs)
         except Exception:

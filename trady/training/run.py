@@ -135,7 +135,7 @@ def finetune(
         policy: Where to update. ``full`` is plain PyTorch fine-tuning of everything, for comparison.
         ranking: A layer ranking, ``"online"`` or ``"structural"`` (:func:`trady.prepare`); without one it is the prior
             of this structure, or found online.
-        head: Modules that always train, outside the budget; ``auto`` is the last weight layer.
+        head: Modules that always train, outside the budget; ``auto`` finds the classifier.
         seed: Decides the channels, the order of the data and all other random numbers.
         warmup_epochs: Length of the warm-up; a tenth of the run by default.
         channel_clip: The gradient of a channel is scaled down to this share of the channel's own norm

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from trady.tuner.optimizer_state import remap_state
 
 #: Attributes by which a wrapper holds the optimizer that it wraps.
 _WRAPPED = ("optimizer", "base_optimizer")
+
+#: Where the state of an optimizer says which channels it is of.
+_SIGNATURE = "trady_channels"
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -137,7 +141,9 @@ class Optimizers:
         self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
-        self._loaded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: What channels it is of, where it says so.
+        self._loaded: weakref.WeakKeyDictionary[torch.optim.Optimizer, str | None] = weakref.WeakKeyDictionary()
+        self._digest = armed.selection.digest
         armed.shown.begin()
         armed.frozen.begin()
         hidden = {layer.name for layer in armed.shown.stored_otherwise}
@@ -152,8 +158,24 @@ class Optimizers:
         #: Whether a gradient has reached a channel since the first forward pass after a step, and whether one was run.
         self._arrived = self._ran = False
         self._stepped, self._warned = True, False
+        self._ended = False
         armed.on_forward.append(self._before_forward)
         armed.on_gradient.append(self._gradient_arrived)
+
+    def watch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[torch.optim.Optimizer], None],
+        after: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        """Be called before and after the steps of an optimizer, for as long as it has channels after the end."""
+        ours = {id(p) for p in self._compact.values()}
+
+        def given_back() -> bool:
+            return self._ended and not any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+        optimizer.register_step_pre_hook(lambda stepped, *_: None if given_back() else before(stepped))
+        optimizer.register_step_post_hook(lambda stepped, *_: None if given_back() else after(stepped))
 
     def __call__(self) -> list[torch.optim.Optimizer]:
         """Return those that are still there, in the order in which they were attached."""
@@ -180,8 +202,36 @@ class Optimizers:
             raise
         if all(known is not optimizer for known in self()):
             self._known.append(weakref.ref(optimizer))
-            loaded = self._loaded
-            optimizer.register_load_state_dict_post_hook(lambda optimizer: loaded.add(optimizer))
+            self._sign_state(optimizer)
+
+    def _sign_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the state of an optimizer say which channels it is of: momentum of others has the same shape."""
+        us = weakref.ref(self)
+
+        def sign(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if (ours := us()) is not None and not ours._ended:
+                state[_SIGNATURE] = ours._armed.selection.digest
+
+        def read(loading: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            if (ours := us()) is not None and not ours._ended:
+                ours._loaded[loading] = state.pop(_SIGNATURE, None)
+
+        optimizer.register_state_dict_post_hook(sign)
+        optimizer.register_load_state_dict_pre_hook(read)
+
+    def _check_loaded(self) -> None:
+        """Refuse state of other channels than those that trained until now; it is looked at once.
+
+        Raises:
+            StateError: The tuner's state was not loaded beside the optimizer's.
+        """
+        of, self._loaded = list(self._loaded.values()), weakref.WeakKeyDictionary()
+        if any(digest is not None and digest != self._digest for digest in of):
+            raise StateError(
+                "the state that was loaded into the optimizer is of other channels than those that train now: load the "
+                "tuner's state too, tuner.load_state_dict(...); Accelerate does it in load_state after "
+                "accelerator.register_for_checkpointing(tuner)"
+            )
 
     def _adopt(self, optimizer: torch.optim.Optimizer) -> None:
         compact_of = {layer.weight: layer.compact for layer in self._armed.layers.values()}
@@ -189,19 +239,22 @@ class Optimizers:
 
     def drawn(self, changes: Sequence[Change]) -> None:
         """Let the state follow the channels."""
+        self._check_loaded()
+        self._digest = self._armed.selection.digest
         for optimizer in self():
             for change in changes:
                 remap_state(optimizer, change)
 
     def restored(self, changes: Sequence[Change]) -> None:
         """Let the state follow channels that a checkpoint has chosen, but where it was loaded from there before."""
+        self._digest = self._armed.selection.digest
         for optimizer in self():
             for change in () if optimizer in self._loaded else changes:
                 remap_state(optimizer, change)
 
     def before_step(self) -> None:
         """Refuse a step while channels have a gradient that nobody will use; start from a checkpoint just loaded."""
-        self._loaded.clear()
+        self._check_loaded()
         self._armed.shown.check_not_asked()
         for optimizer in self():
             if any(id(p) in self._weights for group in optimizer.param_groups for p in group["params"]):
@@ -252,5 +305,6 @@ class Optimizers:
 
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
+        self._ended = True
         self._shown.remove()
         self._strangers.remove()

@@ -7,7 +7,6 @@ of shapes. Anything else is simulated once; if it does not fit, fewer channels t
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 import weakref
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.channels.selection import Selection
 from trady.errors import ModelError, TradyError, TradyWarning
 from trady.interception.armed import Armed
-from trady.model.batch import Batch
+from trady.model.batch import Batch, batch_of_call
 from trady.model.untouched import apart
 from trady.ops.context import autocast_dtype_on
 from trady.planning.budget import InfeasibleBudgetError, StepTooLargeError
@@ -90,20 +89,6 @@ def _let_go(leaf: Any) -> Any:
     return _Input(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _batch_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """Return what a module is called with as a batch: positional arguments beside keywords go by their names."""
-    if not kwargs:
-        return Batch(args)
-    named: dict[str, Any] = {}
-    if args:
-        parameters = list(inspect.signature(module.forward).parameters.values())[: len(args)]
-        if len(parameters) == len(args) and all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters):
-            named = {each.name: value for each, value in zip(parameters, args, strict=True)}
-        else:
-            return Batch((args, kwargs))
-    return Batch({**named, **kwargs})
-
-
 class Guard:
     """Looks at the forward passes of one tuner.
 
@@ -154,7 +139,7 @@ class Guard:
             return
         if self._armed.selection is not self._draws.selection:  # channels are being measured
             return
-        self._now = batch = _batch_of(module, args, kwargs)
+        self._now = batch = batch_of_call(module, args, kwargs)
         before, loop = self._still_open(), self._draws.decision.loop
         if not batch.tensors or (device := batch.device_in(module)) is None:
             return

@@ -28,7 +28,12 @@ _SECOND_MOMENTS = {
     "step_size",
     "exp_avg_sq_row",
     "exp_avg_sq_col",
+    "grad_sum_sq",
 }
+
+#: State that is made of weights: MADGRAD's starting point, the iterate of schedule-free optimizers, Lookahead's slow
+#: weights. A channel that joins starts from where it is, and is not pulled towards zero.
+_WEIGHTS = {"x0", "z", "slow_buffer", "slow_param"}
 
 #: The dimension, from the end, that a factored second moment is a mean over: torch keeps it, of size 1, and
 #: transformers leaves it out.
@@ -64,7 +69,18 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
             if value.shape[dim] == before and dim != averaged and not stayed:
                 value = rearranged(value, sources, dim, mean=name in _SECOND_MOMENTS)
+        if name in _WEIGHTS and value.shape == change.compact.shape:
+            value = _from_weights(value, change)
         state[name] = value.squeeze(averaged) if left_out else value
+
+
+def _from_weights(value: Tensor, change: Change) -> Tensor:
+    """Put the weights of the channels that joined in their place in a state that is made of weights."""
+    made, weights = value.clone(), change.compact.detach().to(value.dtype)
+    for dim, (sources, _) in enumerate(change.moves):
+        joined = numbers_on(value.device, np.flatnonzero(sources < 0))
+        made.index_copy_(dim, joined, weights.index_select(dim, joined))
+    return made
 
 
 def _follows(name: str, value: object, compact: nn.Parameter) -> bool:

@@ -53,8 +53,9 @@ def prepare(
         ranking: Which layers are worth updating. Without one: the prior of this structure
             (:mod:`trady.ranking.priors`), or else what ``"online"`` asks for, to learn it in the first epoch, from
             the gradients that training computes anyway. ``"structural"`` guesses it from the layers' shapes.
-        head: Modules that are always trained, outside the budget; ``"auto"`` is the last weight layer, unless it is a
-            language model's, which was trained before (:func:`trady.analysis.head.find_head`).
+        head: Modules that are always trained, outside the budget; ``"auto"`` is each weight layer that an output is
+            made by and no other weight reads from, unless it is a language model's, which was trained before
+            (:func:`trady.analysis.head.find_head`). The plan says which were found.
         seed: Seed of the draws.
         plan: A plan made before for a model of this structure: its budget, policy, pool, head and seed hold.
         fuse: Compute neighbouring calls together and overwrite what nobody reads again. Turn it off for a

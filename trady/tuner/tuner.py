@@ -99,7 +99,7 @@ class Tuner:
     @property
     def micro_batch(self) -> int | None:
         """Samples that a forward and backward pass is to take at a time; ``None`` is the full batch."""
-        return self._decision.micro_batch
+        return self._draws.decision.micro_batch
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what an optimizer should get: ``<weight>.channels`` of every layer, then the head's parameters.
@@ -115,16 +115,13 @@ class Tuner:
         """Yield the parameters of :meth:`named_parameters`."""
         return (each for _, each in self.named_parameters())
 
-    @property
-    def _decision(self) -> Decision:
-        return self._draws.decision
-
+    _decision = property(lambda self: self._draws.decision)
     _examined = property(lambda self: self._decision.analysis)
     _compact = property(lambda self: [armed.compact for armed in self._armed.layers.values()])
 
     def cost(self) -> Cost:
         """Account for the channels that train now."""
-        return self._decision.cost(self._draws.moment, self._draws.selection)
+        return self._draws.decision.cost(self._draws.moment, self._draws.selection)
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -160,8 +157,7 @@ class Tuner:
         self._armed.interceptor.recompute(moment.recomputation.segments)
         if isinstance(optimizer, UpdatesInBackward):
             optimizer.take(self._compact)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._attached.watch(optimizer, self._before_step, self._after_step)
         self._draws.apply(selection)
         return given
 
