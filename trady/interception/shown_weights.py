@@ -50,7 +50,8 @@ class ShownWeights:
             (self._layers if isinstance(layer.truth, DenseWeight) else self.stored_otherwise).append(layer)
         self._begun = self._shown = False
         self._asked: str | None = None
-        self._hooks_before: list[tuple[Any, Any]] = []
+        #: Gradient and hooks of each weight, from before it was shown.
+        self._before: list[tuple[Tensor | None, Any, Any]] = []
         self._handles: list[Any] = []
 
     def begin(self) -> None:
@@ -59,11 +60,10 @@ class ShownWeights:
         _layers.update((id(layer.weight), layer) for layer in self._layers)
         for layer in self._layers:
             weight: Any = layer.weight
-            if weight.grad is not None:
-                _gradients_before[id(weight)], weight.grad = weight.grad, None
-            self._hooks_before.append((weight._backward_hooks, weight._post_accumulate_grad_hooks))
+            self._before.append((weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks))
+            weight.grad = None
         self.show()
-        for layer, (hooks, after) in zip(self._layers, self._hooks_before, strict=True):
+        for layer, (_, hooks, after) in zip(self._layers, self._before, strict=True):
             self._handles += [layer.weight.register_hook(_while_there(hooks, key)) for key in hooks or ()]
             see: Any = layer.weight.register_post_accumulate_grad_hook
             self._handles += [see(_while_there(after, key)) for key in after or ()]
@@ -132,21 +132,16 @@ class ShownWeights:
             handle.remove()
         self._handles = []
         # PyTorch has dropped these when the weights became functions of their channels.
-        for layer, (hooks, after) in zip(self._layers, self._hooks_before, strict=False):
+        for layer, (gradient, hooks, after) in zip(self._layers, self._before, strict=False):
             weight: Any = layer.weight
-            weight._backward_hooks, weight._post_accumulate_grad_hooks = hooks, after
-            if (gradient := _gradients_before.pop(id(weight), None)) is not None:
-                weight.grad = gradient
-        self._hooks_before = []
+            weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks = gradient, hooks, after
+        self._before = []
         for layer in self._layers:
             _layers.pop(id(layer.weight), None)
 
 
 #: By the identity of a weight, what shows its gradient to somebody.
 _gradients: weakref.WeakValueDictionary[int, ChannelGradient] = weakref.WeakValueDictionary()
-
-#: By the identity of a weight, a gradient that it had before it was shown.
-_gradients_before: dict[int, Tensor] = {}
 
 #: What the class of a shown weight hides, as it is for PyTorch.
 _RETAINS: Any = torch.Tensor.retains_grad
@@ -254,10 +249,7 @@ class _Shown:
     @property
     def grad(self) -> Tensor | None:
         layer = _layer_of(self)
-        if layer is None:
-            return self.grad
-        found = _same(layer, layer.compact.grad)
-        return _gradients_before.get(id(self)) if found is None else found
+        return self.grad if layer is None else _same(layer, layer.compact.grad)
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:
@@ -266,8 +258,6 @@ class _Shown:
             self.grad = gradient
         else:
             layer.compact.grad = _of_channels(layer, gradient)
-            if gradient is None:
-                _gradients_before.pop(id(self), None)
 
     @grad.deleter
     def grad(self) -> None:
