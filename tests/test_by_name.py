@@ -84,6 +84,7 @@ def test_the_gradient_of_a_weight_is_the_masked_one_in_its_shape(
     for layer, weight in trained(model, tuner).items():
         gradient = weight.grad
         assert isinstance(gradient, ChannelGradient)
+        assert weight.grad is gradient
         assert gradient.shape == weight.shape
         assert gradient.stride() == weight.stride()
         assert torch.equal(gradient.dense(), whole(tuner, layer, weight))
@@ -328,6 +329,36 @@ def test_a_frozen_parameter_that_is_unfrozen_by_name_is_refused() -> None:
     tuner.finish()
 
 
+def test_a_gradient_from_before_a_model_was_prepared_is_put_aside() -> None:
+    model = seeded(Residual)
+    loss(model).backward()
+    before = {name: p.grad for name, p in model.named_parameters()}
+    tuner = trady.prepare(model, X, budget="elements:900", policy="static-random")
+    assert all(p.grad is None for p in trained(model, tuner).values())
+    loss(model).backward()
+    tuner.finish()
+    assert all(p.grad is before[name] for name, p in model.named_parameters())
+
+
+def test_hooks_from_before_a_model_was_prepared_see_gradients_and_stay() -> None:
+    model, seen = seeded(Residual), []
+    names = {id(p): name for name, p in model.named_parameters()}
+    handles = [p.register_hook(lambda g: seen.append(g.shape)) for p in model.parameters()]
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(names[id(p)]))
+    tuner = trady.prepare(model, X, budget="elements:900", policy="static-random")
+    loss(model).backward()
+    first = next(iter(trained(model, tuner).values()))
+    assert first.shape in seen
+    assert names[id(first)] in seen
+    handles[0].remove()
+    tuner.finish()
+    seen.clear()
+    model.zero_grad()
+    loss(model).backward()
+    assert len(seen) == 2 * len(handles) - 1
+
+
 def test_an_unselected_layer_trains_by_name_and_has_no_gradient() -> None:
     model, tuner = start(budget="elements:200")
     others = [layer for layer in tuner.plan.table if layer.name not in tuner.selection]
@@ -379,7 +410,6 @@ def test_a_plan_and_a_measurement_leave_gradients_as_they_are() -> None:
     before = {name: gradient.clone() for name, gradient in held.items() if gradient is not None}
     assert before
     assert tuner.plan.table
-    tuner.attach(torch.optim.Adam(model.parameters(), lr=1e-4))
     with tuner.untouched(), torch.no_grad():
         model(X)
     for name, gradient in before.items():

@@ -50,12 +50,23 @@ class ShownWeights:
             (self._layers if isinstance(layer.truth, DenseWeight) else self.stored_otherwise).append(layer)
         self._begun = self._shown = False
         self._asked: str | None = None
+        #: Gradient and hooks of each weight, from before it was shown.
+        self._before: list[tuple[Tensor | None, Any, Any]] = []
+        self._handles: list[Any] = []
 
     def begin(self) -> None:
         """Show the weights from now on."""
         self._begun = True
         _layers.update((id(layer.weight), layer) for layer in self._layers)
+        for layer in self._layers:
+            weight: Any = layer.weight
+            self._before.append((weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks))
+            weight.grad = None
         self.show()
+        for layer, (_, hooks, after) in zip(self._layers, self._before, strict=True):
+            self._handles += [layer.weight.register_hook(_while_there(hooks, key)) for key in hooks or ()]
+            see: Any = layer.weight.register_post_accumulate_grad_hook
+            self._handles += [see(_while_there(after, key)) for key in after or ()]
 
     def show(self) -> None:
         """Let the weights be parameters that train, now that no forward pass runs."""
@@ -117,9 +128,20 @@ class ShownWeights:
         """Give the weights back as they were."""
         self.hide()
         self._begun = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        # PyTorch has dropped these when the weights became functions of their channels.
+        for layer, (gradient, hooks, after) in zip(self._layers, self._before, strict=False):
+            weight: Any = layer.weight
+            weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks = gradient, hooks, after
+        self._before = []
         for layer in self._layers:
             _layers.pop(id(layer.weight), None)
 
+
+#: By the identity of a weight, what shows its gradient to somebody.
+_gradients: weakref.WeakValueDictionary[int, ChannelGradient] = weakref.WeakValueDictionary()
 
 #: What the class of a shown weight hides, as it is for PyTorch.
 _RETAINS: Any = torch.Tensor.retains_grad
@@ -181,6 +203,21 @@ def _in_shape(layer: ArmedLayer, values: Tensor | None) -> ChannelGradient | Non
     return None if values is None or layer.selected is None else ChannelGradient(values, _channels(layer))
 
 
+def _while_there(hooks: Any, key: int) -> Callable[[Any], Any]:
+    """A hook that was registered before a weight was shown, until its handle is removed."""
+    return lambda value: hooks[key](value) if key in hooks else None
+
+
+def _same(layer: ArmedLayer, values: Tensor | None) -> ChannelGradient | None:
+    """The gradient of a weight, the same object as long as somebody holds it."""
+    shown = _gradients.get(id(layer.weight))
+    if shown is None or shown.held is not values or shown.channels.selected is not layer.selected:
+        shown = _in_shape(layer, values)
+        if shown is not None:
+            _gradients[id(layer.weight)] = shown
+    return shown
+
+
 def _of_channels(layer: ArmedLayer, gradient: Tensor | None) -> Tensor | None:
     """A gradient of the weight as one of the channels."""
     if gradient is None or layer.selected is None:
@@ -212,7 +249,7 @@ class _Shown:
     @property
     def grad(self) -> Tensor | None:
         layer = _layer_of(self)
-        return self.grad if layer is None else _in_shape(layer, layer.compact.grad)
+        return self.grad if layer is None else _same(layer, layer.compact.grad)
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:
