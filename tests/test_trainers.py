@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,3 +218,33 @@ def test_a_model_that_is_exchanged_while_it_trains_is_refused(tmp_path: Path) ->
     made.add_callback(Exchanges())
     with pytest.raises(StateError, match=r"trainer\.model is another one"):
         made.train()
+
+
+_WORKER = """
+import os, sys, torch, trady
+from pathlib import Path
+from benchmarks.trainers.builds import plain
+from benchmarks.trainers.checks import ASKED, weights_of
+out = Path(sys.argv[1])
+made = plain(out, {"num_train_epochs": 1, "ddp_backend": "gloo", "per_device_train_batch_size": 2})
+before = weights_of(made.model)
+session = trady.tune(made, **ASKED, recompute="none")
+made.train()
+torch.save((before, weights_of(made.model)), out / f"rank{os.environ['RANK']}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_plan_before_ddp_wraps_the_model_and_end_alike(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(_WORKER)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (before, one), (_, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert any(not torch.equal(value, before[name]) for name, value in one.items())
