@@ -440,9 +440,9 @@ def gradient_errors(
             wanted = channels_of(grads[layer.parameter], layer, channels, tuner.selection.outputs.get(name))
             errors[name] = relative_error(named[f"{layer.parameter}.channels"].grad, wanted)
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in named:
                 errors[name] = relative_error(parameter.grad, grads[name])
-            else:
+            elif not parameter.requires_grad:
                 assert parameter.grad is None, name
     finally:
         tuner.finish()
