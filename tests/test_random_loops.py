@@ -22,6 +22,12 @@ def test_what_the_first_step_leaves_behind_is_in_the_peak_of_the_next() -> None:
     assert run_one(combination).status == "kept"
 
 
+def test_a_policy_that_keeps_what_was_trained_refuses_a_larger_batch_rather_than_exceed_its_budget() -> None:
+    outcome = run_one(draw(295, seed=0))
+    assert (outcome.combination.policy, outcome.combination.loop) == ("velocity", "a larger last batch")
+    assert outcome.status == "refused", outcome
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_kind_of_loop_keeps_its_budget(loop: str) -> None:
     combination = Combination(

@@ -279,7 +279,9 @@ class Guard:
         if decision.over_budget == "warn":
             self._warn(remedy, f"{takes}. {remedy}")
             return
-        if decision.over_budget == "refuse" or len(batches) > 1 or (processes() > 1 and not self._planned(conditions)):
+        # What was trained is kept to compare with: other channels would come on top of it.
+        fixed = len(batches) > 1 or decision.needs_snapshot or (processes() > 1 and not self._planned(conditions))
+        if decision.over_budget == "refuse" or fixed:
             raise StepTooLargeError(f"{takes}. {remedy}")
         allowing = decision.allowing(found)
         before = self._draws.selection
