@@ -240,9 +240,13 @@ def test_two_processes_plan_before_ddp_wraps_the_model_and_end_alike(tmp_path: P
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+        [*command, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (before, one), (_, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
