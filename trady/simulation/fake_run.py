@@ -182,7 +182,9 @@ def _attention(
 ) -> Tensor:
     """Attend as the real device would: its fused kernel keeps no attention matrix, the plain formula does."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if device.type == "cpu":
+    # The fused kernel gives a mask no gradient: one that trains (Swin's positions) is computed with the plain formula.
+    trains = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if device.type == "cpu" and not trains:
         with _disable_current_modes(), torch.no_grad():
             real = [None if t is None else _thin(t) for t in (query, key, value, attn_mask)]
             choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, **options)  # type: ignore[call-arg, arg-type]
