@@ -150,7 +150,7 @@ def test_evaluation_is_a_pass_without_gradients_beside_the_optimizers_state() ->
 # What fits
 
 
-@pytest.mark.parametrize("method", ["full", "lora-checkpoint", "trady"])
+@pytest.mark.parametrize("method", ["full", "lora-checkpoint"])
 def test_what_is_found_fits_and_one_more_does_not(method: str) -> None:
     installed(method)
     task, memory = llama(), 6 * 2**20

@@ -185,6 +185,9 @@ def _attention(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    # On the CPU the fused kernel gives a mask no gradient: one that trains (Swin's positions) takes the plain formula.
+    if device.type == "cpu" and attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     choice = _fused_choice(device, (query, key, value, attn_mask), dropout_p, is_causal, options)
     if choice != SDPBackend.MATH and attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernel's own copy
