@@ -75,6 +75,11 @@ def constant(weight: Tensor) -> Tensor:
     return weight.detach() if weight.requires_grad else weight
 
 
+def is_plain(parameter: Tensor) -> bool:
+    """Whether this is a parameter of PyTorch's own class, also while a tuner shows it as one of a class above that."""
+    return nn.Parameter in type(parameter).__mro__[:3:2]
+
+
 def refuse_trained(*parameters: Tensor | None) -> None:
     """Refuse parameters that were made trainable after the model had been prepared.
 

@@ -371,10 +371,9 @@ class Interceptor(CallMode):
         action = action_at(forward, place)
         out = self._handlers.compute(func, args, kwargs, action, commit=forward.commit)
         if place is not None and forward.plan is not None and forward.places is not None:
-            bound = None
-            if place not in forward.plan.decisions:
-                bound = bind(func, args, kwargs, forward.plan, place, self._handlers, self._commit)
-            forward.places[place] = bound
+            decided = place in forward.plan.decisions
+            rest = (func, args, kwargs, forward.plan, place, self._handlers, self._commit)
+            forward.places[place] = None if decided else bind(*rest)
         return out
 
     def _commit(self) -> None:
@@ -386,12 +385,12 @@ class Interceptor(CallMode):
         segment = segment_at(forward, place)
         if segment is None or forward.plan is None:
             return None
-        before = self._programs.get(id(segment))
-        return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, before)
+        known = self._programs.get(id(segment))
+        return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, known)
 
 
 _HANDED_OUT_FAKE = (
-    "the model handed out an activation that the traced forward pass let go, and that only the backward pass computes: "
+    "the model handed out an activation that the traced forward pass let go: "
     'prepare with an example that asks for it too (output_attentions=True), or with recompute="none"'
 )
 

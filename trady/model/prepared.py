@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from torch import Tensor, nn
+from torch import nn
 
 from trady.errors import StateError
 
@@ -21,11 +21,6 @@ def plain_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
     """The class that a parameter had before a tuner gave it one, made of what it adds and of this class."""
     found: type[nn.Parameter] = kind.__mro__[2]
     return found
-
-
-def is_plain(parameter: Tensor) -> bool:
-    """Whether this is a parameter of PyTorch's own class, or was before a tuner gave it one."""
-    return nn.Parameter in type(parameter).__mro__[:3:2]
 
 
 def refuse_prepared(model: nn.Module) -> None:

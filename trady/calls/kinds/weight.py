@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
-from trady.calls.handling import Handling, TrainedLayer, any_trains, constant, labelled, refuse_trained
+from trady.calls.handling import Handling, TrainedLayer, any_trains, constant, is_plain, labelled, refuse_trained
 from trady.calls.kind import Bound, Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
-from trady.model.prepared import is_plain
 from trady.ops.context import autocast_dtype
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Convolution, Linear
