@@ -76,7 +76,7 @@ def test_the_backbone_of_a_model_can_be_prepared_with_the_optimizer_of_all_of_it
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             found = self.boxes(self.backbone(x))
-            return found[found > 0].sum() if float(found.max()) > 0 else found.sum()
+            return found[found > 0].sum() if float(found.detach().max()) > 0 else found.sum()
 
     model = seeded(Detector)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trady.ops.parameter_class import is_parameter_class
+
 #: ``x @ weight``, in all forms.
 PRODUCTS = frozenset([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__])
 
@@ -38,7 +40,7 @@ SIZED = frozenset(
 
 def transposes_weight(function: Any, args: tuple[Any, ...]) -> bool:
     """Whether a call transposes a weight: what is done with the view afterwards says what it is for."""
-    return function in _TRANSPOSITIONS and bool(args) and type(args[0]) is nn.Parameter and args[0].dim() == 2
+    return function in _TRANSPOSITIONS and bool(args) and is_parameter_class(type(args[0])) and args[0].dim() == 2
 
 
 def transposed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

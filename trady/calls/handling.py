@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trady.calls.actions import Action
 from trady.errors import ModelError
 from trady.ops.context import current_operation
 from trady.ops.frozen_norm import FrozenNorm
+from trady.ops.parameter_class import is_parameter_class
 from trady.ops.selected import DenseWeight, SelectedChannels
 from trady.quantized.linear import QuantizedLinear
 
@@ -75,11 +76,6 @@ def constant(weight: Tensor) -> Tensor:
     return weight.detach() if weight.requires_grad else weight
 
 
-def is_plain(parameter: Tensor) -> bool:
-    """Whether this is a parameter of PyTorch's own class, also while a tuner shows it as one of a class above that."""
-    return nn.Parameter in type(parameter).__mro__[:3:2]
-
-
 def refuse_trained(*parameters: Tensor | None) -> None:
     """Refuse parameters that were made trainable after the model had been prepared.
 
@@ -114,4 +110,6 @@ class labelled:  # noqa: N801 - a context manager, which a class makes cheaper t
 
 def may_be_overwritten(x: Tensor) -> bool:
     """Whether a plain tensor shares its memory with none, so that a model may ask to overwrite it."""
-    return type(x) in (Tensor, nn.Parameter) and not x._is_view() and not (x.is_leaf and x.requires_grad)
+    return (
+        (type(x) is Tensor or is_parameter_class(type(x))) and not x._is_view() and not (x.is_leaf and x.requires_grad)
+    )

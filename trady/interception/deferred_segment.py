@@ -13,15 +13,17 @@ from trady.analysis.fusion import Step
 from trady.analysis.segments import Segment
 from trady.calls.canonical import canonical
 from trady.calls.kind import Keeps
-from trady.calls.kinds import LossCall, WeightCall
+from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import kind_of, recognize
 from trady.interception.handlers import Handlers
 from trady.interception.program import Program
 from trady.interception.repeated import RepeatedProgram
 from trady.interception.runner import Runner
+from trady.interception.written import WrittenWeight
 from trady.model.batch import tensors_among
 from trady.ops.context import autocast_dtype_on, real_type
+from trady.ops.operators import Linear
 from trady.ops.recompute import Chunk, Recipe, recomputed
 from trady.ops.selected import SelectedChannels
 
@@ -114,7 +116,8 @@ class DeferredSegment:
         if index == 0:
             program.autocast = _autocast_of(args)
         if isinstance(call, WeightCall) and isinstance(call.weight, nn.Parameter):
-            program.weights[index] = call
+            linear = isinstance(call.operator, Linear) and not isinstance(call, RecurrentCall)
+            program.weights[index] = WrittenWeight(call.weight, linear)
         if call is not None and kind_of(call).keeps(call) is not Keeps.NOTHING:
             program.keeping.add(index)
         program.loss = (True, call.mean) if isinstance(call, LossCall) else (False, False)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trady.model.prepared import plain_class
+from trady.ops.parameter_class import note_class
 
 #: Identities of frozen parameters whose flag was set to false since.
 _set_to_false: set[int] = set()
@@ -89,4 +90,5 @@ def _frozen_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
     made: type[nn.Parameter] = metaclass(
         kind.__name__, (_Frozen, kind), {"__slots__": (), "__module__": kind.__module__}
     )
+    note_class(made, kind)
     return made

@@ -65,7 +65,8 @@ class ArmedLayer:
         )
         self.leaf: Tensor | None = None
         self.selected: SelectedChannels | None = None
-        self._written, self._bits = self._versions, torch.zeros(())
+        self._written = self._versions
+        self._bits: int | Tensor = 0
 
     @property
     def _versions(self) -> tuple[int, int]:
@@ -153,7 +154,7 @@ class ArmedLayer:
             mine, now = compact[rows], truth.read(selected) if whole else truth.gather(selected, rows)
             if torch.equal(mine, now):
                 continue
-            if not followed and bool(_bits(compact) != self._bits):
+            if not followed and int(_bits(compact)) != self._bits:
                 truth.scatter_(selected, compact)
                 self._written = self._versions
                 self.note()
@@ -176,7 +177,9 @@ class ArmedLayer:
         """Remember the bits of the compact parameter: they are those of the weight."""
         if self.selected is not None and isinstance(self.truth, DenseWeight):
             found = _bits(self.compact.detach())
-            if self._bits.device == found.device and self._bits.dtype == found.dtype:
+            if found.device.type == "cpu":
+                self._bits = int(found)
+            elif isinstance(self._bits, Tensor) and self._bits.device == found.device:
                 self._bits.copy_(found)  # a recorded graph reads it where it was
             else:
                 self._bits = found

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trady.analysis.fusion import FusionPlan
 from trady.calls.actions import Action, Done, Leave
@@ -22,6 +22,7 @@ from trady.calls.kind import Bound
 from trady.calls.kinds.smooth import SMOOTH
 from trady.calls.recognize import kind_of, may_be_recognized, recognize
 from trady.interception.handlers import Handlers
+from trady.ops.parameter_class import is_parameter_class
 from trady.trace.batch_counters import READS_ONE
 
 #: Types of arguments that hold no tensor.
@@ -95,7 +96,7 @@ def parameters_among(args: Iterable[Any]) -> list[int] | None:
         kind = type(value)
         if kind is Tensor or kind in SCALARS:
             continue
-        if kind is nn.Parameter:
+        if is_parameter_class(kind):
             found.append(id(value))
         elif kind is list or kind is tuple:
             inside = parameters_among(value)

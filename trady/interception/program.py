@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_iter, tree_map
 from trady.analysis.sample_axes import CallSamples
 from trady.calls.autocast import cast
 from trady.calls.canonical import untransposed
-from trady.calls.kinds import WeightCall
 from trady.calls.recognize import run_on_meta
-from trady.interception.written import Entry, Input, Sizes, Slot
+from trady.interception.written import Entry, Input, Sizes, Slot, WrittenWeight
 from trady.model.batch import tensors_among, without_memory
 from trady.model.structure import is_sparse
 from trady.ops.context import autocast_dtype_on, real_type
@@ -80,7 +79,7 @@ class Program:
         self.parameters: dict[int, nn.Parameter] = {}
         self.devices: list[torch.device] = []
         self.autocast: torch.dtype | None = None
-        self.weights: dict[int, WeightCall] = {}
+        self.weights: dict[int, WrittenWeight] = {}
         self.keeping: set[int] = set()
         self.loss: tuple[bool, bool] = False, False
         self.draws = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trady.calls.actions import Action, InPlace, WithLayer
 from trady.calls.kind import Bound
-from trady.calls.kinds import LossCall, RecurrentCall
+from trady.calls.kinds import LossCall
 from trady.calls.names import BACKWARD_READS_NOTHING, in_place, name_of
 from trady.calls.recognize import recognize
 from trady.interception.flat_program import FlatProgram
@@ -19,7 +19,6 @@ from trady.interception.handlers import Handlers
 from trady.interception.places import bound_call
 from trady.interception.program import Program
 from trady.interception.written import Entry, Slot
-from trady.ops.operators import Linear
 from trady.ops.recompute import Chunk
 
 
@@ -96,14 +95,13 @@ def _without_values(program: Program, trained: frozenset[int], actions: list[Act
     found: set[int] = set()
     for index in reversed(range(len(program.entries))):
         entry = program.entries[index]
-        call = program.weights.get(index)
+        layer = program.weights.get(index)
         value_needed = any(slot in needed for slot in entry.outputs)
-        linear = call is not None and isinstance(call.operator, Linear) and not _computes_more(actions[index])
-        linear = linear and not isinstance(call, RecurrentCall)
-        if linear and call is not None and not call.weight.requires_grad:
+        linear = layer is not None and layer.linear and not _computes_more(actions[index])
+        if linear and layer is not None and not layer.weight.requires_grad:
             if not value_needed:
                 found.add(index)
-            if id(call.weight) in trained:
+            if id(layer.weight) in trained:
                 needed.update(entry.reads)
         elif value_needed or index in program.keeping or name_of(entry.function) not in BACKWARD_READS_NOTHING:
             needed.update(entry.reads)
@@ -127,8 +125,9 @@ def _scores_are_read_by_the_loss_alone(program: Program, actions: list[Action | 
             return False
         maker = program.entries[makers[0]]
         if makers[0] in program.weights:
-            linear = isinstance(program.weights[makers[0]].operator, Linear)
-            return linear and len(maker.outputs) == 1 and not _computes_more(actions[makers[0]])
+            return (
+                program.weights[makers[0]].linear and len(maker.outputs) == 1 and not _computes_more(actions[makers[0]])
+            )
         if name_of(maker.function) not in _SHOWS_THE_SAME or len(maker.outputs) != 1 or len(maker.reads) != 1:
             return False
         scores = tuple(Slot(read) for read in maker.reads)

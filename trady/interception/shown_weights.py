@@ -29,6 +29,7 @@ from trady.errors import StateError
 from trady.interception.layer import ArmedLayer
 from trady.model.prepared import plain_class
 from trady.ops.channel_gradient import ChannelGradient, WeightChannels
+from trady.ops.parameter_class import note_class
 from trady.ops.selected import DenseWeight
 
 #: By the identity of a weight, its layer.
@@ -339,4 +340,5 @@ def _shown_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
     made: type[nn.Parameter] = metaclass(
         kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__}
     )
+    note_class(made, kind)
     return made

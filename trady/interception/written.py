@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from trady.ops.sample_axis import SampleAxis
+
+
+@dataclass(frozen=True)
+class WrittenWeight:
+    """A weight layer of a program, without its input, which would outlive the pass.
+
+    Attributes:
+        weight: Its weight.
+        linear: Whether it is a linear layer, and no recurrent one.
+    """
+
+    weight: nn.Parameter
+    linear: bool
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from trady.calls.actions import WithLayer
 from trady.calls.canonical import PRODUCTS
-from trady.calls.handling import Handling, TrainedLayer, any_trains, constant, is_plain, labelled, refuse_trained
+from trady.calls.handling import Handling, TrainedLayer, any_trains, constant, labelled, refuse_trained
 from trady.calls.kind import Bound, Call, CallKind, Keeps
 from trady.calls.kinds.sizes import by_dimension, each
 from trady.calls.sample_rules import SampledCall
 from trady.ops.context import autocast_dtype
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Convolution, Linear
+from trady.ops.parameter_class import is_parameter_class
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
 from trady.ops.selected import DenseWeight
 from trady.quantized.linear import QuantizedLinear
@@ -205,7 +206,7 @@ class _Layer:
 def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], handling: Handling) -> Bound | None:
     weight, bias, action = call.weight, call.bias, handling.action
     own = handling.layer_of(weight)
-    plain = is_plain(weight) and call.layer is None and not is_quantized(weight)
+    plain = is_parameter_class(type(weight)) and call.layer is None and not is_quantized(weight)
     if kwargs or not plain or handling.in_head(weight) or not (own is None or isinstance(own.truth, DenseWeight)):
         return None
     place = next(index for index, value in enumerate(args) if value is call.x)

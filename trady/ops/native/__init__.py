@@ -20,10 +20,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from trady.ops.context import simulated_device_type
+from trady.ops.parameter_class import is_parameter_class
 
 SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")
@@ -86,7 +86,7 @@ def library() -> ctypes.CDLL | None:
 
 def on_this_processor(*tensors: Tensor) -> bool:
     """Whether the tensors have real memory on the CPU that a C function can read."""
-    return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return all(t.device.type == "cpu" and (type(t) is Tensor or is_parameter_class(type(t))) for t in tensors)
 
 
 def on_a_processor(*tensors: Tensor) -> bool:
