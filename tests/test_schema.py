@@ -113,6 +113,7 @@ OPENS = re.compile(
 ALLOWED = {
     "records/reading.py": "the seam: bytes of regular files, up to a size",
     "records/versioned.py": "the seam: JSON and safetensors",
+    "records/tensors.py": "writes safetensors, and reads nothing",
     "training/checkpoint.py": "a digest of what the seam reads next, and of its own JSON",
     "training/run_folder.py": "which epoch its best weights are of, in their header",
     "training/data/archive.py": ".npz, size by size",
