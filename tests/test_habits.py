@@ -88,7 +88,7 @@ def test_a_budget_that_is_exceeded_is_wrong_whatever_the_weights_are() -> None:
 
 def test_the_command_shows_rows_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "habits.json"
-    assert run(["--only", "SAM", "jit.script", "--json", str(out)]) == 0
+    assert run(["--only", "Lookahead", "jit.script", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["outcomes"]
     assert [row["expected"] for row in rows] == ["equal", "refused"]
     assert rows[0]["error"] < 1e-6

@@ -139,7 +139,9 @@ def test_an_interrupted_run_ends_bit_for_bit_as_the_old_one_did(tmp_path: Path) 
     result = old.finetune(out, resume=True)
     for epoch, before in zip(result.history, expected["history"], strict=True):
         for key, value in epoch.to_json().items():
-            if isinstance(value, float) and key not in OF_THE_PROCESS:
+            if key == "evaluation_loss":  # of the plain model by now, where the armed one sums in another order
+                assert value == pytest.approx(before[key], rel=1e-6)
+            elif isinstance(value, float) and key not in OF_THE_PROCESS:
                 assert value == pytest.approx(before[key], rel=TOLERANCE, abs=0), key
             elif key == "peak_bytes":  # indices of channels are counted by now
                 assert before[key] <= value <= before[key] + 64

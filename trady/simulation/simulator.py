@@ -116,7 +116,11 @@ class Simulator:
         resident = [*self._copy.parameters(), *self._copy.buffers(), *batch.tensors, self._workspaces]
         args, kwargs = batch.arguments
         with untouched(self._model, self._copy, watches=False) as writes, uncompiled(self._copy):
-            switch_mode(self._copy, False)
+            try:
+                switch_mode(self._copy, False)
+            except RuntimeError:  # its own eval() looks at values, which a copy without memory has not
+                for module in self._copy.modules():
+                    module.training = False
             live.register(resident)
             before = live.current
             plan = self._analysis.plans.evaluation or FusionPlan(())

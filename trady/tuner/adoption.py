@@ -171,11 +171,12 @@ class Optimizers:
         """Be called before and after the steps of an optimizer, for as long as it has channels after the end."""
         ours = {id(p) for p in self._compact.values()}
 
-        def given_back() -> bool:
-            return self._ended and not any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        def given_back(stepped: torch.optim.Optimizer) -> bool:
+            return self._ended and not any(id(p) in ours for group in stepped.param_groups for p in group["params"])
 
-        optimizer.register_step_pre_hook(lambda stepped, *_: None if given_back() else before(stepped))
-        optimizer.register_step_post_hook(lambda stepped, *_: None if given_back() else after(stepped))
+        # They know no optimizer: it has them, and a cycle would keep it.
+        optimizer.register_step_pre_hook(lambda stepped, *_: None if given_back(stepped) else before(stepped))
+        optimizer.register_step_post_hook(lambda stepped, *_: None if given_back(stepped) else after(stepped))
 
     def __call__(self) -> list[torch.optim.Optimizer]:
         """Return those that are still there, in the order in which they were attached."""

@@ -192,7 +192,8 @@ class _Layer:
         options = self._options
         if options is None or options.selected is not selected or options.dtype is not dtype:
             options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only)
-            self._options = options
+            if selected is None:  # the indices of a draw that is over would stay
+                self._options = options
         with labelled(self._operation):
             if self._quantized is not None:
                 out = quantized_linear(x, leaf, options, self._quantized)
