@@ -40,7 +40,8 @@ def peak_of(do: Callable[[], Any], before: set[int]) -> int:
 def test_phases_take_what_the_plan_says(
     build: Callable[[], nn.Module], x: Tensor, policy: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    before = {t.untyped_storage()._cdata for t in objects()}
+    others = objects()  # held: the address of one that went would be that of another one
+    before = {t.untyped_storage()._cdata for t in others}
     model, inputs, labels = build(), x.clone(), torch.arange(len(x)) % 3
     tuner = trady.prepare(model, inputs, budget="32 MiB", policy=policy, **options)
     optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=0.01))
