@@ -29,6 +29,7 @@ from trady.errors import StateError
 from trady.interception.layer import ArmedLayer
 from trady.model.prepared import plain_class
 from trady.ops.channel_gradient import ChannelGradient, WeightChannels
+from trady.ops.once import apply
 from trady.ops.parameter_class import note_class
 from trady.ops.selected import DenseWeight
 
@@ -74,7 +75,7 @@ class ShownWeights:
         if self._shown or not self._begun:
             return
         self._shown = True
-        with _unsafe_preserve_version_counter(tuple(layer.weight for layer in self._layers)):
+        with _unsafe_preserve_version_counter(tuple(layer.weight for layer in self._layers)), _with_graphs():
             for layer in self._layers:
                 layer.weight.__class__ = _shown_class(type(layer.weight))
                 _connect(layer)
@@ -164,14 +165,20 @@ class _Named(torch.autograd.Function):
         return None, None if gradient is None else ctx.channels.gather(gradient), None
 
 
-def _connect(layer: ArmedLayer) -> None:
-    if layer.selected is None or not layer.compact.requires_grad:
-        return
+@contextmanager
+def _with_graphs() -> Iterator[None]:
+    """Context in which graphs are made, whatever the loop has switched off."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        _Named.apply(layer.weight, layer.compact, _channels(layer))
+        yield
+
+
+def _connect(layer: ArmedLayer) -> None:
+    """Make the weight a function of its channels; inside of :func:`_with_graphs`."""
+    if layer.selected is not None and layer.compact.requires_grad:
+        apply(_Named, layer.weight, layer.compact, _channels(layer))
 
 
 def _disconnect(layer: ArmedLayer) -> bool:
@@ -189,7 +196,8 @@ def _disconnect(layer: ArmedLayer) -> bool:
 def _reconnect(layer: ArmedLayer) -> None:
     with _unsafe_preserve_version_counter(layer.weight):
         _disconnect(layer)
-        _connect(layer)
+        with _with_graphs():
+            _connect(layer)
 
 
 def _channels(layer: ArmedLayer) -> WeightChannels:
