@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
-from tests.alive import objects
+from tests.alive import kept_by
 from tests.loops import Text, ids, wide
 from tests.models import Residual, normal, seeded
 from trady.memory.live import LiveBytes
 from trady.records.files import write_tensors
 
 
-def peak_of(do: Callable[[], Any], before: set[int]) -> int:
-    """The most bytes alive, of everything that has come since."""
+def peak_of(do: Callable[[], Any], there: list[Tensor]) -> int:
+    """The most bytes alive, of what was there before and of everything that has come since."""
     with LiveBytes() as live:
-        live.register([t for t in objects() if t.untyped_storage()._cdata not in before])
+        live.register(there)
         do()
     return live.peak
 
@@ -40,8 +40,6 @@ def peak_of(do: Callable[[], Any], before: set[int]) -> int:
 def test_phases_take_what_the_plan_says(
     build: Callable[[], nn.Module], x: Tensor, policy: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    others = objects()  # held: the address of one that went would be that of another one
-    before = {t.untyped_storage()._cdata for t in others}
     model, inputs, labels = build(), x.clone(), torch.arange(len(x)) % 3
     tuner = trady.prepare(model, inputs, budget="32 MiB", policy=policy, **options)
     optimizer = tuner.attach(torch.optim.AdamW(tuner.parameters(), lr=0.01))
@@ -60,17 +58,20 @@ def test_phases_take_what_the_plan_says(
                 model.eval()(part)
         model.train()
 
+    def there() -> list[Tensor]:
+        return [*model.parameters(), *model.buffers(), inputs, labels, *kept_by(tuner, optimizer)]
+
     step()
     model.zero_grad()
     phases = tuner.plan.predicted_phases
     assert phases["step"] == tuner.plan.predicted_peak_bytes
     took = {
-        "step": peak_of(step, before),
-        "evaluation": peak_of(evaluate, before),
+        "step": peak_of(step, there()),
+        "evaluation": peak_of(evaluate, there()),
         "saving": peak_of(
-            lambda: write_tensors(tmp_path / "state", tuner.state_dict(lazily=True)["tensors"], {}), before
+            lambda: write_tensors(tmp_path / "state", tuner.state_dict(lazily=True)["tensors"], {}), there()
         ),
-        "finishing": peak_of(tuner.finish, before),
+        "finishing": peak_of(tuner.finish, there()),
     }
     assert list(phases) == list(took)
     for phase, nbytes in took.items():
