@@ -282,6 +282,10 @@ def test_a_tensor_that_is_there_twice_stays_one(monkeypatch: pytest.MonkeyPatch)
         x, y = batch(index)
         step(x, x, y)
     assert all(seen)
+    x, y = batch(7)
+    with pytest.warns(trady.TradyWarning, match="not of the recorded shape"):
+        step(x, x + 1, y)  # one place cannot hold both
+    assert not seen[-1]
 
 
 def test_a_finished_tuner_captures_nothing() -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from trady.errors import StateError, TradyWarning
 from trady.interception.armed import Armed
+from trady.model.batch import tensors_among
 from trady.optim.in_backward import UpdatesInBackward
 from trady.tuner.draws import Draws
 from trady.tuner.gradients import processes
@@ -200,7 +201,7 @@ class CapturedStep:
     def _device_lacks(self, leaves: list[Any]) -> str | None:
         if self._simulated:
             return None
-        devices = {t.device for t in (*self._about.armed.model.parameters(), *_tensors(leaves))}
+        devices = {t.device for t in (*self._about.armed.model.parameters(), *tensors_among(leaves))}
         if {device.type for device in devices} == {"cuda"} and len(devices) == 1:
             return None
         return (
@@ -272,13 +273,10 @@ class _Recorded:
         return tree_map_only(Tensor, lambda t: t.detach().clone(), self._result)
 
 
-def _tensors(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
 def _shapes(leaves: list[Any], spec: TreeSpec) -> tuple[object, ...]:
-    """What two batches must have in common: all but the values of their tensors."""
-    found = ((tuple(x.shape), x.dtype, x.stride()) if isinstance(x, Tensor) else x for x in leaves)
+    """What two batches must have in common: all but the values of their tensors, and which of those are one."""
+    places = {id(x): place for place, x in reversed(list(enumerate(leaves))) if isinstance(x, Tensor)}
+    found = ((tuple(x.shape), x.dtype, x.stride(), places[id(x)]) if isinstance(x, Tensor) else x for x in leaves)
     return (spec, *found)
 
 
