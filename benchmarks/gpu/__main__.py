@@ -31,6 +31,7 @@ from benchmarks.options import add_device, device_of, machine, main
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
 from trady.errors import DataError, TradyError
+from trady.records.files import write_lines
 
 #: Seconds that an attempt may go on when the time of its part is up.
 GRACE = 5.0
@@ -50,9 +51,7 @@ def attempt(part: str, item: str, where: Where, file: Path) -> None:
     """Measure one item in this process; the file always has what there is so far."""
 
     def write(figures: Figures) -> None:
-        beside = file.with_suffix(".new")
-        beside.write_text(json.dumps(figures), encoding="utf-8")
-        beside.replace(file)
+        write_lines(file, [json.dumps(figures)])
 
     known: Figures = {}
 
@@ -152,19 +151,13 @@ def measure(
             for item, future in futures.items():
                 items[item] = future.result()
                 figures["parts"][name]["seconds"] = time.time() - began
-                _write(asked.out / "gpu.json", figures)
+                write_lines(asked.out / "gpu.json", [json.dumps(figures, indent=1)])
         console.print(as_table(name, part.describe, items))
     return figures
 
 
 def _gpu(device: torch.device) -> str | None:
     return torch.cuda.get_device_name() if device.type == "cuda" else None
-
-
-def _write(file: Path, figures: Figures) -> None:
-    beside = file.with_suffix(".new")
-    beside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
 
 
 def _parts() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -134,11 +135,7 @@ def timed(steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.de
             if turn >= 0:
                 host[name].append(returned - began)
                 whole[name].append(time.perf_counter() - began)
-    return {name: {"step": _median(whole[name]), "host": _median(host[name])} for name in steps}
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return {name: {"step": median(whole[name]), "host": median(host[name])} for name in steps}
 
 
 def in_dtype(dtype: str | None) -> torch.dtype | None:

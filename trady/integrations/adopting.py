@@ -16,6 +16,7 @@ from trady.model.eager import unwrap_compiled
 from trady.optim.in_backward import update_forms
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.optimizer_probe import optimizer_memory
+from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
 
@@ -59,18 +60,12 @@ def memory_of_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     return replace(optimizer_memory(optimizer), in_backward=update_forms([optimizer], list(parameters)))
 
 
-def several_processes() -> bool:
-    """Whether others train with this process."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return ready and torch.distributed.get_world_size() > 1
-
-
 def largest_of_all(step: Step) -> Step:
     """Agree with the other processes on the largest example: all must draw the same channels."""
-    if not several_processes():
+    if (count := processes()) == 1:
         return step
     mine = step_to_state(step)
-    found: list[Any] = [None] * torch.distributed.get_world_size()
+    found: list[Any] = [None] * count
     torch.distributed.all_gather_object(found, (step.example.elements, mine))
     largest = max(range(len(found)), key=lambda rank: found[rank][0])
     if largest == torch.distributed.get_rank() or found[largest][1] is None:

@@ -27,7 +27,6 @@ from trady.integrations.adopting import (
     memory_of_optimizer,
     not_shown,
     put_back,
-    several_processes,
     take_up,
 )
 from trady.integrations.example_record import FOLDER, read_checkpoint, step_from_state, step_to_state
@@ -47,6 +46,7 @@ from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
+from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
 
@@ -221,7 +221,7 @@ class Tuning:
     def _create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.tuner is None:
             made = self._originals["create_optimizer"](*args, **kwargs)
-            if not several_processes():
+            if processes() == 1:
                 return made
             # DDP waits for a gradient of all that requires one when it wraps the model, which is about to happen.
             self._armed(lambda: self._looked_ahead("several processes wrap the model before the first step"))
