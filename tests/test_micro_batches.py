@@ -144,3 +144,38 @@ def test_what_cannot_be_done_in_parts_is_refused() -> None:
         run(None, model=model, policy="full", micro_batch=8)
     with pytest.raises(BudgetError, match="recompute='some' is not known"):
         run(None, recompute="some")
+
+
+def test_most_takes_smaller_chunks_while_more_trains_with_them() -> None:
+    images = torch.zeros(16, 3, 12, 12)
+
+    def planned(micro_batch: int | str, budget: str) -> trady.Plan:
+        return trady.plan(without_dropout(), images, budget=budget, micro_batch=micro_batch)
+
+    def trains(micro_batch: int | str, budget: str) -> int:
+        plan = planned(micro_batch, budget)
+        return plan.table.weight_elements(plan.selection)
+
+    tight = "150 KiB"
+    most, auto = planned("most", tight), planned("auto", tight)
+    assert auto.micro_batch == 8
+    assert most.micro_batch is not None
+    assert most.micro_batch < 8
+    assert trains("most", tight) > trains("auto", tight)
+    best = max(trains(size, tight) for size in (8, 4, 2, 1))
+    assert trains("most", tight) >= 0.95 * best
+    larger = 2 * most.micro_batch
+    assert trains(larger, tight) < 0.95 * best  # else the larger one would have been taken, which is faster
+    assert (most.predicted_peak_bytes or 0) <= trady.parse_budget(tight).amount
+
+
+def test_most_takes_the_whole_batch_where_all_that_can_train_does() -> None:
+    images = torch.zeros(16, 3, 12, 12)
+    for budget in ("4 MiB", "elements:2000"):
+        assert trady.plan(without_dropout(), images, budget=budget, micro_batch="most").micro_batch is None
+
+
+def test_a_run_with_most_stays_in_its_budget(tmp_path: Path) -> None:
+    result = run(tmp_path, budget="150 KiB", micro_batch="most", optimizer="adamw", lr=0.01)
+    assert result.peak_bytes <= trady.parse_budget("150 KiB").amount
+    assert result.history[-1].micro_batch == json.loads((tmp_path / "plan.json").read_text())["micro_batch"]

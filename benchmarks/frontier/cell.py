@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
@@ -35,7 +35,7 @@ Stage = Literal["tune", "final", "cost"]
 #: Gradients of plain methods are clipped to this norm, as trady clips that of the head.
 MAX_NORM = 2.0
 #: Samples a forward and backward pass of trady on texts: the same gradient, and room for more channels.
-MICRO_BATCH: dict[str, int | Literal["auto"]] = {"image": "auto", "text": 8}
+MICRO_BATCH: Mapping[str, int | Literal["auto", "most"]] = {"image": "auto", "text": 8}
 #: Limit of a channel's gradient on texts: the default of trady.finetune.
 CHANNEL_CLIP = 0.1
 #: Draws of channels in an epoch, where epochs are few.
@@ -71,6 +71,8 @@ class Cell:
         """Name the cell by all that decides its result."""
         task, method = TASKS[self.task], METHODS[self.method]
         decides = [asdict(self), task.describe, method.optimizer[task.kind], method.name, "equation 8"]
+        if isinstance(method.way, Tuned) and method.way.most:
+            decides.append("most")
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -110,7 +112,7 @@ def _train(cell: Cell, task: FrontierTask, method: Method, folders: Folders) -> 
             optimizer=method.optimizer[task.kind],
             seed=cell.seed,
             draws_per_epoch=DRAWS,
-            micro_batch=MICRO_BATCH[task.kind],
+            micro_batch=micro_batch_of(method.way, task),
             progress=False,
         )
         last = result.history[-1]
@@ -211,6 +213,11 @@ def budget_of(way: Tuned, task: FrontierTask, folders: Folders) -> str:
     return f"peak:{int(fixed_bytes(task, folders) + way.ratio * working)} B"
 
 
+def micro_batch_of(way: Tuned, task: FrontierTask) -> int | Literal["auto", "most"]:
+    """Return how trady cuts a batch."""
+    return "most" if way.most else MICRO_BATCH[task.kind]
+
+
 def _cost(cell: Cell, task: FrontierTask, method: Method, folders: Folders) -> dict[str, Any]:
     inputs, labels = example_of(task, folders)
     inference = inference_ledger(task, folders).working_peak_bytes
@@ -292,7 +299,7 @@ def _tuned_step(
         inputs,
         budget=budget_of(way, task, folders),
         policy=way.policy,
-        micro_batch=MICRO_BATCH[task.kind],
+        micro_batch=micro_batch_of(way, task),
         loss=lambda output: cross_entropy(output, labels),
     )
     model.train()

@@ -34,10 +34,12 @@ class Tuned:
     Attributes:
         policy: Its name.
         ratio: The peak without weights and batch, over that of inference.
+        most: Whether a batch is cut so that nearly as many weights train as can (``micro_batch="most"``).
     """
 
     policy: str
     ratio: float
+    most: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ _PEFT = ("peft", "benchmarks")
 
 
 def _tuned(policy: str, title: str, ratio: float) -> Method:
-    return Method(f"{policy}@{ratio:g}", f"{title}, {ratio:g} ×", title, Tuned(policy, ratio), _CHANNELS, _OURS)
+    tuned = Tuned(policy, ratio, most=ratio in LOW_RATIOS)
+    return Method(f"{policy}@{ratio:g}", f"{title}, {ratio:g} ×", title, tuned, _CHANNELS, _OURS)
 
 
 def _blocks(k: int) -> Method:

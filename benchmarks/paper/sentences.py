@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.paper.sentences``: MiniLM-L6 on SST-2 and on the categories of fortune cookies. All policies but
 ``head`` and ``full`` have 5 % of full fine-tuning's update memory. Each run is resumed where it ended; one that is done
-is not run again.
+is a line of ``sentences.jsonl`` and not run again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from trady.training.run import finetune
 from trady.training.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent / "results" / "sentences"
+
+#: What is done, in the repository: a line a run.
+DONE = Path(__file__).parent / "sentences.jsonl"
 TASKS = ("sst2", "fortunes")
 CLASSES = {"sst2": 2, "fortunes": len(CATEGORIES)}
 
@@ -88,7 +91,7 @@ class Experiment:
     budget: str
     epochs: int
 
-    def folder(self, method: str, seed: int | str) -> str:
+    def name(self, method: str, seed: int) -> str:
         """Name a run by all that decides it."""
         sizes = (*self.train.ids.shape, *self.evaluation.ids.shape)
         decides = json.dumps([self.task, RECIPES[method], self.budget, self.epochs, sizes])
@@ -96,36 +99,40 @@ class Experiment:
 
     def run(self, method: str, seed: int) -> None:
         """Train once, or go on with it."""
-        folder = RunFolder(FOLDER / self.folder(method, seed))
-        if folder.result.exists():
+        name = self.name(method, seed)
+        if name in done():
             return
-        torch.manual_seed(seed)
-        finetune(
-            model_of(self.task),
-            self.train,
-            self.evaluation,
-            budget=None if method in WITHOUT_BUDGET else self.budget,
-            policy=method.removesuffix(" online"),
-            epochs=self.epochs,
-            batch_size=BATCH,
-            seed=seed,
-            out=folder.path,
-            resume=True,
-            keep_best=False,
-            **RECIPES[method],
-        )
-        folder.model.unlink()
-        folder.delta.unlink(missing_ok=True)
+        folder = RunFolder(FOLDER / name)
+        if not folder.result.exists():
+            torch.manual_seed(seed)
+            finetune(
+                model_of(self.task),
+                self.train,
+                self.evaluation,
+                budget=None if method in WITHOUT_BUDGET else self.budget,
+                policy=method.removesuffix(" online"),
+                epochs=self.epochs,
+                batch_size=BATCH,
+                seed=seed,
+                out=folder.path,
+                resume=True,
+                keep_best=False,
+                **RECIPES[method],
+            )
+            folder.model.unlink()
+            folder.delta.unlink(missing_ok=True)
+        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        line = {"run": name, "accuracy": result["accuracy"], "peak_bytes": result["peak_bytes"]}
+        with DONE.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
 
-    def row(self, method: str) -> dict[str, Any] | None:
+    def row(self, method: str, seeds: int) -> dict[str, Any] | None:
         """Summarise the runs that are done."""
-        results = {}
-        for path in FOLDER.glob(f"{self.folder(method, '*')}/result.json"):
-            seed = int(path.parent.name.rsplit("-s", 1)[1].split("-")[0])
-            results[seed] = json.loads(path.read_text(encoding="utf-8"))
+        lines = done()
+        results = {seed: lines[name] for seed in range(seeds) if (name := self.name(method, seed)) in lines}
         if not results:
             return None
-        accuracies = {seed: results[seed]["accuracy"] for seed in sorted(results)}
+        accuracies = {seed: result["accuracy"] for seed, result in results.items()}
         return {
             "task": self.task,
             "method": method,
@@ -135,6 +142,14 @@ class Experiment:
             "peak_bytes": max(result["peak_bytes"] for result in results.values()),
             "budget": None if method in WITHOUT_BUDGET else self.budget,
         }
+
+
+def done() -> dict[str, dict[str, Any]]:
+    """Read the runs that are done, by name."""
+    if not DONE.exists():
+        return {}
+    rows = [json.loads(line) for line in DONE.read_text(encoding="utf-8").splitlines()]
+    return {row["run"]: row for row in rows}
 
 
 def leads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,7 +203,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         for experiment in experiments:
             for method in chosen.method:
                 experiment.run(method, seed)
-    rows = [row for experiment in experiments for method in chosen.method if (row := experiment.row(method))]
+    rows = [
+        row for experiment in experiments for method in chosen.method if (row := experiment.row(method, chosen.seeds))
+    ]
     console = options.console_for(chosen.json)
     table = Table(title="MiniLM-L6: top-1 accuracy, and the peak of a step")
     for name in ("task", "method", "seeds", "accuracy", "deviation", "peak"):

@@ -56,7 +56,8 @@ Fidelity = Annotated[
 MicroBatch = Annotated[
     str | None,
     typer.Option(
-        help="Samples a forward and backward pass; a step adds up several. auto: as many as the budget allows."
+        help="Samples a forward and backward pass; a step adds up several. auto: as many as the budget allows. "
+        "most: few enough that nearly as many weights train as can."
     ),
 ]
 

@@ -30,7 +30,7 @@ class Training(BaseModel):
         mode: Dropout in training: on (``train``) or off (``eval``).
         mixed_precision: ``no`` or ``bf16``.
         recompute: What is recomputed in the backward pass.
-        micro_batch: Images a forward and backward pass, or ``auto``.
+        micro_batch: Images a forward and backward pass, ``auto`` or ``most``.
         image_size: Height and width; the model's own where it is not given.
         train_limit: Maximum number of images to train on, drawn with the seed.
         evaluation_limit: Maximum number of images to evaluate on.
@@ -58,7 +58,7 @@ class Training(BaseModel):
     mode: Literal["train", "eval"] = "train"
     mixed_precision: Literal["no", "bf16"] = "no"
     recompute: Literal["auto", "all", "none"] = "auto"
-    micro_batch: Count | Literal["auto"] | None = None
+    micro_batch: Count | Literal["auto", "most"] | None = None
     image_size: Count | None = None
     train_limit: Count | None = None
     evaluation_limit: Count | None = None

@@ -257,6 +257,12 @@ class Decision:
             assert self.budget is not None
             raise infeasible_budget(self.budget, error.amount) from None
 
+    def gains_by_smaller_chunks(self, selection: Selection) -> bool:
+        """Whether more could train than a draw at the start, if the batch took less of the budget."""
+        drawn = sum(map(len, selection.channels.values()))
+        pool = sum(layer.channels for layer in self.table if layer.name in self.start.pool)
+        return self.scope.in_bytes and (bool(selection.outputs) or drawn < pool)
+
     def cost(self, moment: Moment, selection: Selection) -> Cost:
         """Account for a selection."""
         return self.spending(moment).cost(selection)

@@ -8,18 +8,26 @@ from trady.model.batch import Batch
 #: The largest chunk of a batch that a budget is possible with: the full batch, then halves of it.
 AUTO = "auto"
 
+#: The largest chunk with which nearly as much trains as with any: a smaller chunk leaves more of a peak to channels.
+MOST = "most"
+
+#: What counts as nearly: this share of the weights that would train.
+ENOUGH = 0.95
+
+WORDS = (AUTO, MOST)
+
 
 def check_micro_batch(micro_batch: object) -> None:
     """Refuse what is no size of a chunk.
 
     Raises:
-        BudgetError: It is neither a number of samples, nor :data:`AUTO`, nor ``None``.
+        BudgetError: It is neither a number of samples, nor one of :data:`WORDS`, nor ``None``.
 
     """
-    if micro_batch is None or micro_batch == AUTO:
+    if micro_batch is None or (isinstance(micro_batch, str) and micro_batch in WORDS):
         return
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
-        raise BudgetError(f"micro_batch={micro_batch!r} is neither a number of samples nor {AUTO}")
+        raise BudgetError(f"micro_batch={micro_batch!r} is neither a number of samples nor {' nor '.join(WORDS)}")
 
 
 def chunk_sizes(batch: Batch, micro_batch: int | str | None) -> tuple[int | None, ...]:
@@ -27,7 +35,7 @@ def chunk_sizes(batch: Batch, micro_batch: int | str | None) -> tuple[int | None
 
     Args:
         batch: A full batch.
-        micro_batch: Samples in a chunk, or :data:`AUTO`; ``None`` is the full batch.
+        micro_batch: Samples in a chunk, or one of :data:`WORDS`; ``None`` is the full batch.
 
     """
     if micro_batch is None:

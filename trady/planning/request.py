@@ -22,7 +22,7 @@ from trady.planning.alternatives import alternatives
 from trady.planning.budget import Budget, InfeasibleBudgetError, infeasible_budget, parse_budget
 from trady.planning.conditions import Conditions, Loop, check_conditions, shapes_of
 from trady.planning.decision import POOL_SHARE, Decision
-from trady.planning.micro_batch import check_micro_batch, chunk_sizes
+from trady.planning.micro_batch import ENOUGH, MOST, check_micro_batch, chunk_sizes
 from trady.planning.peaks import Peaks
 from trady.planning.plan import Plan
 from trady.planning.process_memory import measured
@@ -130,16 +130,24 @@ class Request:
     def _decide_size(
         self, model: nn.Module, batch: Batch, optimizer: OptimizerMemory | None, *, explain: bool
     ) -> Decision:
-        """Decide for the largest chunks that the budget is possible with."""
+        """Decide for the largest chunks that the budget is possible with, or that leave enough of it to channels."""
         refused: InfeasibleBudgetError | None = None
         sizes = chunk_sizes(batch, self.micro_batch)
+        possible: list[tuple[int, Decision]] = []
         for size in sizes:
             try:
                 decision = self._decide(model, batch, size, optimizer)
-                decision.draw(decision.start, 0, 0)  # a policy that trains everything may find only now: too much
-                return decision
+                # A policy that trains everything may find only when it draws: too much.
+                selection = decision.draw(decision.start, 0, 0)
             except InfeasibleBudgetError as error:
                 refused = error
+                continue
+            possible.append((decision.table.weight_elements(selection), decision))
+            if self.micro_batch != MOST or not decision.gains_by_smaller_chunks(selection):
+                break
+        if possible:
+            enough = ENOUGH * max(trains for trains, _ in possible)
+            return next(decision for trains, decision in possible if trains >= enough)
         assert refused is not None
         if not explain or not refused.budget.scope.bounds_peak:
             raise refused

@@ -104,7 +104,7 @@ def finetune(
     mixed_precision: Precision = "no",
     recompute: Literal["auto", "all", "none"] = "auto",
     fidelity: str = "exact",
-    micro_batch: int | Literal["auto"] | None = None,
+    micro_batch: int | Literal["auto", "most"] | None = None,
     train_layers: Wish | None = None,
     freeze: Wish | None = None,
     over_budget: str = "adapt",
@@ -156,7 +156,8 @@ def finetune(
         micro_batch: A step's batch is cut into chunks of up to this many samples, with a forward and backward pass
             each. The update uses the mean gradient, so the result is that of the full batch, except for dropout's
             random numbers and the order of sums. ``auto`` is the largest chunk that the budget is possible with:
-            the full batch, half, a quarter, …
+            the full batch, half, a quarter, …; ``most`` is the largest one with which nearly as many weights (95 %)
+            train as with any, which is slower and leaves more of a peak to channels.
         train_layers: Layers that channels are drawn from, ``train=`` of :func:`trady.prepare`.
         freeze: Layers that stay as they are (:func:`trady.prepare`); flags ``requires_grad=False`` are obeyed too.
         over_budget: What happens where a batch would break a budget in bytes and not even one sample of it fits:
@@ -349,7 +350,7 @@ def _trainer(
     loss: Loss | None,
 ) -> Trainer:
     if _name(request.policy) == FULL:
-        asked = request.micro_batch  # without a budget, "auto" is the full batch
+        asked = request.micro_batch  # without a budget, "auto" and "most" are the full batch
         frozen = frozen_by_hand(model, request.train, request.freeze)
         return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
     example, labels = split_batch(send_to_device(next(readable(loader)), accelerator.device))

@@ -68,7 +68,8 @@ def prepare(
             ``"exact"``, or from a derivative in ``"8bit"`` or ``"4bit"`` (docs/fidelity.md).
         micro_batch: Samples of a forward and backward pass, where a step has several. Your loop cuts the batch and
             adds the gradients up; :func:`trady.finetune` does it by itself. ``"auto"`` is the largest chunk that
-            the budget is possible with: ``tuner.plan.micro_batch``.
+            the budget is possible with, ``"most"`` the largest with which nearly as many weights train as with any:
+            ``tuner.plan.micro_batch``.
         loss: The loss of your loop on the example, from the model's output to a scalar: ``lambda output:
             F.mse_loss(output, target)``. Only a ``peak:`` budget asks what memory it takes; without it, the model's own
             loss where it gives one, or a cross entropy of its scores, is expected.
