@@ -1,9 +1,9 @@
 """Weights that are standardised on their way into a convolution, which is read as one call of both.
 
-NFNet, BiT and their kin write ``batch_norm(weight.reshape(1, O, -1), None, None, gain, training=True).reshape_as(weight)``
-and hand the result to a convolution. Each tensor on that way remembers what it is made of, so that the convolution is
-read as :func:`trady.ops.standardised.standardised_convolution` of the weight itself. For anybody else who reads such a
-tensor it is made by a call of its own, :func:`trady.ops.standardised.standardise`.
+NFNet, BiT and their kin write ``batch_norm(weight.reshape(1, O, -1), None, None, gain, training=True)`` and hand the
+result, in the weight's shape, to a convolution. Each tensor on that way remembers what it is made of, so that the
+convolution is read as :func:`trady.ops.standardised.standardised_convolution` of the weight itself. For anybody else who
+reads such a tensor it is made by a call of its own, :func:`trady.ops.standardised.standardise`.
 """
 
 from __future__ import annotations
