@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import trady
 from benchmarks.workloads import Workload
@@ -35,7 +35,7 @@ def gradient_errors(
 
     Returns:
         For every layer with selected channels ‖g - d‖ / ‖d‖, g the gradient of its selected channels and
-        d those channels of the dense gradient.
+        d those channels of the dense gradient (of standardised filters, its part that leaves their statistics).
 
     """
     dense, sparse = workload.make(models), workload.make(models)
@@ -73,8 +73,33 @@ def layer_errors(dense: nn.Module, tuner: trady.Tuner) -> dict[str, float]:
             unlike = (whole is not None and bool(whole.any())) or (got is not None and bool(got.any()))
             errors.update({name: math.inf} if unlike else {})
             continue
-        wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)
-        wanted = wanted[torch.from_numpy(channels.copy()).to(whole.device)]
+        index = torch.from_numpy(channels.copy()).to(whole.device)
+        wanted = channel_major(whole, layer.kind, layer.groups).flatten(0, 1)[index]
+        if layer.standardised:
+            weight = channel_major(dense.get_parameter(layer.parameter).detach(), layer.kind, layer.groups)
+            wanted = _at_fixed_statistics(wanted, weight.flatten(0, 1)[index], index, weight.shape[1])
         norm = float(wanted.norm())
         errors[name] = float((got - wanted).norm()) / norm if norm else float(got.norm() > 0)
     return errors
+
+
+def _at_fixed_statistics(gradient: Tensor, weight: Tensor, channels: Tensor, channels_a_group: int) -> Tensor:
+    """Take from the gradient of each filter what changes its mean or its variance, by least squares.
+
+    Args:
+        gradient: The dense one of the selected channels, [n, output channels a group, *kernel].
+        weight: The same channels of the weight.
+        channels: Their indices, [n].
+        channels_a_group: Input channels that a filter has; where all are selected, nothing is taken.
+
+    """
+    left = gradient.clone()
+    for group in (channels // channels_a_group).unique():
+        rows = channels // channels_a_group == group
+        if int(rows.sum()) == channels_a_group:
+            continue
+        g, w = (t[rows].flatten(2).transpose(0, 1).flatten(1).double() for t in (gradient, weight))
+        basis = torch.linalg.qr(torch.stack([torch.ones_like(w), w], dim=2)).Q
+        g = g - (basis @ (basis.mT @ g.unsqueeze(2))).squeeze(2)
+        left[rows] = g.view(g.shape[0], int(rows.sum()), -1).transpose(0, 1).reshape(left[rows].shape).to(left)
+    return left

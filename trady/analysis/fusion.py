@@ -265,7 +265,8 @@ def _scales_outputs(norm: TracedCall, call: WeightCall, plain: set[int]) -> bool
     """Whether a normalisation acts on the output channels of the layer and is itself frozen."""
     if any(id(p) in plain for p in norm.parameters) or not isinstance(norm.call, NormCall):
         return False
-    return len(norm.input_shape) == call.weight.dim()
+    # A gain scales filters, and the normalisation would have to scale their bias too.
+    return len(norm.input_shape) == call.weight.dim() and call.eps is None
 
 
 def _fuse_norm(trace: Trace, index: int, actions: dict[int, Action]) -> None:

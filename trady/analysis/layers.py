@@ -174,4 +174,5 @@ def _layer(entries: list[tuple[int, TracedCall]], plan: FusionPlan, parameter: s
         output_shapes=outputs,
         groups=groups,
         quantized=_quantized(entries) is not None,
+        standardised=first.eps is not None,
     )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trady.calls.standardised import filters_of, with_weight_itself
 from trady.ops.parameter_class import is_parameter_class
 
 #: ``x @ weight``, in all forms.
@@ -52,8 +53,9 @@ def transposed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def untransposed(tensor: Tensor) -> Tensor:
-    """Return the weight of which a tensor is the transpose, or else the tensor."""
-    return getattr(tensor, "trady_transposes", tensor)
+    """Return the weight of which a tensor is the transpose or the filters, or else the tensor."""
+    filters = filters_of(tensor)
+    return getattr(tensor, "trady_transposes", tensor) if filters is None else filters.weight
 
 
 def _as_number(size: Any) -> Any:
@@ -93,6 +95,8 @@ def canonical(
     if function is torch.functional.einsum:
         linear = _einsum(*args)
         return (function, args, kwargs) if linear is None else (*linear, kwargs)
+    if (standardised := with_weight_itself(function, args, kwargs)) is not None:
+        return standardised
     place = _WEIGHT_AT.get(function)
     factor = args[place] if place is not None and len(args) == place + 1 and not kwargs else None
     weight = getattr(factor, "trady_transposes", None)

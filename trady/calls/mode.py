@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from trady.calls.canonical import canonical, transposed, transposes_weight
 from trady.calls.decompositions import DECOMPOSITIONS
 from trady.calls.questions import is_metadata
+from trady.calls.standardised import prepares_filters, remembering, with_values
 
 
 class CallMode(TorchFunctionMode):
@@ -17,11 +18,15 @@ class CallMode(TorchFunctionMode):
 
     The functions of these steps exclude each other, so their order decides nothing: questions about a tensor's shape or
     kind go to :meth:`asked`; functions that hide their calls are decomposed, and the mode sees the calls inside;
-    a transposed weight is remembered, so that its product can be read as a linear layer.
+    a transposed weight is remembered, so that its product can be read as a linear layer, and so is one whose filters
+    are standardised for a convolution.
     """
 
     #: Whether the view of a transposed weight remembers its weight.
     remembers_transposes: ClassVar[bool] = True
+
+    #: Whether a weight has been standardised for a convolution.
+    _has_filters = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,7 +42,13 @@ class CallMode(TorchFunctionMode):
                 return DECOMPOSITIONS[func](*args, **kwargs)
         if self.remembers_transposes and transposes_weight(func, args):
             return transposed(func, args, kwargs)
-        return self.call(*canonical(func, args, kwargs))
+        if self.remembers_transposes and (filters := prepares_filters(func, args, kwargs)) is not None:
+            self._has_filters = True
+            return remembering(filters, func, args, kwargs)
+        func, args, kwargs = canonical(func, args, kwargs)
+        if self._has_filters:
+            args, kwargs = with_values((args, kwargs), self.call)
+        return self.call(func, args, kwargs)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do a call that computes something, in its canonical words."""

@@ -43,6 +43,7 @@ class Layer:
         groups: Groups of the convolution; 1 for linear layers.
         quantized: Whether the weight is stored quantised. Channels that have trained then stay beside it, in
             floating point and with all their output channels.
+        standardised: Whether its filters are standardised in the forward pass (:mod:`trady.ops.standardised`).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Layer:
     output_shapes: tuple[tuple[int, ...], ...]
     groups: int = 1
     quantized: bool = False
+    standardised: bool = False
 
     @property
     def elements(self) -> int:

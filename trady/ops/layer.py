@@ -27,6 +27,7 @@ from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, m
 from trady.ops.once import apply, once_differentiable
 from trady.ops.operators import WeightOperator
 from trady.ops.selected import SelectedChannels
+from trady.ops.standardised import raw_gradient_, standardise
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LayerCall:
         clamp: The activation after the layer, if it is computed with it.
         dtype: What the products are computed in (autocast); ``None`` is the input's own dtype.
         graph_only: Make the graph, not the values: nobody reads them. For linear layers.
+        eps: Added to the variance of a filter where filters are standardised; ``scale`` is then their gain, and
+            ``shift`` the bias (:mod:`trady.ops.standardised`).
     """
 
     operator: WeightOperator
@@ -46,6 +49,7 @@ class LayerCall:
     clamp: Clamp | None = None
     dtype: torch.dtype | None = None
     graph_only: bool = False
+    eps: float | None = None
 
 
 def layer(
@@ -107,6 +111,8 @@ def _forward(
 
 
 def _fold(weight: Tensor, scale: Tensor | None, call: LayerCall) -> Tensor:
+    if call.eps is not None:
+        return standardise(weight, scale, call.eps)
     return weight if scale is None else call.operator.scale_outputs(weight, scale)
 
 
@@ -192,6 +198,10 @@ class _Layer(torch.autograd.Function):
                 del made
         if weight_gradient is not None and scale is not None and gates is None:
             weight_gradient = _scale_gradient(weight_gradient, scale, call)
+        if weight_gradient is not None and call.eps is not None and gates is None:
+            assert call.selected is not None
+            operator = call.operator
+            raw_gradient_(weight_gradient, weight, call.eps, operator.kind, operator.groups, call.selected)
         return input_gradient, weight_gradient, None, None, None, None, None
 
 

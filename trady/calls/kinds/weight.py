@@ -24,18 +24,30 @@ from trady.ops.operators import Convolution, Linear
 from trady.ops.parameter_class import is_parameter_class
 from trady.ops.quantized import frozen_linear, is_quantized, quantized_linear
 from trady.ops.selected import DenseWeight
+from trady.ops.standardised import standardised_convolution
 from trady.quantized.linear import QuantizedLinear
 from trady.quantized.linear import linear as linear_of_quantized
 
 
 @dataclass(frozen=True)
 class WeightCall(Call):
-    """``operator`` applied to ``x``: a convolution or a linear layer; ``layer`` where its weight is quantised."""
+    """``operator`` applied to ``x``: a convolution or a linear layer.
+
+    Attributes:
+        weight: Its weight.
+        bias: Its bias.
+        operator: Its geometry.
+        layer: Where its weight is quantised.
+        eps: Added to the variance of a filter where filters are standardised (:mod:`trady.ops.standardised`).
+        gain: By what these are multiplied, [O].
+    """
 
     weight: Tensor
     bias: Tensor | None
     operator: Convolution | Linear
     layer: QuantizedLinear | None = None
+    eps: float | None = None
+    gain: Tensor | None = None
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -89,6 +101,13 @@ def _convolution(
     return WeightCall(input, weight, bias, operator)
 
 
+def _standardised(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, eps: float, *options: Any, **others: Any
+) -> WeightCall | None:
+    found = _convolution(weight.dim() - 2, x, weight, bias, *options, **others)
+    return None if found is None else replace(found, eps=eps, gain=gain)
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> WeightCall | None:
     return WeightCall(input, weight, bias, Linear()) if weight.dim() == 2 else None
 
@@ -133,9 +152,9 @@ def _compute(call: WeightCall, handling: Handling) -> Tensor | None:
     if not isinstance(call.weight, nn.Parameter) or handling.in_head(call.weight):
         return None
     own = handling.layer_of(call.weight)
-    if any_trains(None if own else call.weight, call.bias):
+    if any_trains(None if own else call.weight, call.bias, call.gain):
         if own is not None or isinstance(action, WithLayer):
-            refuse_trained(call.weight, call.bias)
+            refuse_trained(call.weight, call.bias, call.gain)
         return None
     quantized = call.layer or (None if own is None or isinstance(own.truth, DenseWeight) else own.truth)
     if quantized is None and is_quantized(call.weight):
@@ -161,7 +180,10 @@ class _Layer:
         handling: The armed model.
     """
 
-    __slots__ = ("_bias", "_fused", "_handling", "_operation", "_operator", "_options", "_own", "_quantized", "_weight")
+    __slots__ = (
+        "_bias", "_eps", "_fused", "_gain", "_handling", "_operation", "_operator", "_options", "_own", "_quantized",
+        "_weight",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -173,6 +195,7 @@ class _Layer:
     ) -> None:
         self._weight, self._bias, self._fused, self._own = call.weight, call.bias, fused, own
         self._quantized, self._handling = quantized, handling
+        self._eps, self._gain = call.eps, call.gain
         operator = call.operator
         padded = isinstance(operator, Convolution) and fused.pad
         self._operator = _with_padding(operator, fused.pad) if padded else operator
@@ -181,7 +204,7 @@ class _Layer:
 
     def of(self, x: Tensor) -> Tensor:
         """Compute it for an input."""
-        own, fused, handling, scale, shift = self._own, self._fused, self._handling, None, None
+        own, fused, handling, scale, shift = self._own, self._fused, self._handling, self._gain, None
         if fused.norm is not None:
             refuse_trained(fused.norm.weight, fused.norm.bias)
             scale, shift = handling.scale_and_shift(fused.norm)
@@ -191,14 +214,17 @@ class _Layer:
         dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
         options = self._options
         if options is None or options.selected is not selected or options.dtype is not dtype:
-            options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only)
+            options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only, self._eps)
             if selected is None:  # the indices of a draw that is over would stay
                 self._options = options
         with labelled(self._operation):
             if self._quantized is not None:
                 out = quantized_linear(x, leaf, options, self._quantized)
             else:
-                out = layer(x, leaf, options, constant(self._weight), self._bias, scale, shift)
+                bias = self._bias
+                if self._eps is not None:  # a gain scales the filters alone
+                    bias, shift = None, bias
+                out = layer(x, leaf, options, constant(self._weight), bias, scale, shift)
         if own is not None:
             handling.ran(own, out)
         return out
@@ -208,6 +234,7 @@ def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], ha
     weight, bias, action = call.weight, call.bias, handling.action
     own = handling.layer_of(weight)
     plain = is_parameter_class(type(weight)) and call.layer is None and not is_quantized(weight)
+    plain = plain and call.eps is None
     if kwargs or not plain or handling.in_head(weight) or not (own is None or isinstance(own.truth, DenseWeight)):
         return None
     place = next(index for index, value in enumerate(args) if value is call.x)
@@ -246,6 +273,7 @@ WEIGHT = CallKind(
     WeightCall,
     readers={
         **by_dimension(_convolution, torch.conv1d, torch.conv2d, torch.conv3d),
+        standardised_convolution: _standardised,
         F.linear: _linear,
         linear_of_quantized: _quantized_linear,
         torch.addmm: _addmm,
@@ -256,4 +284,5 @@ WEIGHT = CallKind(
     bind=_bind,
     samples=_by_sample,
     frees_result=_frees_result,
+    activations=("x", "gain"),
 )

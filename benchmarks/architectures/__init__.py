@@ -1,0 +1,1 @@
+"""Architectures of transformers, timm and torchvision: gradients against the dense model's, and peak budgets."""
