@@ -85,7 +85,8 @@ class Stubborn(Written):
     @staticmethod
     def rule(state: dict[str, Any], p: Tensor, step: Tensor) -> Tensor:
         state.setdefault("form", torch.zeros(p.numel()))
-        return p - step - state["form"].view(p.shape)
+        form: Tensor = state["form"]
+        return p - step - form.view(p.shape)
 
 
 class StubbornAndBlind(Stubborn):

@@ -18,7 +18,7 @@ from trady.errors import TrainingError
 from trady.integrations.generated import generates, longest_generated
 from trady.integrations.lengths import BATCHES, largest_choices, lengths_of
 from trady.integrations.recording import Pass, recorded
-from trady.model.python_state import PythonState
+from trady.model.python_state import reading_state
 from trady.model.untouched import untouched
 from trady.training.randomness import own_randomness
 
@@ -108,8 +108,7 @@ def _loader_of(trainer: Any) -> Iterator[Any]:
     """A fresh loader of the training data; generators are where they were afterwards."""
     accelerator = trainer.accelerator
     known = len(accelerator._dataloaders)
-    roots = [getattr(trainer, "data_collator", None), getattr(trainer, "train_dataset", None)]
-    state = PythonState([root for root in roots if not isinstance(root, (list, Tensor))])
+    state = reading_state([getattr(trainer, "data_collator", None), getattr(trainer, "train_dataset", None)])
     with own_randomness():
         try:
             yield trainer.get_train_dataloader()
