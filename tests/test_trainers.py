@@ -148,6 +148,41 @@ def test_a_collator_with_a_generator_masks_what_it_masks_without_a_budget(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(plainly, tuned, strict=True))
 
 
+def test_data_with_a_generator_gives_what_it_gives_without_a_budget(tmp_path: Path) -> None:
+    class Jittered(torch.utils.data.Dataset[Any]):
+        """Words are drawn when a sample is read."""
+
+        def __init__(self) -> None:
+            self.generator = torch.Generator().manual_seed(2)
+
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            ids = torch.randint(4, 60, (4 + index % 5,), generator=self.generator)
+            return {"input_ids": ids, "labels": index % 2}
+
+    def run(tuned: bool) -> list[Tensor]:
+        seen: list[Tensor] = []
+        made = plain(tmp_path / str(tuned), {"max_steps": 3})
+        made.train_dataset = Jittered()
+        if tuned:
+            trady.tune(made, **ASKED)
+        original = made.training_step
+
+        def training_step(model: nn.Module, inputs: Any, *args: Any) -> Any:
+            seen.append(inputs["input_ids"].clone())
+            return original(model, inputs, *args)
+
+        made.training_step = training_step
+        made.train()
+        return seen
+
+    plainly, tuned = run(False), run(True)
+    assert len(plainly) == len(tuned) == 3
+    assert all(torch.equal(a, b) for a, b in zip(plainly, tuned, strict=True))
+
+
 def test_the_largest_batch_is_known_from_the_lengths(tmp_path: Path) -> None:
     made = seq2seq(tmp_path, {"max_steps": 1})
     longest = sorted((len(row["input_ids"]) + len(row["labels"]) for row in made.train_dataset), reverse=True)

@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
-    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01, t0=0),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "Adafactor of transformers": lambda p: importlib.import_module("transformers.optimization").Adafactor(
         p, lr=0.01, relative_step=False, scale_parameter=False

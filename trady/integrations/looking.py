@@ -6,7 +6,7 @@ is what a trainer counts. Data without indices is left alone: it may be there on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from trady.errors import TrainingError
+from trady.integrations.generated import generates, longest_generated
+from trady.integrations.lengths import BATCHES, largest_choices, lengths_of
 from trady.integrations.recording import Pass, recorded
-from trady.model.python_state import PythonState
+from trady.model.python_state import reading_state
 from trady.model.untouched import untouched
 from trady.training.randomness import own_randomness
 
-#: Samples that are looked at for their lengths where no column tells, in batches.
-BATCHES = 8
 #: What a trainer holds that a forward pass does not change, or that is large.
 _LEFT_ALONE = {
     "model", "model_wrapped", "train_dataset", "eval_dataset", "args", "accelerator", "callback_handler", "optimizer",
@@ -58,35 +58,42 @@ def passes_of(trainer: Any, model: nn.Module, inputs: Any, items: Any, *, only_f
     return passes
 
 
-def longest_inputs(trainer: Any) -> list[Any]:
-    """Return inputs of the largest batches that training will see, as far as the lengths of the samples tell.
+def longest_inputs(trainer: Any, prepared: Any) -> list[Any]:
+    """Return inputs of the largest batch that training will see, as far as the lengths of the samples tell.
 
-    Those with the largest sum of all lengths, and those with the longest single one (a pair is padded to its longer
-    half). Empty where samples cannot be read by an index, or are no mappings.
+    Empty where samples cannot be read by an index, or are no mappings, and nothing is generated.
+
+    Args:
+        trainer: The trainer.
+        prepared: The inputs of a step: where they were generated, the data has prompts only.
     """
-    if hasattr(trainer, "_generate_and_score_completions"):
-        return []  # what it trains on is generated: the data has prompts only
     with _loader_of(trainer) as loader:
         data, size = loader.dataset, getattr(loader, "batch_size", None) or trainer.args.train_batch_size
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) > 0
+        if generates(trainer):
+            return longest_generated(trainer, prepared, data if by_index else None)
+        if not by_index:
             return []
-        lengths = list(_lengths(data, BATCHES * size))
-        if not lengths or not any(lengths):
+        lengths, text = lengths_of(data, BATCHES * size)
+        if not lengths.any():
             return []
-        found: list[list[int]] = []
-        for key in (sum, max):
-            measured = [key(each) if each else 0 for each in lengths]
-            chosen = sorted(range(len(measured)), key=measured.__getitem__, reverse=True)[:size]
-            if sorted(chosen) not in [sorted(other) for other in found]:
-                found.append(chosen)
-        return [_collated(trainer, loader, [data[index] for index in chosen]) for chosen in found]
+        choices = largest_choices(lengths, size, text=text)
+        found = [_collated(trainer, loader, [data[index] for index in choice]) for choice in choices]
+        return [max(found, key=_elements)]
+
+
+def _elements(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return inputs.numel()
+    inside = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (list, tuple)) else ()
+    return sum(map(_elements, inside))
 
 
 def inputs_by_index(trainer: Any, count: int) -> list[Any] | None:
     """Return the inputs of batches in the order of a fresh loader; ``None`` for data without indices."""
     with _loader_of(trainer) as loader:
         sampler = getattr(loader, "batch_sampler", None)
-        if sampler is None or not hasattr(loader.dataset, "__getitem__") or hasattr(trainer, "_buffered_inputs"):
+        if sampler is None or not hasattr(loader.dataset, "__getitem__") or generates(trainer):
             return None
         data = loader.dataset
         return [_collated(trainer, loader, [data[i] for i in indices]) for indices in islice(iter(sampler), count)]
@@ -101,52 +108,13 @@ def _loader_of(trainer: Any) -> Iterator[Any]:
     """A fresh loader of the training data; generators are where they were afterwards."""
     accelerator = trainer.accelerator
     known = len(accelerator._dataloaders)
-    roots = [getattr(trainer, "data_collator", None), getattr(trainer, "train_dataset", None)]
-    state = PythonState([root for root in roots if not isinstance(root, (list, Tensor))])
+    state = reading_state([getattr(trainer, "data_collator", None), getattr(trainer, "train_dataset", None)])
     with own_randomness():
         try:
             yield trainer.get_train_dataloader()
         finally:
             del accelerator._dataloaders[known:]
             state.restore()
-
-
-def _lengths(data: Any, at_most: int) -> Iterator[Sequence[int]]:
-    """The lengths of what each sample has: of all samples where that costs no transform, else of the first ones."""
-    if hasattr(data, "iter") and hasattr(data, "column_names"):  # of the datasets library
-        columns = [name for name, value in _first(data).items() if _size(value) or name == "length"]
-        if "length" in columns:
-            columns = ["length"]
-        if columns and not _has_transform(data):
-            for batch in data.select_columns(columns).iter(1000):
-                yield from zip(*(map(_length, batch[name]) for name in columns), strict=True)
-            return
-    count = len(data) if isinstance(data, list) else min(len(data), at_most)
-    for index in range(count):
-        sample = data[index]
-        if not isinstance(sample, Mapping):
-            return
-        yield [int(sample["length"])] if "length" in sample else [_size(value) for value in sample.values()]
-
-
-def _has_transform(data: Any) -> bool:
-    return getattr(data, "format", {}).get("type") == "custom"
-
-
-def _first(data: Any) -> Mapping[str, Any]:
-    sample = data[0]
-    return sample if isinstance(sample, Mapping) else {}
-
-
-def _length(value: Any) -> int:
-    return value if isinstance(value, int) else _size(value)
-
-
-def _size(value: Any) -> int:
-    """The length of a text, a list or a tensor: of what is padded with others; 0 for anything else."""
-    if isinstance(value, Tensor) or hasattr(value, "shape"):
-        return int(value.shape[0]) if len(value.shape) == 1 else 0
-    return len(value) if isinstance(value, (str, list, tuple)) else 0
 
 
 def own_loss(output: Any, _: None) -> Tensor:

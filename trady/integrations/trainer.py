@@ -195,9 +195,9 @@ class Tuning:
             items = args[0] if args else kwargs.get("num_items_in_batch")
             model.train()
             prepared = trainer._prepare_inputs(inputs)
-            self._prepare_once(prepared)
             self._armed(lambda: self._seen(model, prepared, items))
             self._start_epoch(model, prepared, items)
+            self._prepare_once(prepared)
         if self.tuner is None or self.tuner.model not in trainer.model.modules():
             raise StateError(
                 "trainer.model is another one than the model that this run was armed for: exchange it before "
@@ -289,7 +289,9 @@ class Tuning:
         """Tell from the first training step what a step calls, and from the data how large it becomes."""
         trainer = self._trainer
         passes = passes_of(trainer, model, prepared, items)
-        further = [each for batch in longest_inputs(trainer) for each in passes_of(trainer, model, batch, None)]
+        further = [
+            each for batch in longest_inputs(trainer, prepared) for each in passes_of(trainer, model, batch, items)
+        ]
         return largest_of_all(Step.of(trainer.model, passes, more=further))
 
     def _kept(self, folder: Path, checkpoint: Checkpoint) -> Step:

@@ -92,6 +92,18 @@ class PythonState:
                 write(value, content)
 
 
+def reading_state(parts: Iterable[Any]) -> PythonState:
+    """Return the state of what data is read with: data sets, samplers, collators, generators; ``None`` is left out.
+
+    They are derived from classes of PyTorch, which a :class:`PythonState` does not look into by itself.
+    """
+    roots: list[Any] = []
+    for part in parts:
+        if part is not None and not isinstance(part, (list, Tensor)):
+            roots += [part, getattr(part, "__dict__", None)]
+    return PythonState(roots)
+
+
 # -- containers and attributes -------------------------------------------------------------------------
 # The methods are those of the built-in classes, since a class of the user's own may do something else in its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
 from trady.errors import BudgetError, ModelError, TrainingError
@@ -27,6 +28,7 @@ from trady.training.batch import Loss, cross_entropy, readable, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
+from trady.training.data.looking import first_of, to_be_looked_at
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
@@ -265,9 +267,12 @@ def run(
         processes=accelerator.num_processes,
     )
     loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
+    if accelerator.num_processes == 1:
+        loader = to_be_looked_at(loader)
     batches = on_device(loader, accelerator)
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
-    request = replace(request, batches_ahead=int(ahead))
+    waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
+    request = replace(request, batches_ahead=int(ahead) + waiting)
     schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
@@ -353,7 +358,8 @@ def _trainer(
         asked = request.micro_batch  # without a budget, "auto" and "most" are the full batch
         frozen = frozen_by_hand(model, request.train, request.freeze)
         return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
-    example, labels = split_batch(send_to_device(next(readable(loader)), accelerator.device))
+    with closing(first_of(loader, 1)) as batches:
+        example, labels = split_batch(send_to_device(next(readable(batches)), accelerator.device))
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
     return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from trady.errors import StateError, TradyError, TradyWarning
 from trady.interception.armed import Armed, Change
 from trady.model.parameters import ShownParameters, own_parameters
+from trady.tuner.followed import look_at
 from trady.tuner.optimizer_state import remap_state
 
 #: Attributes by which a wrapper holds the optimizer that it wraps.
@@ -26,12 +27,35 @@ _SIGNATURE = "trady_channels"
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that takes the steps, from inside of wrappers such as Accelerate's."""
+    return _layers(optimizer)[-1]
+
+
+def _layers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return a wrapper, what it wraps, and so on, to the optimizer that takes the steps."""
+    layers = [optimizer]
     while True:
-        found = (optimizer.__dict__.get(name) for name in _WRAPPED)
-        inner = next((o for o in found if isinstance(o, torch.optim.Optimizer) and o is not optimizer), None)
+        found = (layers[-1].__dict__.get(name) for name in _WRAPPED)
+        inner = next((o for o in found if isinstance(o, torch.optim.Optimizer) and o is not layers[-1]), None)
         if inner is None:
-            return optimizer
-        optimizer = inner
+            return layers
+        layers.append(inner)
+
+
+def _with_own_state(given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the wrappers of an optimizer that keep something by parameter themselves.
+
+    Raises:
+        StateError: One has copies of whole weights already.
+    """
+    *around, inner = _layers(given)
+    kept = [each for each in around if isinstance(getattr(each, "state", None), dict) and each.state is not inner.state]
+    if full := next((each for each in kept if each.state), None):
+        name = type(full).__name__
+        raise StateError(
+            f"{name} has copies of whole weights already, which cannot become those of channels: attach the "
+            f"{type(inner).__name__} inside it, or take an optimizer that keeps them itself (docs/optimizers.md)"
+        )
+    return kept
 
 
 def adopt(
@@ -140,6 +164,8 @@ class Optimizers:
         #: Gradients that were there after the last step, and whether the head had any.
         self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
+        #: Wrappers that keep something by parameter themselves, as Lookahead does.
+        self._around: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Optimizers whose state was loaded since their last step: it may be of channels that the tuner is to load yet.
         #: What channels it is of, where it says so.
         self._loaded: weakref.WeakKeyDictionary[torch.optim.Optimizer, str | None] = weakref.WeakKeyDictionary()
@@ -182,12 +208,15 @@ class Optimizers:
         """Return those that are still there, in the order in which they were attached."""
         return [optimizer for reference in self._known if (optimizer := reference()) is not None]
 
+    def _wrappers(self) -> list[torch.optim.Optimizer]:
+        return [wrapper for reference in self._around if (wrapper := reference()) is not None]
+
     @contextmanager
-    def adopting(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Take an optimizer over; if what follows refuses it, it is as it was.
+    def adopting(self, optimizer: torch.optim.Optimizer, given: torch.optim.Optimizer) -> Iterator[None]:
+        """Take an optimizer over, from inside of what was given; if what follows refuses it, it is as it was.
 
         Raises:
-            StateError: It has nothing that trains.
+            StateError: It has nothing that trains, or its state cannot follow channels.
         """
         groups, state = [list(group["params"]) for group in optimizer.param_groups], dict(optimizer.state)
         try:
@@ -195,6 +224,8 @@ class Optimizers:
             trained = {id(p) for p in self._trained}
             if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
                 raise StateError("the optimizer has none of the tuner's parameters: build it from tuner.parameters()")
+            look_at(optimizer, list(self._compact.values()))
+            around = _with_own_state(given)
             yield
         except TradyError:
             for group, parameters in zip(optimizer.param_groups, groups, strict=True):
@@ -203,6 +234,7 @@ class Optimizers:
             raise
         if all(known is not optimizer for known in self()):
             self._known.append(weakref.ref(optimizer))
+            self._around += map(weakref.ref, around)
             self._sign_state(optimizer)
 
     def _sign_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -242,14 +274,14 @@ class Optimizers:
         """Let the state follow the channels."""
         self._check_loaded()
         self._digest = self._armed.selection.digest
-        for optimizer in self():
+        for optimizer in [*self(), *self._wrappers()]:
             for change in changes:
                 remap_state(optimizer, change)
 
     def restored(self, changes: Sequence[Change]) -> None:
         """Let the state follow channels that a checkpoint has chosen, but where it was loaded from there before."""
         self._digest = self._armed.selection.digest
-        for optimizer in self():
+        for optimizer in [*self(), *self._wrappers()]:
             for change in () if optimizer in self._loaded else changes:
                 remap_state(optimizer, change)
 

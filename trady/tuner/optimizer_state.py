@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from trady.channels.selection import Channels
 from trady.interception.armed import Change
@@ -32,8 +33,12 @@ _SECOND_MOMENTS = {
 }
 
 #: State that is made of weights: MADGRAD's starting point, the iterate of schedule-free optimizers, Lookahead's slow
-#: weights. A channel that joins starts from where it is, and is not pulled towards zero.
-_WEIGHTS = {"x0", "z", "slow_buffer", "slow_param"}
+#: weights, ASGD's average. A channel that joins starts from where it is, and is not pulled towards zero. The names
+#: count where the optimizer itself could not be tried (:mod:`trady.tuner.followed`).
+_WEIGHTS = frozenset({"x0", "z", "ax", "slow", "slow_buffer", "slow_param", "slow_params", "old_p"})
+
+#: By optimizer, the names of its state that is made of weights, where it was tried.
+state_of_weights: weakref.WeakKeyDictionary[torch.optim.Optimizer, frozenset[str]] = weakref.WeakKeyDictionary()
 
 #: The dimension, from the end, that a factored second moment is a mean over: torch keeps it, of size 1, and
 #: transformers leaves it out.
@@ -55,9 +60,10 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
     state: dict[str, Any] | None = optimizer.state.get(change.compact)
     moves = change.moves
     remain = all((sources >= 0).any() for sources, _ in moves)
-    if not state or not remain or not all(_follows(name, value, change.compact) for name, value in state.items()):
+    if not state or not remain or not all(_follows(name, value, change) for name, value in state.items()):
         _start_fresh(optimizer, change.compact)
         return
+    weights = state_of_weights.get(optimizer, _WEIGHTS)
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
@@ -69,7 +75,7 @@ def remap_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
             stayed = len(sources) == before and bool((np.diff(sources, prepend=-1) == 1).all())
             if value.shape[dim] == before and dim != averaged and not stayed:
                 value = rearranged(value, sources, dim, mean=name in _SECOND_MOMENTS)
-        if name in _WEIGHTS and value.shape == change.compact.shape:
+        if name in weights and value.shape == change.compact.shape:
             value = _from_weights(value, change)
         state[name] = value.squeeze(averaged) if left_out else value
 
@@ -83,14 +89,21 @@ def _from_weights(value: Tensor, change: Change) -> Tensor:
     return made
 
 
-def _follows(name: str, value: object, compact: nn.Parameter) -> bool:
+def _follows(name: str, value: object, change: Change) -> bool:
     """Whether it is known which part of a state belongs to which channel.
 
-    In blocks of numbers that are quantised together, as in 8-bit optimizers, it is not.
+    In blocks of numbers that are quantised together, as in 8-bit optimizers, it is not, nor in products of all channels
+    with all others (Shampoo, SOAP), nor in lists of tensors.
     """
-    if not isinstance(value, Tensor) or value.dim() in (0, compact.dim()):
+    if not isinstance(value, Tensor):
+        return not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(value))
+    dims = change.compact.dim()
+    if value.dim() == 0:
         return True
-    return name in _AVERAGED and value.dim() == compact.dim() - 1
+    if value.dim() == dims - 1:
+        return name in _AVERAGED
+    before = (*(number for _, number in change.moves), *change.compact.shape[2:])[:dims]
+    return value.dim() == dims and all(size in (1, had) for size, had in zip(value.shape, before, strict=True))
 
 
 def _start_fresh(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:

@@ -147,7 +147,7 @@ class Tuner:
         """
         self._check_alive("attach an optimizer")
         given, optimizer = optimizer, innermost(optimizer)
-        with self._attached.adopting(optimizer):
+        with self._attached.adopting(optimizer, given):
             forms = update_forms((*self._attached(), optimizer), self._compact)
             needed = self._draws.moment.optimizer | replace(optimizer_memory(optimizer), in_backward=forms)
             moment = self._decision.fit_to_budget(replace(self._draws.moment, optimizer=needed))

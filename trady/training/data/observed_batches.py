@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from trady.training.batch import split_batch
 from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import epoch_seed
 from trady.training.data.loaders import Batches
+from trady.training.data.looking import first_of
 
 
 def measured_on(loader: Batches, count: int, seed: int, device: torch.device) -> Iterable[tuple[Any, Any]]:
@@ -21,7 +21,7 @@ def measured_on(loader: Batches, count: int, seed: int, device: torch.device) ->
 
     The order is a pure function of the seed and independent of that of training, and images are as they are, without
     augmentation. A data set that cannot be indexed
-    (``IterableDataset``) gives the first batches of its loader.
+    (``IterableDataset``) gives the next batches of its loader, which are trained on all the same.
 
     Args:
         loader: Batches of the training data; its batch size and collation are used.
@@ -42,7 +42,7 @@ class _Observed:
         self._loader, self._count, self._device = loader, count, device
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in islice(self._loader, self._count):
+        for batch in first_of(self._loader, self._count):
             yield split_batch(send_to_device(batch, self._device))
 
 
