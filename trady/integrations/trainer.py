@@ -83,6 +83,7 @@ def tune(
     draws_per_epoch: int = 1,
     example: Any = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
 ) -> Tuning:
     """Let a trainer of transformers, TRL or sentence-transformers train inside a memory budget.
 
@@ -104,6 +105,7 @@ def tune(
             made for what the first training step is seen to call, on the longest samples where the data can be read by
             index; what is larger later trains fewer channels.
         over_budget: What happens then (:func:`trady.prepare`).
+        max_step_flops: What a step may take of the operations of full fine-tuning (:func:`trady.prepare`).
 
     Returns:
         The session, also under ``trainer.trady``: its plan, its tuner while it trains, its delta.
@@ -116,7 +118,7 @@ def tune(
     """
     request = Request(
         budget, policy, ranking, head, recompute=recompute, fidelity=fidelity, train=train, freeze=freeze,
-        over_budget=over_budget,
+        over_budget=over_budget, max_step_flops=max_step_flops,
     )  # fmt: skip
     return Tuning(trainer, Options(request, draws_per_epoch, example))
 

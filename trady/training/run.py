@@ -39,7 +39,7 @@ from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
-from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
+from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest, refuse_limit_of_full
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.parts import of_batch_statistics
 from trady.tuner.tuner import Tuner
@@ -108,6 +108,7 @@ def finetune(
     train_layers: Wish | None = None,
     freeze: Wish | None = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
     augment: AugmentName = "none",
@@ -162,6 +163,8 @@ def finetune(
         over_budget: What happens where a batch would break a budget in bytes and not even one sample of it fits:
             ``"adapt"`` (fewer channels train from then on), ``"refuse"`` or ``"warn"`` (:func:`trady.prepare`). Before
             that, it is cut into parts that fit, with the same update (docs/budgets.md).
+        max_step_flops: What a step may take of the operations of full fine-tuning, e.g. ``"0.6x"``
+            (:func:`trady.prepare`).
         observed_batches: Number of batches that policies are measured on if they measure before they draw
             (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
             every rank.
@@ -203,6 +206,7 @@ def finetune(
         freeze=freeze,
         autocast=compute_dtype(mixed_precision),
         over_budget=over_budget,
+        max_step_flops=max_step_flops,
     )
     return run(
         model,
@@ -247,6 +251,7 @@ def run(
         raise TrainingError(f"epochs is {options.epochs}; it must be at least 1")
     policy, seed = get_policy(request.policy), request.seed
     if policy.name == FULL:
+        refuse_limit_of_full(request.step_limit)
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
@@ -294,6 +299,7 @@ def run(
         train_layers=as_text(request.train),
         freeze=as_text(request.freeze),
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
+        max_step_flops=request.step_limit,
     )
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:

@@ -40,6 +40,7 @@ def finetune(
     train: options.Train = None,
     freeze: options.Freeze = None,
     over_budget: options.OverBudget = "adapt",
+    max_step_flops: options.MaxStepFlops = None,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -101,6 +102,7 @@ def finetune(
         train=train,
         freeze=freeze,
         over_budget=over_budget,
+        max_step_flops=max_step_flops,
     )
     check_name(augment)
     if checkpoint_every is not None:
