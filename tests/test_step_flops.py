@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import trady
 from tests.counted_flops import multiply_adds
 from tests.models import Dense, Grouped, PreActivation, Residual, freeze_norms, normal, seeded
-from tests.recomputed_models import RECOMPUTED, loss_of, recomputed_model
+from tests.recomputed_models import loss_of, recomputed_model
 from tests.small_runs import run
 from tests.small_task import StopAfter, small_net, write_npz
 from trady.channels.selection import Selection
@@ -24,8 +25,8 @@ from trady.policies import Scheme, SparseUpdate, policy_names
 from trady.policies.evidence import needs_of
 
 CONVOLUTIONAL: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__: lambda kind=kind: seeded(kind) for kind in (Residual, Dense, Grouped, PreActivation)
-}  # type: ignore[misc]
+    kind.__name__: partial(seeded, kind) for kind in (Residual, Dense, Grouped, PreActivation)
+}
 
 #: With plain attention (the counter does not know the CPU's fused one), and without a loss that leaves rows out.
 TRANSFORMERS = ("BERT", "Qwen2", "Llama, loss", "ViT", "Swin", "ConvNeXt", "ViT, by hand")
@@ -205,7 +206,9 @@ def test_a_policy_that_is_given_its_layers_is_refused_where_they_are_too_early()
     x = normal(4, 3, 9, 9)
     policy = SparseUpdate(Scheme((0, 3), (1, 1)))
     asked: dict[str, Any] = {"budget": "elements:20000", "policy": policy}
-    with pytest.raises(trady.PolicyError, match="a step that reaches them takes .* or give it later layers") as refused:
+    with pytest.raises(
+        trady.PolicyError, match=r"a step that reaches them takes .* or give it later layers"
+    ) as refused:
         trady.prepare(seeded(Residual), x, **asked, max_step_flops=0.5)
     least = str(refused.value).split('type max_step_flops="')[1].split('"')[0]
     assert trady.plan(seeded(Residual), x, **asked, max_step_flops=least).selection.count
@@ -245,7 +248,7 @@ def test_a_state_of_another_limit_is_refused() -> None:
     asked: dict[str, Any] = {"budget": "elements:1500", "policy": "dynamic-random"}
     state = trady.prepare(seeded(Residual), x, **asked, max_step_flops=0.6).state_dict()
     other = trady.prepare(seeded(Residual), x, **asked)
-    with pytest.raises(trady.CheckpointError, match="max_step_flops=0.6x"):
+    with pytest.raises(trady.CheckpointError, match=r"max_step_flops=0\.6x"):
         other.load_state_dict(state)
     other.finish()
 

@@ -46,6 +46,7 @@ from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
+from trady.tuner.full_device import out_of_memory
 from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
@@ -205,7 +206,12 @@ class Tuning:
                 "trainer.model is another one than the model that this run was armed for: exchange it before "
                 "trainer.train(), or train it with a trainer of its own"
             )
-        return self._originals["training_step"](model, inputs, *args, **kwargs)
+        try:
+            return self._originals["training_step"](model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if getattr(trainer.args, "auto_find_batch_size", False) or self._step is None:
+                raise  # the trainer goes on with a smaller batch
+            raise out_of_memory(self.tuner, self._step.example, error) from error
 
     def _prepare_once(self, prepared: Any) -> None:
         """Hand on what was prepared: a trainer that generates what it learns from would generate it twice."""

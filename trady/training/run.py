@@ -39,7 +39,13 @@ from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
-from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest, refuse_limit_of_full
+from trady.training.settings import (
+    OBSERVED_BATCHES,
+    Settings,
+    ranking_digest,
+    refuse_capture,
+    refuse_limit_of_full,
+)
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.parts import of_batch_statistics
 from trady.tuner.tuner import Tuner
@@ -74,6 +80,7 @@ class RunOptions:
     augment: AugmentName = "none"
     checkpoint_every: str | float | None = None
     keep_best: bool = True
+    capture: bool = False
     progress: bool | Display = True
 
 
@@ -114,6 +121,7 @@ def finetune(
     augment: AugmentName = "none",
     checkpoint_every: str | float | None = None,
     keep_best: bool = True,
+    capture: bool = False,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, from the first step to the result.
@@ -176,6 +184,7 @@ def finetune(
         checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
             ``"90 s"`` or ``"1h"``. In one process only.
         keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
+        capture: On CUDA, record the forward and backward pass once a draw and replay it (docs/capture.md).
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -234,6 +243,7 @@ def finetune(
             augment=augment,
             checkpoint_every=checkpoint_every,
             keep_best=keep_best,
+            capture=capture,
             progress=progress,
         ),
     )
@@ -256,6 +266,8 @@ def run(
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
+    if options.capture:
+        refuse_capture(policy.name, accelerator.device)
     folder = None if options.out is None else RunFolder(Path(options.out))
     with file_errors():
         if folder is not None and accelerator.is_main_process:
@@ -334,6 +346,7 @@ def run(
             budget=request.limit,
             saving=Saving(every, within_epochs=alone, best=options.keep_best),
             data=None if folder is None else identity(train, evaluation),
+            capture=options.capture,
         )
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from trady.errors import BudgetError, TrainingError
 from trady.ranking.ranking import LayerRanking
 
@@ -121,4 +123,21 @@ def refuse_limit_of_full(max_step_flops: float | None) -> None:
         raise BudgetError(
             f"max_step_flops={max_step_flops:g}x is for policies that draw channels, and policy 'full' trains "
             "everything with plain PyTorch: leave it out, or take another policy, such as trady"
+        )
+
+
+def refuse_capture(policy: str, device: torch.device) -> None:
+    """Refuse to capture steps where there is nothing to capture.
+
+    Raises:
+        TrainingError: The run is not on CUDA, or its model is not armed.
+
+    """
+    if device.type != "cuda":
+        raise TrainingError(
+            f"capture records steps as CUDA graphs, and this run is on {device.type}, which has none: leave it out"
+        )
+    if policy == "full":
+        raise TrainingError(
+            "capture records the steps of a model that draws channels, and policy 'full' is plain PyTorch: leave it out"
         )

@@ -15,6 +15,7 @@ from trady.planning.request import Request
 from trady.policies import Policy
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.tuner.full_device import warn_if_full
 from trady.tuner.tuner import Tuner
 
 
@@ -101,7 +102,9 @@ def prepare(
     asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
     loop = (calls_per_step, accumulates, autocast, over_budget)
     request = Request(*asked, *loop, max_step_flops=max_step_flops)
-    return Tuner(request.decide(model, example))
+    tuner = Tuner(request.decide(model, example))
+    warn_if_full(tuner)
+    return tuner
 
 
 def plan(

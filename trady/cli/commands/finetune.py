@@ -78,6 +78,9 @@ def finetune(
     keep_best: Annotated[
         bool, typer.Option("--keep-best/--no-keep-best", help="Keep the weights of the best epoch: best.safetensors.")
     ] = True,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="On CUDA: record a step once a draw, and replay it.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
@@ -139,6 +142,7 @@ def finetune(
                 augment=cast(AugmentName, augment),
                 checkpoint_every=checkpoint_every,
                 keep_best=keep_best,
+                capture=capture,
             ),
         )
     except KeyboardInterrupt as interrupt:
