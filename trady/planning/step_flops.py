@@ -1,7 +1,7 @@
 """What a step takes of the operations of full fine-tuning, and a limit to that: counted, so the same on every machine.
 
 The multiply-adds of weight layers and matrix products are known before anything runs (:mod:`trady.analysis.step_work`).
-How long a processor takes for them depends on the layers: docs/step-flops.md has both side by side.
+How long a processor takes for them depends on the layers: docs/budgets.md has both side by side.
 """
 
 from __future__ import annotations

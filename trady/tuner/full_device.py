@@ -91,10 +91,12 @@ def out_of_memory(tuner: Tuner, inputs: Any, error: BaseException) -> ResourceEr
 
 
 def warn_if_full(tuner: Tuner) -> None:
-    """Say in front of a training that its device has less memory than a step is predicted to take."""
-    device = next((p.device for p in tuner.model.parameters()), torch.device("cpu"))
-    predicted = tuner.plan.predicted_peak_bytes if device.type == "cuda" else None
-    if predicted is not None and predicted > (memory := DeviceMemory.of(device)).available:
+    """Say in front of a training under a ``peak:`` budget that its device has less memory than a step may take."""
+    draws, device = tuner._draws, next((p.device for p in tuner.model.parameters()), torch.device("cpu"))
+    if device.type != "cuda" or not draws.decision.scope.bounds_peak:
+        return
+    predicted, memory = draws.decision.spending(draws.moment).peak(draws.selection), DeviceMemory.of(device)
+    if predicted > memory.available:
         warnings.warn(
             f"a step is predicted to take {format_bytes(predicted)} of the GPU, and {memory}: "
             f'budget="peak:{_rounded_down(memory.usable)}" would fit, or end other programs',

@@ -86,7 +86,7 @@ def prepare(
             fewer channels train from then on; what cannot be helped so is refused. ``"refuse"``: a
             :class:`trady.errors.BudgetError`. ``"warn"``: a warning, and the pass runs.
         max_step_flops: What a step may take of the operations of a step of full fine-tuning, e.g. ``"0.6x"``. Channels
-            are then drawn from the layers that the backward pass reaches within that (docs/step-flops.md).
+            are then drawn from the layers that the backward pass reaches within that (docs/budgets.md).
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
