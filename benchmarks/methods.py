@@ -151,9 +151,10 @@ def trady_step(
     policy: str | None = None,
     recompute: str = "auto",
     optimizer: OptimizerFactory = plain_sgd,
+    max_step_flops: float | None = None,
 ) -> Iterator[TunedStep]:
     """TraDy, armed as the workload says: the drawn channels and the head train."""
-    tuner = workload.arm(task, seed, ranking, policy, recompute)
+    tuner = workload.arm(task, seed, ranking, policy, recompute, max_step_flops)
     task.model.train()
     attached = tuner.attach(optimizer(tuner.parameters()))
     run = _update(task, attached)

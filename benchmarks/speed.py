@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.methods import METHODS, TITLES
+from benchmarks.methods import METHODS, TITLES, trady_step
 from benchmarks.options import (
     add_device,
     add_json,
@@ -39,7 +39,7 @@ from benchmarks.options import (
 from benchmarks.skipped import SkippedError
 from benchmarks.tasks import MissingPackageError
 from benchmarks.workloads import CPU, WORKLOADS, Workload, laid_out
-from trady.errors import TradyError
+from trady.errors import BudgetError, TradyError
 
 #: Timed by default; ``benchmarks.peers`` times them all.
 TIMED = ("full", "head", "trady", "trady-keep", "floor")
@@ -142,6 +142,61 @@ def measure(
         return in_turns(steps, rounds, clock), skipped
 
 
+def measure_limits(
+    workload: Workload,
+    models: Path,
+    limits: Sequence[float],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, Any]]:
+    """Time steps whose backward pass stops early, in turns with full fine-tuning.
+
+    Args:
+        workload: The workload; channels are drawn from all layers that a limit leaves.
+        models: Folder of the backbones.
+        limits: What a step may take of the operations of full fine-tuning.
+        rounds: How often to time each.
+        clock: Gives seconds.
+
+    Returns:
+        For each limit that is possible: where the backward pass stops, and the step over full fine-tuning,
+        ``predicted`` by its operations and ``measured``.
+
+    """
+    with ExitStack() as stack:
+        full = stack.enter_context(METHODS["full"](workload, workload.make(models)))
+        steps, found = {"full": full.run}, dict[str, dict[str, Any]]()
+        for limit in limits:
+            limited = trady_step(workload, workload.make(models), policy="dynamic-random", max_step_flops=limit)
+            try:
+                step = stack.enter_context(limited)
+            except BudgetError as reason:
+                found[f"{limit:g}x"] = {"refused": str(reason)}
+                continue
+            counted = step.tuner.plan.step
+            assert counted is not None
+            steps[f"{limit:g}x"] = step.run
+            found[f"{limit:g}x"] = {"predicted": counted.over_full, **counted.to_json()}
+        seconds = in_turns(steps, rounds, clock)
+    for name in steps.keys() - {"full"}:
+        found[name] |= {"measured": ratio(seconds, name, "full"), "seconds": seconds[name]}
+    return found
+
+
+def limits_table(workload: Workload, found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table of :func:`measure_limits` that a person reads."""
+    table = Table(title=f"{workload.name}: a step over full fine-tuning", title_justify="left")
+    for column in ("limit", "backward stops at", "layers passed", "operations", "time"):
+        table.add_column(column, justify="right" if column in ("operations", "time") else "left")
+    for limit, one in found.items():
+        if "refused" in one:
+            table.add_row(limit, one["refused"], "", "", "")
+        else:
+            passed = f"{one['passed']} of {one['layers']}"
+            table.add_row(limit, one["stops_at"], passed, f"{one['predicted']:.2f} ×", f"{one['measured']:.2f} ×")
+    return table
+
+
 def aims(workload: Workload, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
     """Hold TraDy's step against the aims of the workload, as far as both methods were timed.
 
@@ -181,6 +236,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     add_device(parser)
     add_methods(parser, METHODS, TIMED)
     add_timing(parser, repeats=9)
+    parser.add_argument(
+        "--max-step-flops",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="instead: steps held to these shares of the operations of full fine-tuning, as predicted and as measured",
+    )
     add_models(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
@@ -189,6 +251,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     console, figures = console_for(options.json), dict[str, Any]()
     for name in options.workload:
         workload = laid_out(WORKLOADS[name], channels_last=options.channels_last, device=device)
+        if options.max_step_flops:
+            limits = measure_limits(workload, models_folder(options.models), options.max_step_flops, rounds, clock)
+            console.print(limits_table(workload, limits))
+            figures[name] = limits
+            continue
         seconds, skipped = measure(workload, models_folder(options.models), rounds, clock, options.method)
         console.print(as_table(workload, seconds))
         for method, reason in skipped.items():

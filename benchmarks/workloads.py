@@ -88,6 +88,7 @@ class Workload:
         ranking: trady.LayerRanking | None = None,
         policy: str | None = None,
         recompute: str = "auto",
+        max_step_flops: float | None = None,
     ) -> trady.Tuner:
         """Prepare the task's model for TraDy, or for another policy in the same budget."""
         policy = policy or self.policy
@@ -100,6 +101,7 @@ class Workload:
             ranking=ranking or "online",
             seed=seed,
             recompute=recompute,
+            max_step_flops=max_step_flops,
         )
 
 

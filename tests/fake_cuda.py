@@ -66,6 +66,8 @@ def fake_cuda(patch: Any) -> Iterator[Waits]:
     state = torch.zeros(16, dtype=torch.uint8)
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: state)
     patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    patch.setattr(torch.cuda, "mem_get_info", lambda *_: (80 << 30, 80 << 30))
+    patch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     patch.setattr(FakeTensor, "numpy", lambda self: np.ones(tuple(self.shape), dtype=np.float32), raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
         yield waits

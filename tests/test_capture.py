@@ -17,37 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.simulated_graph import SimulatedGraph
 from trady.tuner import capture
 from trady.tuner.capture import WARM_UP, CapturedStep
-
-
-class SimulatedGraph:
-    """Stands for a CUDA graph: ``replay`` writes to the tensors that ``record`` returned and left in ``.grad``."""
-
-    made: list[SimulatedGraph]
-
-    def __init__(self, trained: Callable[[], list[nn.Parameter]]) -> None:
-        self._trained, self.replays = trained, 0
-        SimulatedGraph.made.append(self)
-
-    def record(self, run: Callable[[], Any]) -> Any:
-        self._run, self._parameters = run, self._trained()
-        self._result = run()
-        self._gradients = [p.grad for p in self._parameters]
-        return self._result
-
-    def replay(self) -> None:
-        self.replays += 1
-        held = [p.grad for p in self._parameters]
-        for parameter in self._parameters:
-            parameter.grad = None
-        with torch.enable_grad():
-            self._result.data.copy_(self._run().detach())
-        for parameter, gradient, before in zip(self._parameters, self._gradients, held, strict=True):
-            if gradient is not None:
-                assert parameter.grad is not None
-                gradient.copy_(parameter.grad)
-            parameter.grad = before
 
 
 class Net(nn.Module):

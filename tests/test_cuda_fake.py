@@ -31,9 +31,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_training_steps_on_cuda(library: Path) -> None:
-    """Runs on_cuda.py: what PyTorch believes in holds for a whole process, from before it is imported."""
-    given = ["-q", "-p", "no:cacheprovider", str(HERE / "on_cuda.py")]
+@pytest.mark.parametrize("file", ["on_cuda.py", "waits_on_cuda.py"])
+def test_training_steps_on_cuda(library: Path, file: str) -> None:
+    """What PyTorch believes in holds for a whole process, from before it is imported."""
+    given = ["-q", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(
         [sys.executable, "-c", _RUN, str(library), *given],
         cwd=HERE.parent,

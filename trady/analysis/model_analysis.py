@@ -36,7 +36,8 @@ class ModelAnalysis:
         head: Modules that are always trained.
         head_parameters: Their parameters, under full names.
         plans: The expected calls in training and in evaluation mode.
-        held: Names of the layers that a person keeps from training; they are in the table, and never drawn.
+        held: Names of the layers that a person, or a limit of time, keeps from training; they are in the table, and
+            never drawn.
     """
 
     table: ChannelTable

@@ -77,6 +77,14 @@ OverBudget = Annotated[
     ),
 ]
 
+MaxStepFlops = Annotated[
+    str | None,
+    typer.Option(
+        help='What a step may take of the operations of full fine-tuning, e.g. "0.6x": channels are drawn from layers '
+        "that the backward pass reaches within that."
+    ),
+]
+
 RankingFile = Annotated[
     str | None,
     typer.Option(
@@ -138,6 +146,7 @@ def read_request(
     calls_per_step: int = 1,
     accumulates: bool = False,
     over_budget: str = "adapt",
+    max_step_flops: str | None = None,
 ) -> Request:
     """Read what is asked for, from the words of a command line.
 
@@ -164,6 +173,7 @@ def read_request(
         calls_per_step=calls_per_step,
         accumulates=accumulates,
         over_budget=over_budget,
+        max_step_flops=max_step_flops,
     )
     ready_for(request.limit)  # before a model or a data set is read
     return request

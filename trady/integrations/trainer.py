@@ -46,6 +46,7 @@ from trady.training.checkpoint import Checkpoint, save_checkpoint
 from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
+from trady.tuner.full_device import out_of_memory
 from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
@@ -83,6 +84,7 @@ def tune(
     draws_per_epoch: int = 1,
     example: Any = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
 ) -> Tuning:
     """Let a trainer of transformers, TRL or sentence-transformers train inside a memory budget.
 
@@ -104,6 +106,7 @@ def tune(
             made for what the first training step is seen to call, on the longest samples where the data can be read by
             index; what is larger later trains fewer channels.
         over_budget: What happens then (:func:`trady.prepare`).
+        max_step_flops: What a step may take of the operations of full fine-tuning (:func:`trady.prepare`).
 
     Returns:
         The session, also under ``trainer.trady``: its plan, its tuner while it trains, its delta.
@@ -116,7 +119,7 @@ def tune(
     """
     request = Request(
         budget, policy, ranking, head, recompute=recompute, fidelity=fidelity, train=train, freeze=freeze,
-        over_budget=over_budget,
+        over_budget=over_budget, max_step_flops=max_step_flops,
     )  # fmt: skip
     return Tuning(trainer, Options(request, draws_per_epoch, example))
 
@@ -203,7 +206,12 @@ class Tuning:
                 "trainer.model is another one than the model that this run was armed for: exchange it before "
                 "trainer.train(), or train it with a trainer of its own"
             )
-        return self._originals["training_step"](model, inputs, *args, **kwargs)
+        try:
+            return self._originals["training_step"](model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if getattr(trainer.args, "auto_find_batch_size", False) or self._step is None:
+                raise  # the trainer goes on with a smaller batch
+            raise out_of_memory(self.tuner, self._step.example, error) from error
 
     def _prepare_once(self, prepared: Any) -> None:
         """Hand on what was prepared: a trainer that generates what it learns from would generate it twice."""

@@ -27,7 +27,9 @@ from trady.planning.reserve import Reserve
 from trady.planning.scopes import BudgetScope, DoesNotFitError
 from trady.planning.scopes.unlimited import UNLIMITED
 from trady.planning.spending import Moment, Spending
+from trady.planning.step_flops import StepLimit
 from trady.policies import Needs, Policy, needs_of
+from trady.policies.base import names_layers
 from trady.ranking.online import OnlineRanking
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import compact_forms
@@ -68,6 +70,7 @@ class Decision:
         needs_snapshot: Whether the weights that train are kept to compare with an epoch ago.
         over_budget: What happens when a step would take more than the budget
             (:data:`trady.planning.conditions.OVER_BUDGET`).
+        steps: Counts what a step takes of the operations of full fine-tuning, and what it may.
     """
 
     model: nn.Module
@@ -80,6 +83,7 @@ class Decision:
     peaks: Peaks
     reserve: Reserve
     loop: Loop
+    steps: StepLimit
     recompute: str = "auto"
     fidelity: str = "exact"
     micro_batch: int | None = None
@@ -98,8 +102,13 @@ class Decision:
 
     @property
     def options(self) -> str:
-        """What the policy was made with, as text."""
-        return str(getattr(self.policy, "options", ""))
+        """What the policy was made with, and what limits its layers, as text."""
+        limit = "" if self.steps.limit is None else f" max_step_flops={self.steps.limit:g}x"
+        return f"{getattr(self.policy, 'options', '')}{limit}".strip()
+
+    @property
+    def _frozen_by_hand(self) -> frozenset[str]:
+        return self.analysis.held - self.steps.early
 
     @property
     def scope(self) -> BudgetScope:
@@ -149,9 +158,15 @@ class Decision:
                 bounds the peak.
 
         Raises:
-            BudgetError: Not even the smallest selection fits; the message names the minimum.
+            BudgetError: Not even the smallest selection fits, or the shortest step; the message names the minimum.
 
         """
+        moment = self._fitting(moment, first=first)
+        layers = tuple(name for name in self.table.names if name not in self._frozen_by_hand)
+        self.steps.check_minimum(self.policy, layers, moment.recomputation)
+        return moment
+
+    def _fitting(self, moment: Moment, *, first: bool) -> Moment:
         if self.budget is None:
             if self.policy.name not in ("head", "full"):
                 raise BudgetError(
@@ -248,11 +263,23 @@ class Decision:
 
         Raises:
             BudgetError: The policy's selection cannot be made as small as the budget.
+            PolicyError: The policy is given its layers, and the way back to them takes too long.
 
         """
+        spending, recomputation = self.spending(moment), moment.recomputation
+        selection = self._draw(spending, epoch, redraw)
+        while self.steps.exceeded(selection, recomputation):
+            if names_layers(self.policy):
+                raise self.steps.refusal(self.policy, selection, recomputation)
+            early = self.steps.too_early(selection, recomputation, spending.drawable.names)
+            spending = replace(spending, held=spending.held | early)
+            selection = self._draw(spending, epoch, redraw)
+        return selection
+
+    def _draw(self, spending: Spending, epoch: int, redraw: int) -> Selection:
         amount = None if self.budget is None else self.budget.amount
         try:
-            return self.scope.draw(self.spending(moment), amount, epoch, redraw)
+            return self.scope.draw(spending, amount, epoch, redraw)
         except DoesNotFitError as error:
             assert self.budget is not None
             raise infeasible_budget(self.budget, error.amount) from None
@@ -330,7 +357,8 @@ class Decision:
             needs=self.needs.kinds,
             needs_each_epoch=self.needs.each_epoch,
             observed=not spending.lacks_evidence,
-            held=tuple(name for name in self.table.names if name in self.analysis.held),
+            held=tuple(name for name in self.table.names if name in self._frozen_by_hand),
+            step=self.steps.of(selection, moment.recomputation),
         )
 
     def phases(self, moment: Moment, selection: Selection, step_bytes: int) -> dict[str, int]:

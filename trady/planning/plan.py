@@ -18,6 +18,7 @@ from trady.channels.table import ChannelTable
 from trady.memory.recorder import PARTS
 from trady.planning.budget import Budget
 from trady.planning.plan_record import FORMAT, PlanRecord
+from trady.planning.step_flops import StepFlops
 from trady.records.files import write_json
 from trady.report.units import BAR_WIDTH, format_bytes, format_count, format_fine_percent, format_percent
 
@@ -56,6 +57,7 @@ class Plan:
         observed: Whether it was; if not, ``selection`` stands in for the first draw, and costs about the same.
         predicted_phases: Peaks in bytes, weights included: of a ``step``, of ``evaluation``, of ``saving`` and of
             ``finishing`` (:func:`trady.planning.phases.predicted_phases`).
+        step: What a step with this draw takes of a step of full fine-tuning, and where its backward pass ends.
     """
 
     model: str
@@ -84,6 +86,7 @@ class Plan:
     observed: bool = True
     held: tuple[str, ...] = ()
     predicted_phases: Mapping[str, int] = field(default_factory=dict)
+    step: StepFlops | None = None
 
     @property
     def mean_sparsity(self) -> Sparsity:
@@ -122,6 +125,7 @@ class Plan:
             "needs_each_epoch": self.needs_each_epoch,
             "observed": self.observed,
             **({"held": list(self.held)} if self.held else {}),
+            **({"step": self.step.to_json()} if self.step is not None else {}),
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -251,6 +255,8 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     without = plan.mean_sparsity
     yield "saves", f"{format_bytes(cost.saved_channel_bytes)} of activations, those of the channels that train"
     yield from _recomputation(plan)
+    if plan.step is not None:
+        yield from plan.step.facts()
     yield "updating adds", f"{format_bytes(cost.update_bytes)} ({format_count(cost.elements)} elements a sample)"
     if cost.float_bytes:
         kept = "in floating point beside quantised weights, once they have trained"

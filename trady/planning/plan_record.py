@@ -10,6 +10,7 @@ from trady.channels.cost import Cost, Sparsity
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable, FrozenLayer, Layer
 from trady.errors import CheckpointError
+from trady.planning.step_flops import StepFlops
 from trady.records.schema import Natural, Positive
 from trady.records.versioned import Format
 
@@ -53,6 +54,7 @@ class PlanRecord:
     predicted_phases: Mapping[str, Natural] = field(default_factory=dict)
     process: Mapping[str, Any] | None = None
     predicted_process_bytes: Natural | None = None
+    step: StepFlops | None = None
 
     @property
     def table(self) -> ChannelTable:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trady.analysis.by_hand import Wish, frozen_by_hand
 from trady.analysis.model_analysis import ModelAnalysis, analyse_model, find_recomputable, trace_modes
 from trady.analysis.segments import NO_SEGMENTS
+from trady.analysis.step_work import WorkCounter
 from trady.errors import BudgetError, ModelError, RankingError
 from trady.evidence.measures import needs_snapshot
 from trady.model.batch import Batch
@@ -30,6 +31,7 @@ from trady.planning.recomputation import MODES, Planner
 from trady.planning.reserve import Reserve, reserve_for
 from trady.planning.scopes import PEAK
 from trady.planning.spending import Moment
+from trady.planning.step_flops import StepLimit, parse_step_flops
 from trady.policies import Policy, get_policy, needs_of
 from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking, structure_digest
@@ -71,6 +73,7 @@ class Request:
     autocast: torch.dtype | None = None
     over_budget: str = "adapt"
     batches_ahead: int = 0
+    max_step_flops: str | float | None = None
 
     def __post_init__(self) -> None:
         check_conditions(self.calls_per_step, self.over_budget)
@@ -80,6 +83,7 @@ class Request:
         check_micro_batch(self.micro_batch)
         if self.budget is not None:
             object.__setattr__(self, "budget", parse_budget(self.budget))
+        object.__setattr__(self, "max_step_flops", parse_step_flops(self.max_step_flops))
         get_policy(self.policy)
 
     # -- an earlier plan goes before ---------------------------------------------------------------------
@@ -97,6 +101,13 @@ class Request:
         if self.plan is not None and getattr(self.policy, "name", None) != self.plan.policy:
             return get_policy(self.plan.policy)
         return get_policy(self.policy)
+
+    @property
+    def step_limit(self) -> float | None:
+        """What a step may take of a step of full fine-tuning."""
+        if self.max_step_flops is None and self.plan is not None and self.plan.step is not None:
+            return self.plan.step.limit
+        return parse_step_flops(self.max_step_flops)
 
     def decide(
         self,
@@ -173,6 +184,10 @@ class Request:
             traces = trace_modes(model, chunk)
         frozen = frozen_by_hand(model, self.train, self.freeze)
         analysis = analyse_model(model, chunk, head=head, fuse=self.fuse, traces=traces, frozen=frozen)
+        plain = {id(parameter) for parameter in analysis.head_parameters.values()}
+        counter = WorkCounter(traces.training, analysis.table, dict(model.named_parameters()), plain)
+        steps = StepLimit.of_layers(counter, self.step_limit, analysis.drawable, self.rule)
+        analysis = replace(analysis, held=analysis.held | steps.early)
         if self.plan is not None and structure_digest(self.plan.table) != structure_digest(analysis.table):
             raise ModelError(
                 f"the plan is for a {self.plan.model} with other layers than this {type(model).__name__}; "
@@ -198,6 +213,7 @@ class Request:
             optimizer or OptimizerMemory(),
             micro_batch=None if full else size,
             loop=loop,
+            steps=steps,
         )
 
     def _settle(
@@ -209,6 +225,7 @@ class Request:
         *,
         micro_batch: int | None,
         loop: Loop,
+        steps: StepLimit,
     ) -> Decision:
         """Settle what channels are drawn from, and fit it to the budget."""
         limit, policy, table = self.limit, self.rule, analysis.table
@@ -234,6 +251,7 @@ class Request:
             peaks,
             reserve(pool),
             loop,
+            steps,
             self.recompute,
             self.fidelity,
             micro_batch,

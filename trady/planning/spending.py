@@ -61,7 +61,7 @@ class Spending:
         needs_snapshot: Whether a copy of what trains is kept to compare with an epoch ago.
         prices: What an activation element of one sample takes of the budget, and what a weight element does.
         priced_draws: Draws whose float channels the cost of a channel includes.
-        held: Layers that a person keeps from training: policies do not see them.
+        held: Layers that a person or a limit of time keeps from training: policies do not see them.
     """
 
     table: ChannelTable
@@ -99,7 +99,7 @@ class Spending:
         """What the policy is asked; ``capacity`` is in the budget's own unit, ``None`` for no limit."""
         return Draw(
             self.drawable,
-            self.moment.pool,
+            tuple(name for name in self.moment.pool if name not in self.held),
             dict(self.costs),
             capacity,
             self.seed,

@@ -62,10 +62,11 @@ class Policy(Protocol):
     """A rule that says where to update.
 
     Optional are the attribute ``needs`` (:class:`~trady.policies.Needs`), what it wants measured before it draws;
-    ``whole`` (true: its selection cannot be made smaller, it raises ``BudgetError`` instead); ``options``, what an
-    instance was made with as text, so that a run is not resumed with others; the method ``typical(draw)``, a
-    selection to account for in a plan while nothing is measured (by default channels drawn uniformly in the pool);
-    and ``smallest(draw)``, the smallest selections it can make, where that is more than one channel.
+    ``whole`` (true: its selection cannot be made smaller, it raises ``BudgetError`` instead); ``names_layers`` (true:
+    it is given the layers that train, and has no others); ``options``, what an instance was made with as text, so that
+    a run is not resumed with others; the method ``typical(draw)``, a selection to account for in a plan while nothing
+    is measured (by default channels drawn uniformly in the pool); and ``smallest(draw)``, the smallest selections it
+    can make, where that is more than one channel.
     """
 
     name: str
@@ -79,3 +80,8 @@ class Policy(Protocol):
 def all_or_nothing(policy: object) -> bool:
     """Whether a policy's selection cannot be made smaller: its attribute ``whole``."""
     return bool(getattr(policy, "whole", False))
+
+
+def names_layers(policy: object) -> bool:
+    """Whether a policy is given the layers that train, so that no others can take their place."""
+    return bool(getattr(policy, "names_layers", False))

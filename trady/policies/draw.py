@@ -35,7 +35,10 @@ def _checked(policy: Policy, draw: Draw, selection: Selection) -> Selection:
         raise PolicyError(f"policy {policy.name!r} returned {type(selection).__name__}; return a trady.Selection")
     mistake = draw.table.mistake(selection)
     if mistake is not None:
-        raise PolicyError(f"policy {policy.name!r} selected {mistake}")
+        raise PolicyError(
+            f"policy {policy.name!r} selected {mistake}; the layers of draw.table may train, which are not those that "
+            "are frozen by hand or that max_step_flops leaves out"
+        )
     unpriced = next((name for name in selection if name not in draw.costs), None)
     if unpriced is not None:
         raise PolicyError(f"policy {policy.name!r} selected layer {unpriced!r}, which has no cost here")

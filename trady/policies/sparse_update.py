@@ -34,6 +34,7 @@ class SparseUpdate:
     name = "sparse-update"
     uses_ranking = False
     whole = True
+    names_layers = True
     needs = Needs(("weights",))
 
     def __init__(self, scheme: Scheme | None = None) -> None:

@@ -54,8 +54,13 @@ def logits(output: Any) -> torch.Tensor:
 
 def cross_entropy(output: Any, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean cross entropy; refuse labels that the model has no output for."""
+    check_labels(labels, logits(output).shape[-1])
+    return unchecked_cross_entropy(output, labels)
+
+
+def unchecked_cross_entropy(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of labels that were looked at before; the host waits for nothing."""
     scores = logits(output)
-    check_labels(labels, scores.shape[-1])
     return F.cross_entropy(scores, labels if labels.dtype == torch.int64 else labels.long())
 
 
@@ -65,7 +70,7 @@ def batch_errors(inputs: Any, labels: torch.Tensor) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, TradyError) or not _of_pytorch(error):
+        if isinstance(error, (TradyError, torch.OutOfMemoryError)) or not _of_pytorch(error):
             raise
         if isinstance(lack := in_our_words(error), ResourceError):
             raise lack from error

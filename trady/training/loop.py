@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ from trady.training.saver import Saver, Saving, all_weights
 from trady.training.schedule import Schedule
 from trady.training.settings import Settings
 from trady.training.state import State, load_optimizer_state
-from trady.training.step import NotFiniteError, Stepper, StepResult
+from trady.training.step import CapturedPass, NotFiniteError, Stepper, StepResult
 from trady.training.trainer import Trainer
 from trady.training.within_epoch import WITHIN, EpochSums
 
@@ -69,6 +69,7 @@ class Loop:
         saving: When checkpoints are written, beside those after each epoch.
         data: What the data is, written in each checkpoint; ``None`` is not compared.
         budget: What the run may take.
+        capture: Whether forward and backward passes are recorded as CUDA graphs and replayed.
     """
 
     trainer: Trainer
@@ -86,11 +87,13 @@ class Loop:
     budget: Budget | None = None
     saving: Saving = field(default_factory=Saving)
     data: Mapping[str, Any] | None = None
+    capture: bool = False
     _finished: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
     _saver: Saver = field(init=False)
     _interrupts: Interrupts = field(init=False)
     _epoch_started: float = field(default=0.0, init=False)
+    _captured: CapturedPass | None = field(default=None, init=False)
 
     def run(self, *, resume: bool, overwrite: bool = False) -> Result:
         """Train all epochs that are not done yet, and write the results.
@@ -239,6 +242,9 @@ class Loop:
         self._interrupts.check()
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
+        if self.capture and self._captured is None:
+            made = self.accelerator, self.trainer, self.loss, self.settings.mixed_precision
+            self._captured = CapturedPass(*made)
         return Stepper(
             self.accelerator,
             self.trainer,
@@ -247,6 +253,7 @@ class Loop:
             self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
+            self._captured,
         )
 
     def _train(self, sums: EpochSums, stepper: Stepper, random: State | None) -> None:
@@ -317,7 +324,8 @@ class Loop:
         return time.perf_counter() - started
 
     def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, int, int]:
-        """Do an ordinary step, and measure it."""
+        """Do an ordinary step, and measure it; what is replayed could not be."""
+        stepper = replace(stepper, captured=None)
         results: list[StepResult] = []
         ledger = self.trainer.ledger(lambda: results.append(stepper(batch, self.trainer.parameters(), rate)))
         (result,) = results

@@ -41,7 +41,13 @@ from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
-from trady.training.settings import OBSERVED_BATCHES, Settings, ranking_digest
+from trady.training.settings import (
+    OBSERVED_BATCHES,
+    Settings,
+    ranking_digest,
+    refuse_capture,
+    refuse_limit_of_full,
+)
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.parts import of_batch_statistics
 from trady.tuner.tuner import Tuner
@@ -76,6 +82,7 @@ class RunOptions:
     augment: AugmentName = "none"
     checkpoint_every: str | float | None = None
     keep_best: bool = True
+    capture: bool = False
     progress: bool | Display = True
 
 
@@ -110,11 +117,13 @@ def finetune(
     train_layers: Wish | None = None,
     freeze: Wish | None = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
     observed_batches: int = OBSERVED_BATCHES,
     draws_per_epoch: int = 1,
     augment: AugmentName = "none",
     checkpoint_every: str | float | None = None,
     keep_best: bool = True,
+    capture: bool = False,
     progress: bool | Display = True,
 ) -> Result:
     """Fine-tune a model inside a memory budget, from the first step to the result.
@@ -165,6 +174,8 @@ def finetune(
         over_budget: What happens where a batch would break a budget in bytes and not even one sample of it fits:
             ``"adapt"`` (fewer channels train from then on), ``"refuse"`` or ``"warn"`` (:func:`trady.prepare`). Before
             that, it is cut into parts that fit, with the same update (docs/budgets.md).
+        max_step_flops: What a step may take of the operations of full fine-tuning, e.g. ``"0.6x"``
+            (:func:`trady.prepare`).
         observed_batches: Number of batches that policies are measured on if they measure before they draw
             (docs/policies.md): the first of a seeded order of the training data, the same in every epoch and on
             every rank.
@@ -176,6 +187,7 @@ def finetune(
         checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
             ``"90 s"`` or ``"1h"``. In one process only.
         keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
+        capture: On CUDA, record the forward and backward pass once a draw and replay it (docs/capture.md).
         progress: Show progress on standard error, or a display of your own.
 
     Returns:
@@ -206,6 +218,7 @@ def finetune(
         freeze=freeze,
         autocast=compute_dtype(mixed_precision),
         over_budget=over_budget,
+        max_step_flops=max_step_flops,
     )
     return run(
         model,
@@ -233,6 +246,7 @@ def finetune(
             augment=augment,
             checkpoint_every=checkpoint_every,
             keep_best=keep_best,
+            capture=capture,
             progress=progress,
         ),
     )
@@ -250,10 +264,13 @@ def run(
         raise TrainingError(f"epochs is {options.epochs}; it must be at least 1")
     policy, seed = get_policy(request.policy), request.seed
     if policy.name == FULL:
+        refuse_limit_of_full(request.step_limit)
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
     accelerator = Accelerator()
+    if options.capture:
+        refuse_capture(policy.name, accelerator.device)
     folder = None if options.out is None else RunFolder(Path(options.out))
     with file_errors():
         if folder is not None and accelerator.is_main_process:
@@ -300,6 +317,7 @@ def run(
         train_layers=as_text(request.train),
         freeze=as_text(request.freeze),
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
+        max_step_flops=request.step_limit,
     )
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
@@ -334,6 +352,7 @@ def run(
             budget=request.limit,
             saving=Saving(every, within_epochs=alone, best=options.keep_best),
             data=None if folder is None else identity(train, evaluation),
+            capture=options.capture,
         )
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)

@@ -10,7 +10,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trady.errors import TrainingError
+import torch
+
+from trady.errors import BudgetError, TrainingError
 from trady.ranking.ranking import LayerRanking
 
 #: Batches that policies are measured on if they measure before they draw.
@@ -47,6 +49,7 @@ class Settings:
         train_layers: Layers that channels are drawn from, as text; ``None`` is all that may train.
         freeze: Layers that stay as they are, as text.
         over_budget: What happens where not even one sample fits, ``refuse`` or ``warn``; ``None`` is ``adapt``.
+        max_step_flops: What a step may take of the operations of full fine-tuning; ``None`` is no limit.
     """
 
     policy: str
@@ -74,6 +77,7 @@ class Settings:
     train_layers: str | None = None
     freeze: str | None = None
     over_budget: str | None = None
+    max_step_flops: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (
@@ -106,3 +110,34 @@ def ranking_digest(ranking: LayerRanking | str | None) -> str:
     if ranking is None or isinstance(ranking, str):
         return ranking or ""
     return hashlib.sha256(json.dumps(ranking.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def refuse_limit_of_full(max_step_flops: float | None) -> None:
+    """Refuse to hold plain full fine-tuning to less than it takes.
+
+    Raises:
+        BudgetError: There is a limit.
+
+    """
+    if max_step_flops is not None:
+        raise BudgetError(
+            f"max_step_flops={max_step_flops:g}x is for policies that draw channels, and policy 'full' trains "
+            "everything with plain PyTorch: leave it out, or take another policy, such as trady"
+        )
+
+
+def refuse_capture(policy: str, device: torch.device) -> None:
+    """Refuse to capture steps where there is nothing to capture.
+
+    Raises:
+        TrainingError: The run is not on CUDA, or its model is not armed.
+
+    """
+    if device.type != "cuda":
+        raise TrainingError(
+            f"capture records steps as CUDA graphs, and this run is on {device.type}, which has none: leave it out"
+        )
+    if policy == "full":
+        raise TrainingError(
+            "capture records the steps of a model that draws channels, and policy 'full' is plain PyTorch: leave it out"
+        )

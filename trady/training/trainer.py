@@ -15,8 +15,10 @@ from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
 from trady.ranking.ranking import LayerRanking
+from trady.records.translated import in_our_words
 from trady.training.batch import Loss, split_batch
 from trady.training.state import State
+from trady.tuner.full_device import out_of_memory
 from trady.tuner.parts import parts_of
 from trady.tuner.tuner import Tuner
 
@@ -83,6 +85,12 @@ class Trainer(Protocol):
 
     def draw(self) -> Trained:
         """Return what trains now."""
+
+    def out_of_memory(self, inputs: Any, error: BaseException) -> BaseException:
+        """Return what to raise where the memory of a GPU ran out on inputs."""
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward and backward pass as one that is replayed until the next draw, where it can be."""
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Run one training step and measure it."""
@@ -160,6 +168,14 @@ class TunerTrainer:
         """Return the selection in numbers."""
         selection = self.tuner.selection
         return Trained(selection.count, selection.digest, sum(p.numel() for p in self.parameters()))
+
+    def out_of_memory(self, inputs: Any, error: BaseException) -> BaseException:
+        """Say what was predicted, what is free, and what would fit."""
+        return out_of_memory(self.tuner, inputs, error)
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Let the tuner record it as a CUDA graph."""
+        return self.tuner.capture(step)
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Measure a step with the tuner's own labels."""
@@ -257,6 +273,14 @@ class FullTrainer:
     def draw(self) -> Trained:
         """Return the number of parameters."""
         return Trained(0, "", sum(p.numel() for p in self.parameters()))
+
+    def out_of_memory(self, inputs: Any, error: BaseException) -> BaseException:
+        """Nothing was predicted."""
+        return in_our_words(error) or error
+
+    def capture(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return it as it is."""
+        return step
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Measure a step."""

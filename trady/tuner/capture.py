@@ -217,16 +217,17 @@ class CapturedStep:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
         inputs = tree_map_only(Tensor, static, (args, kwargs))
-        graph = self._new_graph()
         for parameter in trained:
             parameter.grad = None
         try:
+            graph = self._new_graph()
             with _without_optimizer():
                 result = graph.record(lambda: self._step(*inputs[0], **inputs[1]))
         except StateError:
             raise
         except Exception as error:
-            self._refused = f"it cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
+            said = str(error).partition("\n")[0]
+            self._refused = f"it cannot be recorded ({type(error).__name__}: {said})"
             return False
         else:
             written = {id(b) for b, version in zip(buffers, versions, strict=True) if b._version != version}

@@ -125,7 +125,7 @@ class Guard:
     def _inference_bytes_of(self, batch: Batch) -> int:
         kind = shapes_of(batch)
         if kind not in self._inference:
-            with _simulating(batch, self._armed.model):
+            with simulating(batch, self._armed.model):
                 try:
                     self._inference[kind] = self._draws.decision.loop.inference_bytes(batch)
                 except Exception as error:  # it takes another way here than on the example
@@ -221,7 +221,7 @@ class Guard:
 
     def _judge(self, conditions: Conditions, batches: list[Batch], waiting: int) -> None:
         if (over := self._over(conditions, batches, waiting)) is not None:
-            with _simulating(batches[-1], self._armed.model):
+            with simulating(batches[-1], self._armed.model):
                 self._exceeded(Seen(conditions, tuple(each.packed for each in batches), waiting), batches, *over)
             self._known_now().fits.add((conditions, waiting))
 
@@ -234,7 +234,7 @@ class Guard:
         for (kind, room), over in known.exceeds.items():
             if conditions.covers(kind) and waiting >= room:
                 return over
-        with _simulating(batches[-1], self._armed.model):
+        with simulating(batches[-1], self._armed.model):
             found = self._case(conditions, batches, waiting)
             if found is None:
                 return None
@@ -346,7 +346,7 @@ class Guard:
 
 
 @contextmanager
-def _simulating(batch: Batch, model: nn.Module) -> Iterator[None]:
+def simulating(batch: Batch, model: nn.Module) -> Iterator[None]:
     """Context for simulations in front of a forward pass: the loop's own modes are off."""
     device = batch.device_in(model)
     kind = "cpu" if device is None else device.type

@@ -15,6 +15,7 @@ from trady.planning.request import Request
 from trady.policies import Policy
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
+from trady.tuner.full_device import warn_if_full
 from trady.tuner.tuner import Tuner
 
 
@@ -39,6 +40,7 @@ def prepare(
     accumulates: bool = False,
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -84,22 +86,26 @@ def prepare(
             bytes (longer sequences, more calls before backward(), gradients that were kept, autocast). ``"adapt"``:
             fewer channels train from then on; what cannot be helped so is refused. ``"refuse"``: a
             :class:`trady.errors.BudgetError`. ``"warn"``: a warning, and the pass runs.
+        max_step_flops: What a step may take of the operations of a step of full fine-tuning, e.g. ``"0.6x"``. Channels
+            are then drawn from the layers that the backward pass reaches within that (docs/budgets.md).
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
 
     Raises:
-        BudgetError: The budget cannot be read, or is below the minimum.
+        BudgetError: The budget or ``max_step_flops`` cannot be read, or is below the minimum.
         ModelError: The model cannot be traced or has nothing to update.
-        PolicyError: There is no such policy.
+        PolicyError: There is no such policy, or it is given layers that ``max_step_flops`` leaves out.
         RankingError: The ranking is of another model.
         StateError: The model is prepared already.
 
     """
     asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
     loop = (calls_per_step, accumulates, autocast, over_budget)
-    request = Request(*asked, *loop)
-    return Tuner(request.decide(model, example))
+    request = Request(*asked, *loop, max_step_flops=max_step_flops)
+    tuner = Tuner(request.decide(model, example))
+    warn_if_full(tuner)
+    return tuner
 
 
 def plan(
@@ -122,12 +128,14 @@ def plan(
     accumulates: bool = False,
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
+    max_step_flops: str | float | None = None,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     asked = (budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    request = Request(*asked, calls_per_step, accumulates, autocast, over_budget)
+    loop = (calls_per_step, accumulates, autocast, over_budget)
+    request = Request(*asked, *loop, max_step_flops=max_step_flops)
     decision = request.decide(model, example)
     return decision.plan(decision.start)

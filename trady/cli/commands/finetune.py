@@ -40,6 +40,7 @@ def finetune(
     train: options.Train = None,
     freeze: options.Freeze = None,
     over_budget: options.OverBudget = "adapt",
+    max_step_flops: options.MaxStepFlops = None,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -77,6 +78,9 @@ def finetune(
     keep_best: Annotated[
         bool, typer.Option("--keep-best/--no-keep-best", help="Keep the weights of the best epoch: best.safetensors.")
     ] = True,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="On CUDA: record a step once a draw, and replay it.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Fine-tune a model on images, inside a memory budget."""
@@ -101,6 +105,7 @@ def finetune(
         train=train,
         freeze=freeze,
         over_budget=over_budget,
+        max_step_flops=max_step_flops,
     )
     check_name(augment)
     if checkpoint_every is not None:
@@ -137,6 +142,7 @@ def finetune(
                 augment=cast(AugmentName, augment),
                 checkpoint_every=checkpoint_every,
                 keep_best=keep_best,
+                capture=capture,
             ),
         )
     except KeyboardInterrupt as interrupt:

@@ -38,6 +38,7 @@ def plan(
     scheme: options.Scheme = None,
     train: options.Train = None,
     freeze: options.Freeze = None,
+    max_step_flops: options.MaxStepFlops = None,
     calls_per_step: Annotated[
         int, typer.Option(min=1, help="How often your loop calls the model before backward(): 3 for triplets.")
     ] = 1,
@@ -80,6 +81,7 @@ def plan(
         seed=seed,
         train=train,
         freeze=freeze,
+        max_step_flops=max_step_flops,
         calls_per_step=calls_per_step,
         accumulates=accumulates,
         recompute=recompute,
