@@ -18,8 +18,8 @@ def has_weights(module: nn.Module) -> bool:
 
 
 def plain_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
-    """The class that a parameter had before a tuner gave it one, made of what it adds and of this class."""
-    found: type[nn.Parameter] = kind.__mro__[2]
+    """The class that a parameter had before a tuner gave it one, made of what it adds and, last, of this class."""
+    found: type[nn.Parameter] = kind.__bases__[-1]
     return found
 
 
