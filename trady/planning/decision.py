@@ -14,10 +14,10 @@ from trady.channels.cost import Cost, Sparsity
 from trady.channels.partition import cut
 from trady.channels.selection import Selection
 from trady.channels.table import ChannelTable
-from trady.errors import BudgetError, ModelError
+from trady.errors import BudgetError, ModelError, PolicyError
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
-from trady.planning.budget import Budget, infeasible_budget
+from trady.planning.budget import Budget, infeasible_budget, smallest
 from trady.planning.conditions import Conditions, Loop, costlier
 from trady.planning.peaks import Case, Peaks
 from trady.planning.phases import predicted_phases
@@ -247,15 +247,31 @@ class Decision:
         """Draw the channels of an epoch: a pure function of seed, epoch, redraw and moment.
 
         Raises:
-            BudgetError: The policy's selection cannot be made as small as the budget.
+            BudgetError: The policy's selection cannot be made as small as the budget, or is empty where nothing else
+                trains.
+            PolicyError: It is empty whatever the budget is, and nothing else trains.
 
         """
-        amount = None if self.budget is None else self.budget.amount
+        spending, amount = self.spending(moment), None if self.budget is None else self.budget.amount
         try:
-            return self.scope.draw(self.spending(moment), amount, epoch, redraw)
+            selection = self.scope.draw(spending, amount, epoch, redraw)
         except DoesNotFitError as error:
             assert self.budget is not None
             raise infeasible_budget(self.budget, error.amount) from None
+        if not selection.count and not self.analysis.head_parameters and self.policy.name != "head":
+            self._refuse_to_train_nothing(lambda amount: self.scope.draw(spending, amount, epoch, redraw).count)
+        return selection
+
+    def _refuse_to_train_nothing(self, drawn: Callable[[int], int]) -> None:
+        """Say from what budget on a channel trains."""
+        budget = self.budget
+        found = None if budget is None else smallest(lambda amount: drawn(amount) > 0, budget.amount)
+        if budget is None or found is None:
+            raise PolicyError(
+                f"policy {self.policy.name!r} draws no channel, whatever the budget is, and this model has no head, so "
+                "nothing would train: take another policy, or name modules to train as head=..."
+            )
+        raise infeasible_budget(budget, found, why=", where a channel trains (it has no head that would)")
 
     def cost(self, moment: Moment, selection: Selection) -> Cost:
         """Account for a selection."""

@@ -152,7 +152,7 @@ class Request:
             scope.peak_of(refused.least_amount) or 0,
         )
         less = {what: scope.of_peak(minimum) for what, minimum in less.items()}
-        raise infeasible_budget(refused.budget, refused.least_amount, less) from None
+        raise infeasible_budget(refused.budget, refused.least_amount, less, why=refused.why) from None
 
     def _decide(self, given: nn.Module, batch: Batch, size: int | None, optimizer: OptimizerMemory | None) -> Decision:
         """Decide for chunks of ``size`` samples."""
