@@ -28,7 +28,12 @@ def refuse_prepared(model: nn.Module) -> None:
 
     Libraries share modules without weights, such as activations, between models.
     """
-    if any(module in prepared_modules and has_weights(module) for module in model.modules()):
+    found = [name for name, module in model.named_modules() if module in prepared_modules and has_weights(module)]
+    if not found:
+        return
+    kind = type(model).__name__
+    if found[0]:
         raise StateError(
-            f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
+            f"{found[0]} of this {kind} is prepared already: call finish() on its tuner, and prepare the whole {kind}"
         )
+    raise StateError(f"this {kind} is prepared already: call finish() on its tuner before preparing it again")
