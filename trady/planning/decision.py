@@ -337,6 +337,7 @@ class Decision:
             sparsity=None if peak else self._mean_sparsity(moment, selection, epoch),
             predicted_parts=predicted,
             micro_batch=self.micro_batch,
+            read_ahead_bytes=self.loop.read_ahead_bytes,
             needs=self.needs.kinds,
             needs_each_epoch=self.needs.each_epoch,
             observed=not spending.lacks_evidence,

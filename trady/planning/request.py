@@ -44,8 +44,7 @@ _BOUNDLESS = Budget(PEAK, 2**62)
 class Request:
     """What a user asks for, beside the model and its batch: the one list of options.
 
-    :func:`trady.prepare` says what each is for; ``batches_ahead`` are batches that a loader has read beside the one of
-    the step. Words and budgets are checked here, wherever they were said.
+    :func:`trady.prepare` says what each is for. Words and budgets are checked here, wherever they were said.
 
     Raises:
         BudgetError: A budget that cannot be read, or a word that is not known.
@@ -73,7 +72,7 @@ class Request:
     batches_ahead: int = 0
 
     def __post_init__(self) -> None:
-        check_conditions(self.calls_per_step, self.over_budget)
+        check_conditions(self.calls_per_step, self.over_budget, self.batches_ahead)
         for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
             if given not in known:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
@@ -179,7 +178,7 @@ class Request:
         planned = Conditions((shapes_of(chunk),) * calls, self.accumulates or not full, narrow)
         loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
         told = self.autocast is not None
-        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead)
+        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead, batch.nbytes)
         case = loop.case([chunk] * calls, planned)
         if self.limit is not None and self.limit.scope.in_bytes:
             analysis = replace(analysis, table=case.table)

@@ -39,6 +39,7 @@ def prepare(
     accumulates: bool = False,
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
+    batches_ahead: int = 0,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -83,6 +84,8 @@ def prepare(
             bytes (longer sequences, more calls before backward(), gradients that were kept, autocast). ``"adapt"``:
             fewer channels train from then on; what cannot be helped so is refused. ``"refuse"``: a
             :class:`trady.errors.BudgetError`. ``"warn"``: a warning, and the pass runs.
+        batches_ahead: Batches that your loader holds on the model's device beside that of the step: 1 on a CPU, where
+            Accelerate has prepared it.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -96,7 +99,7 @@ def prepare(
 
     """
     asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    loop = (calls_per_step, accumulates, autocast, over_budget)
+    loop = (calls_per_step, accumulates, autocast, over_budget, batches_ahead)
     request = Request(*asked, *loop)
     return Tuner(request.decide(model, example))
 
@@ -121,12 +124,13 @@ def plan(
     accumulates: bool = False,
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
+    batches_ahead: int = 0,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     asked = (budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    request = Request(*asked, calls_per_step, accumulates, autocast, over_budget)
+    request = Request(*asked, calls_per_step, accumulates, autocast, over_budget, batches_ahead)
     decision = request.decide(model, example)
     return decision.plan(decision.start)
