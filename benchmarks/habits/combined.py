@@ -189,6 +189,77 @@ def _generator(side: Side) -> None:
     side.result("judge", judge.get_parameter("0.weight"))
 
 
+@ROWS.add(
+    "GAN: both prepared, flags of the discriminator toggled", told="flags of all frozen parameters were set to true"
+)
+def _toggled(side: Side) -> None:
+    generator, judge = perceptron(), nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    one, other = side.prepare(generator, X), side.prepare(judge, X[:, :3], budget="elements:100")
+    mine, theirs = one.attach(sgd(generator.parameters())), other.attach(sgd(judge.parameters(), 0.05))
+    for _ in range(3):
+        judge.requires_grad_(True)
+        theirs.zero_grad()
+        (judge(generator(X).detach()).square().mean() - judge(vectors(16, 3)).mean()).backward()
+        theirs.step()
+        judge.requires_grad_(False)
+        mine.zero_grad()
+        judge(generator(X)).mean().neg().backward()
+        mine.step()
+
+
+class _Around(nn.Module):
+    """A model whose forward calls one that is no part of it: a list hides it from ``state_dict()``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.head, self.outside = nn.Linear(12, 12), nn.Linear(3, 3), [inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.gelu(self.outside[0](F.relu(self.first(x)))))
+        return out
+
+
+for _name, _budget in {"": {"budget": "elements:200"}, " under a peak budget": {"over": 1.2}}.items():
+    ROWS.add("a frozen teacher in a list, inside of forward" + _name)(
+        training(lambda: _Around(perceptron().requires_grad_(False)), **_budget)
+    )
+
+
+_TRAINS = r"trains a weight that is no part of it, of shape \(24, 12\): make its module a part of the model"
+
+
+@ROWS.add("a model that trains in a list, inside of forward", refused=_TRAINS)
+def _outside(side: Side) -> None:
+    side.prepare(_Around(perceptron()).double(), X)
+
+
+@ROWS.add("a prepared model in a list, inside of the forward of another", refused=_TRAINS)
+def _inside(side: Side) -> None:
+    inner = perceptron()
+    side.prepare(inner, X)
+    side.prepare(_Around(inner).double(), X)
+
+
+@ROWS.add(
+    "a prepared model called inside of the forward of another, later",
+    refused=r"a prepared model was called inside of the forward pass of another one: call it behind",
+)
+def _nested(side: Side) -> None:
+    inner = perceptron().requires_grad_(False)
+    outer = _Around(inner).double()
+    side.prepare(outer, X)
+    side.prepare(inner.requires_grad_(True), X)
+    loss_of(outer)
+
+
+@ROWS.add("a prepared model as a part of another", refused=r"^refused: 0 of this Sequential is prepared already: call")
+def _part(side: Side) -> None:
+    inner = perceptron()
+    side.prepare(inner, X)
+    side.prepare(nn.Sequential(inner, nn.ReLU(), nn.Linear(3, 3)).double(), X)
+
+
 @ROWS.add("GAN: a prepared discriminator, called twice a step")
 def _discriminator(side: Side) -> None:
     judge, generator = perceptron(), nn.Linear(5, 12).double()

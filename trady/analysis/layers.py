@@ -45,6 +45,12 @@ def build_table(
     reached, aside, trained = reached_by_gradients(trace), set[int](), set[int]()
     for index, entry in enumerate(trace.calls):
         weight = weight_parameter(entry)
+        if weight is not None and id(weight) not in names and weight.requires_grad and not entry.without_gradient:
+            raise ModelError(
+                f"the forward pass of {type(model).__name__} trains a weight that is no part of it, of shape "
+                f"{tuple(weight.shape)}: make its module a part of the model (self.name = module), freeze it "
+                "(requires_grad_(False)), or call it behind the model, in the loss"
+            )
         if not reached[index]:
             aside.update(map(id, entry.parameters))
             if weight is None or entry.without_gradient:
@@ -59,7 +65,7 @@ def build_table(
     calls = {identity: entries for identity, entries in calls.items() if identity in trained}
     frozen = []
     reasons = {id(p): _reason(p, calls, others, plain, aside) for p in own_parameters(model) if p.dim() > 1}
-    trains = [identity for identity in calls if reasons.get(identity) is None]
+    trains = [identity for identity in calls if identity in reasons and reasons[identity] is None]
     layers = [_layer(calls[identity], plan, names[identity], trace.batch) for identity in trains]
     owners = Counter(layer.name for layer in layers)
     layers = [replace(layer, name=layer.parameter) if owners[layer.name] > 1 else layer for layer in layers]

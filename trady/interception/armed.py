@@ -161,6 +161,7 @@ class Armed:
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
             return False
+        self.frozen.follow()
         self.write_back()
         for armed in self.layers.values():
             armed.hear_last()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import Segment
@@ -56,6 +57,20 @@ def departed(forward: ForwardState, function: Any) -> ModelError:
     )
 
 
+def check_computed(output: Any) -> None:
+    """Refuse an output of a pass that still has fake tensors in it.
+
+    Raises:
+        ModelError: The model hands out what is to be recomputed.
+
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_iter(output)):
+        raise ModelError(
+            "the model handed out an activation that the traced forward pass let go: prepare with an example that asks "
+            'for it too (output_attentions=True), or with recompute="none"'
+        )
+
+
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", function))
 
@@ -64,7 +79,7 @@ def _next_place(forward: ForwardState, function: Any, tensors: list[Tensor]) -> 
     plan = forward.plan
     if plan is None:
         return None
-    parameters = tuple(id(p) for p in map(untransposed, tensors) if isinstance(p, nn.Parameter))
+    parameters = tuple(id(p) for p in map(untransposed, tensors) if id(p) in forward.own)
     if forward.writing is not None:
         return _next_place_in_segment(forward, plan, forward.writing, function, tensors, parameters)
     if forward.cursor >= len(plan.steps) and not parameters:

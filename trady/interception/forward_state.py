@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ class ForwardState:
     Attributes:
         outermost: The frame of the outermost call, as long as it runs: whatever it refers to stays alive with it.
         plan: The expected calls; ``None`` where nothing is known of them, or the pass has left them.
+        own: Identities of the model's parameters: those of a module that it reaches in another way are constants.
         span: First call of the plan, and one past the last, of the module that was called.
         segments: By its first call, what is recomputed in the backward pass.
         section: The checkpoint that the pass began in.
@@ -41,6 +42,7 @@ class ForwardState:
 
     outermost: FrameType | None
     plan: FusionPlan | None = None
+    own: Set[int] = frozenset()
     span: tuple[int, int] = (0, sys.maxsize)
     segments: Mapping[int, Segment] = field(default_factory=dict)
     section: Section = field(default_factory=current_section)

@@ -1,13 +1,15 @@
 """The flags of parameters that a tuner has frozen: ``requires_grad = False``, then ``True``, gives them back.
 
 Adversarial training freezes a whole model for a step of the other one and unfreezes it again. What does not train in a
-prepared model (biases, normalisations) is not to train after that either. A flag that is set to true where it was not
-set to false before is what it says; the next forward pass refuses it.
+prepared model (biases, normalisations) is not to train after that either, nor where a loop begins by unfreezing all. A
+flag of one parameter that is set to true where it was not set to false before is what it says; the next forward pass
+refuses it.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trady.errors import TradyWarning
 from trady.model.prepared import plain_class
 from trady.ops.parameter_class import note_class
 
@@ -40,6 +43,19 @@ class FrozenFlags:
         self._begun = True
         for parameter in self._parameters:
             parameter.__class__ = _frozen_class(type(parameter))
+
+    def follow(self) -> None:
+        """Let everything stay frozen where all flags are set to true, and none was to false before."""
+        if self._begun and self._parameters and all(map(_REQUIRES.__get__, self._parameters)):
+            for parameter in self._parameters:
+                _REQUIRES.__set__(parameter, False)
+            warnings.warn(
+                "the requires_grad flags of all frozen parameters were set to true, as loops of two models do: they "
+                "stay frozen, beside the channels that train. Name modules that are to train whole as head=... in "
+                "trady.prepare",
+                TradyWarning,
+                stacklevel=2,
+            )
 
     def end(self) -> None:
         """Give the parameters back as they were."""

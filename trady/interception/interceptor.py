@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device, is_metadata
-from trady.errors import ModelError
+from trady.errors import ModelError, StateError
 from trady.interception.deferred_segment import DeferredSegment
-from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
+from trady.interception.follower import action_at, check_computed, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
@@ -35,6 +34,7 @@ from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
 from trady.model.hooks import Hook, Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
+from trady.model.parameters import own_parameters
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
 from trady.ops.frozen_norm import FrozenNorm
@@ -89,6 +89,7 @@ class Interceptor(CallMode):
         self.recompute(segments)
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._own = {id(parameter) for parameter in own_parameters(model)}
         self._handles: list[Any] = []
         self._newest_hook = 0
         self._switched_on: frozenset[int] = frozenset()
@@ -181,6 +182,8 @@ class Interceptor(CallMode):
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
             return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
+        if any(isinstance(mode, Interceptor) and mode is not self for mode in _get_current_function_mode_stack()):
+            raise StateError(_INSIDE)
         self._weights.hide()
         goes_on = False
         try:  # this and the next may refuse: before anything is pushed
@@ -205,6 +208,7 @@ class Interceptor(CallMode):
         self._forward = ForwardState(
             outermost=sys._getframe(2),
             plan=plan if known else None,
+            own=self._own,
             span=span if span is not None and name else (0, sys.maxsize),
             modules=[name],
             segments=(self._segments.of(self._model.training) or {}) if known else {},
@@ -234,8 +238,8 @@ class Interceptor(CallMode):
         self._weights.show()
         if unfinished and output is not None:  # what was written down has not been computed
             raise departed(forward, None)
-        if forward.wrote and self._prepare_call is None and any(_is_fake(t) for t in tree_iter(output)):
-            raise ModelError(_HANDED_OUT_FAKE)
+        if forward.wrote and self._prepare_call is None:
+            check_computed(output)
         self._after_forward(module, output)
 
     def _recover(self) -> None:
@@ -389,11 +393,7 @@ class Interceptor(CallMode):
         return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, known)
 
 
-_HANDED_OUT_FAKE = (
-    "the model handed out an activation that the traced forward pass let go: "
-    'prepare with an example that asks for it too (output_attentions=True), or with recompute="none"'
+_INSIDE = (
+    "a prepared model was called inside of the forward pass of another one: call it behind that one, in the loss, or "
+    "call finish() on its tuner, make it a part of the other model and prepare that one"
 )
-
-
-def _is_fake(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_meta

@@ -9,6 +9,9 @@ gradient, as the masked weight that it stands for would:
 * ``grad``, ``requires_grad`` and hooks are those of the compact parameter, in the weight's shape
   (:mod:`trady.ops.channel_gradient`).
 
+A weight that is stored quantised is no function of its channels: it shows their gradient, in the shape of what it is
+dequantised to, and hides that it is no parameter that trains.
+
 The weight stays the object that it was; only its class is another one meanwhile.
 """
 
@@ -27,6 +30,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trady.errors import StateError
 from trady.interception.layer import ArmedLayer
+from trady.interception.shown_stored import ShownStored
 from trady.model.prepared import plain_class
 from trady.ops.channel_gradient import ChannelGradient, WeightChannels
 from trady.ops.once import apply
@@ -46,10 +50,10 @@ class ShownWeights:
 
     def __init__(self, layers: Iterable[ArmedLayer]) -> None:
         self._layers: list[ArmedLayer] = []
-        #: Layers whose weight cannot have a gradient: it is stored quantised.
-        self.stored_otherwise: list[ArmedLayer] = []
+        #: Layers whose weight cannot be in a graph: it is stored quantised.
+        self._stored: list[ArmedLayer] = []
         for layer in layers:
-            (self._layers if isinstance(layer.truth, DenseWeight) else self.stored_otherwise).append(layer)
+            (self._layers if isinstance(layer.truth, DenseWeight) else self._stored).append(layer)
         self._begun = self._shown = False
         self._asked: str | None = None
         #: Gradient and hooks of each weight, from before it was shown.
@@ -59,7 +63,7 @@ class ShownWeights:
     def begin(self) -> None:
         """Show the weights from now on."""
         self._begun = True
-        _layers.update((id(layer.weight), layer) for layer in self._layers)
+        _layers.update((id(layer.weight), layer) for layer in (*self._layers, *self._stored))
         for layer in self._layers:
             weight: Any = layer.weight
             self._before.append((weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks))
@@ -79,6 +83,8 @@ class ShownWeights:
             for layer in self._layers:
                 layer.weight.__class__ = _shown_class(type(layer.weight))
                 _connect(layer)
+        for layer in self._stored:
+            layer.weight.__class__ = _shown_class(type(layer.weight), ShownStored)
 
     def hide(self) -> None:
         """Let the weights be constants, for a forward pass."""
@@ -88,6 +94,8 @@ class ShownWeights:
         for layer in self._layers:
             if _disconnect(layer):
                 self._asked = layer.name
+            layer.weight.__class__ = plain_class(type(layer.weight))
+        for layer in self._stored:
             layer.weight.__class__ = plain_class(type(layer.weight))
 
     @contextmanager
@@ -138,7 +146,7 @@ class ShownWeights:
             weight: Any = layer.weight
             weight.grad, weight._backward_hooks, weight._post_accumulate_grad_hooks = gradient, hooks, after
         self._before = []
-        for layer in self._layers:
+        for layer in (*self._layers, *self._stored):
             _layers.pop(id(layer.weight), None)
 
 
@@ -194,6 +202,8 @@ def _disconnect(layer: ArmedLayer) -> bool:
 
 
 def _reconnect(layer: ArmedLayer) -> None:
+    if not isinstance(layer.truth, DenseWeight):
+        return
     with _unsafe_preserve_version_counter(layer.weight):
         _disconnect(layer)
         with _with_graphs():
@@ -203,7 +213,8 @@ def _reconnect(layer: ArmedLayer) -> None:
 def _channels(layer: ArmedLayer) -> WeightChannels:
     weight, truth = layer.weight, layer.truth
     assert layer.selected is not None
-    assert isinstance(truth, DenseWeight)
+    if not isinstance(truth, DenseWeight):
+        return WeightChannels(truth.shape, (truth.shape[1], 1), "linear", 1, layer.selected)
     return WeightChannels(weight.shape, weight.stride(), truth.kind, truth.groups, layer.selected)
 
 
@@ -231,22 +242,25 @@ def _of_channels(layer: ArmedLayer, gradient: Tensor | None) -> Tensor | None:
     """A gradient of the weight as one of the channels."""
     if gradient is None or layer.selected is None:
         return None
-    if isinstance(gradient, ChannelGradient) and gradient.shape == layer.weight.shape and not gradient.views:
+    channels = _channels(layer)
+    if isinstance(gradient, ChannelGradient) and gradient.shape == channels.shape and not gradient.views:
         return gradient.held
-    if gradient.shape != layer.weight.shape:
+    if gradient.shape != channels.shape:
         raise RuntimeError(
             f"a gradient of shape {tuple(gradient.shape)} for {layer.name}, whose weight has "
-            f"{tuple(layer.weight.shape)}: give one of the weight's shape"
+            f"{tuple(channels.shape)}: give one of the weight's shape"
         )
-    return _channels(layer).gather(gradient).to(layer.compact)
+    return channels.gather(gradient).to(layer.compact)
 
 
 def _layer_of(weight: Any) -> ArmedLayer | None:
     """The layer of a shown weight; where model and tuner are gone, the weight is a plain one from now on."""
     layer = _layers.get(id(weight))
     if layer is None:
+        stored = isinstance(weight, ShownStored)
         weight.__class__ = plain_class(type(weight))
-        weight.detach_()
+        if not stored:
+            weight.detach_()
     return layer
 
 
@@ -343,10 +357,10 @@ class _Shown:
 
 
 @lru_cache(maxsize=64)
-def _shown_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+def _shown_class(kind: type[nn.Parameter], *above: type) -> type[nn.Parameter]:
     metaclass: Any = type(kind)
     made: type[nn.Parameter] = metaclass(
-        kind.__name__, (_Shown, kind), {"__slots__": (), "__module__": kind.__module__}
+        kind.__name__, (*above, _Shown, kind), {"__slots__": (), "__module__": kind.__module__}
     )
     note_class(made, kind)
     return made

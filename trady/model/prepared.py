@@ -18,8 +18,8 @@ def has_weights(module: nn.Module) -> bool:
 
 
 def plain_class(kind: type[nn.Parameter]) -> type[nn.Parameter]:
-    """The class that a parameter had before a tuner gave it one, made of what it adds and of this class."""
-    found: type[nn.Parameter] = kind.__mro__[2]
+    """The class that a parameter had before a tuner gave it one, made of what it adds and, last, of this class."""
+    found: type[nn.Parameter] = kind.__bases__[-1]
     return found
 
 
@@ -28,7 +28,12 @@ def refuse_prepared(model: nn.Module) -> None:
 
     Libraries share modules without weights, such as activations, between models.
     """
-    if any(module in prepared_modules and has_weights(module) for module in model.modules()):
+    found = [name for name, module in model.named_modules() if module in prepared_modules and has_weights(module)]
+    if not found:
+        return
+    kind = type(model).__name__
+    if found[0]:
         raise StateError(
-            f"this {type(model).__name__} is prepared already: call finish() on its tuner before preparing it again"
+            f"{found[0]} of this {kind} is prepared already: call finish() on its tuner, and prepare the whole {kind}"
         )
+    raise StateError(f"this {kind} is prepared already: call finish() on its tuner before preparing it again")

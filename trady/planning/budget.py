@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -105,13 +105,14 @@ class InfeasibleBudgetError(BudgetError):
     Attributes:
         budget: What was asked for.
         least_amount: The minimum, in the unit of ``budget.scope``.
+        why: What it is the minimum of, where that is more than a step.
     """
 
-    def __init__(self, budget: Budget, least_amount: int, alternatives: Mapping[str, int]) -> None:
-        self.budget, self.least_amount = budget, least_amount
+    def __init__(self, budget: Budget, least_amount: int, alternatives: Mapping[str, int], why: str = "") -> None:
+        self.budget, self.least_amount, self.why = budget, least_amount, why
         text = f"{budget.scope}:{_rounded_up(least_amount) if budget.scope.in_bytes else least_amount}"
         least = format_bytes(least_amount) if budget.scope.in_bytes else f"{least_amount} elements"
-        message = f'budget "{budget}" is below the minimum, which is {least}: type budget="{text}"' + _less_with(
+        message = f'budget "{budget}" is below the minimum, which is {least}{why}: type budget="{text}"' + _less_with(
             alternatives
         )
         super().__init__(message)
@@ -122,7 +123,7 @@ class StepTooLargeError(BudgetError):
 
 
 def infeasible_budget(
-    budget: Budget, least_amount: int, alternatives: Mapping[str, int] | None = None
+    budget: Budget, least_amount: int, alternatives: Mapping[str, int] | None = None, *, why: str = ""
 ) -> InfeasibleBudgetError:
     """The error for a budget that nothing fits in, with the text that would do.
 
@@ -130,8 +131,33 @@ def infeasible_budget(
         budget: What was asked for.
         least_amount: The minimum, in the unit of ``budget.scope``.
         alternatives: What would take less, and the minimum bytes with it.
+        why: What it is the minimum of, where that is more than a step.
     """
-    return InfeasibleBudgetError(budget, least_amount, alternatives or {})
+    return InfeasibleBudgetError(budget, least_amount, alternatives or {}, why)
+
+
+#: A budget that is more than 2^40 times as large as another one is not one that anybody would type instead.
+_DOUBLINGS = 40
+
+
+def smallest(enough: Callable[[int], bool], amount: int) -> int | None:
+    """Return an amount that is enough, near the smallest one; ``None`` where none is.
+
+    Args:
+        enough: Whether an amount is.
+        amount: One that is not.
+    """
+    low, high = amount, 2 * amount
+    for _ in range(_DOUBLINGS):
+        if enough(high):
+            break
+        low, high = high, 2 * high
+    else:
+        return None
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _less_with(alternatives: Mapping[str, int]) -> str:

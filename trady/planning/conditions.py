@@ -72,6 +72,7 @@ class Loop:
         waiting_bytes: Bytes of a larger batch, and of batches read ahead, that wait while the model works.
         loss: What the step makes of the output of the example.
         batches_ahead: Batches that a loader has read beside the one of the step.
+        batch_bytes: Of one batch.
     """
 
     model: nn.Module
@@ -82,6 +83,12 @@ class Loop:
     loss: ExampleLoss | None = None
     told: bool = False
     batches_ahead: int = 0
+    batch_bytes: int = 0
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """What a loader holds beside the batch of a step."""
+        return self.batches_ahead * self.batch_bytes
 
     def case(self, batches: Sequence[Batch], conditions: Conditions) -> Case:
         """Return steps under these conditions, to be simulated when their peak is asked for.
@@ -190,8 +197,8 @@ def costlier(one: ChannelTable, other: ChannelTable) -> ChannelTable:
 OVER_BUDGET = ("adapt", "refuse", "warn")
 
 
-def check_conditions(calls_per_step: int, over_budget: str) -> None:
-    """Refuse a number of forward passes that is none, and a word that is not known.
+def check_conditions(calls_per_step: int, over_budget: str, batches_ahead: int = 0) -> None:
+    """Refuse a number of forward passes or batches that is none, and a word that is not known.
 
     Raises:
         BudgetError: The message says what to type.
@@ -200,3 +207,5 @@ def check_conditions(calls_per_step: int, over_budget: str) -> None:
         raise BudgetError(f"over_budget={over_budget!r} is not known; type one of {', '.join(OVER_BUDGET)}")
     if type(calls_per_step) is not int or calls_per_step < 1:
         raise BudgetError(f"calls_per_step={calls_per_step!r}: type how often the model is called before backward()")
+    if type(batches_ahead) is not int or batches_ahead < 0:
+        raise BudgetError(f"batches_ahead={batches_ahead!r}: type how many batches a loader holds beside the step's")

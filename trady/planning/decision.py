@@ -19,17 +19,17 @@ from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.conditions import Conditions, Loop, costlier
+from trady.planning.drawing import Drawing
 from trady.planning.peaks import Case, Peaks
 from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
-from trady.planning.scopes import BudgetScope, DoesNotFitError
+from trady.planning.scopes import BudgetScope
 from trady.planning.scopes.unlimited import UNLIMITED
 from trady.planning.spending import Moment, Spending
 from trady.planning.step_flops import StepLimit
 from trady.policies import Needs, Policy, needs_of
-from trady.policies.base import names_layers
 from trady.ranking.online import OnlineRanking
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import compact_forms
@@ -262,27 +262,14 @@ class Decision:
         """Draw the channels of an epoch: a pure function of seed, epoch, redraw and moment.
 
         Raises:
-            BudgetError: The policy's selection cannot be made as small as the budget.
-            PolicyError: The policy is given its layers, and the way back to them takes too long.
+            BudgetError: The policy's selection cannot be made as small as the budget, or is empty where nothing else
+                trains.
+            PolicyError: It is empty whatever the budget is, and nothing else trains; or the policy is given its
+                layers, and the way back to them takes too long.
 
         """
-        spending, recomputation = self.spending(moment), moment.recomputation
-        selection = self._draw(spending, epoch, redraw)
-        while self.steps.exceeded(selection, recomputation):
-            if names_layers(self.policy):
-                raise self.steps.refusal(self.policy, selection, recomputation)
-            early = self.steps.too_early(selection, recomputation, spending.drawable.names)
-            spending = replace(spending, held=spending.held | early)
-            selection = self._draw(spending, epoch, redraw)
-        return selection
-
-    def _draw(self, spending: Spending, epoch: int, redraw: int) -> Selection:
-        amount = None if self.budget is None else self.budget.amount
-        try:
-            return self.scope.draw(spending, amount, epoch, redraw)
-        except DoesNotFitError as error:
-            assert self.budget is not None
-            raise infeasible_budget(self.budget, error.amount) from None
+        has_head = bool(self.analysis.head_parameters)
+        return Drawing(self.spending(moment), self.scope, self.budget, self.steps, has_head).draw(epoch, redraw)
 
     def gains_by_smaller_chunks(self, selection: Selection) -> bool:
         """Whether more could train than a draw at the start, if the batch took less of the budget."""
@@ -354,6 +341,7 @@ class Decision:
             sparsity=None if peak else self._mean_sparsity(moment, selection, epoch),
             predicted_parts=predicted,
             micro_batch=self.micro_batch,
+            read_ahead_bytes=self.loop.read_ahead_bytes,
             needs=self.needs.kinds,
             needs_each_epoch=self.needs.each_epoch,
             observed=not spending.lacks_evidence,

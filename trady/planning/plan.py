@@ -53,6 +53,7 @@ class Plan:
         micro_batch: Samples that the model works on at once; ``None`` is the whole batch.
         needs: What the policy wants measured, by kind.
         needs_each_epoch: Whether it is measured before every epoch, or once.
+        read_ahead_bytes: What a loader holds beside the batch of a step; part of ``predicted_peak_bytes``.
         held: Layers that are frozen by hand: by their flags, ``train=`` or ``freeze=``.
         observed: Whether it was; if not, ``selection`` stands in for the first draw, and costs about the same.
         predicted_phases: Peaks in bytes, weights included: of a ``step``, of ``evaluation``, of ``saving`` and of
@@ -85,6 +86,7 @@ class Plan:
     needs_each_epoch: bool = False
     observed: bool = True
     held: tuple[str, ...] = ()
+    read_ahead_bytes: int = 0
     predicted_phases: Mapping[str, int] = field(default_factory=dict)
     step: StepFlops | None = None
 
@@ -126,6 +128,7 @@ class Plan:
             "observed": self.observed,
             **({"held": list(self.held)} if self.held else {}),
             **({"step": self.step.to_json()} if self.step is not None else {}),
+            **({"read_ahead_bytes": self.read_ahead_bytes} if self.read_ahead_bytes else {}),
             "selection_hash": self.selection.digest,
             "selection": self.selection.to_json(),
             "batch": self.table.batch,
@@ -250,6 +253,8 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
         yield "measures", f"{', '.join(plan.needs)}, {when}{so_far}"
     if plan.micro_batch is not None:
         yield "micro-batches", f"{plan.micro_batch} samples a forward and backward pass"
+    if plan.read_ahead_bytes:
+        yield "read ahead", f"{format_bytes(plan.read_ahead_bytes)} of batches that the loader holds beside the step's"
     if plan.budget is not None:
         yield from plan.budget.scope.facts(plan.predicted_peak_bytes)
     without = plan.mean_sparsity

@@ -51,6 +51,7 @@ class PlanRecord:
     needs_each_epoch: bool = False
     observed: bool = True
     held: tuple[str, ...] = ()
+    read_ahead_bytes: Natural = 0
     predicted_phases: Mapping[str, Natural] = field(default_factory=dict)
     process: Mapping[str, Any] | None = None
     predicted_process_bytes: Natural | None = None

@@ -46,8 +46,7 @@ _BOUNDLESS = Budget(PEAK, 2**62)
 class Request:
     """What a user asks for, beside the model and its batch: the one list of options.
 
-    :func:`trady.prepare` says what each is for; ``batches_ahead`` are batches that a loader has read beside the one of
-    the step. Words and budgets are checked here, wherever they were said.
+    :func:`trady.prepare` says what each is for. Words and budgets are checked here, wherever they were said.
 
     Raises:
         BudgetError: A budget that cannot be read, or a word that is not known.
@@ -76,7 +75,7 @@ class Request:
     max_step_flops: str | float | None = None
 
     def __post_init__(self) -> None:
-        check_conditions(self.calls_per_step, self.over_budget)
+        check_conditions(self.calls_per_step, self.over_budget, self.batches_ahead)
         for name, given, known in (("recompute", self.recompute, MODES), ("fidelity", self.fidelity, FIDELITIES)):
             if given not in known:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
@@ -171,7 +170,7 @@ class Request:
             scope.peak_of(refused.least_amount) or 0,
         )
         less = {what: scope.of_peak(minimum) for what, minimum in less.items()}
-        raise infeasible_budget(refused.budget, refused.least_amount, less) from None
+        raise infeasible_budget(refused.budget, refused.least_amount, less, why=refused.why) from None
 
     def _decide(self, given: nn.Module, batch: Batch, size: int | None, optimizer: OptimizerMemory | None) -> Decision:
         """Decide for chunks of ``size`` samples."""
@@ -202,7 +201,7 @@ class Request:
         planned = Conditions((shapes_of(chunk),) * calls, self.accumulates or not full, narrow)
         loss = None if self.loss is None else ExampleLoss(self.loss, batch.samples)
         told = self.autocast is not None
-        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead)
+        loop = Loop(model, analysis, planned, self.fidelity, waiting, loss, told, self.batches_ahead, batch.nbytes)
         case = loop.case([chunk] * calls, planned)
         if self.limit is not None and self.limit.scope.in_bytes:
             analysis = replace(analysis, table=case.table)

@@ -50,9 +50,13 @@ class Interrupts:
         self._wakeup: tuple[int, int] | None = None
 
     @property
-    def noted(self) -> bool:
-        """Whether a signal has come."""
-        return self._noted is not None
+    def noted(self) -> int:
+        """The number of the signal that has come; 0 where none has."""
+        return self._noted or 0
+
+    def note(self, number: int) -> None:
+        """Take a signal that has come to another process of the run as one that has come here."""
+        self._noted = number
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

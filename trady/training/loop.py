@@ -40,7 +40,7 @@ from trady.training.settings import Settings
 from trady.training.state import State, load_optimizer_state
 from trady.training.step import CapturedPass, NotFiniteError, Stepper, StepResult
 from trady.training.trainer import Trainer
-from trady.training.within_epoch import WITHIN, EpochSums
+from trady.training.within_epoch import WITHIN, EpochSums, state_names
 
 #: After the last batch.
 _NOTHING = object()
@@ -146,7 +146,8 @@ class Loop:
             for epoch in range(len(history), self.settings.epochs):
                 history.append(self._epoch(epoch, optimizer, within))
                 self._saver.epoch(history)
-                self._interrupts.check()
+                if self._agreed()[1]:
+                    self._interrupts.check()
                 within = None
             return self._finish(history)
 
@@ -170,19 +171,21 @@ class Loop:
         place = self.folder.checkpoint
         check_settings(checkpoint, self.settings.to_json(), place, self.data)
         check_model(checkpoint, model, structure, place)
-        if set(checkpoint.states) - {WITHIN} != {"trainer", "optimizer"}:
+        within = [name for name in checkpoint.states if name.partition("-")[0] == WITHIN]
+        if set(checkpoint.states) - set(within) != {"trainer", "optimizer"}:
             raise CheckpointError(
                 f"{place} has states {sorted(checkpoint.states)}; start the run again with --overwrite"
             )
-        within = EpochSums.from_state(checkpoint.states[WITHIN]) if WITHIN in checkpoint.states else None
-        if within is not None and not self.saving.within_epochs:
+        names = state_names(self.accelerator.num_processes)
+        if within and sorted(within) != sorted(names):
             raise CheckpointError(
-                f"{place} was written in the middle of an epoch, by one process; go on in one, or start again with "
-                "--overwrite"
+                f"{place} was written in the middle of an epoch by {len(within)} process(es), and these are "
+                f"{len(names)}: go on with {len(within)}, or start again with --overwrite"
             )
+        stands = EpochSums.from_state(checkpoint.states[names[self.accelerator.process_index]]) if within else None
         history = self.folder.history(checkpoint.epoch)
         self.trainer.load_state(checkpoint.states["trainer"])
-        return history, within
+        return history, stands
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, within: _Within | None) -> EpochMetrics:
         """Measure what the policy needs, train an epoch or the rest of one, and evaluate."""
@@ -235,11 +238,25 @@ class Loop:
         return metrics
 
     def _pause(self, sums: EpochSums, random: State | None = None) -> None:
-        """Save where the epoch stands if it is time, or if the run is to stop; then stop."""
-        if self._saver.due or self._interrupts.noted:
+        """Save where the epoch stands if it is time, or if the run is to stop; then stop: all processes together."""
+        due, stops = self._agreed(due=self._saver.due)
+        if due or stops:
             sums.seconds = time.perf_counter() - self._epoch_started
             self._saver.within(sums, random)
-        self._interrupts.check()
+        if stops:
+            self._interrupts.check()
+
+    def _agreed(self, *, due: bool = False) -> tuple[bool, bool]:
+        """Return whether a checkpoint is due in the main process, and whether a signal has come to any process."""
+        number = self._interrupts.noted
+        if self.accelerator.num_processes > 1:
+            mine = [int(due and self.accelerator.is_main_process), number]
+            together = torch.tensor(mine, device=self.accelerator.device)
+            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+            due, number = bool(together[0]), int(together[1])
+            if number:
+                self._interrupts.note(number)
+        return due, bool(number)
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
         if self.capture and self._captured is None:
@@ -301,7 +318,7 @@ class Loop:
         try:
             return next(batches, _NOTHING)
         except Exception:
-            if self._interrupts.noted:
+            if self._interrupts.noted and self.accelerator.num_processes == 1:  # others would wait for this one
                 self._pause(sums, random)
             raise
 

@@ -185,7 +185,7 @@ def finetune(
             crops and mirrors them, ``paper`` does so more strongly and changes their colours too, as the paper's
             authors do; ``none`` takes them as they are.
         checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
-            ``"90 s"`` or ``"1h"``. In one process only.
+            ``"90 s"`` or ``"1h"``.
         keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
         capture: On CUDA, record the forward and backward pass once a draw and replay it (docs/capture.md).
         progress: Show progress on standard error, or a display of your own.
@@ -326,13 +326,7 @@ def run(
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
-    alone = accelerator.num_processes == 1
     every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
-    if every is not None and not alone:
-        raise TrainingError(
-            f"checkpoint_every works in one process, and these are {accelerator.num_processes}: leave it out; there is "
-            "a checkpoint after each epoch"
-        )
     with file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
@@ -350,7 +344,7 @@ def run(
             factory=factory,
             folder=folder,
             budget=request.limit,
-            saving=Saving(every, within_epochs=alone, best=options.keep_best),
+            saving=Saving(every, best=options.keep_best),
             data=None if folder is None else identity(train, evaluation),
             capture=options.capture,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
@@ -17,7 +18,7 @@ from trady.training.run_folder import RunFolder
 from trady.training.settings import Settings
 from trady.training.state import State, optimizer_to_state
 from trady.training.trainer import Trainer
-from trady.training.within_epoch import WITHIN, EpochSums
+from trady.training.within_epoch import EpochSums, state_names
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,10 @@ class Saving:
 
     Attributes:
         every_seconds: How often in the middle of an epoch; ``None`` saves there only when the run is to stop.
-        within_epochs: Whether the middle of an epoch can be saved at all: not over several processes, whose random
-            numbers differ.
         best: Whether the weights of the best epoch are kept.
     """
 
     every_seconds: float | None = None
-    within_epochs: bool = False
     best: bool = False
 
 
@@ -73,14 +71,15 @@ class Saver:
         return every is not None and time.monotonic() - self._saved_at >= every
 
     def within(self, sums: EpochSums, random: State | None) -> None:
-        """Save the middle of an epoch.
+        """Save the middle of an epoch; all processes at the same step.
 
         Args:
             sums: Where it stands.
             random: The random numbers that come next; those of now by default.
         """
-        if self.saving.within_epochs and sums.batches:
-            self._save(sums.epoch - 1, sums.steps, {WITHIN: sums.to_state(random)})
+        if sums.batches:
+            states = gather_object([sums.to_state(random)])
+            self._save(sums.epoch - 1, sums.steps, dict(zip(state_names(len(states)), states, strict=True)))
 
     def epoch(self, history: Sequence[EpochMetrics]) -> None:
         """Save the end of an epoch: its metrics, the checkpoint, and the weights if none were better."""

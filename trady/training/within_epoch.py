@@ -12,8 +12,13 @@ from trady.records.schema import Natural
 from trady.training.randomness import random_state
 from trady.training.state import State
 
-#: Name of the state in a checkpoint.
+#: Name of the state in a checkpoint; over several processes, of that of the first one.
 WITHIN = "epoch"
+
+
+def state_names(processes: int) -> tuple[str, ...]:
+    """The names of the states of each process: their samples and random numbers differ."""
+    return (WITHIN, *(f"{WITHIN}-{process}" for process in range(1, processes)))
 
 
 @dataclass

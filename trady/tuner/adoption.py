@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trady.errors import StateError, TradyError, TradyWarning
 from trady.interception.armed import Armed, Change
-from trady.model.parameters import ShownParameters, own_parameters
+from trady.model.parameters import own_parameters
 from trady.tuner.followed import look_at
 from trady.tuner.optimizer_state import remap_state
 
@@ -161,8 +161,6 @@ class Optimizers:
         self._compact = {layer.name: layer.compact for layer in armed.layers.values()}
         self._head = list(head)
         self._trained = [*self._compact.values(), *self._head]
-        #: Gradients that were there after the last step, and whether the head had any.
-        self._used: tuple[list[tuple[nn.Parameter, weakref.ref[torch.Tensor]]], bool] = [], False
         self._known: list[weakref.ref[torch.optim.Optimizer]] = []
         #: Wrappers that keep something by parameter themselves, as Lookahead does.
         self._around: list[weakref.ref[torch.optim.Optimizer]] = []
@@ -172,12 +170,6 @@ class Optimizers:
         self._digest = armed.selection.digest
         armed.shown.begin()
         armed.frozen.begin()
-        hidden = {layer.name for layer in armed.shown.stored_otherwise}
-        beside = {
-            f"{layer.parameter}.channels": self._compact[layer.name] for layer in armed.table if layer.name in hidden
-        }
-        self._beside = list(beside.values())
-        self._shown = ShownParameters(armed.model, beside, () if armed.given is armed.model else (armed.given,))
         weights = [layer.weight for layer in armed.layers.values()]
         self._weights = set(map(id, weights))
         self._strangers = StrangerCheck([*self._compact.values(), *weights], self)
@@ -316,28 +308,17 @@ class Optimizers:
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember which gradients a step has used; those of another optimizer's channels may be adding up."""
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        left = [(p, weakref.ref(p.grad)) for p in self._beside if id(p) in stepped and p.grad is not None]
-        before, had = self._used
-        self._used = [*before, *left], had or any(p.grad is not None for p in self._head)
+        """Look for gradients again from the next forward pass on."""
         self._stepped = True
 
     def _before_forward(self, *_: object) -> None:
-        """Drop gradients that a step has used, where the head's were dropped by a module around the model."""
         if torch.is_grad_enabled():
             self._armed.follow()
             self._ran = True
             if self._stepped:
                 self._arrived = self._stepped = False
-        (left, had), self._used = self._used, ([], False)
-        if had and all(p.grad is None for p in self._head):
-            for compact, gradient in left:
-                if compact.grad is not None and compact.grad is gradient():
-                    compact.grad = None
 
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
         self._ended = True
-        self._shown.remove()
         self._strangers.remove()

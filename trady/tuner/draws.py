@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from trady.channels.selection import Selection
 from trady.errors import TradyWarning
 from trady.evidence.sweeps import Sweeper
@@ -17,6 +20,7 @@ from trady.planning.spending import Moment
 from trady.policies import Evidence
 from trady.ranking.online import OnlineRanking
 from trady.ranking.ranking import LayerRanking
+from trady.tuner.observed import nothing_measured
 from trady.tuner.seen import Seen
 
 
@@ -74,6 +78,14 @@ class Draws:
         self.epoch = self.count = 0
         self.online = decision.online_ranking() if decision.start.learns else None
         self._steps, self._full = 0, False
+        if decision.needs and not decision.analysis.head_parameters:
+            armed.on_forward.append(self._check_something_trains)
+
+    def _check_something_trains(self, module: nn.Module, *_: Any) -> None:
+        """Refuse a training pass before anything was measured: nothing of it would have a gradient."""
+        trains = module is self._armed.model and module.training and torch.is_grad_enabled()
+        if trains and not self._armed.selection.count and self.moment.evidence is None:
+            raise nothing_measured(self.decision.policy.name, self.decision.needs, "train")
 
     @property
     def ranking(self) -> LayerRanking | None:

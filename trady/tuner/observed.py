@@ -84,10 +84,7 @@ class EvidenceState:
 
         """
         if self.needs and self.evidence is None:
-            raise StateError(
-                f"cannot {wish}: policy {self.policy!r} draws from measured {_listed(self.needs)}, and nothing was "
-                "measured yet; call tuner.observe(batches, loss) first"
-            )
+            raise nothing_measured(self.policy, self.needs, wish)
 
     def draw_for(self, epoch: int) -> None:
         """Take the evidence for an epoch.
@@ -156,6 +153,14 @@ class EvidenceState:
 def _outline(array: NDArray[Any]) -> Outline:
     kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
     return Outline(array.shape, kind, lambda: torch.from_numpy(np.array(array)))
+
+
+def nothing_measured(policy: str, needs: Needs, wish: str) -> StateError:
+    """The error for a wish that a policy cannot fulfil before it has measured."""
+    return StateError(
+        f"cannot {wish}: policy {policy!r} draws from measured {_listed(needs)}, and nothing was measured yet; call "
+        "tuner.observe(batches, loss) first"
+    )
 
 
 def check_layers(evidence: Evidence, table: ChannelTable) -> None:

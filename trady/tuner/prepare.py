@@ -41,6 +41,7 @@ def prepare(
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
     max_step_flops: str | float | None = None,
+    batches_ahead: int = 0,
 ) -> Tuner:
     """Decide what trains inside a budget and arm the model for it.
 
@@ -88,6 +89,8 @@ def prepare(
             :class:`trady.errors.BudgetError`. ``"warn"``: a warning, and the pass runs.
         max_step_flops: What a step may take of the operations of a step of full fine-tuning, e.g. ``"0.6x"``. Channels
             are then drawn from the layers that the backward pass reaches within that (docs/budgets.md).
+        batches_ahead: Batches that your loader holds on the model's device beside that of the step: 1 on a CPU, where
+            Accelerate has prepared it.
 
     Returns:
         The tuner, with the channels of epoch 0 drawn.
@@ -101,7 +104,7 @@ def prepare(
 
     """
     asked = (budget, policy, ranking, head, seed, plan, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    loop = (calls_per_step, accumulates, autocast, over_budget)
+    loop = (calls_per_step, accumulates, autocast, over_budget, batches_ahead)
     request = Request(*asked, *loop, max_step_flops=max_step_flops)
     tuner = Tuner(request.decide(model, example))
     warn_if_full(tuner)
@@ -129,13 +132,14 @@ def plan(
     autocast: torch.dtype | None = None,
     over_budget: str = "adapt",
     max_step_flops: str | float | None = None,
+    batches_ahead: int = 0,
 ) -> Plan:
     """Say what :func:`prepare` would do, without touching the model or allocating a step.
 
     The model may lie on the meta device. Arguments and errors are those of :func:`prepare`.
     """
     asked = (budget, policy, ranking, head, seed, None, fuse, recompute, fidelity, micro_batch, loss, train, freeze)
-    loop = (calls_per_step, accumulates, autocast, over_budget)
+    loop = (calls_per_step, accumulates, autocast, over_budget, batches_ahead)
     request = Request(*asked, *loop, max_step_flops=max_step_flops)
     decision = request.decide(model, example)
     return decision.plan(decision.start)

@@ -1,0 +1,77 @@
+"""Draws of channels inside a budget, and within what a step may take of the operations of full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from trady.channels.selection import Selection
+from trady.errors import PolicyError
+from trady.planning.budget import Budget, infeasible_budget, smallest
+from trady.planning.scopes import BudgetScope, DoesNotFitError
+from trady.planning.spending import Spending
+from trady.planning.step_flops import StepLimit
+from trady.policies.base import names_layers
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a draw is made with.
+
+    Attributes:
+        spending: What selections take, and the policy.
+        scope: What the budget bounds.
+        budget: Its limit, if there is one.
+        steps: Counts what a step takes of the operations of full fine-tuning, and what it may.
+        has_head: Whether something trains beside the channels.
+    """
+
+    spending: Spending
+    scope: BudgetScope
+    budget: Budget | None
+    steps: StepLimit
+    has_head: bool
+
+    def draw(self, epoch: int, redraw: int) -> Selection:
+        """Draw the channels of an epoch.
+
+        Raises:
+            BudgetError: The policy's selection cannot be made as small as the budget, or is empty where nothing else
+                trains.
+            PolicyError: It is empty whatever the budget is, and nothing else trains; or the policy is given its
+                layers, and the way back to them takes too long.
+
+        """
+        within, policy, recomputation = self, self.spending.policy, self.spending.moment.recomputation
+        amount = None if self.budget is None else self.budget.amount
+        selection = within._select(amount, epoch, redraw)
+        while self.steps.exceeded(selection, recomputation):
+            if names_layers(policy):
+                raise self.steps.refusal(policy, selection, recomputation)
+            spending = within.spending
+            early = self.steps.too_early(selection, recomputation, spending.drawable.names)
+            within = replace(within, spending=replace(spending, held=spending.held | early))
+            selection = within._select(amount, epoch, redraw)
+        if not selection.count and not self.has_head and policy.name != "head":
+            self._refuse_to_train_nothing(
+                lambda amount: within.scope.draw(within.spending, amount, epoch, redraw).count
+            )
+        return selection
+
+    def _select(self, amount: int | None, epoch: int, redraw: int) -> Selection:
+        try:
+            return self.scope.draw(self.spending, amount, epoch, redraw)
+        except DoesNotFitError as error:
+            assert self.budget is not None
+            raise infeasible_budget(self.budget, error.amount) from None
+
+    def _refuse_to_train_nothing(self, drawn: Callable[[int], int]) -> None:
+        """Say from what budget on a channel trains."""
+        budget = self.budget
+        found = None if budget is None else smallest(lambda amount: drawn(amount) > 0, budget.amount)
+        if budget is None or found is None:
+            raise PolicyError(
+                f"policy {self.spending.policy.name!r} draws no channel, whatever the budget is, and this model has no "
+                "head, so nothing would train: take another policy, or name modules to train as head=..."
+            )
+        raise infeasible_budget(budget, found, why=", where a channel trains (it has no head that would)")
