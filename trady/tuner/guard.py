@@ -204,7 +204,8 @@ class Guard:
         def returned(*_: Any) -> None:
             made.returned = True
 
-        nodes = {t.grad_fn for t in tree_iter(output) if isinstance(t, Tensor) and t.grad_fn is not None}
+        found = (t.grad_fn for t in tree_iter(output) if isinstance(t, Tensor))
+        nodes = dict.fromkeys(node for node in found if node is not None)
         for node in nodes:
             notes: Any = node.metadata
             notes["trady_pass"] = made
