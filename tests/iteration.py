@@ -1,7 +1,7 @@
 """Finds loops over sets: their order is that of hashes, which differ from process to process.
 
-A reader of source files, as :mod:`tests.import_contract` is. It follows names inside of a function, and attributes inside
-of a file, where all that is assigned to them, or their annotation, is a set.
+A reader of source files, as :mod:`tests.import_contract` is. It follows names inside of a function and
+attributes inside of a file, where all that is assigned to them, or their annotation, is a set.
 """
 
 from __future__ import annotations

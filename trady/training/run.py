@@ -18,6 +18,7 @@ from trady.planning.budget import Budget
 from trady.planning.process_memory import is_process
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
+from trady.process.ranks import agree, leaving_a_reason
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.records.lock import refuse_locked
@@ -295,6 +296,8 @@ def run(
         freeze=as_text(request.freeze),
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
     )
+    if accelerator.num_processes > 1:
+        agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
@@ -309,7 +312,7 @@ def run(
             f"checkpoint_every works in one process, and these are {accelerator.num_processes}: leave it out; there is "
             "a checkpoint after each epoch"
         )
-    with file_errors(), own_randomness():
+    with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(

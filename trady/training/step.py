@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from trady.errors import TrainingError
 from trady.training.batch import Loss, batch_errors, forward, split_batch
@@ -48,7 +46,7 @@ class Stepper:
     max_grad_norm: float | None
     precision: str
 
-    def __call__(self, batch: Any, parameters: Sequence[nn.Parameter], rate: float) -> StepResult:
+    def __call__(self, batch: Any, rate: float) -> StepResult:
         """Train on one batch.
 
         Raises:
@@ -63,7 +61,7 @@ class Stepper:
         loss, examples = 0.0, len(split_batch(batch)[1])
         for inputs, labels, share in self.trainer.parts(batch):
             loss += self._gradients_of(inputs, labels, share) * share
-        self._average(parameters)
+        self.trainer.average()
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
@@ -80,14 +78,6 @@ class Stepper:
             raise NotFiniteError("loss", loss)
         self.accelerator.backward(value if share == 1.0 else value * share)
         return loss
-
-    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients over processes. They are few, so this needs no wrapper such as DDP."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
 
 class NotFiniteError(TrainingError):
