@@ -16,10 +16,11 @@ from trady.calls.standardised import filters_of, with_weight_itself
 from trady.ops.parameter_class import is_parameter_class
 
 #: ``x @ weight``, in all forms.
-PRODUCTS = frozenset([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__])
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+PRODUCTS = frozenset(_PRODUCTS)
 
 #: Where functions take the weight of a linear layer.
-_WEIGHT_AT = {**dict.fromkeys(PRODUCTS, 1), F.linear: 1, torch.addmm: 2}
+_WEIGHT_AT = {**dict.fromkeys(_PRODUCTS, 1), F.linear: 1, torch.addmm: 2}
 
 _TRANSPOSITION_NAMES = "t transpose permute swapaxes swapdims"
 

@@ -64,10 +64,10 @@ class Selection(Mapping[str, Channels]):
 
     def __or__(self, other: Selection) -> Selection:
         """The union: in each layer the input channels of either, and the output channels of either."""
-        channels = {n: _union(self.channels, other.channels, n) for n in {*self.channels, *other.channels}}
+        channels = {n: _union(self.channels, other.channels, n) for n in {**self.channels, **other.channels}}
         outputs = {
             name: _union(self.outputs, other.outputs, name)
-            for name in {*self.outputs, *other.outputs}
+            for name in {**self.outputs, **other.outputs}
             if all(name in one.outputs for one in (self, other) if name in one.channels)
         }
         return Selection(channels, outputs)

@@ -111,7 +111,7 @@ def _sources(raw: dict[str, Any]) -> dict[str, str]:
 def _replace(raw: dict[str, Any], given: Mapping[str, str]) -> list[str]:
     """Replace sources of the file by given ones; return the mistakes."""
     known = _sources(raw)
-    for name in set(given) & set(known):
+    for name in filter(known.__contains__, given):
         path = Path(given[name]).expanduser()
         raw["datasets"][name] = str(path.absolute()) if path.exists() else given[name]
     return [f"--dataset: no data set {name!r}; {did_you_mean(name, known)}" for name in given if name not in known]

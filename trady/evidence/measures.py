@@ -20,7 +20,8 @@ from trady.errors import PolicyError, StateError
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed
 from trady.model.batch import Batch, Loss
-from trady.policies.evidence import Evidence, Floats, Needs, Values
+from trady.policies.evidence import Evidence, Needs, Values
+from trady.process.ranks import average_, processes
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,17 @@ def gather_evidence(needs: Needs, bench: MeasureContext) -> Evidence:
         found = _measures[kind](shared)
         if _measures[kind].needs_batches and not found.batches:
             raise StateError("there is no batch to observe; pass at least one (inputs, targets) pair")
-        values[kind] = {name: _averaged(array) for name, array in found.values.items()}
+        values[kind] = _averaged(found.values)
         carried.update(found.carried)
         batches = max(batches, found.batches)
     return Evidence(values, carried, batches)
 
 
-def _averaged(array: Floats) -> Floats:
-    """Average over ranks, as gradients are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return array
-    tensor = torch.from_numpy(np.array(array))
-    if torch.distributed.get_backend() == "nccl":
-        tensor = tensor.cuda()
-    torch.distributed.all_reduce(tensor)
-    return tensor.div_(torch.distributed.get_world_size()).cpu().numpy()
+def _averaged(values: Values) -> Values:
+    """Average over ranks, as gradients are; layers come in the order of the table."""
+    if processes() == 1:
+        return values
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    tensors = {name: torch.from_numpy(np.array(array)).to(device) for name, array in values.items()}
+    average_(list(tensors.values()))
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}

@@ -14,9 +14,9 @@ from trady.integrations.example_record import step_from_state, step_to_state
 from trady.integrations.recording import Step
 from trady.model.eager import unwrap_compiled
 from trady.optim.in_backward import update_forms
+from trady.process.ranks import processes
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.optimizer_probe import optimizer_memory
-from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
 

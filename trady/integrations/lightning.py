@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trady.analysis.by_hand import Wish
 from trady.errors import CheckpointError, ModelError, StateError, TrainingError
+from trady.integrations.adopting import largest_of_all
 from trady.integrations.example_record import step_from_state, step_to_state
 from trady.integrations.recording import Step, recorded
 from trady.model.batch import Batch
@@ -139,7 +141,7 @@ class TradyCallback(Callback):  # type: ignore[misc, valid-type, unused-ignore]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Arm the model before the first batch; draw the channels before the first one of an epoch."""
         if self.tuner is None:
-            step = None if self._example is not None else _seen(trainer, pl_module, batch, batch_idx)
+            step = None if self._example is not None else largest_of_all(_seen(trainer, pl_module, batch, batch_idx))
             self._arm(trainer, pl_module, step)
         elif self._drawn == trainer.current_epoch:
             return
@@ -229,10 +231,10 @@ def _refuse(trainer: Any, pl_module: Any, *, seen: bool) -> None:
     Raises:
         ModelError: The message says what to take instead.
     """
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(getattr(trainer.strategy, "model", None), DistributedDataParallel):
         raise ModelError(
             f"a memory budget does not work with {type(trainer.strategy).__name__} on {trainer.world_size} devices, "
-            "which wraps the model before a callback sees it; take devices=1"
+            'which cuts the model into parts; take strategy="ddp", or devices=1'
         )
     others = [each for each in trainer.callbacks if isinstance(each, TradyCallback)]
     if len(others) > 1:

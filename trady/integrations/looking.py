@@ -52,7 +52,7 @@ def passes_of(trainer: Any, model: nn.Module, inputs: Any, items: Any, *, only_f
                 trainer.compute_loss(model, given, num_items_in_batch=items)
     finally:
         model.train(was_training)
-        for name in set(vars(trainer)) - set(attributes):
+        for name in [name for name in vars(trainer) if name not in attributes]:
             delattr(trainer, name)
         vars(trainer).update(attributes)
     return passes

@@ -39,6 +39,7 @@ from trady.planning.budget import Budget
 from trady.planning.plan import Plan
 from trady.planning.request import Request
 from trady.policies import Policy
+from trady.process.ranks import processes
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.records.lock import locked
@@ -47,7 +48,6 @@ from trady.training.schedule import redraw_steps
 from trady.training.settings import OBSERVED_BATCHES
 from trady.training.state import State
 from trady.tuner.full_device import out_of_memory
-from trady.tuner.gradients import processes
 from trady.tuner.tuner import Tuner
 
 

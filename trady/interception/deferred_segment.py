@@ -155,7 +155,8 @@ class DeferredSegment:
         self.program = program  # serves the next pass
         slots = program.wanted
         places = {id(program.fakes[slot]): place for place, slot in enumerate(slots)}
-        identities = {id(call.weight) for call in program.weights.values()}
+        # In the order of the calls, the same in every process: a set of identities has another one in each.
+        identities = dict.fromkeys(id(call.weight) for call in program.weights.values())
         find = self._handlers.trained
         trained = {identity: found for identity in identities if (found := find(identity)) is not None}
         in_chunks = not program.full_batch

@@ -13,6 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trady.channels.table import Layer
 from trady.errors import StateError
+from trady.model.sharded import refuse_part
 from trady.model.untouched import unseen
 from trady.ops.selected import DenseWeight, Draw, SelectedChannels
 from trady.optim.clipping import clip_by_output
@@ -104,10 +105,13 @@ class ArmedLayer:
 
         Raises:
             StateError: The weight was moved or replaced.
+            ModelError: It is a part of itself now.
 
         """
         if self.selected is None:
             return False
+        if self.is_replaced:
+            refuse_part(self.name, self._owner._parameters.get(self._attribute))
         if self.is_replaced or self.weight.device != self.compact.device:
             raise StateError(
                 f"the weight of {self.name} was moved or replaced after the model had been prepared: "

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from trady.errors import TradyError
 from trady.memory.recorder import PARTS, Recorder
 from trady.memory.saved import Saved
+from trady.process.ranks import Traffic
 from trady.records.files import write_json
 from trady.records.translated import file_errors
 from trady.records.versioned import Format
@@ -50,6 +51,8 @@ class Ledger:
         parts: What the peak consisted of, at that moment; sums to ``peak_bytes``.
         allocator_peak_bytes: On CUDA, the peak of the caching allocator in the step.
         remarks: What could not be measured, and why.
+        averaged_bytes: Bytes of gradients that were averaged over processes, each counted as often as it was.
+        averaging_calls: Collectives that it took.
     """
 
     peak_bytes: int
@@ -62,6 +65,8 @@ class Ledger:
     parts: Mapping[str, int]
     allocator_peak_bytes: int | None = None
     remarks: tuple[str, ...] = ()
+    averaged_bytes: int = 0
+    averaging_calls: int = 0
 
     @property
     def peak_without_weights_bytes(self) -> int:
@@ -88,6 +93,10 @@ class Ledger:
     def saved_bytes(self) -> int:
         """Bytes that autograd kept between forward and backward."""
         return sum(saved.bytes for saved in self.saved)
+
+    def averaging(self, traffic: Traffic) -> Ledger:
+        """The same with what the step has averaged over processes."""
+        return replace(self, averaged_bytes=traffic.nbytes, averaging_calls=traffic.calls)
 
     def saved_bytes_of(self, kind: str) -> int:
         """Bytes kept of one kind: ``activations``, ``channels``, ``bits`` or ``indices``."""
@@ -163,6 +172,8 @@ class Ledger:
             table.add_row("without weights and batch", f"{working} / {inference} = {ratio}")
         if self.allocator_peak_bytes is not None:
             table.add_row("peak of the CUDA allocator", format_bytes(self.allocator_peak_bytes))
+        if self.averaging_calls:
+            table.add_row(f"averaged over processes, calls: {self.averaging_calls}", format_bytes(self.averaged_bytes))
         return table
 
     def _savers(self, rows: int) -> Table:

@@ -17,6 +17,7 @@ from trady.errors import BudgetError, ModelError, RankingError
 from trady.evidence.measures import needs_snapshot
 from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
+from trady.model.sharded import refuse_sharded, unwrap_parallel
 from trady.ops.context import autocast_dtype_on, simulated_autocast
 from trady.ops.smooth import FIDELITIES
 from trady.planning.alternatives import alternatives
@@ -33,6 +34,7 @@ from trady.planning.scopes import PEAK
 from trady.planning.spending import Moment
 from trady.planning.step_flops import StepLimit, parse_step_flops
 from trady.policies import Policy, get_policy, needs_of
+from trady.process.ranks import processes
 from trady.ranking.priors import ranking_for
 from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_memory import OptimizerMemory
@@ -132,9 +134,12 @@ class Request:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
+        model = unwrap_parallel(model)
+        refuse_sharded(model)
         batch = Batch.of(example, model)
         limit = self.limit
         known = self if limit is None else replace(self, budget=measured(limit, model, batch))
+        optimizer = replace(optimizer or OptimizerMemory(), averages=processes() > 1)
         return known._decide_size(model, batch, optimizer, explain=explain)
 
     def _decide_size(

@@ -1,1 +1,1 @@
-"""The process that trains: what it has in memory, what its allocator gives back, and what it need not import."""
+"""The process that trains: what it has in memory, what its allocator gives back, imports that wait, other ranks."""

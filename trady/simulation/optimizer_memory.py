@@ -8,6 +8,11 @@ from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
+from trady.process.ranks import buffer_bytes
+
+#: Whether a gradient is there, in the widest type.
+_FLAG_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Form:
@@ -75,6 +80,7 @@ class OptimizerMemory:
             where compact gradients wait for the step.
         factored: The same four where they depend on the parameter's shape (Adafactor keeps two means of a matrix, all
             of a vector, and as much as two copies of a pointwise convolution); ``None`` where they do not.
+        averages: Whether gradients are averaged over processes before the step, in buffers.
     """
 
     copies: int = 0
@@ -83,6 +89,7 @@ class OptimizerMemory:
     previous: float = 0.0
     in_backward: int | None = None
     factored: Amounts | None = None
+    averages: bool = False
 
     @property
     def amounts(self) -> Amounts:
@@ -107,7 +114,7 @@ class OptimizerMemory:
         there = [form for form in forms if form.whole]
         neighbours = pairwise((Form(0), *there))
         most = max((previous.of(before) + current.of(form) for before, form in neighbours), default=0.0)
-        return math.ceil(sum(every.of(form) for form in there) + most)
+        return max(math.ceil(sum(every.of(form) for form in there) + most), self._buffers(there))
 
     def most_moment_bytes(self, forms: Iterable[Form]) -> int:
         """Bound :meth:`moment_bytes` over all orders of the parameters."""
@@ -116,7 +123,12 @@ class OptimizerMemory:
         before, now = ([amount.of(form) for form in there] for amount in (previous, current))
         last = sorted(range(len(there)), key=before.__getitem__)[-2:]
         most = max(now[i] + max(before[j] for j in last if j != i) for i in range(len(there)))
-        return math.ceil(sum(every.of(form) for form in there) + most)
+        return max(math.ceil(sum(every.of(form) for form in there) + most), self._buffers(there))
+
+    def _buffers(self, forms: Sequence[Form]) -> int:
+        """What averaging over processes takes for a moment: gradients, and for each whether there is one."""
+        sizes = [form.whole for form in forms if form.whole] if self.averages else []
+        return buffer_bytes([*sizes, _FLAG_BYTES * len(sizes)])
 
     def __or__(self, other: OptimizerMemory) -> OptimizerMemory:
         """Enough for both, each of which steps by itself; ``in_backward`` is that of the other."""
@@ -131,6 +143,7 @@ class OptimizerMemory:
             max(self.previous, other.previous),
             other.in_backward,
             factored,
+            self.averages or other.averages,
         )
 
     def state(self) -> dict[str, Any]:
@@ -151,4 +164,6 @@ class OptimizerMemory:
             kept, every, current, previous = (Amount(*map(float, amount)) for amount in factors)
             factored = kept, every, current, previous
         copies = int(state["state_copies"])
-        return OptimizerMemory(copies, self.every, self.current, self.previous, self.in_backward, factored)
+        return OptimizerMemory(
+            copies, self.every, self.current, self.previous, self.in_backward, factored, self.averages
+        )

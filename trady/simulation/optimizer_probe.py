@@ -61,7 +61,8 @@ def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
         raise StateError("LBFGS keeps one flat history that cannot follow changing channels; use SGD or AdamW")
     found = OptimizerMemory()
     for group in optimizer.param_groups:
-        for dtype, device in {(p.dtype, torch.device("cpu") if p.is_meta else p.device) for p in group["params"]}:
+        kinds = ((p.dtype, torch.device("cpu") if p.is_meta else p.device) for p in group["params"])
+        for dtype, device in dict.fromkeys(kinds):
             try:
                 found |= _memory(lambda shape: _needs(optimizer, group, shape, dtype, device))  # noqa: B023
             except Exception:

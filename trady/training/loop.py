@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
+from trady.memory import Ledger
 from trady.planning.budget import Budget
 from trady.training.batch import Loss, readable
 from trady.training.checkpoint import (
@@ -233,6 +234,8 @@ class Loop:
             observing_seconds=sums.observing_seconds,
             process_bytes=None if process is None else process.resident_bytes,
             process_peak_bytes=None if process is None else process.peak_bytes,
+            averaged_bytes=sums.averaged_bytes,
+            averaging_calls=sums.averaging_calls,
         )
         self.display.end_epoch(metrics)
         return metrics
@@ -296,10 +299,10 @@ class Loop:
                 if number in self.redraws:
                     self.trainer.redraw()
                 if not number or number in self.redraws:
-                    result, peak, saved = self._measured(stepper, batch, sums.rate)
-                    sums.peak_bytes, sums.saved_bytes = max(sums.peak_bytes, peak), max(sums.saved_bytes, saved)
+                    result, ledger = self._measured(stepper, batch, sums.rate)
+                    sums.take(ledger)
                 else:
-                    result = stepper(batch, self.trainer.parameters(), sums.rate)
+                    result = stepper(batch, sums.rate)
             except NotFiniteError as error:
                 raise self._stopped(str(error), sums) from error
             sums.steps, sums.batches = step + 1, number + 1
@@ -340,13 +343,13 @@ class Loop:
             self.trainer.observe(self.observed, self.loss, progress)
         return time.perf_counter() - started
 
-    def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, int, int]:
+    def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, Ledger]:
         """Do an ordinary step, and measure it; what is replayed could not be."""
         stepper = replace(stepper, captured=None)
         results: list[StepResult] = []
-        ledger = self.trainer.ledger(lambda: results.append(stepper(batch, self.trainer.parameters(), rate)))
+        ledger = self.trainer.ledger(lambda: results.append(stepper(batch, rate)))
         (result,) = results
-        return result, ledger.peak_bytes, ledger.saved_bytes
+        return result, ledger
 
     def _stopped(self, what: str, sums: EpochSums) -> TrainingError:
         kept, saved = "there is no checkpoint yet", self._saver.saved_step

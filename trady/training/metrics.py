@@ -34,6 +34,8 @@ class EpochMetrics:
         observing_seconds: How much of ``seconds`` the policy's measurements took.
         process_bytes: Resident memory of the process at the epoch's end; ``None`` where the system does not tell.
         process_peak_bytes: The most that was resident since the process began, imports and evaluation included.
+        averaged_bytes: Bytes of gradients that a step averages over processes; 0 in one process.
+        averaging_calls: Collectives that it takes.
     """
 
     epoch: int
@@ -53,6 +55,8 @@ class EpochMetrics:
     observing_seconds: float = 0.0
     process_bytes: int | None = None
     process_peak_bytes: int | None = None
+    averaged_bytes: int = 0
+    averaging_calls: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the line as a dict; a loss that is not finite becomes null."""

@@ -19,6 +19,7 @@ from trady.planning.budget import Budget
 from trady.planning.process_memory import is_process
 from trady.planning.request import Request
 from trady.policies import Policy, get_policy, needs_of
+from trady.process.ranks import agree, leaving_a_reason
 from trady.ranking.priors import Known
 from trady.ranking.ranking import LayerRanking
 from trady.records.lock import refuse_locked
@@ -319,6 +320,8 @@ def run(
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
         max_step_flops=request.step_limit,
     )
+    if accelerator.num_processes > 1:
+        agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
@@ -327,7 +330,7 @@ def run(
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
     every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
-    with file_errors(), own_randomness():
+    with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         loop = Loop(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from trady.errors import TrainingError
 from trady.training.batch import (
@@ -59,7 +57,7 @@ class Stepper:
     precision: str
     captured: CapturedPass | None = None
 
-    def __call__(self, batch: Any, parameters: Sequence[nn.Parameter], rate: float) -> StepResult:
+    def __call__(self, batch: Any, rate: float) -> StepResult:
         """Train on one batch.
 
         Raises:
@@ -68,11 +66,11 @@ class Stepper:
                 that were updated inside the backward pass with a finite gradient.
         """
         try:
-            return self._step(batch, parameters, rate)
+            return self._step(batch, rate)
         except torch.OutOfMemoryError as error:  # of a GPU
             raise self.trainer.out_of_memory(split_batch(batch)[0], error) from error
 
-    def _step(self, batch: Any, parameters: Sequence[nn.Parameter], rate: float) -> StepResult:
+    def _step(self, batch: Any, rate: float) -> StepResult:
         # Before the backward pass: an optimizer of trady.optim updates inside it.
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -81,7 +79,7 @@ class Stepper:
         loss, examples = 0.0, len(split_batch(batch)[1])
         for inputs, labels, share in self.trainer.parts(batch):
             loss += self._gradients_of(inputs, labels, share) * share
-        self._average(parameters)
+        self.trainer.average()
         norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
@@ -99,14 +97,6 @@ class Stepper:
         loss = _finite_loss(value)
         self.accelerator.backward(value if share == 1.0 else value * share)
         return loss
-
-    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients over processes. They are few, so this needs no wrapper such as DDP."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
 
 class CapturedPass:

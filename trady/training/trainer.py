@@ -14,6 +14,7 @@ from torch import nn
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
+from trady.process.ranks import Traffic, average_gradients_, processes
 from trady.ranking.ranking import LayerRanking
 from trady.records.translated import in_our_words
 from trady.training.batch import Loss, split_batch
@@ -63,6 +64,9 @@ class Trainer(Protocol):
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Make the optimizer follow the trainer's parameters."""
+
+    def average(self) -> None:
+        """Average the gradients of a step over the processes, where that is still to be done."""
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip the gradients; return their norm before."""
@@ -139,6 +143,9 @@ class TunerTrainer:
         """Let the tuner see the optimizer's steps."""
         return self.tuner.attach(optimizer)
 
+    def average(self) -> None:
+        """Do nothing: the tuner has done it in the last backward pass."""
+
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip each channel against its own weights, the head by its norm."""
         return self.tuner.clip_gradients(ratio, max_norm)
@@ -207,7 +214,7 @@ class FullTrainer:
     """Plain PyTorch: every parameter trains that is not frozen by hand; the statistics of normalisations are fixed."""
 
     def __init__(self, model: nn.Module, micro_batch: int | None = None, frozen: Collection[int] = ()) -> None:
-        self.model, self.micro_batch = model, micro_batch
+        self.model, self.micro_batch, self._traffic = model, micro_batch, Traffic()
         if (stored := next((name for name, p in model.named_parameters() if is_quantized(p)), None)) is not None:
             raise ModelError(
                 f"plain full fine-tuning trains full weights, and {stored} is stored quantised: only channels of it "
@@ -239,6 +246,11 @@ class FullTrainer:
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return the optimizer as it is."""
         return optimizer
+
+    def average(self) -> None:
+        """Average all gradients, in a few buffers."""
+        if processes() > 1:
+            self._traffic += average_gradients_(self.parameters())
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip all gradients together by their norm, as plain fine-tuning usually does."""
@@ -284,7 +296,9 @@ class FullTrainer:
 
     def ledger(self, step: Callable[[], None], *, inference: bool = False) -> Ledger:
         """Measure a step."""
-        return measure(step, model=self.model, inference=inference)
+        before = self._traffic
+        ledger = measure(step, model=self.model, inference=inference)
+        return ledger.averaging(self._traffic - before)
 
     def state(self) -> State:
         """Return all weights and buffers."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trady.errors import CheckpointError
+from trady.memory import Ledger
 from trady.records import schema
 from trady.records.schema import Natural
 from trady.training.randomness import random_state
@@ -34,6 +35,8 @@ class EpochSums:
         rate: Learning rate of the last step.
         peak_bytes: Highest peak of the measured steps.
         saved_bytes: Most bytes that these kept between forward and backward.
+        averaged_bytes: Most bytes of gradients that these averaged over processes.
+        averaging_calls: Most collectives that it took.
         seconds: Time that the epoch has taken so far.
         observing_seconds: How much of it the policy's measurements took.
     """
@@ -48,6 +51,15 @@ class EpochSums:
     saved_bytes: Natural = 0
     seconds: float = 0.0
     observing_seconds: float = 0.0
+    averaged_bytes: Natural = 0
+    averaging_calls: Natural = 0
+
+    def take(self, ledger: Ledger) -> None:
+        """Take in a step that was measured."""
+        self.peak_bytes = max(self.peak_bytes, ledger.peak_bytes)
+        self.saved_bytes = max(self.saved_bytes, ledger.saved_bytes)
+        self.averaged_bytes = max(self.averaged_bytes, ledger.averaged_bytes)
+        self.averaging_calls = max(self.averaging_calls, ledger.averaging_calls)
 
     def to_state(self, random: State | None = None) -> State:
         """Return the sums together with the random numbers that come next: those of now, unless given."""

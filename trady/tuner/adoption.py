@@ -177,6 +177,9 @@ class Optimizers:
         self._arrived = self._ran = False
         self._stepped, self._warned = True, False
         self._ended = False
+        #: Called before every step of one of them that computes no gradients itself, and when the tuner has finished.
+        self.before: list[Callable[[], None]] = []
+        self.at_end: list[Callable[[], None]] = []
         armed.on_forward.append(self._before_forward)
         armed.on_gradient.append(self._gradient_arrived)
 
@@ -192,8 +195,16 @@ class Optimizers:
         def given_back(stepped: torch.optim.Optimizer) -> bool:
             return self._ended and not any(id(p) in ours for group in stepped.param_groups for p in group["params"])
 
+        def about_to(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if not given_back(stepped):
+                # A closure brings the gradients of its own backward pass to those that wait.
+                if not any(given is not None for given in (*args[1:], *kwargs.values())):
+                    for call in self.before:
+                        call()
+                before(stepped)
+
         # They know no optimizer: it has them, and a cycle would keep it.
-        optimizer.register_step_pre_hook(lambda stepped, *_: None if given_back(stepped) else before(stepped))
+        optimizer.register_step_pre_hook(about_to)
         optimizer.register_step_post_hook(lambda stepped, *_: None if given_back(stepped) else after(stepped))
 
     def __call__(self) -> list[torch.optim.Optimizer]:
@@ -321,4 +332,6 @@ class Optimizers:
     def end(self) -> None:
         """Let go of the model and of the optimizers."""
         self._ended = True
+        for call in self.at_end:
+            call()
         self._strangers.remove()

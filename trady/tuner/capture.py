@@ -23,8 +23,8 @@ from trady.errors import StateError, TradyWarning
 from trady.interception.armed import Armed
 from trady.model.batch import tensors_among
 from trady.optim.in_backward import UpdatesInBackward
+from trady.process.ranks import processes
 from trady.tuner.draws import Draws
-from trady.tuner.gradients import processes
 from trady.tuner.observed import EvidenceState
 from trady.tuner.snapshot import WeightSnapshot
 

@@ -3,57 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trady.errors import StateError
-from trady.interception.armed import Change
+from trady.interception.armed import Armed, Change
 from trady.optim.clipping import clip_channels_
 from trady.optim.in_backward import UpdatesInBackward
+from trady.process.ranks import processes
+from trady.tuner.adoption import Optimizers
+from trady.tuner.agreement import facts_of
+from trady.tuner.draws import Draws
 from trady.tuner.optimizer_state import rearranged
+from trady.tuner.reduction import Reduction
 from trady.tuner.snapshot import WeightSnapshot
 
 
-def processes() -> int:
-    """How many processes train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
 class Arrivals:
-    """Takes the gradient of a layer's channels when it has arrived.
+    """Takes the gradient of a layer's channels when it has arrived, and is the mean over the processes.
 
     Args:
+        armed: The armed model.
+        draws: What trains; a ranking may be being learnt, from the norms of the channels' gradients.
         attached: The optimizers of now; those that update inside the backward pass get the gradient.
-        learns: Whether a ranking is being learnt, from the norms of the channels' gradients.
+        head: Parameters of the head, by name.
         snapshot: Is told that weights may change from now on.
 
+    Attributes:
+        reduction: Averages over processes.
     """
 
     def __init__(
         self,
-        attached: Callable[[], Sequence[torch.optim.Optimizer]],
-        learns: Callable[[], bool],
+        armed: Armed,
+        draws: Draws,
+        attached: Optimizers,
+        head: Mapping[str, nn.Parameter],
         snapshot: WeightSnapshot | None,
     ) -> None:
-        self._attached, self._learns, self._snapshot = attached, learns, snapshot
+        self._attached, self._draws, self._snapshot = attached, draws, snapshot
         self._norms: dict[str, Tensor] = {}
+        facts = partial(facts_of, draws, armed.model, attached)
+        self.reduction = Reduction(armed, head, facts, self._updated_inside, self._averaged)
+        attached.before.append(self.reduction.reduce)
+        attached.at_end.append(self.reduction.end)
+        armed.on_gradient.append(self)
 
     def __call__(self, layer: str, compact: nn.Parameter) -> None:
         """Take one in."""
-        gradient = compact.grad
-        if gradient is None:
+        if compact.grad is None:
             return
         if self._snapshot is not None:
             self._snapshot.trained()
-        if (count := processes()) > 1:
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(count)
-        if self._learns():
+        if processes() > 1:
+            self.reduction.arrived(layer)
+        else:
+            self._averaged(layer, compact)
+
+    def _updated_inside(self) -> set[int]:
+        """Identities of what optimizers update inside the backward pass."""
+        inside = [each for each in self._attached() if isinstance(each, UpdatesInBackward)]
+        return {id(p) for optimizer in inside for group in optimizer.param_groups for p in group["params"]}
+
+    def _averaged(self, layer: str, compact: nn.Parameter) -> None:
+        gradient = compact.grad
+        if gradient is None:
+            return
+        if self._draws.online is not None:
             rows = gradient.detach().flatten(1)
             wide = torch.promote_types(rows.dtype, torch.float32)
             self._norms[layer] = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square_()

@@ -30,9 +30,10 @@ from trady.planning.conditions import Conditions, Shapes, shapes_of
 from trady.planning.decision import Decision
 from trady.planning.peaks import Case
 from trady.planning.spending import Moment
+from trady.process.ranks import processes
 from trady.report.units import format_bytes
 from trady.tuner.draws import Draws
-from trady.tuner.gradients import keep_gradient, processes
+from trady.tuner.gradients import keep_gradient
 from trady.tuner.parts import of_batch_statistics
 from trady.tuner.seen import Seen
 
@@ -204,7 +205,8 @@ class Guard:
         def returned(*_: Any) -> None:
             made.returned = True
 
-        nodes = {t.grad_fn for t in tree_iter(output) if isinstance(t, Tensor) and t.grad_fn is not None}
+        found = (t.grad_fn for t in tree_iter(output) if isinstance(t, Tensor))
+        nodes = dict.fromkeys(node for node in found if node is not None)
         for node in nodes:
             notes: Any = node.metadata
             notes["trady_pass"] = made

@@ -18,7 +18,7 @@ from trady.errors import StateError, TradyWarning
 from trady.evidence.measures import needs_batches
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
-from trady.memory import Ledger, measure
+from trady.memory import Ledger
 from trady.model.batch import Batch
 from trady.model.eager import UNCOMPILED, is_compiled
 from trady.model.prepared import refuse_prepared
@@ -37,6 +37,7 @@ from trady.tuner.delta import changed_tensors
 from trady.tuner.draws import Draws
 from trady.tuner.gradients import Arrivals, clip_all, note_writes
 from trady.tuner.guard import Guard
+from trady.tuner.measured import measured_step
 from trady.tuner.observed import EvidenceState
 from trady.tuner.parts import parts_of
 from trady.tuner.snapshot import WeightSnapshot
@@ -61,8 +62,7 @@ class Tuner:
         head = self._examined.head_parameters
         self._attached = Optimizers(self._armed, head.values())
         self._snapshot = WeightSnapshot(self._armed, head) if decision.needs_snapshot else None
-        self._arrivals = Arrivals(self._attached, lambda: self._draws.online is not None, self._snapshot)
-        self._armed.on_gradient.append(self._arrivals)
+        self._arrivals = Arrivals(self._armed, self._draws, self._attached, head, self._snapshot)
         bounded = decision.budget is not None and decision.scope.in_bytes
         self._guard = Guard(self._armed, self._draws, self.parameters()) if bounded else None
         if decision.needs:
@@ -177,7 +177,12 @@ class Tuner:
         """
         self._check_alive("cut a batch")
         batch = Batch.of(inputs, self._armed.model)
-        return parts_of((inputs, *others), self.micro_batch if self._guard is None else self._guard.part_size(batch))
+        size = self.micro_batch if self._guard is None else self._guard.part_size(batch)
+        return self._arrivals.reduction.but_for_the_last(parts_of((inputs, *others), size))
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context for all backward passes of a step but the last: gradients add up in each process, not averaged."""
+        return self._arrivals.reduction.no_sync()
 
     @property
     def observation_due(self) -> bool:
@@ -301,6 +306,7 @@ class Tuner:
             StateError: The tuner is finished, or an attached optimizer has clipped with another ratio.
         """
         self._check_alive("clip gradients")
+        self._arrivals.reduction.reduce()  # what the last backward pass has left under no_sync()
         return clip_all(self._compact, list(self._examined.head_parameters.values()), self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
@@ -311,14 +317,8 @@ class Tuner:
             inference: Also measure one inference pass of the untouched model on the same batch.
         """
         self._check_alive("measure")
-        return measure(
-            step,
-            self._armed.model,
-            inference=inference,
-            compact=[*self._compact, *self._armed.indices, *(() if self._snapshot is None else self._snapshot.tensors)],
-            early=[optimizer for optimizer in self._attached() if isinstance(optimizer, UpdatesInBackward)],
-            untouched=self.untouched,
-        )
+        about = self._armed, self._attached, self._snapshot, self._arrivals.reduction
+        return measured_step(step, *about, inference=inference, untouched=self.untouched)
 
     def capture(self, step: Callable[..., Any]) -> CapturedStep:
         """Return ``step``, a forward and backward pass on a batch that it takes, as one that is replayed.
