@@ -50,6 +50,10 @@ class Handling(Protocol):
     def fidelity(self) -> str:
         """``exact``, or the bits in which smooth activations keep their derivative (trady.ops.smooth.FIDELITIES)."""
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to hear of layers: :meth:`ran`."""
+
     def in_head(self, *parameters: Tensor | None) -> bool:
         """Whether any of the parameters trains through PyTorch's own backward."""
 

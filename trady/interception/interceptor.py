@@ -280,17 +280,13 @@ class Interceptor(CallMode):
     ) -> Any:
         """Do what was decided of this call when it came here before; else read it."""
         forward = self._forward
-        if forward is not None and forward.places is not None:
+        if forward is not None and (places := forward.places) is not None:
             if func is _ADD and args and id(args[0]) in self._counters:
                 return args[0]
-            if is_metadata(func):
-                return self.asked(func, args, kwargs or {})
-            if forward.writing is not None:
-                return self._write_again(forward, forward.writing, func, types, args, kwargs)
-            place = forward.places[forward.cursor]
-            if place is not None and place.function is func:
+            place = places[forward.cursor]
+            if forward.writing is None and place is not None and place.function is func:
                 keywords = kwargs or {}
-                if (place.types == tuple(map(type, args)) and not kwargs) or place.fits(args, keywords):
+                if (not kwargs and place.types == tuple(map(type, args))) or place.fits(args, keywords):
                     module = place.module
                     if module is None or (not forward.lost and module == forward.modules[-1]):
                         if place.compute is None:
@@ -299,6 +295,10 @@ class Interceptor(CallMode):
                         out = self._as_before(forward, place, args, keywords)
                         if out is not NotImplemented:
                             return out
+            elif is_metadata(func):
+                return self.asked(func, args, kwargs or {})
+            elif forward.writing is not None:
+                return self._write_again(forward, forward.writing, func, types, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
     def _write_again(

@@ -25,11 +25,11 @@ from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.once import apply, once_differentiable
-from trady.ops.operators import WeightOperator
+from trady.ops.operators import Linear, WeightOperator
 from trady.ops.selected import SelectedChannels
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made a call, and each field would cost another
 class LayerCall:
     """How one call of a weight layer is computed.
 
@@ -150,11 +150,12 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        references = sys.getrefcount(gradient)
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
         gates: Gates | None = ctx.gates
-        owned = bits is not None and is_owned(gradient, references)
+        if bits is None and scale is None and gates is None and isinstance(call.operator, Linear):
+            return _linear_gradients(ctx, gradient, inputs, weight)
+        owned = bits is not None and is_owned(gradient, sys.getrefcount(gradient))
         wants_input = ctx.needs_input_grad[0]
         folded = as_type(_fold(weight, scale, call), gradient.dtype) if wants_input or gates else None
         weight_gradient = None
@@ -193,6 +194,27 @@ class _Layer(torch.autograd.Function):
         if weight_gradient is not None and scale is not None and gates is None:
             weight_gradient = _scale_gradient(weight_gradient, scale, call)
         return input_gradient, weight_gradient, None, None, None, None, None
+
+
+def _linear_gradients(ctx: Any, gradient: Tensor, inputs: Tensor | None, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of a linear layer that nothing was computed with."""
+    call: LayerCall = ctx.call
+    operator, selected = call.operator, call.selected
+    assert isinstance(operator, Linear)
+    input_gradient: Tensor | None = None
+    weight_gradient: Tensor | None = None
+    if inputs is not None and selected is not None:
+        shape, dtype = ctx.compact_like
+        if selected.outputs is None:
+            selected.check_current()
+            weight_gradient = as_type(operator.channel_gradient(gradient, inputs), dtype)
+        else:
+            weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
+            add_weight_gradient(weight_gradient, gradient, inputs, call)
+    if ctx.needs_input_grad[0]:
+        made = operator.input_gradient(gradient, as_type(weight, gradient.dtype), ctx.input_shape)
+        input_gradient = as_type(made, ctx.input_dtype)
+    return input_gradient, weight_gradient, None, None, None, None, None
 
 
 def _chunks(gradient: Tensor, total_bytes: int) -> list[slice]:

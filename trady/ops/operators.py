@@ -32,6 +32,9 @@ _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
 _CACHED_BYTES = 8 << 20
 
+#: Products up to which a linear layer is limited by calls, not by arithmetic.
+_FEW_PRODUCTS = 1 << 24
+
 #: Kernel height up to which oneDNN's weight gradients are right (:func:`_without_onednn`).
 _TALLEST_OF_ONEDNN = 32
 
@@ -284,6 +287,8 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
+        if not self.input_major and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+            return F.linear(x, weight, bias)  # one call; those below ask for large pages
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
         outputs = weight_CO.shape[1]
         out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it
@@ -300,8 +305,12 @@ class Linear:
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
         """Add the gradient of the selected channels to ``out`` [n, out]."""
+        out.add_(self.channel_gradient(gradient, inputs))
+
+    def channel_gradient(self, gradient: Tensor, inputs: Tensor) -> Tensor:
+        """Return the gradient [n, out] of the channels that ``inputs`` [..., n] holds."""
         x_Rn, gradient_RO = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        out.add_(x_Rn.t() @ gradient_RO)
+        return x_Rn.t() @ gradient_RO
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output feature by its scale."""

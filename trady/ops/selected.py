@@ -149,7 +149,7 @@ def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
     return view
 
 
-def _channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> int | None:
+def channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> int | None:
     """The dimension of a weight along which the selected slices lie; ``None`` where it is not a single one."""
     if selected.outputs is not None or not weight.is_contiguous():
         return None
@@ -162,7 +162,7 @@ def _channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChann
 
 def read_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
     """Copy the selected slices as :func:`gather_channels` does, in whichever order of memory is the fastest."""
-    dim = _channel_dim(weight, kind, groups, selected)
+    dim = channel_dim(weight, kind, groups, selected)
     if dim is None:
         return gather_channels(weight, kind, groups, selected)
     rows = weight.index_select(dim, selected.index)
@@ -177,7 +177,7 @@ def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedCh
 
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
     """Write slices of :func:`gather_channels` back into ``weight``."""
-    dim = _channel_dim(weight, kind, groups, selected)
+    dim = channel_dim(weight, kind, groups, selected)
     if dim is None:
         channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)
     else:

@@ -171,7 +171,9 @@ class _Layer:
         quantized: QuantizedLinear | None,
         handling: Handling,
     ) -> None:
-        self._weight, self._bias, self._fused, self._own = call.weight, call.bias, fused, own
+        self._weight, self._bias, self._own = call.weight, call.bias, own
+        computes_more = fused.norm is not None or fused.clamp is not None or fused.pad
+        self._fused = fused if computes_more else None
         self._quantized, self._handling = quantized, handling
         operator = call.operator
         padded = isinstance(operator, Convolution) and fused.pad
@@ -181,17 +183,18 @@ class _Layer:
 
     def of(self, x: Tensor) -> Tensor:
         """Compute it for an input."""
-        own, fused, handling, scale, shift = self._own, self._fused, self._handling, None, None
-        if fused.norm is not None:
-            refuse_trained(fused.norm.weight, fused.norm.bias)
-            scale, shift = handling.scale_and_shift(fused.norm)
-        if fused.norm is not None or fused.clamp is not None or fused.pad:
+        own, handling, scale, shift = self._own, self._handling, None, None
+        if (fused := self._fused) is not None:
+            if fused.norm is not None:
+                refuse_trained(fused.norm.weight, fused.norm.bias)
+                scale, shift = handling.scale_and_shift(fused.norm)
             handling.commit()
         selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
-        dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
+        dtype = autocast_dtype(x) if x.dtype is not torch.float64 else None
         options = self._options
         if options is None or options.selected is not selected or options.dtype is not dtype:
-            options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only)
+            clamp = None if fused is None else fused.clamp
+            options = LayerCall(self._operator, selected, clamp, dtype, handling.graph_only)
             if selected is None:  # the indices of a draw that is over would stay
                 self._options = options
         with labelled(self._operation):
@@ -199,7 +202,7 @@ class _Layer:
                 out = quantized_linear(x, leaf, options, self._quantized)
             else:
                 out = layer(x, leaf, options, constant(self._weight), self._bias, scale, shift)
-        if own is not None:
+        if own is not None and handling.watched:
             handling.ran(own, out)
         return out
 
