@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.errors import ModelError
-from trady.interception.deferred_segment import DeferredSegment
+from trady.interception.deferred_segment import DeferredSegment, refuse_fakes
 from trady.interception.follower import action_at, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
+from trady.interception.module_hooks import ModuleHooks
 from trady.interception.places import Place, bind
 from trady.interception.program import Program
 from trady.interception.shown_weights import ShownWeights
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
-from trady.model.hooks import Hook, Watched, forward_hooks
+from trady.model.hooks import Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.prepared import has_weights
 from trady.ops.context import internal_query
@@ -89,7 +89,8 @@ class Interceptor(CallMode):
         self.recompute(segments)
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._handles: list[Any] = []
+        self._hooks: ModuleHooks | None = None
+        self._hears_modules = any(plan is not None and plan.decisions for plan in map(plans.of, (True, False)))
         self._newest_hook = 0
         self._switched_on: frozenset[int] = frozenset()
         self._compilers = CompilersOff()
@@ -123,20 +124,17 @@ class Interceptor(CallMode):
     # -- arming ------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
-        for module in self._model.modules():
-            enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        """Hang the hooks in."""
+        call = self._enter, self._leave, self._refuse_compiled
+        self._hooks = ModuleHooks(self._model, *call, all_ends=self._hears_modules)
         now = Watched.now(self._model)
         self._newest_hook, self._switched_on = now.newest, now.checkpointing
 
     def disarm(self) -> None:
         """Take the hooks out again; let go of what was kept from pass to pass."""
         self._recover()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
         self._handlers.norms.forget()
         self._programs.clear()
 
@@ -175,8 +173,9 @@ class Interceptor(CallMode):
             return
         self._recover()
         if (forward := self._forward) is not None:
-            forward.depth += 1
-            if forward.plan is None or forward.plan.decisions:
+            if self._hears_modules or module is forward.module:
+                forward.depth += 1
+            if self._hears_modules:
                 entered(forward, self._names.get(id(module), "?"))
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
@@ -202,7 +201,10 @@ class Interceptor(CallMode):
         # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
         if known and plan is not None and not torch.is_grad_enabled():
             known = not name and plan.way == way_of_calling(args, kwargs)
+        if self._hooks is not None:
+            self._hooks.hear_end(module)
         self._forward = ForwardState(
+            module=module,
             outermost=sys._getframe(2),
             plan=plan if known else None,
             span=span if span is not None and name else (0, sys.maxsize),
@@ -220,11 +222,11 @@ class Interceptor(CallMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
-        if forward is None:
+        if forward is None or not (self._hears_modules or module is forward.module):
             return
         forward.depth -= 1
         if forward.depth:
-            if forward.plan is None or forward.plan.decisions:
+            if self._hears_modules:
                 left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
@@ -234,8 +236,8 @@ class Interceptor(CallMode):
         self._weights.show()
         if unfinished and output is not None:  # what was written down has not been computed
             raise departed(forward, None)
-        if forward.wrote and self._prepare_call is None and any(_is_fake(t) for t in tree_iter(output)):
-            raise ModelError(_HANDED_OUT_FAKE)
+        if forward.wrote and self._prepare_call is None:
+            refuse_fakes(output)
         self._after_forward(module, output)
 
     def _recover(self) -> None:
@@ -387,13 +389,3 @@ class Interceptor(CallMode):
             return None
         known = self._programs.get(id(segment))
         return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, known)
-
-
-_HANDED_OUT_FAKE = (
-    "the model handed out an activation that the traced forward pass let go: "
-    'prepare with an example that asks for it too (output_attentions=True), or with recompute="none"'
-)
-
-
-def _is_fake(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_meta

@@ -106,9 +106,7 @@ class ShownWeights:
         """Follow a draw of other channels in these layers."""
         if self._shown:
             changed = set(names)
-            for layer in self._layers:
-                if layer.name in changed:
-                    _reconnect(layer)
+            _reconnect([layer for layer in self._layers if layer.name in changed])
 
     def check_not_asked(self) -> None:
         """Refuse that a backward pass was asked for gradients of the weights alone.
@@ -217,10 +215,11 @@ def _disconnect(layer: ArmedLayer) -> bool:
     return asked
 
 
-def _reconnect(layer: ArmedLayer) -> None:
-    with _unsafe_preserve_version_counter(layer.weight), _with_graphs():
-        _disconnect(layer)
-        _connect([layer])
+def _reconnect(layers: list[ArmedLayer]) -> None:
+    with _unsafe_preserve_version_counter(tuple(layer.weight for layer in layers)), _with_graphs():
+        for layer in layers:
+            _disconnect(layer)
+        _connect(layers)
 
 
 def _channels(layer: ArmedLayer) -> WeightChannels:
@@ -325,7 +324,7 @@ class _Shown:
         if layer is None:
             return self.requires_grad_(requires_grad)
         layer.compact.requires_grad_(requires_grad)
-        _reconnect(layer)
+        _reconnect([layer])
         return self
 
     def retain_grad(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.once import apply, once_differentiable
 from trady.ops.operators import Linear, WeightOperator
+from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 
 
@@ -76,11 +78,26 @@ def layer(
     """
     trains = call.selected is not None and compact is not None and compact.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or trains):
+        if scale is None and shift is None and type(call.operator) is Linear and _is_plain(x, weight, call):
+            made: Tensor = apply(_PlainLinear, x, compact if trains else None, call, weight, bias)
+            return made
         out: Tensor = apply(_Layer, x, compact if trains else None, call, weight, bias, scale, shift)
         return out
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         y, _ = _forward(x, call, weight, bias, scale, shift, keep_bits=False)
     return y
+
+
+def _is_plain(x: Tensor, weight: Tensor, call: LayerCall) -> bool:
+    """Whether a linear layer is computed alone, in the type of its input, with values."""
+    selected = call.selected
+    return (
+        weight.dtype is x.dtype
+        and call.clamp is None
+        and not call.graph_only
+        and (call.dtype is None or call.dtype is x.dtype)
+        and (selected is None or selected.gates is None)
+    )
 
 
 def _forward(
@@ -153,8 +170,6 @@ class _Layer(torch.autograd.Function):
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
         gates: Gates | None = ctx.gates
-        if bits is None and scale is None and gates is None and isinstance(call.operator, Linear):
-            return _linear_gradients(ctx, gradient, inputs, weight)
         owned = bits is not None and is_owned(gradient, sys.getrefcount(gradient))
         wants_input = ctx.needs_input_grad[0]
         folded = as_type(_fold(weight, scale, call), gradient.dtype) if wants_input or gates else None
@@ -196,25 +211,42 @@ class _Layer(torch.autograd.Function):
         return input_gradient, weight_gradient, None, None, None, None, None
 
 
-def _linear_gradients(ctx: Any, gradient: Tensor, inputs: Tensor | None, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward pass of a linear layer that nothing was computed with."""
-    call: LayerCall = ctx.call
-    operator, selected = call.operator, call.selected
-    assert isinstance(operator, Linear)
-    input_gradient: Tensor | None = None
-    weight_gradient: Tensor | None = None
-    if inputs is not None and selected is not None:
-        shape, dtype = ctx.compact_like
-        if selected.outputs is None:
-            selected.check_current()
-            weight_gradient = as_type(operator.channel_gradient(gradient, inputs), dtype)
-        else:
-            weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
-            add_weight_gradient(weight_gradient, gradient, inputs, call)
-    if ctx.needs_input_grad[0]:
-        made = operator.input_gradient(gradient, as_type(weight, gradient.dtype), ctx.input_shape)
-        input_gradient = as_type(made, ctx.input_dtype)
-    return input_gradient, weight_gradient, None, None, None, None, None
+class _PlainLinear(torch.autograd.Function):
+    """A linear layer with nothing folded into it: what :class:`_Layer` does, with few calls around the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compact: Tensor | None, call: LayerCall, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        selected, inputs = call.selected, None
+        with without_autocast(x):
+            y = call.operator.forward(x, weight, None if bias is None else as_type(bias, x.dtype))
+            if compact is not None and selected is not None:
+                inputs = label_saved(take(x, -1, selected.index), "channels")
+        ctx.call, ctx.compact = call, None if compact is None else (compact.shape, compact.dtype)
+        ctx.save_for_backward(inputs, weight)
+        return unviewed(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        operator, selected = call.operator, call.selected
+        assert isinstance(operator, Linear)
+        input_gradient: Tensor | None = None
+        weight_gradient: Tensor | None = None
+        if inputs is not None and selected is not None:
+            shape, dtype = ctx.compact
+            if selected.outputs is None:
+                selected.check_current()
+                weight_gradient = as_type(operator.channel_gradient(gradient, inputs), dtype)
+            else:
+                weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
+                add_weight_gradient(weight_gradient, gradient, inputs, call)
+        if ctx.needs_input_grad[0]:
+            input_gradient = multiply_rows(gradient, weight.t() if operator.input_major else weight)
+        return input_gradient, weight_gradient, None, None, None
 
 
 def _chunks(gradient: Tensor, total_bytes: int) -> list[slice]:

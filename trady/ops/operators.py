@@ -19,7 +19,7 @@ from trady.ops.native import depthwise, unwritten
 from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 
-_convolution_backward = torch.ops.aten.convolution_backward
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 #: Positions of the output (height times width) from which on a pointwise convolution is computed as a matrix
 #: product. PyTorch's own reorders its full input, which is expensive with strides.
@@ -144,7 +144,8 @@ class Convolution:
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, positions: torch.Size) -> Tensor:
         """Compute a pointwise convolution as a matrix product, at every stride-th position."""
         samples, outputs = x.shape[0], weight.shape[0]
-        out_NOP = unwritten(x.new_empty((samples, outputs, positions.numel())))
+        out = unwritten(x.new_empty((samples, outputs, *positions)))
+        out_NOP = out.flatten(2)
         weight_1OC = weight.view(1, *weight.shape[:2])
         strided = positions != x.shape[2:]
         read = self._every_stride(x)
@@ -157,7 +158,7 @@ class Convolution:
                 torch.bmm(weight_NOC, x_NCP, out=out_NOP[chunk])
             else:
                 torch.baddbmm(bias.view(1, -1, 1), weight_NOC, x_NCP, out=out_NOP[chunk])
-        return out_NOP.view(samples, outputs, *positions)
+        return out
 
     def _every_stride(self, x: Tensor) -> Tensor:
         """View the positions that a pointwise convolution reads."""
@@ -287,8 +288,10 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
-        if not self.input_major and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
-            return F.linear(x, weight, bias)  # one call; those below ask for large pages
+        # One call; with a bias, its result would be a view of a matrix.
+        quick = not self.input_major and (bias is None or x.dim() == 2)
+        if quick and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+            return F.linear(x, weight, bias)
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
         outputs = weight_CO.shape[1]
         out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it

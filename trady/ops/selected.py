@@ -114,26 +114,31 @@ def select_channels(
     outputs: Indices | None = None,
 ) -> SelectedChannels:
     """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
-    group, channel = np.divmod(channels, channels_a_group)
-    counts = np.bincount(group, minlength=groups)
     tensor = partial(numbers_on, device)
+    index, chosen = tensor(channels.copy()), None if outputs is None else tensor(outputs.copy())
+    if groups == 1:  # the group of all is 0, and the place in it is the channel
+        zeros = tensor(np.zeros(1, dtype=np.int64)).expand(len(channels))
+        return SelectedChannels(index, zeros, index, (Block(None, None, 1, len(channels)),), chosen)
+    group, channel = np.divmod(channels, channels_a_group)
+    return SelectedChannels(index, tensor(group), tensor(channel), _blocks(group, groups, device), chosen)
+
+
+def _blocks(group: Indices, groups: int, device: torch.device) -> tuple[Block, ...]:
+    """The groups that channels fall into, by number of channels."""
+    counts = np.bincount(group, minlength=groups)
     blocks = []
     for count in np.unique(counts[counts > 0]):
         members = np.flatnonzero(counts == count)
-        inside = np.flatnonzero(np.isin(group, members))
+        inside = np.flatnonzero(counts[group] == count)
         blocks.append(
             Block(
-                positions=None if len(inside) == len(channels) else tensor(inside),
-                groups=None if len(members) == groups else tensor(members),
+                positions=None if len(inside) == len(group) else numbers_on(device, inside),
+                groups=None if len(members) == groups else numbers_on(device, members),
                 group_count=len(members),
                 channels_a_group=int(count),
             )
         )
-    chosen = None if outputs is None else tensor(outputs.copy())
-    index = tensor(channels.copy())
-    if groups == 1:  # the group of all is 0, and the place in it is the channel
-        return SelectedChannels(index, tensor(group[:1]).expand(len(channels)), index, tuple(blocks), chosen)
-    return SelectedChannels(index, tensor(group), tensor(channel), tuple(blocks), chosen)
+    return tuple(blocks)
 
 
 def numbers_on(device: torch.device, values: Indices) -> Tensor:

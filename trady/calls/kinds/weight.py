@@ -215,15 +215,22 @@ def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], ha
         return None
     place = next(index for index, value in enumerate(args) if value is call.x)
     fixed, count = (*args[:place], *args[place + 1 :]), len(args)
+    triple = place == 0 and count == 3  # x, weight, bias
     dims = weight.dim() if isinstance(call.operator, Convolution) else None
     of = _Layer(call, action if isinstance(action, WithLayer) else WithLayer(), own, None, handling).of
 
     def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or len(args) != count or any_trains(None if own else weight, bias):
+        if kwargs or len(args) != count or (bias is not None and bias.requires_grad):
+            return NotImplemented
+        if own is None and weight.requires_grad:
             return NotImplemented
         x = args[place]
-        others = args[1:] if place == 0 else (*args[:place], *args[place + 1 :])
-        if type(x) is not Tensor or not all(map(is_, others, fixed)):
+        if type(x) is not Tensor:
+            return NotImplemented
+        if triple:
+            if args[1] is not fixed[0] or args[2] is not fixed[1]:
+                return NotImplemented
+        elif not all(map(is_, (*args[:place], *args[place + 1 :]), fixed)):
             return NotImplemented
         if x.dim() != dims if dims is not None else x.dim() < 2:
             return NotImplemented
