@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 import trady
 from benchmarks.host import __main__ as command
@@ -23,6 +24,7 @@ from benchmarks.tasks import Task
 from tests.small_workloads import TOY
 from trady.interception.handlers import Handlers
 from trady.interception.interceptor import Interceptor
+from trady.interception.layer import ArmedLayer
 from trady.interception.program import Program
 
 SMALL: dict[str, Callable[[], Task]] = {
@@ -203,3 +205,80 @@ def test_what_a_builtin_takes_is_put_down_to_whoever_calls_it() -> None:
     parts = where_it_goes(run, 2)
     assert parts["the model"] > 0
     assert parts["lean operations"] == 0
+
+
+# -- asked of all layers at once ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_step_that_nobody_wrote_in_asks_no_layer_whether_its_weight_was_written_to(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = SMALL[name]()
+    tuner = tuned(task)
+    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
+    asked: list[str] = []
+    follow = ArmedLayer.follow
+
+    def noted(layer: ArmedLayer) -> None:
+        asked.append(layer.name)
+        follow(layer)
+
+    monkeypatch.setattr(ArmedLayer, "follow", noted)
+
+    def step() -> None:
+        task.run().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    assert asked == []
+    layers = [layer for layer in tuner._armed.layers.values() if layer.selected is not None]
+    written, read = layers[0], layers[-1]
+    written.weight.data.mul_(2)  # no version says so
+    read.compact.data.neg_()
+    step()
+    assert {written.name, read.name} <= set(asked)
+    for layer in layers:
+        assert layer.selected is not None
+        assert torch.equal(layer.compact, layer.truth.gather(layer.selected))
+    tuner.finish()
+
+
+def test_weights_are_functions_of_their_channels_by_one_node_and_each_has_its_own_gradient() -> None:
+    task = SMALL["llama"]()
+    tuner = tuned(task)
+    layers = [layer for layer in tuner._armed.layers.values() if layer.selected is not None]
+    node_of = vars(torch._C.TensorBase)["grad_fn"].__get__  # what the class of a shown weight hides
+    assert len(layers) > 5
+    assert len({node_of(layer.weight) for layer in layers}) == 1
+    first, second, *others = layers
+    (first.weight.square().sum() + 3 * second.weight.sum()).backward()
+    assert first.compact.grad is not None
+    assert second.compact.grad is not None
+    assert torch.allclose(first.compact.grad, 2 * first.compact)
+    assert torch.equal(second.compact.grad, torch.full_like(second.compact, 3))
+    assert all(layer.compact.grad is None for layer in others)
+    tuner.finish()
+
+
+def test_the_end_of_a_module_is_heard_of_where_it_is_called_by_itself() -> None:
+    """And before hooks that were hung in since the model was armed: what they compute is theirs."""
+    task = SMALL["llama"]()
+    tuner = tuned(task)
+    block = next(module for name, module in task.model.named_modules() if name.endswith("layers.0.mlp"))
+    heard = [module for module in task.model.modules() if module._forward_hooks]
+    assert heard == [task.model]
+    during: list[int] = []
+    handle = block.register_forward_hook(lambda *call: during.append(len(_get_current_function_mode_stack())))
+    for raises in (False, True):
+        x = torch.ones(1, 1, 3 if raises else 64)
+        with pytest.raises(RuntimeError) if raises else nullcontext():
+            block(x).sum().backward()
+        assert not _get_current_function_mode_stack()
+    assert during == [0]
+    assert any(parameter.grad is not None for parameter in tuner.parameters())
+    handle.remove()
+    tuner.finish()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in task.model.modules())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from trady.calls.actions import Action
@@ -50,6 +51,10 @@ class Handling(Protocol):
     def fidelity(self) -> str:
         """``exact``, or the bits in which smooth activations keep their derivative (trady.ops.smooth.FIDELITIES)."""
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to hear of layers: :meth:`ran`."""
+
     def in_head(self, *parameters: Tensor | None) -> bool:
         """Whether any of the parameters trains through PyTorch's own backward."""
 
@@ -66,9 +71,13 @@ class Handling(Protocol):
         """Say that a layer has been computed, and hand over its result."""
 
 
+#: The flag itself, which classes of parameters may hide behind Python code.
+_requires_grad: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 def any_trains(*parameters: Tensor | None) -> bool:
     """Whether any of the parameters requires a gradient."""
-    return any([parameter is not None and parameter.requires_grad for parameter in parameters])  # noqa: C419 - faster
+    return any([parameter is not None and _requires_grad(parameter) for parameter in parameters])  # noqa: C419 - faster
 
 
 def constant(weight: Tensor) -> Tensor:

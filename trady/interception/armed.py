@@ -25,9 +25,9 @@ from trady.interception.frozen_flags import FrozenFlags
 from trady.interception.interceptor import Interceptor
 from trady.interception.layer import ArmedLayer, OnGradient
 from trady.interception.shown_weights import ShownWeights
+from trady.interception.writes import Writes
 from trady.model.eager import Uncompiled, unwrap_compiled
 from trady.model.prepared import prepared_modules, refuse_prepared
-from trady.model.untouched import unseen
 from trady.ops.quantized import is_quantized
 from trady.ops.selected import select_channels
 from trady.quantized.linear import QuantizedLinear, leave, route
@@ -84,6 +84,7 @@ class Armed:
         self.on_output: list[Callable[[nn.Module, Any], None]] = []
         self.layers = {layer.name: ArmedLayer(layer, model, self._quantized, self.on_gradient) for layer in self.table}
         self.selection = Selection()
+        self._writes = Writes()
         self.shown = ShownWeights(self.layers.values())
         weights = {id(layer.weight) for layer in self.layers.values()}
         self.frozen = FrozenFlags(p for p, flag in self._flags if flag and id(p) not in head | weights)
@@ -107,6 +108,7 @@ class Armed:
     def select(self, selection: Selection) -> list[Change]:
         """Make ``selection`` the channels that train; return how the compact parameters changed."""
         self.write_back()
+        self._writes = Writes()  # it holds the memory of the compact parameters
         changes = []
         for name, armed in self.layers.items():
             layer = self.table[name]
@@ -122,6 +124,8 @@ class Armed:
             moved = _sources(before, now), len(before), _sources(columns_before, columns), len(columns_before)
             changes.append(Change(name, armed.compact, *moved))
         self.selection = selection
+        self._writes = Writes(self.layers.values())
+        self._writes.note(self.layers[change.layer] for change in changes)
         self.shown.drawn(change.layer for change in changes)
         return changes
 
@@ -143,28 +147,18 @@ class Armed:
 
         Where it is the weight that was changed (somebody loaded a checkpoint), the compact parameter follows.
         """
-        stale = [armed for armed in self.layers.values() if armed.is_stale]
-        if stale:
-            with torch.no_grad():
-                for armed in stale:
-                    armed.copy_over()
-                with unseen():
-                    for armed in stale:
-                        armed.note()
+        self._writes.write_back()
 
     def follow(self) -> None:
         """Let weights and compact parameters be the same where somebody wrote into one of them, in whatever way."""
-        with unseen(), torch.no_grad():
-            for armed in self.layers.values():
-                armed.follow()
+        self._writes.follow()
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         if not torch.is_grad_enabled() and any(armed.is_replaced for armed in self.layers.values()):
             return False
         self.frozen.follow()
         self.write_back()
-        for armed in self.layers.values():
-            armed.hear_last()
+        self._writes.hear_last()
         for call in self.on_forward:
             call(module, args, kwargs)
         return True
@@ -193,6 +187,7 @@ class Armed:
         try:
             self.write_back()
         finally:
+            self._writes = Writes()
             self.shown.end()
             self.frozen.end()
             self.interceptor.disarm()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 from trady.analysis.fusion import Step
 from trady.analysis.segments import Segment
@@ -16,6 +16,7 @@ from trady.calls.kind import Keeps
 from trady.calls.kinds import LossCall, RecurrentCall, WeightCall
 from trady.calls.questions import draws_numbers
 from trady.calls.recognize import kind_of, recognize
+from trady.errors import ModelError
 from trady.interception.handlers import Handlers
 from trady.interception.program import Program
 from trady.interception.repeated import RepeatedProgram
@@ -213,3 +214,17 @@ def _check(trained: dict[int, tuple[SelectedChannels, Tensor]]) -> Callable[[], 
             selected.check_current()
 
     return check
+
+
+def refuse_fakes(output: Any) -> None:
+    """Refuse what a model returns where it has no values.
+
+    Raises:
+        ModelError: A tensor in it stands for an activation that was let go.
+
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_iter(output)):
+        raise ModelError(
+            "the model handed out an activation that the traced forward pass let go: "
+            'prepare with an example that asks for it too (output_attentions=True), or with recompute="none"'
+        )

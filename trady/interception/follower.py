@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import Segment
 from trady.calls.actions import Action
 from trady.calls.canonical import untransposed
-from trady.errors import ModelError
+from trady.errors import ModelError, StateError
 from trady.interception.deferred_segment import DeferredSegment
 from trady.interception.forward_state import ForwardState
 from trady.model.mode import current_section
@@ -57,18 +56,12 @@ def departed(forward: ForwardState, function: Any) -> ModelError:
     )
 
 
-def check_computed(output: Any) -> None:
-    """Refuse an output of a pass that still has fake tensors in it.
-
-    Raises:
-        ModelError: The model hands out what is to be recomputed.
-
-    """
-    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_iter(output)):
-        raise ModelError(
-            "the model handed out an activation that the traced forward pass let go: prepare with an example that asks "
-            'for it too (output_attentions=True), or with recompute="none"'
-        )
+def called_inside() -> StateError:
+    """Say that the model may not be called from where it was."""
+    return StateError(
+        "a prepared model was called inside of the forward pass of another one: call it behind that one, in the loss, or "
+        "call finish() on its tuner, make it a part of the other model and prepare that one"
+    )
 
 
 def _name(function: Any) -> str:

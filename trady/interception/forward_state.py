@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import Segment
@@ -24,13 +25,14 @@ class ForwardState:
     """One forward pass, of the model or of a module that is called by itself.
 
     Attributes:
+        module: The module that was called.
         outermost: The frame of the outermost call, as long as it runs: whatever it refers to stays alive with it.
         plan: The expected calls; ``None`` where nothing is known of them, or the pass has left them.
         own: Identities of the model's parameters: those of a module that it reaches in another way are constants.
         span: First call of the plan, and one past the last, of the module that was called.
         segments: By its first call, what is recomputed in the backward pass.
         section: The checkpoint that the pass began in.
-        depth: Calls of modules under way.
+        depth: Calls of modules under way; where only the end of the outermost is heard of, of that one.
         modules: Names of the modules whose calls are under way.
         cursor: The call of the plan that is expected next.
         at_risk: Whether something was put off or overwritten, so that the pass must follow the plan.
@@ -40,6 +42,7 @@ class ForwardState:
         lost: Whether the pass has gone another way where the model decides, and has not come back to the plan yet.
     """
 
+    module: nn.Module
     outermost: FrameType | None
     plan: FusionPlan | None = None
     own: Set[int] = frozenset()

@@ -31,7 +31,7 @@ class Handlers:
     def __init__(self, layers: Sequence[ArmedLayer], head: set[int], norms: FrozenNorms, fidelity: str) -> None:
         self.layers: Mapping[int, ArmedLayer] = {id(layer.weight): layer for layer in layers}
         self.head, self.norms, self.fidelity = head, norms, fidelity
-        self._on_layer: Callable[[str, Tensor], None] = lambda name, out: None
+        self._on_layer: Callable[[str, Tensor], None] | None = None
 
     def watch(self, on_layer: Callable[[str, Tensor], None]) -> None:
         """Call ``on_layer`` with the name and the result of every layer that has been computed, from now on."""
@@ -86,9 +86,15 @@ class Handlers:
         """What the computation of a call may ask, and what it tells."""
         return _Handled(self, action, graph_only, commit)
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to hear of layers."""
+        return self._on_layer is not None
+
     def ran(self, layer: str, out: Tensor) -> None:
         """Note that a layer has been computed."""
-        self._on_layer(layer, out)
+        if self._on_layer is not None:
+            self._on_layer(layer, out)
 
     def trained(self, weight: int) -> tuple[SelectedChannels, Tensor] | None:
         """Channels that train of the layer with this weight, given by its identity, and what gets their gradient."""
@@ -107,6 +113,10 @@ class _Handled:
     @property
     def fidelity(self) -> str:
         return self._handlers.fidelity
+
+    @property
+    def watched(self) -> bool:
+        return self._handlers.watched
 
     def in_head(self, *parameters: Tensor | None) -> bool:
         return any(id(parameter) in self._handlers.head for parameter in parameters if parameter is not None)

@@ -20,19 +20,20 @@ from trady.analysis.fusion import FusionPlan
 from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device, is_metadata
-from trady.errors import ModelError, StateError
-from trady.interception.deferred_segment import DeferredSegment
-from trady.interception.follower import action_at, check_computed, departed, entered, left, place_of, segment_at
+from trady.errors import ModelError
+from trady.interception.deferred_segment import DeferredSegment, refuse_fakes
+from trady.interception.follower import action_at, called_inside, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
 from trady.interception.frozen_norms import FrozenNorms
 from trady.interception.handlers import Handlers
 from trady.interception.layer import ArmedLayer
+from trady.interception.module_hooks import ModuleHooks
 from trady.interception.places import Place, bind
 from trady.interception.program import Program
 from trady.interception.shown_weights import ShownWeights
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
-from trady.model.hooks import Hook, Watched, forward_hooks
+from trady.model.hooks import Watched, forward_hooks
 from trady.model.mode import ByMode, tracing
 from trady.model.parameters import own_parameters
 from trady.model.prepared import has_weights
@@ -90,7 +91,8 @@ class Interceptor(CallMode):
         self._counters = batch_counters(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._own = {id(parameter) for parameter in own_parameters(model)}
-        self._handles: list[Any] = []
+        self._hooks: ModuleHooks | None = None
+        self._hears_modules = any(plan is not None and plan.decisions for plan in map(plans.of, (True, False)))
         self._newest_hook = 0
         self._switched_on: frozenset[int] = frozenset()
         self._compilers = CompilersOff()
@@ -124,20 +126,17 @@ class Interceptor(CallMode):
     # -- arming ------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Hang the hooks into every module: a checkpointed segment is recomputed without the root."""
-        for module in self._model.modules():
-            enter, leave = Hook(self._enter, self._refuse_compiled), Hook(self._leave)
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        """Hang the hooks in."""
+        call = self._enter, self._leave, self._refuse_compiled
+        self._hooks = ModuleHooks(self._model, *call, all_ends=self._hears_modules)
         now = Watched.now(self._model)
         self._newest_hook, self._switched_on = now.newest, now.checkpointing
 
     def disarm(self) -> None:
         """Take the hooks out again; let go of what was kept from pass to pass."""
         self._recover()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
         self._handlers.norms.forget()
         self._programs.clear()
 
@@ -176,14 +175,15 @@ class Interceptor(CallMode):
             return
         self._recover()
         if (forward := self._forward) is not None:
-            forward.depth += 1
-            if forward.plan is None or forward.plan.decisions:
+            if self._hears_modules or module is forward.module:
+                forward.depth += 1
+            if self._hears_modules:
                 entered(forward, self._names.get(id(module), "?"))
             return
         if not has_weights(module) and torch._C._current_graph_task_id() == -1:
             return  # it may be running in another model, which shares it; in a backward pass a checkpoint runs again
         if any(isinstance(mode, Interceptor) and mode is not self for mode in _get_current_function_mode_stack()):
-            raise StateError(_INSIDE)
+            raise called_inside()
         self._weights.hide()
         goes_on = False
         try:  # this and the next may refuse: before anything is pushed
@@ -205,7 +205,10 @@ class Interceptor(CallMode):
         # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
         if known and plan is not None and not torch.is_grad_enabled():
             known = not name and plan.way == way_of_calling(args, kwargs)
+        if self._hooks is not None:
+            self._hooks.hear_end(module)
         self._forward = ForwardState(
+            module=module,
             outermost=sys._getframe(2),
             plan=plan if known else None,
             own=self._own,
@@ -224,11 +227,11 @@ class Interceptor(CallMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
-        if forward is None:
+        if forward is None or not (self._hears_modules or module is forward.module):
             return
         forward.depth -= 1
         if forward.depth:
-            if forward.plan is None or forward.plan.decisions:
+            if self._hears_modules:
                 left(forward, self._names.get(id(module), "?"))
             return
         self._forward = None
@@ -239,7 +242,7 @@ class Interceptor(CallMode):
         if unfinished and output is not None:  # what was written down has not been computed
             raise departed(forward, None)
         if forward.wrote and self._prepare_call is None:
-            check_computed(output)
+            refuse_fakes(output)
         self._after_forward(module, output)
 
     def _recover(self) -> None:
@@ -284,17 +287,13 @@ class Interceptor(CallMode):
     ) -> Any:
         """Do what was decided of this call when it came here before; else read it."""
         forward = self._forward
-        if forward is not None and forward.places is not None:
+        if forward is not None and (places := forward.places) is not None:
             if func is _ADD and args and id(args[0]) in self._counters:
                 return args[0]
-            if is_metadata(func):
-                return self.asked(func, args, kwargs or {})
-            if forward.writing is not None:
-                return self._write_again(forward, forward.writing, func, types, args, kwargs)
-            place = forward.places[forward.cursor]
-            if place is not None and place.function is func:
+            place = places[forward.cursor]
+            if forward.writing is None and place is not None and place.function is func:
                 keywords = kwargs or {}
-                if (place.types == tuple(map(type, args)) and not kwargs) or place.fits(args, keywords):
+                if (not kwargs and place.types == tuple(map(type, args))) or place.fits(args, keywords):
                     module = place.module
                     if module is None or (not forward.lost and module == forward.modules[-1]):
                         if place.compute is None:
@@ -303,6 +302,10 @@ class Interceptor(CallMode):
                         out = self._as_before(forward, place, args, keywords)
                         if out is not NotImplemented:
                             return out
+            elif is_metadata(func):
+                return self.asked(func, args, kwargs or {})
+            elif forward.writing is not None:
+                return self._write_again(forward, forward.writing, func, types, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
     def _write_again(
@@ -391,9 +394,3 @@ class Interceptor(CallMode):
             return None
         known = self._programs.get(id(segment))
         return DeferredSegment(segment, forward.plan.steps, self._handlers, self._commit, known)
-
-
-_INSIDE = (
-    "a prepared model was called inside of the forward pass of another one: call it behind that one, in the loss, or "
-    "call finish() on its tuner, make it a part of the other model and prepare that one"
-)

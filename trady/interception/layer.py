@@ -14,7 +14,6 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from trady.channels.table import Layer
 from trady.errors import StateError
 from trady.model.sharded import refuse_part
-from trady.model.untouched import unseen
 from trady.ops.selected import DenseWeight, Draw, SelectedChannels
 from trady.optim.clipping import clip_by_output
 from trady.quantized.linear import QuantizedLinear
@@ -91,8 +90,6 @@ class ArmedLayer:
         clip_by_output(self.compact, by_output)
         self.leaf = None if selected is None else self.compact
         self._written = self._versions
-        with unseen():
-            self.note()
 
     @property
     def is_replaced(self) -> bool:
@@ -110,20 +107,29 @@ class ArmedLayer:
         """
         if self.selected is None:
             return False
-        if self.is_replaced:
-            refuse_part(self.name, self._owner._parameters.get(self._attribute))
-        if self.is_replaced or self.weight.device != self.compact.device:
+        weight, compact = self.weight, self.compact
+        if (placed := self._owner._parameters.get(self._attribute)) is not weight:
+            refuse_part(self.name, placed)
+        if placed is not weight or weight.device != compact.device:
             raise StateError(
                 f"the weight of {self.name} was moved or replaced after the model had been prepared: "
                 "do that first, then call trady.prepare and build the optimizer"
             )
-        return self._written != self._versions
+        written = self._written
+        return written[0] != compact._version or written[1] != self.truth.version
 
-    def copy_over(self) -> None:
-        """Copy what :attr:`is_stale` has found to where it is missing; without gradients."""
+    def copy_over(self, write: Callable[[], None] | None = None) -> None:
+        """Copy what :attr:`is_stale` has found to where it is missing; without gradients.
+
+        Args:
+            write: Writes the compact parameter into the weight, where somebody knows a quicker way.
+
+        """
         assert self.selected is not None
         if self._written[0] == self.compact._version:
             self.compact.copy_(self.truth.gather(self.selected))
+        elif write is not None:
+            write()
         else:
             self.truth.scatter_(self.selected, self.compact.detach())
         self._written = self._versions
@@ -150,7 +156,7 @@ class ArmedLayer:
 
     def _follow_by_parts(self, selected: SelectedChannels, truth: DenseWeight) -> None:
         """Compare a few channels at a time: a copy of all would be memory that no plan counts."""
-        at_once = max(1, _PART_BYTES * len(selected) // max(self.compact.nbytes, 1))
+        at_once = max(1, PART_BYTES * len(selected) // max(self.compact.nbytes, 1))
         followed, compact = False, self.compact.detach()
         for start in range(0, len(selected), at_once):
             rows = slice(start, start + at_once)
@@ -177,9 +183,11 @@ class ArmedLayer:
             truth.scatter_(selected, mine)
         self.note()
 
-    def note(self) -> None:
-        """Remember the bits of the compact parameter: they are those of the weight."""
-        if self.selected is not None and isinstance(self.truth, DenseWeight):
+    def note(self, bits: int | None = None) -> None:
+        """Remember the bits of the compact parameter, their sum where it is known: they are those of the weight."""
+        if bits is not None:
+            self._bits = bits
+        elif self.selected is not None and isinstance(self.truth, DenseWeight):
             found = _bits(self.compact.detach())
             if found.device.type == "cpu":
                 self._bits = int(found)
@@ -215,14 +223,19 @@ class ArmedLayer:
 
 
 #: Bytes of channels that are compared at once, on the CPU.
-_PART_BYTES = 1 << 14
+PART_BYTES = 1 << 14
 
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
+def as_whole_numbers(values: Tensor) -> Tensor:
+    """The bits of values, in their memory."""
+    return values.view(_WHOLE_NUMBERS[values.element_size()])
+
+
 def _bits(values: Tensor) -> Tensor:
     """A sum over the bits of values: it differs where one of them was written to."""
-    return values.view(_WHOLE_NUMBERS[values.element_size()]).sum()
+    return as_whole_numbers(values).sum()
 
 
 def _forget_graphs(leaf: nn.Parameter) -> None:

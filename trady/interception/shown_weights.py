@@ -35,7 +35,7 @@ from trady.model.prepared import plain_class
 from trady.ops.channel_gradient import ChannelGradient, WeightChannels
 from trady.ops.once import apply
 from trady.ops.parameter_class import note_class
-from trady.ops.selected import DenseWeight
+from trady.ops.selected import DenseWeight, SelectedChannels, gather_channels
 
 #: By the identity of a weight, its layer.
 _layers: weakref.WeakValueDictionary[int, ArmedLayer] = weakref.WeakValueDictionary()
@@ -82,7 +82,7 @@ class ShownWeights:
         with _unsafe_preserve_version_counter(tuple(layer.weight for layer in self._layers)), _with_graphs():
             for layer in self._layers:
                 layer.weight.__class__ = _shown_class(type(layer.weight))
-                _connect(layer)
+            _connect(self._layers)
         for layer in self._stored:
             layer.weight.__class__ = _shown_class(type(layer.weight), ShownStored)
 
@@ -91,12 +91,13 @@ class ShownWeights:
         if not self._shown:
             return
         self._shown = False
-        for layer in self._layers:
-            if _disconnect(layer):
-                self._asked = layer.name
-            layer.weight.__class__ = plain_class(type(layer.weight))
-        for layer in self._stored:
-            layer.weight.__class__ = plain_class(type(layer.weight))
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            for layer in self._layers:
+                if _disconnect(layer):
+                    self._asked = layer.name
+                layer.weight.__class__ = plain_class(type(layer.weight))
+            for layer in self._stored:
+                layer.weight.__class__ = plain_class(type(layer.weight))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -113,9 +114,7 @@ class ShownWeights:
         """Follow a draw of other channels in these layers."""
         if self._shown:
             changed = set(names)
-            for layer in self._layers:
-                if layer.name in changed:
-                    _reconnect(layer)
+            _reconnect(layer for layer in self._layers if layer.name in changed)
 
     def check_not_asked(self) -> None:
         """Refuse that a backward pass was asked for gradients of the weights alone.
@@ -159,18 +158,33 @@ _REQUIRES: Any = torch.Tensor.requires_grad
 
 
 class _Named(torch.autograd.Function):
-    """The weight as a function of its compact parameter."""
+    """Weights as functions of their compact parameters."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, compact: Tensor, channels: WeightChannels) -> Tensor:
+    def forward(ctx: Any, channels: list[_Channels], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.channels = channels
-        ctx.mark_dirty(weight)
+        weights = tensors[: len(channels)]
+        ctx.mark_dirty(*weights)
         ctx.set_materialize_grads(False)
-        return weight
+        return weights
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        return None, None if gradient is None else ctx.channels.gather(gradient), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        found = map(_gathered, ctx.channels, gradients)
+        return (None, *(None,) * len(gradients), *found)
+
+
+#: How the layer of a weight computes, its groups, and the channels that train.
+_Channels = tuple[str, int, SelectedChannels]
+
+
+def _gathered(channels: _Channels, gradient: Tensor | None) -> Tensor | None:
+    """The gradient of a weight's channels."""
+    if gradient is None:
+        return None
+    kind, groups, selected = channels
+    selected.check_current()
+    return gather_channels(gradient, kind, groups, selected)
 
 
 @contextmanager
@@ -183,31 +197,38 @@ def _with_graphs() -> Iterator[None]:
         yield
 
 
-def _connect(layer: ArmedLayer) -> None:
-    """Make the weight a function of its channels; inside of :func:`_with_graphs`."""
-    if layer.selected is not None and layer.compact.requires_grad:
-        apply(_Named, layer.weight, layer.compact, _channels(layer))
+def _connect(layers: Iterable[ArmedLayer]) -> None:
+    """Make weights functions of their channels, by one node of the graph; inside of :func:`_with_graphs`."""
+    by_device: dict[torch.device, tuple[list[_Channels], list[Tensor], list[Tensor]]] = {}
+    for layer in layers:
+        truth, selected, compact = layer.truth, layer.selected, layer.compact
+        if selected is not None and compact.requires_grad and isinstance(truth, DenseWeight):
+            channels, weights, leaves = by_device.setdefault(compact.device, ([], [], []))
+            channels.append((truth.kind, truth.groups, selected))
+            weights.append(layer.weight)
+            leaves.append(compact)
+    for channels, weights, leaves in by_device.values():
+        apply(_Named, channels, *weights, *leaves)
 
 
 def _disconnect(layer: ArmedLayer) -> bool:
-    """Make the weight a constant; return whether a backward pass was asked for its gradient."""
-    if not _REQUIRES.__get__(layer.weight):
+    """Make the weight a constant, outside of inference mode; return whether its gradient was asked for."""
+    weight = layer.weight
+    if not _REQUIRES.__get__(weight):
         return False
-    asked: bool = _RETAINS.__get__(layer.weight)
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        layer.weight.detach_()
-        if asked:  # PyTorch has no other way to end what retain_grad() has begun
-            torch._C._swap_tensor_impl(layer.weight, layer.weight.detach())
+    asked: bool = _RETAINS.__get__(weight)
+    weight.detach_()
+    if asked:  # PyTorch has no other way to end what retain_grad() has begun
+        torch._C._swap_tensor_impl(weight, weight.detach())
     return asked
 
 
-def _reconnect(layer: ArmedLayer) -> None:
-    if not isinstance(layer.truth, DenseWeight):
-        return
-    with _unsafe_preserve_version_counter(layer.weight):
-        _disconnect(layer)
-        with _with_graphs():
-            _connect(layer)
+def _reconnect(layers: Iterable[ArmedLayer]) -> None:
+    layers = [layer for layer in layers if isinstance(layer.truth, DenseWeight)]
+    with _unsafe_preserve_version_counter(tuple(layer.weight for layer in layers)), _with_graphs():
+        for layer in layers:
+            _disconnect(layer)
+        _connect(layers)
 
 
 def _channels(layer: ArmedLayer) -> WeightChannels:
@@ -316,7 +337,7 @@ class _Shown:
         if layer is None:
             return self.requires_grad_(requires_grad)
         layer.compact.requires_grad_(requires_grad)
-        _reconnect(layer)
+        _reconnect([layer])
         return self
 
     def retain_grad(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trady.ops.bits import Clamp, clamp_, select
 from trady.ops.context import label_saved
 from trady.ops.layout import is_dense, is_owned, memory_format
-from trady.ops.once import once_differentiable
+from trady.ops.once import apply, once_differentiable
 
 
 def clamp(x: Tensor, kind: Clamp, *, in_place: bool) -> Tensor:
@@ -27,7 +27,7 @@ def clamp(x: Tensor, kind: Clamp, *, in_place: bool) -> Tensor:
     """
     in_place = in_place and is_dense(x)
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _AffineClamp.apply(x, kind, None, None, in_place)
+        out: Tensor = apply(_AffineClamp, x, kind, None, None, in_place)
         return out
     with torch.no_grad():
         y = x if in_place else _dense_copy(x)
@@ -48,7 +48,7 @@ def affine_clamp(x: Tensor, scale: Tensor, shift: Tensor, kind: Clamp | None, *,
     """
     in_place = in_place and is_dense(x)
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _AffineClamp.apply(x, kind, scale, shift, in_place)
+        out: Tensor = apply(_AffineClamp, x, kind, scale, shift, in_place)
         return out
     with torch.no_grad():
         y = _affine(x, scale, shift, in_place=in_place)

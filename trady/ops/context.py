@@ -30,6 +30,9 @@ followed_storages: list[Container[int]] = []
 #: A context that does nothing serves everybody.
 _AS_IT_IS = nullcontext()
 
+#: Whether autocast is on for any device: a question that costs next to nothing.
+_autocast_anywhere = torch._C._is_any_autocast_enabled
+
 T = TypeVar("T", bound=torch.Tensor)
 
 
@@ -52,6 +55,8 @@ def autocast_dtype_on(device: torch.device) -> torch.dtype | None:
     """What products on a device are computed in under autocast; ``None`` where it is off."""
     if device.type == "meta":
         return simulated_autocast_dtype.get()
+    if not _autocast_anywhere():
+        return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -59,6 +64,8 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which calls with this tensor compute in the types of their arguments."""
     if tensor.is_meta:
         return simulated_autocast(None)
+    if not _autocast_anywhere():
+        return _AS_IT_IS
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
 

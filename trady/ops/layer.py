@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,13 @@ from trady.ops.context import label_saved, without_autocast
 from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.once import apply, once_differentiable
-from trady.ops.operators import WeightOperator
+from trady.ops.operators import Linear, WeightOperator
+from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 from trady.ops.standardised import raw_gradient_, standardise
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made a call, and each field would cost another
 class LayerCall:
     """How one call of a weight layer is computed.
 
@@ -80,11 +82,26 @@ def layer(
     """
     trains = call.selected is not None and compact is not None and compact.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or trains):
+        if scale is None and shift is None and type(call.operator) is Linear and _is_plain(x, weight, call):
+            made: Tensor = apply(_PlainLinear, x, compact if trains else None, call, weight, bias)
+            return made
         out: Tensor = apply(_Layer, x, compact if trains else None, call, weight, bias, scale, shift)
         return out
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         y, _ = _forward(x, call, weight, bias, scale, shift, keep_bits=False)
     return y
+
+
+def _is_plain(x: Tensor, weight: Tensor, call: LayerCall) -> bool:
+    """Whether a linear layer is computed alone, in the type of its input, with values."""
+    selected = call.selected
+    return (
+        weight.dtype is x.dtype
+        and call.clamp is None
+        and not call.graph_only
+        and (call.dtype is None or call.dtype is x.dtype)
+        and (selected is None or selected.gates is None)
+    )
 
 
 def _forward(
@@ -156,11 +173,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        references = sys.getrefcount(gradient)
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
         gates: Gates | None = ctx.gates
-        owned = bits is not None and is_owned(gradient, references)
+        owned = bits is not None and is_owned(gradient, sys.getrefcount(gradient))
         wants_input = ctx.needs_input_grad[0]
         folded = as_type(_fold(weight, scale, call), gradient.dtype) if wants_input or gates else None
         weight_gradient = None
@@ -203,6 +219,44 @@ class _Layer(torch.autograd.Function):
             operator = call.operator
             raw_gradient_(weight_gradient, weight, call.eps, operator.kind, operator.groups, call.selected)
         return input_gradient, weight_gradient, None, None, None, None, None
+
+
+class _PlainLinear(torch.autograd.Function):
+    """A linear layer with nothing folded into it: what :class:`_Layer` does, with few calls around the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compact: Tensor | None, call: LayerCall, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        selected, inputs = call.selected, None
+        with without_autocast(x):
+            y = call.operator.forward(x, weight, None if bias is None else as_type(bias, x.dtype))
+            if compact is not None and selected is not None:
+                inputs = label_saved(take(x, -1, selected.index), "channels")
+        ctx.call, ctx.compact = call, None if compact is None else (compact.shape, compact.dtype)
+        ctx.save_for_backward(inputs, weight)
+        return unviewed(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        operator, selected = call.operator, call.selected
+        assert isinstance(operator, Linear)
+        input_gradient: Tensor | None = None
+        weight_gradient: Tensor | None = None
+        if inputs is not None and selected is not None:
+            shape, dtype = ctx.compact
+            if selected.outputs is None:
+                selected.check_current()
+                weight_gradient = as_type(operator.channel_gradient(gradient, inputs), dtype)
+            else:
+                weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
+                add_weight_gradient(weight_gradient, gradient, inputs, call)
+        if ctx.needs_input_grad[0]:
+            input_gradient = multiply_rows(gradient, weight.t() if operator.input_major else weight)
+        return input_gradient, weight_gradient, None, None, None
 
 
 def _chunks(gradient: Tensor, total_bytes: int) -> list[slice]:

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from trady.ops.context import followed_storages
 from trady.ops.once import once_differentiable
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 #: Temporaries of one operation stay below this many bytes where they can be made in chunks of samples.
 CHUNK_BYTES = 2 << 20
 
@@ -149,4 +151,4 @@ def unviewed(x: Tensor) -> Tensor:
 
     An autograd function must not return a view, or the model could not write into it (``out += x``).
     """
-    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+    return _unsafe_view(x, x.shape) if x._is_view() else x

@@ -16,8 +16,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Apply an autograd function, without looking through its arguments for what ``torch.func`` may have wrapped."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
+    return _quick_apply(function)(*arguments)
+
+
+@functools.cache
+def _quick_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     below: Any = super(torch.autograd.Function, function)
-    return below.apply(*arguments)
+    return below.apply  # type: ignore[no-any-return]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from trady.ops.native import depthwise, unwritten
 from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 
-_convolution_backward = torch.ops.aten.convolution_backward
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 #: Positions of the output (height times width) from which on a pointwise convolution is computed as a matrix
 #: product. PyTorch's own reorders its full input, which is expensive with strides.
@@ -31,6 +31,9 @@ _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
 
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
 _CACHED_BYTES = 8 << 20
+
+#: Products up to which a linear layer is limited by calls, not by arithmetic.
+_FEW_PRODUCTS = 1 << 24
 
 #: Kernel height up to which oneDNN's weight gradients are right (:func:`_without_onednn`).
 _TALLEST_OF_ONEDNN = 32
@@ -141,7 +144,8 @@ class Convolution:
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, positions: torch.Size) -> Tensor:
         """Compute a pointwise convolution as a matrix product, at every stride-th position."""
         samples, outputs = x.shape[0], weight.shape[0]
-        out_NOP = unwritten(x.new_empty((samples, outputs, positions.numel())))
+        out = unwritten(x.new_empty((samples, outputs, *positions)))
+        out_NOP = out.flatten(2)
         weight_1OC = weight.view(1, *weight.shape[:2])
         strided = positions != x.shape[2:]
         read = self._every_stride(x)
@@ -154,7 +158,7 @@ class Convolution:
                 torch.bmm(weight_NOC, x_NCP, out=out_NOP[chunk])
             else:
                 torch.baddbmm(bias.view(1, -1, 1), weight_NOC, x_NCP, out=out_NOP[chunk])
-        return out_NOP.view(samples, outputs, *positions)
+        return out
 
     def _every_stride(self, x: Tensor) -> Tensor:
         """View the positions that a pointwise convolution reads."""
@@ -284,6 +288,10 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
+        # One call; with a bias, its result would be a view of a matrix.
+        quick = not self.input_major and (bias is None or x.dim() == 2)
+        if quick and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+            return F.linear(x, weight, bias)
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
         outputs = weight_CO.shape[1]
         out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it
@@ -300,8 +308,12 @@ class Linear:
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor, selected: SelectedChannels, out: Tensor) -> None:
         """Add the gradient of the selected channels to ``out`` [n, out]."""
+        out.add_(self.channel_gradient(gradient, inputs))
+
+    def channel_gradient(self, gradient: Tensor, inputs: Tensor) -> Tensor:
+        """Return the gradient [n, out] of the channels that ``inputs`` [..., n] holds."""
         x_Rn, gradient_RO = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        out.add_(x_Rn.t() @ gradient_RO)
+        return x_Rn.t() @ gradient_RO
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Multiply every output feature by its scale."""

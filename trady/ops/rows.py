@@ -20,6 +20,9 @@ _ROWS_A_PRODUCT = 16
 #: With fewer rows than this, all are computed.
 _MINIMUM_ROWS = 64
 
+#: With fewer elements than this, many rows are needed: looking at them takes as long as their product.
+_MINIMUM_ELEMENTS, _MANY_ROWS = 1 << 14, 128
+
 #: Columns looked at first.
 _PROBES = 4
 
@@ -59,7 +62,7 @@ def nonzero_rows(gradient: Tensor) -> list[slice] | None:
         return None
     rows = gradient.view(-1, gradient.shape[-1])
     count = rows.shape[0]
-    if count < _MINIMUM_ROWS:
+    if count < _MINIMUM_ROWS or (count < _MANY_ROWS and gradient.numel() < _MINIMUM_ELEMENTS):
         return None
     probes = rows[:, :: -(-rows.shape[1] // _PROBES)]
     # A row of zeros has no probe that is none: so many leave no room for enough of such rows.

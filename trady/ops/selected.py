@@ -114,26 +114,31 @@ def select_channels(
     outputs: Indices | None = None,
 ) -> SelectedChannels:
     """Prepare sorted channel indices of a layer with ``groups * channels_a_group`` input channels."""
-    group, channel = np.divmod(channels, channels_a_group)
-    counts = np.bincount(group, minlength=groups)
     tensor = partial(numbers_on, device)
+    index, chosen = tensor(channels.copy()), None if outputs is None else tensor(outputs.copy())
+    if groups == 1:  # the group of all is 0, and the place in it is the channel
+        zeros = tensor(np.zeros(1, dtype=np.int64)).expand(len(channels))
+        return SelectedChannels(index, zeros, index, (Block(None, None, 1, len(channels)),), chosen)
+    group, channel = np.divmod(channels, channels_a_group)
+    return SelectedChannels(index, tensor(group), tensor(channel), _blocks(group, groups, device), chosen)
+
+
+def _blocks(group: Indices, groups: int, device: torch.device) -> tuple[Block, ...]:
+    """The groups that channels fall into, by number of channels."""
+    counts = np.bincount(group, minlength=groups)
     blocks = []
     for count in np.unique(counts[counts > 0]):
         members = np.flatnonzero(counts == count)
-        inside = np.flatnonzero(np.isin(group, members))
+        inside = np.flatnonzero(counts[group] == count)
         blocks.append(
             Block(
-                positions=None if len(inside) == len(channels) else tensor(inside),
-                groups=None if len(members) == groups else tensor(members),
+                positions=None if len(inside) == len(group) else numbers_on(device, inside),
+                groups=None if len(members) == groups else numbers_on(device, members),
                 group_count=len(members),
                 channels_a_group=int(count),
             )
         )
-    chosen = None if outputs is None else tensor(outputs.copy())
-    index = tensor(channels.copy())
-    if groups == 1:  # the group of all is 0, and the place in it is the channel
-        return SelectedChannels(index, tensor(group[:1]).expand(len(channels)), index, tuple(blocks), chosen)
-    return SelectedChannels(index, tensor(group), tensor(channel), tuple(blocks), chosen)
+    return tuple(blocks)
 
 
 def numbers_on(device: torch.device, values: Indices) -> Tensor:
@@ -149,7 +154,7 @@ def channel_major(weight: Tensor, kind: str, groups: int) -> Tensor:
     return view
 
 
-def _channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> int | None:
+def channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> int | None:
     """The dimension of a weight along which the selected slices lie; ``None`` where it is not a single one."""
     if selected.outputs is not None or not weight.is_contiguous():
         return None
@@ -162,7 +167,7 @@ def _channel_dim(weight: Tensor, kind: str, groups: int, selected: SelectedChann
 
 def read_channels(weight: Tensor, kind: str, groups: int, selected: SelectedChannels) -> Tensor:
     """Copy the selected slices as :func:`gather_channels` does, in whichever order of memory is the fastest."""
-    dim = _channel_dim(weight, kind, groups, selected)
+    dim = channel_dim(weight, kind, groups, selected)
     if dim is None:
         return gather_channels(weight, kind, groups, selected)
     rows = weight.index_select(dim, selected.index)
@@ -177,7 +182,7 @@ def gather_channels(weight: Tensor, kind: str, groups: int, selected: SelectedCh
 
 def scatter_channels_(weight: Tensor, kind: str, groups: int, selected: SelectedChannels, values: Tensor) -> None:
     """Write slices of :func:`gather_channels` back into ``weight``."""
-    dim = _channel_dim(weight, kind, groups, selected)
+    dim = channel_dim(weight, kind, groups, selected)
     if dim is None:
         channel_major(weight, kind, groups)[selected.place] = values.to(weight.dtype)
     else:

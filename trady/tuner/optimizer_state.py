@@ -109,6 +109,8 @@ def _follows(name: str, value: object, change: Change) -> bool:
 def _start_fresh(optimizer: torch.optim.Optimizer, compact: nn.Parameter) -> None:
     """Leave the state as the optimizer makes it before a first step; most make none."""
     groups = optimizer.param_groups
+    if compact not in optimizer.state and len(_STATELESS.get(optimizer, ())) == len(groups):
+        return
     place = next((i for i, group in enumerate(groups) if any(p is compact for p in group["params"])), None)
     if place is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trady.calls.actions import InPlace
 from trady.calls.handling import Handling, labelled, may_be_overwritten
-from trady.calls.kind import Call, CallKind, Keeps
+from trady.calls.kind import Bound, Call, CallKind, Keeps
 from trady.calls.sample_rules import aligned
 from trady.ops.activation import clamp
 from trady.ops.bits import Clamp
@@ -63,6 +63,27 @@ def _compute(call: ActivationCall, handling: Handling) -> Tensor | None:
         return clamp(call.x, call.clamp, in_place=planned or call.in_place)
 
 
+def _bind(call: ActivationCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], handling: Handling) -> Bound | None:
+    options, named = args[1:], dict(kwargs)
+    if not args or args[0] is not call.x or "input" in named:
+        return None
+    planned = isinstance(handling.action, InPlace) and handling.action.overwrite
+    kind, in_place, name = call.clamp, planned or call.in_place, call.clamp.name
+
+    def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else None
+        if type(x) is not Tensor or args[1:] != options or kwargs != named or not x.is_floating_point():
+            return NotImplemented
+        if planned:
+            handling.commit()
+        elif in_place and not (may_be_overwritten(x) and is_dense(x)):
+            return NotImplemented
+        with labelled(name):
+            return clamp(x, kind, in_place=in_place)
+
+    return compute
+
+
 ACTIVATION = CallKind(
     ActivationCall,
     readers={
@@ -79,6 +100,7 @@ ACTIVATION = CallKind(
     },
     keeps=lambda call: Keeps.NOTHING,
     handler=_compute,
+    bind=_bind,
     samples=aligned,
     overwrites_input=True,
 )

@@ -193,7 +193,9 @@ class _Layer:
         quantized: QuantizedLinear | None,
         handling: Handling,
     ) -> None:
-        self._weight, self._bias, self._fused, self._own = call.weight, call.bias, fused, own
+        self._weight, self._bias, self._own = call.weight, call.bias, own
+        computes_more = fused.norm is not None or fused.clamp is not None or fused.pad
+        self._fused = fused if computes_more else None
         self._quantized, self._handling = quantized, handling
         self._eps, self._gain = call.eps, call.gain
         operator = call.operator
@@ -204,17 +206,18 @@ class _Layer:
 
     def of(self, x: Tensor) -> Tensor:
         """Compute it for an input."""
-        own, fused, handling, scale, shift = self._own, self._fused, self._handling, self._gain, None
-        if fused.norm is not None:
-            refuse_trained(fused.norm.weight, fused.norm.bias)
-            scale, shift = handling.scale_and_shift(fused.norm)
-        if fused.norm is not None or fused.clamp is not None or fused.pad:
+        own, handling, scale, shift = self._own, self._handling, self._gain, None
+        if (fused := self._fused) is not None:
+            if fused.norm is not None:
+                refuse_trained(fused.norm.weight, fused.norm.bias)
+                scale, shift = handling.scale_and_shift(fused.norm)
             handling.commit()
         selected, leaf = (None, None) if own is None else (own.selected, own.leaf)
-        dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
+        dtype = autocast_dtype(x) if x.dtype is not torch.float64 else None
         options = self._options
         if options is None or options.selected is not selected or options.dtype is not dtype:
-            options = LayerCall(self._operator, selected, fused.clamp, dtype, handling.graph_only, self._eps)
+            clamp = None if fused is None else fused.clamp
+            options = LayerCall(self._operator, selected, clamp, dtype, handling.graph_only, self._eps)
             if selected is None:  # the indices of a draw that is over would stay
                 self._options = options
         with labelled(self._operation):
@@ -225,7 +228,7 @@ class _Layer:
                 if self._eps is not None:  # a gain scales the filters alone
                     bias, shift = None, bias
                 out = layer(x, leaf, options, constant(self._weight), bias, scale, shift)
-        if own is not None:
+        if own is not None and handling.watched:
             handling.ran(own, out)
         return out
 
@@ -239,15 +242,22 @@ def _bind(call: WeightCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], ha
         return None
     place = next(index for index, value in enumerate(args) if value is call.x)
     fixed, count = (*args[:place], *args[place + 1 :]), len(args)
+    triple = place == 0 and count == 3  # x, weight, bias
     dims = weight.dim() if isinstance(call.operator, Convolution) else None
     of = _Layer(call, action if isinstance(action, WithLayer) else WithLayer(), own, None, handling).of
 
     def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs or len(args) != count or any_trains(None if own else weight, bias):
+        if kwargs or len(args) != count or (bias is not None and bias.requires_grad):
+            return NotImplemented
+        if own is None and weight.requires_grad:
             return NotImplemented
         x = args[place]
-        others = args[1:] if place == 0 else (*args[:place], *args[place + 1 :])
-        if type(x) is not Tensor or not all(map(is_, others, fixed)):
+        if type(x) is not Tensor:
+            return NotImplemented
+        if triple:
+            if args[1] is not fixed[0] or args[2] is not fixed[1]:
+                return NotImplemented
+        elif not all(map(is_, (*args[:place], *args[place + 1 :]), fixed)):
             return NotImplemented
         if x.dim() != dims if dims is not None else x.dim() < 2:
             return NotImplemented
