@@ -59,8 +59,8 @@ def departed(forward: ForwardState, function: Any) -> ModelError:
 def called_inside() -> StateError:
     """Say that the model may not be called from where it was."""
     return StateError(
-        "a prepared model was called inside of the forward pass of another one: call it behind that one, in the loss, or "
-        "call finish() on its tuner, make it a part of the other model and prepare that one"
+        "a prepared model was called inside of the forward pass of another one: call it behind that one, in the loss, "
+        "or call finish() on its tuner, make it a part of the other model and prepare that one"
     )
 
 

@@ -44,7 +44,7 @@ def _read(
     projection: Tensor | None,
     steps: Steps,
 ) -> RecurrentCall:
-    return RecurrentCall(gates, weight, bias, Linear(), None, states, projection, steps)
+    return RecurrentCall(gates, weight, bias, Linear(), states=states, projection=projection, steps=steps)
 
 
 def _by_sample(sampled: SampledCall) -> bool:
