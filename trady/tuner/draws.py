@@ -94,6 +94,8 @@ class Draws:
 
     def _check_held(self, *_: Any) -> None:
         """Refuse that a layer is to train that was to stay as it is when the model was prepared."""
+        if self._armed.selection is not self.selection:  # channels of all layers are being measured
+            return
         if any(compact.requires_grad for compact in self._held):
             layers = self._armed.layers
             held = next(name for name in self.decision.analysis.held if layers[name].compact.requires_grad)
