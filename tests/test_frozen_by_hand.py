@@ -236,7 +236,7 @@ def test_the_flag_of_a_layer_that_stays_says_so_and_unfreezing_it_later_is_refus
         model(x)
     model[0].requires_grad_(False)
     model(x)
-    model = tuner.finish()
+    tuner.finish()
     model.requires_grad_(True)
     before = model.get_parameter("0.weight").clone()
     tuner = trady.prepare(model, x, budget="elements:100000", policy="dynamic-random")

@@ -46,6 +46,7 @@ def test_an_armed_model_is_exported_as_the_plain_one(gradients: bool, training: 
         expected = model(x)
     with torch.set_grad_enabled(gradients):
         program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    assert program is not None
     torch.testing.assert_close(computed(program, x), expected, rtol=1e-4, atol=1e-5)
     weight = next(each for each in program.model_proto.graph.initializer if each.name == "0.weight")
     assert list(weight.dims) == list(model.get_parameter("0.weight").shape), "the whole weight, not its channels"
