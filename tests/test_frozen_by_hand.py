@@ -218,3 +218,29 @@ def test_the_command_line_takes_names() -> None:
     wrong = trady_here(*given, "--train", "nothing")
     assert wrong.returncode == 2
     assert "train='nothing' matches no parameter" in wrong.stderr
+
+
+def test_the_flag_of_a_layer_that_stays_says_so_and_unfreezing_it_later_is_refused_with_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.Linear(16, 3))
+    model[0].requires_grad_(False)
+    x, y = torch.randn(6, 8), torch.arange(6) % 3
+    tuner = trady.prepare(model, x, budget="elements:1000", policy="dynamic-random")
+    optimizer = tuner.attach(torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.weight"]
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    model[0].requires_grad_(True)
+    with pytest.raises(
+        ModelError, match=r"0 was frozen when the model was prepared.*tuner.finish\(\) and trady.prepare"
+    ):
+        model(x)
+    model[0].requires_grad_(False)
+    model(x)
+    tuner.finish()
+    model.requires_grad_(True)
+    before = model.get_parameter("0.weight").clone()
+    tuner = trady.prepare(model, x, budget="elements:100000", policy="dynamic-random")
+    optimizer = tuner.attach(torch.optim.SGD(model.parameters(), lr=0.5))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(tuner.finish().get_parameter("0.weight"), before)

@@ -15,23 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trady
+from tests.idioms import OPTIMIZERS, ZEROS, Wrapper, Zero
 from tests.models import Residual, seeded
 from tests.tuned import data
 from trady.errors import BudgetError, StateError
 
 Make = Callable[[nn.Module, trady.Tuner], torch.optim.Optimizer]
-Zero = Callable[[nn.Module, torch.optim.Optimizer], None]
-
-
-class Wrapper(nn.Module):
-    """Somebody's own module around the prepared one, as Lightning has it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
 
 
 def start(**options: Any) -> tuple[nn.Module, trady.Tuner]:
@@ -76,12 +65,6 @@ def trained(weights: dict[str, Tensor]) -> set[str]:
     return {name for name, value in weights.items() if not torch.equal(value, before[name])}
 
 
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "SGD in backward": lambda p: trady.optim.SGD(p, lr=0.05),
-}
 PARAMETERS: dict[str, Callable[[nn.Module, trady.Tuner], Iterator[nn.Parameter]]] = {
     "all": lambda model, tuner: model.parameters(),
     "those that require a gradient": lambda model, tuner: (p for p in model.parameters() if p.requires_grad),
@@ -116,25 +99,6 @@ def test_an_optimizer_made_before_the_model_was_prepared_trains_the_channels(
     found = loop(model, tuner, tuner.attach(optimizer))
     for name, value in reference(make).items():
         torch.testing.assert_close(value, found[name], rtol=1e-6, atol=1e-7)
-
-
-def to_none(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def to_zero(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
-
-
-ZEROS: dict[str, Zero] = {
-    "model.zero_grad()": lambda model, optimizer: model.zero_grad(),
-    "model.zero_grad(set_to_none=False)": lambda model, optimizer: model.zero_grad(set_to_none=False),
-    "p.grad = None": to_none,
-    "p.grad.zero_()": to_zero,
-}
 
 
 @pytest.mark.parametrize("zero", ZEROS.values(), ids=ZEROS)

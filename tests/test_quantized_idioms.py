@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import trady
+from tests.idioms import OPTIMIZERS, ZEROS, Wrapper, Zero
 from tests.models import relative_error
 from tests.quantised_network import KINDS, X, Y, loss, network, quantised, quantised_layers
-from tests.test_idioms import OPTIMIZERS, ZEROS, Wrapper, Zero
 from trady.errors import StateError
 from trady.quantized.linear import layer_at
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +27,7 @@ from trady.training.durations import parse_seconds
 from trady.training.interrupt import Interrupts, Stopped
 from trady.training.progress import Silent
 from trady.training.randomness import random_state, reading_randomness, set_random_state
-from trady.training.within_epoch import WITHIN
+from trady.training.within_epoch import WITHIN, state_names
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +282,7 @@ def test_the_middle_of_an_epoch_is_gone_on_with_by_as_many_processes(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, policy="full", progress=Raise(signal.SIGINT, 2))
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr("trady.training.loop.state_names", lambda processes: state_names(2))
     with pytest.raises(
         CheckpointError, match=r"middle of an epoch by 1 process\(es\), and these are 2: go on with 1, or"
     ):

@@ -220,7 +220,8 @@ class _Around(nn.Module):
         return out
 
 
-for _name, _budget in {"": {"budget": "elements:200"}, " under a peak budget": {"over": 1.2}}.items():
+_BUDGETS: dict[str, dict[str, Any]] = {"": {"budget": "elements:200"}, " under a peak budget": {"over": 1.2}}
+for _name, _budget in _BUDGETS.items():
     ROWS.add("a frozen teacher in a list, inside of forward" + _name)(
         training(lambda: _Around(perceptron().requires_grad_(False)), **_budget)
     )

@@ -97,8 +97,9 @@ def refuse_trained(*parameters: Tensor | None) -> None:
 
 
 _MADE_TRAINABLE = (
-    "a parameter of the model was made trainable after it had been prepared: name its module as head=... in "
-    "trady.prepare, or set requires_grad_(False) again"
+    "a parameter of the model was made trainable after it had been prepared: set requires_grad_(False) again, or call "
+    "tuner.finish() and prepare with its module as head=..., where it is to train whole; the channels of a layer train "
+    "without its bias"
 )
 
 

@@ -154,11 +154,12 @@ def set_aside(armed: Armed, head: Collection[nn.Parameter]) -> Iterator[None]:
         selection, callbacks = armed.selection, list(armed.on_gradient)
         compacts = [layer.compact for layer in armed.layers.values()]
         gradients = [(p, p.grad) for p in (*compacts, *own_parameters(armed.model))]
-        flags = [(p, p.requires_grad) for p in head]
+        flags = [(p, p.requires_grad) for p in (*head, *compacts)]
         try:
             armed.on_gradient.clear()
             for compact in compacts:  # a sweep over the very channels that train would add to their gradient
                 compact.grad = None
+                compact.requires_grad_(True)
             for parameter in head:
                 parameter.requires_grad_(False)
             yield

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trady.channels.selection import Selection
-from trady.errors import TradyWarning
+from trady.errors import ModelError, TradyWarning
 from trady.evidence.sweeps import Sweeper
 from trady.interception.armed import Armed, Change
 from trady.model.batch import Loss
@@ -78,6 +78,11 @@ class Draws:
         self.epoch = self.count = 0
         self.online = decision.online_ranking() if decision.start.learns else None
         self._steps, self._full = 0, False
+        self._held = [armed.layers[name].compact for name in decision.analysis.held]
+        for compact in self._held:  # its weight shows that it does not train
+            compact.requires_grad_(False)
+        if self._held:
+            armed.on_forward.append(self._check_held)
         if decision.needs and not decision.analysis.head_parameters:
             armed.on_forward.append(self._check_something_trains)
 
@@ -86,6 +91,19 @@ class Draws:
         trains = module is self._armed.model and module.training and torch.is_grad_enabled()
         if trains and not self._armed.selection.count and self.moment.evidence is None:
             raise nothing_measured(self.decision.policy.name, self.decision.needs, "train")
+
+    def _check_held(self, *_: Any) -> None:
+        """Refuse that a layer is to train that was to stay as it is when the model was prepared."""
+        if self._armed.selection is not self.selection:  # channels of all layers are being measured
+            return
+        if any(compact.requires_grad for compact in self._held):
+            layers = self._armed.layers
+            held = next(name for name in self.decision.analysis.held if layers[name].compact.requires_grad)
+            raise ModelError(
+                f"{held} was frozen when the model was prepared, and its weight has requires_grad=True now: to let it "
+                "train from now on, call tuner.finish() and trady.prepare again; what has trained so far is in the "
+                "weights"
+            )
 
     @property
     def ranking(self) -> LayerRanking | None:
