@@ -19,6 +19,7 @@ from trady.model.batch import Batch
 from trady.model.eager import unwrap_compiled
 from trady.planning.budget import Budget, infeasible_budget
 from trady.planning.conditions import Conditions, Loop, costlier
+from trady.planning.limited_draw import draw_within
 from trady.planning.peaks import Case, Peaks
 from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
@@ -29,7 +30,6 @@ from trady.planning.scopes.unlimited import UNLIMITED
 from trady.planning.spending import Moment, Spending
 from trady.planning.step_flops import StepLimit
 from trady.policies import Needs, Policy, needs_of
-from trady.policies.base import names_layers
 from trady.ranking.online import OnlineRanking
 from trady.simulation.optimizer_memory import Form, OptimizerMemory
 from trady.simulation.timeline import compact_forms
@@ -266,15 +266,9 @@ class Decision:
             PolicyError: The policy is given its layers, and the way back to them takes too long.
 
         """
-        spending, recomputation = self.spending(moment), moment.recomputation
-        selection = self._draw(spending, epoch, redraw)
-        while self.steps.exceeded(selection, recomputation):
-            if names_layers(self.policy):
-                raise self.steps.refusal(self.policy, selection, recomputation)
-            early = self.steps.too_early(selection, recomputation, spending.drawable.names)
-            spending = replace(spending, held=spending.held | early)
-            selection = self._draw(spending, epoch, redraw)
-        return selection
+        return draw_within(
+            self.steps, lambda spending: self._draw(spending, epoch, redraw), self.spending(moment), epoch, redraw
+        )
 
     def _draw(self, spending: Spending, epoch: int, redraw: int) -> Selection:
         amount = None if self.budget is None else self.budget.amount
