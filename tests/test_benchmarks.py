@@ -94,14 +94,14 @@ def test_overhead_is_a_plan_and_a_draw_over_the_steps_of_an_epoch(
 def test_speed_of_steps_that_stop_early_is_predicted_and_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(speed, "WORKLOADS", {"toy": TOY})
+    monkeypatch.setattr(speed, "WORKLOADS", {"toy": replace(TOY, budget="elements:20000")})
     target = tmp_path / "speed.json"
-    asked = ["--repeats", "1", "--max-step-flops", "0.9", "0.7", "0.1", "--json", str(target)]
+    asked = ["--repeats", "1", "--max-step-flops", "1", "0.5", "0.1", "--json", str(target)]
     assert speed.run(asked) == 0
     found = json.loads(target.read_text())["workloads"]["toy"]
-    assert found["0.7x"]["predicted"] <= 0.7 < found["0.9x"]["predicted"] <= 0.9
-    assert found["0.7x"]["passed"] < found["0.9x"]["passed"]
-    assert all(len(found[limit]["seconds"]) == 1 and found[limit]["measured"] > 0 for limit in ("0.9x", "0.7x"))
+    assert found["0.5x"]["predicted"] <= 0.5 < found["1x"]["predicted"] <= 1
+    assert found["0.5x"]["passed"] < found["1x"]["passed"]
+    assert all(len(found[limit]["seconds"]) == 1 and found[limit]["measured"] > 0 for limit in ("1x", "0.5x"))
     assert "below the minimum" in found["0.1x"]["refused"]
 
 

@@ -167,6 +167,21 @@ def test_channels_of_layers_that_are_passed_take_the_room_of_those_left_out() ->
     assert not held.held, "nothing of it is frozen by hand"
 
 
+@pytest.mark.parametrize("policy", ["trady", "dynamic-random", "fisher", "velocity"])
+@pytest.mark.parametrize("budget", ["elements:9000", "peak:2 MiB"])
+def test_of_the_last_layer_fewer_channels_train_where_all_are_too_many(policy: str, budget: str) -> None:
+    """Its weight is most of what this network computes."""
+    x = normal(4, 3, 12, 12)
+    asked: dict[str, Any] = {"budget": budget, "policy": policy, "ranking": "structural"}
+    whole = trady.plan(small_net(), x, policy="full").step
+    held = trady.plan(small_net(), x, **asked, max_step_flops=0.5)
+    assert whole is not None
+    assert held.step is not None
+    assert list(held.selection) == ["features.3"]
+    assert 0.45 < held.step.over_full <= 0.5
+    assert 0 < held.step.weight_gradients < whole.weight_gradients / 2
+
+
 def test_a_plan_that_was_kept_holds_its_limit(tmp_path: Path) -> None:
     x = normal(4, 3, 9, 9)
     plan = trady.plan(seeded(Residual), x, budget="elements:1500", policy="dynamic-random", max_step_flops=0.6)

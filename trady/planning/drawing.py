@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trady.channels.selection import Selection
 from trady.errors import PolicyError
 from trady.planning.budget import Budget, infeasible_budget, smallest
+from trady.planning.limited_draw import draw_within
 from trady.planning.scopes import BudgetScope, DoesNotFitError
 from trady.planning.spending import Spending
 from trady.planning.step_flops import StepLimit
-from trady.policies.base import names_layers
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,21 @@ class Drawing:
                 layers, and the way back to them takes too long.
 
         """
-        within, policy, recomputation = self, self.spending.policy, self.spending.moment.recomputation
         amount = None if self.budget is None else self.budget.amount
-        selection = within._select(amount, epoch, redraw)
-        while self.steps.exceeded(selection, recomputation):
-            if names_layers(policy):
-                raise self.steps.refusal(policy, selection, recomputation)
-            spending = within.spending
-            early = self.steps.too_early(selection, recomputation, spending.drawable.names)
-            within = replace(within, spending=replace(spending, held=spending.held | early))
-            selection = within._select(amount, epoch, redraw)
-        if not selection.count and not self.has_head and policy.name != "head":
-            self._refuse_to_train_nothing(
-                lambda amount: within.scope.draw(within.spending, amount, epoch, redraw).count
-            )
+        selection = self._select(amount, epoch, redraw)
+        if not selection.count and not self.has_head and self.spending.policy.name != "head":
+            self._refuse_to_train_nothing(lambda amount: self._within(amount, epoch, redraw).count)
         return selection
+
+    def _within(self, amount: int | None, epoch: int, redraw: int) -> Selection:
+        def draw(spending: Spending) -> Selection:
+            return self.scope.draw(spending, amount, epoch, redraw)
+
+        return draw_within(self.steps, draw, self.spending, epoch, redraw)
 
     def _select(self, amount: int | None, epoch: int, redraw: int) -> Selection:
         try:
-            return self.scope.draw(self.spending, amount, epoch, redraw)
+            return self._within(amount, epoch, redraw)
         except DoesNotFitError as error:
             assert self.budget is not None
             raise infeasible_budget(self.budget, error.amount) from None

@@ -20,7 +20,7 @@ from trady.channels.selection import Selection
 from trady.errors import BudgetError, PolicyError
 from trady.planning.recomputation import Recomputation
 from trady.policies import Policy
-from trady.policies.base import names_layers
+from trady.policies.base import all_or_nothing, names_layers
 from trady.records.schema import Natural
 
 _SHARE = re.compile(r"\+?(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>[x×%]?)", re.IGNORECASE)
@@ -183,8 +183,10 @@ class StepLimit:
         if self.limit is None or names_layers(policy):
             return
         last = () if policy.name == "head" else layers[-1:]
-        # With all its channels: whatever the policy draws there is within the limit then.
-        least = self.of(Selection({name: np.arange(self.counter.channels(name)) for name in last}), recomputation)
+        least = self.of(
+            Selection({n: np.arange(self.counter.channels(n) if all_or_nothing(policy) else 1) for n in last}),
+            recomputation,
+        )
         if least.over_full > self.limit:
             back = f" and the way back to {least.stops_at}" if least.stops_at else ""
             less = ', or recompute="none", or a budget in which less is recomputed' if least.recomputed else ""
