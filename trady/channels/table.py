@@ -194,6 +194,11 @@ class ChannelTable:
         )
 
     @property
+    def all_weights(self) -> int:
+        """Weight elements of all input channels of all layers."""
+        return sum(layer.channels * layer.weight_elements for layer in self.layers)
+
+    @property
     def all_elements(self) -> int:
         """What all input channels of all layers take of B_mem, elements for one sample."""
         return sum(layer.channels * layer.elements for layer in self.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -109,6 +109,20 @@ OnUnreadable = Annotated[str, typer.Option(help="An image that cannot be read: r
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+
+def read_limit(text: str, option: str) -> float | Literal["auto"]:
+    """Read a number, or ``auto``.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto", param_hint=option) from None
 
 
 def read_policy(name: str, scheme: str | None) -> str | PolicyObject:

@@ -22,7 +22,7 @@ class Training(BaseModel):
         batch_size: Images a step.
         lr: Learning rate at the end of the warm-up.
         warmup_epochs: Length of the warm-up; a tenth of the run where it is not given.
-        channel_clip: Limit of a channel's gradient norm over the channel's own; ``false`` does not clip.
+        channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``false`` does not clip.
         max_grad_norm: Limit of the head's gradient norm; ``false`` does not clip.
         optimizer: By name.
         momentum: For ``sgd``.
@@ -50,7 +50,7 @@ class Training(BaseModel):
     batch_size: Count = 32
     lr: float = Field(default=0.1, gt=0)
     warmup_epochs: float | None = Field(default=None, ge=0)
-    channel_clip: Limit = 0.1
+    channel_clip: Limit | Literal["auto"] = "auto"
     max_grad_norm: Limit = 2.0
     optimizer: Literal["sgd", "adam", "adamw", "sgd-in-backward", "adamw-in-backward"] = "sgd"
     momentum: float = Field(default=0.0, ge=0, lt=1)

@@ -6,9 +6,10 @@ clipping, Brock et al. 2021, arXiv 2102.06171, there per output unit, here per i
 
     g_c <- g_c * min(1, ratio * max(||W[:, c]||, 1e-3) / ||g_c||)
 
-A step of plain SGD then moves no channel by more than ``lr * ratio`` of its norm. Where chosen output channels
-train, the unit is the output channel, as in the paper. The head, which starts from random weights, is clipped by
-its gradient norm.
+A step of plain SGD then moves no channel by more than ``lr * ratio`` of its norm. All channels move the network
+together, so the ratio that serves where few train is too large where most do (:func:`ratio_for`). Where chosen output
+channels train, the unit is the output channel, as in the paper. The head, which starts from random weights, is clipped
+by its gradient norm.
 """
 
 from __future__ import annotations
@@ -18,10 +19,45 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from trady.errors import TrainingError
+
+#: Largest gradient norm of a channel over its own norm, while no more than :data:`USUAL_SHARE` of the weights train.
+USUAL_RATIO = 0.1
+
+#: Share of the weights up to which the usual ratio serves.
+USUAL_SHARE = 0.25
+
+#: Leaves the ratio to :func:`ratio_for`.
+AUTO = "auto"
+
 #: Minimum norm that a channel counts as having, so that zero weights can learn.
 _MINIMUM_NORM = 1e-3
 
 _BY_OUTPUT = "_trady_by_output"
+
+
+def ratio_for(share: float) -> float:
+    """Return the ratio that serves where a share of the weights trains, from 0 to 1.
+
+    Beyond :data:`USUAL_SHARE` it falls with the square of the share. MobileNetV2-w0.35 with 57 % of its weights
+    training reaches 54 % on CIFAR-10 with the usual ratio, 65 % with a fifth of it (benchmarks/frontier).
+
+    """
+    return USUAL_RATIO * (USUAL_SHARE / max(share, USUAL_SHARE)) ** 2
+
+
+def limit_of(ratio: float | str | None, share: float) -> float | None:
+    """Return the number that a ratio means where a share of the weights trains.
+
+    Raises:
+        TrainingError: It is a word, and not :data:`AUTO`.
+
+    """
+    if not isinstance(ratio, str):
+        return ratio
+    if ratio != AUTO:
+        raise TrainingError(f"the limit of a channel's gradient is {ratio!r}; give a number, {AUTO!r} or None")
+    return ratio_for(share)
 
 
 def clip_channels_(compact: Iterable[nn.Parameter], ratio: float) -> None:

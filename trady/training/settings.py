@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trady.errors import BudgetError, TrainingError
+from trady.optim.clipping import AUTO
 from trady.ranking.ranking import LayerRanking
 
 #: Batches that policies are measured on if they measure before they draw.
@@ -32,7 +33,7 @@ class Settings:
         batch_size: Examples a step; ``None`` where the user's loader decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.
-        channel_clip: Limit of a channel's gradient norm over the channel's own; ``None`` is no limit.
+        channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``None`` is no limit.
         max_grad_norm: Limit of the head's gradient norm (of all gradients without a tuner); ``None`` is no limit.
         optimizer: Its name; ``custom`` for the user's own.
         momentum: For ``sgd``.
@@ -60,7 +61,7 @@ class Settings:
     batch_size: int | None
     lr: float
     warmup_steps: int
-    channel_clip: float | None
+    channel_clip: float | str | None
     max_grad_norm: float | None
     optimizer: str
     momentum: float
@@ -87,7 +88,12 @@ class Settings:
             if value not in possible:
                 raise TrainingError(f"{name} is {value!r}; possible are {', '.join(possible)}")
         for name, limit in (("channel_clip", self.channel_clip), ("max_grad_norm", self.max_grad_norm)):
-            if limit is not None and not limit > 0:
+            if isinstance(limit, str):
+                if name != "channel_clip" or limit != AUTO:
+                    raise TrainingError(
+                        f"{name} is {limit!r}; give a number{', auto' * (name == 'channel_clip')} or None"
+                    )
+            elif limit is not None and not limit > 0:
                 raise TrainingError(f"{name} is {limit}; give more than zero, or None")
 
         if self.observed_batches is not None and self.observed_batches < 1:

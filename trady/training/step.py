@@ -42,7 +42,7 @@ class Stepper:
         trainer: What is trained, and how.
         optimizer: Updates it.
         loss: From (output, labels) to the mean over the samples.
-        channel_clip: Limit of a channel's gradient norm over the channel's own.
+        channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``.
         max_grad_norm: Limit of the head's gradient norm.
         precision: ``no`` or ``bf16``.
         captured: Replays the forward and backward pass of a part of a batch; ``None`` runs it.
@@ -52,7 +52,7 @@ class Stepper:
     trainer: Trainer
     optimizer: torch.optim.Optimizer
     loss: Loss
-    channel_clip: float | None
+    channel_clip: float | str | None
     max_grad_norm: float | None
     precision: str
     captured: CapturedPass | None = None
@@ -71,16 +71,17 @@ class Stepper:
             raise self.trainer.out_of_memory(split_batch(batch)[0], error) from error
 
     def _step(self, batch: Any, rate: float) -> StepResult:
+        limit = self.trainer.channel_limit(self.channel_clip)
         # Before the backward pass: an optimizer of trady.optim updates inside it.
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             if "channel_clip" in group:
-                group["channel_clip"] = self.channel_clip
+                group["channel_clip"] = limit
         loss, examples = 0.0, len(split_batch(batch)[1])
         for inputs, labels, share in self.trainer.parts(batch):
             loss += self._gradients_of(inputs, labels, share) * share
         self.trainer.average()
-        norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
+        norm = self.trainer.clip(limit, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
         self.optimizer.step()

@@ -14,6 +14,7 @@ from torch import nn
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
+from trady.optim.clipping import limit_of
 from trady.process.ranks import Traffic, average_gradients_, processes
 from trady.ranking.ranking import LayerRanking
 from trady.records.translated import in_our_words
@@ -67,6 +68,9 @@ class Trainer(Protocol):
 
     def average(self) -> None:
         """Average the gradients of a step over the processes, where that is still to be done."""
+
+    def channel_limit(self, ratio: float | str | None) -> float | None:
+        """Return the number that a limit of a channel's gradient means now."""
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip the gradients; return their norm before."""
@@ -122,6 +126,7 @@ class TunerTrainer:
         self.tuner = tuner
         self.model = tuner.model
         self.micro_batch = tuner.micro_batch
+        self._table = tuner.plan.table
 
     def plan(self) -> Mapping[str, Any]:
         """Return the tuner's plan."""
@@ -145,6 +150,11 @@ class TunerTrainer:
 
     def average(self) -> None:
         """Do nothing: the tuner has done it in the last backward pass."""
+
+    def channel_limit(self, ratio: float | str | None) -> float | None:
+        """Go by the share of the weights that trains."""
+        share = self._table.weight_elements(self.tuner.selection) / self._table.all_weights
+        return limit_of(ratio, share)
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip each channel against its own weights, the head by its norm."""
@@ -251,6 +261,9 @@ class FullTrainer:
         """Average all gradients, in a few buffers."""
         if processes() > 1:
             self._traffic += average_gradients_(self.parameters())
+
+    def channel_limit(self, ratio: float | str | None) -> None:
+        """Channels are not clipped."""
 
     def clip(self, ratio: float | None, max_norm: float | None) -> float:
         """Clip all gradients together by their norm, as plain fine-tuning usually does."""

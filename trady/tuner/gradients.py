@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trady.analysis.model_analysis import ModelAnalysis
 from trady.errors import StateError
 from trady.interception.armed import Armed, Change
-from trady.optim.clipping import clip_channels_
+from trady.optim.clipping import clip_channels_, limit_of
 from trady.optim.in_backward import UpdatesInBackward
 from trady.process.ranks import processes
 from trady.tuner.adoption import Optimizers
@@ -123,10 +124,10 @@ def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter
 
 
 def clip_all(
-    compact: Iterable[nn.Parameter],
-    head: Sequence[nn.Parameter],
+    compact: Sequence[nn.Parameter],
+    analysis: ModelAnalysis,
     optimizers: Iterable[torch.optim.Optimizer],
-    ratio: float | None,
+    ratio: float | str | None,
     max_norm: float | None,
 ) -> float:
     """Clip channel by channel, and the head by its norm; see :meth:`trady.Tuner.clip_gradients`.
@@ -137,11 +138,13 @@ def clip_all(
     """
     in_backward = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
     for optimizer in in_backward:
-        if ratio is not None and not optimizer.clips_channels(ratio):
+        if isinstance(ratio, float) and not optimizer.clips_channels(ratio):
             raise StateError(
                 "the channels have been updated inside the backward pass: give the optimizer "
                 f"channel_clip={ratio}, or call clip_gradients(ratio=None) to clip the head alone"
             )
+    head = list(analysis.head_parameters.values())
+    ratio = limit_of(ratio, sum(parameter.numel() for parameter in compact) / analysis.table.all_weights)
     waiting = [parameter for parameter in compact if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in (*waiting, *head) if p.grad is not None])
     if ratio is not None:

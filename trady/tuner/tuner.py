@@ -289,14 +289,14 @@ class Tuner:
         self._armed.write_back()
         self._draws.learn(self._arrivals.take_norms())
 
-    def clip_gradients(self, ratio: float | None = 0.1, max_norm: float | None = 2.0) -> float:
+    def clip_gradients(self, ratio: float | str | None = "auto", max_norm: float | None = 2.0) -> float:
         """Clip what ``backward()`` left, so that one learning rate serves every network (:mod:`trady.optim.clipping`).
 
         Call it between ``backward()`` and ``optimizer.step()``. An optimizer of :mod:`trady.optim` has used the
         gradients of the channels up by then: it clips them itself, with ``channel_clip=ratio``.
 
         Args:
-            ratio: Largest gradient norm of a channel over the channel's own norm; ``None`` leaves channels alone.
+            ratio: Largest gradient norm of a channel over its own norm (docs/optimizers.md); ``None`` leaves it.
             max_norm: Largest gradient norm of the head; ``None`` leaves the head alone.
 
         Returns:
@@ -307,7 +307,7 @@ class Tuner:
         """
         self._check_alive("clip gradients")
         self._arrivals.reduction.reduce()  # what the last backward pass has left under no_sync()
-        return clip_all(self._compact, list(self._examined.head_parameters.values()), self._attached(), ratio, max_norm)
+        return clip_all(self._compact, self._examined, self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.

@@ -63,8 +63,12 @@ def finetune(
         float | None, typer.Option(help="Length of the warm-up; a tenth of the run by default.")
     ] = None,
     channel_clip: Annotated[
-        float, typer.Option(help="A channel's gradient is scaled down to this share of the channel's norm.")
-    ] = 0.1,
+        str,
+        typer.Option(
+            help="A channel's gradient is scaled down to this share of the channel's norm. auto: 0.1, and less where "
+            "more than a quarter of the weights trains."
+        ),
+    ] = "auto",
     max_grad_norm: Annotated[float, typer.Option(help="The head's gradient is scaled down to this norm.")] = 2.0,
     mode: Annotated[str, typer.Option(help="Dropout in training: on (train) or off (eval).")] = "train",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
@@ -128,7 +132,7 @@ def finetune(
                 batch_size=batch_size,
                 lr=lr,
                 warmup_epochs=warmup_epochs,
-                channel_clip=channel_clip,
+                channel_clip=options.read_limit(channel_clip, "--channel-clip"),
                 max_grad_norm=max_grad_norm,
                 resume=resume,
                 overwrite=overwrite,
