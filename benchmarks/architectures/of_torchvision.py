@@ -19,7 +19,7 @@ SEGMENTATION = "deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50 lra
 DETECTION = "fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large"
 
 #: Sides of images that are not 64.
-SIZES = {"alexnet": 96}
+SIZES = {"alexnet": 96, "ssdlite320_mobilenet_v3_large": 320}
 
 NAMES = tuple(name for names in (CLASSIFIERS, VIDEO, SEGMENTATION, DETECTION) for name in names.split())
 
