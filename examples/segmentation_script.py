@@ -1,4 +1,4 @@
-"""A segmentation script as torchvision's reference one: a model with an auxiliary classifier, poly schedule, its loss."""
+"""A segmentation script as torchvision's reference one: two classifiers, their loss, a polynomial schedule."""
 
 import torch
 import torch.nn.functional as F

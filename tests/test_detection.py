@@ -1,4 +1,4 @@
-"""Detectors of torchvision: the backbone trains by channel inside of the detector, and so does a detector as a whole."""
+"""Detectors of torchvision: the backbone trains by channel inside of the detector, and so does all of it."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_the_weight_that_is_written_back_is_the_one_before_standardisation() -> 
     tuner.finish()
     for name, channels in selection.items():
         before, after = plain.get_parameter(f"{name}.weight"), sparse.get_parameter(f"{name}.weight")
-        groups = plain.get_submodule(name).groups  # type: ignore[union-attr]
+        groups = plain.get_submodule(name).groups
         if groups == 1:
             others = torch.ones(before.shape[1], dtype=torch.bool)
             others[torch.from_numpy(channels.copy())] = False

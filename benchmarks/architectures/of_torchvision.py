@@ -39,7 +39,7 @@ def task_of(architecture: str) -> Task:
             more["init_weights"] = True
         return torchvision.models.get_model(architecture, weights=None, num_classes=5, **more)
 
-    model = seeded(build)
+    model: Any = seeded(build)
     if architecture in SEGMENTATION.split():
         classes = torch.randint(5, (2, size, size), generator=random)
         return Task(model, torch.randn(2, 3, size, size, generator=random), _Pixels(classes))

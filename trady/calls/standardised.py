@@ -2,8 +2,8 @@
 
 NFNet, BiT and their kin write ``batch_norm(weight.reshape(1, O, -1), None, None, gain, training=True)`` and hand the
 result, in the weight's shape, to a convolution. Each tensor on that way remembers what it is made of, so that the
-convolution is read as :func:`trady.ops.standardised.standardised_convolution` of the weight itself. For anybody else who
-reads such a tensor it is made by a call of its own, :func:`trady.ops.standardised.standardise`.
+convolution is read as :func:`trady.ops.standardised.standardised_convolution` of the weight itself. For anybody else
+who reads such a tensor it is made by a call of its own, :func:`trady.ops.standardised.standardise`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def _is_forward(code: CodeType) -> bool:
 
 def _forwards(base: type) -> Iterator[object]:
     """The forward functions of all subclasses, without what decorators have put around them."""
-    for kind in type.__subclasses__(base):
+    kinds: list[type] = type.__subclasses__(base)
+    for kind in kinds:
         if "forward" in vars(kind):
             forward = vars(kind)["forward"]
             yield inspect.unwrap(getattr(forward, "__func__", forward))
