@@ -32,7 +32,7 @@ def added(script: Path) -> list[str]:
 
 
 def test_trady_adds_at_most_three_lines() -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     assert all(1 <= len(added(script)) <= 3 for script in EXAMPLES)
 
 

@@ -81,9 +81,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     progress = Console(stderr=True)
     results = list[Result]()
     asked = [
-        (library, name) for library in options.library for name in sorted(LIBRARIES[library].NAMES)
-        if name in options.architecture
-    ]  # fmt: skip
+        (library, name)
+        for library in options.library
+        for name in options.architecture
+        if name in LIBRARIES[library].NAMES
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         attempts = pool.map(lambda each: apart(*each), asked)
         for found in track(attempts, total=len(asked), console=progress, transient=True):

@@ -91,6 +91,8 @@ def _attempt(architecture: str, build: Callable[[], Task]) -> Result:
         for seed in SEEDS:  # a refusal by chance is none
             dense.model.zero_grad()
             _backward(dense, seed)
+        if not any(p.grad is not None and bool(p.grad.any()) for p in dense.model.parameters() if p.dim() > 1):
+            return Result(architecture, "left out", message="every gradient of the plain model is zero on this batch")
     except Exception as error:
         return Result(architecture, "left out", message=f"{type(error).__name__}: {error}")
     try:

@@ -19,7 +19,7 @@ SEGMENTATION = "deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50 lra
 DETECTION = "fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large"
 
 #: Sides of images that are not 64.
-SIZES = {"alexnet": 96}
+SIZES = {"alexnet": 96, "ssdlite320_mobilenet_v3_large": 320}
 
 NAMES = tuple(name for names in (CLASSIFIERS, VIDEO, SEGMENTATION, DETECTION) for name in names.split())
 
@@ -39,7 +39,7 @@ def task_of(architecture: str) -> Task:
             more["init_weights"] = True
         return torchvision.models.get_model(architecture, weights=None, num_classes=5, **more)
 
-    model = seeded(build)
+    model: Any = seeded(build)
     if architecture in SEGMENTATION.split():
         classes = torch.randint(5, (2, size, size), generator=random)
         return Task(model, torch.randn(2, 3, size, size, generator=random), _Pixels(classes))
