@@ -10,7 +10,8 @@ import torch
 import trady
 from tests.models import gradient_of, same, snapshot
 from tests.optimizer_pairs import images, inside, loss_of, outer, prepared, train
-from trady.errors import StateError
+from trady.errors import StateError, TrainingError
+from trady.optim.clipping import ratio_for
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
@@ -96,4 +97,32 @@ def test_the_running_norm_follows_the_norms_of_the_steps() -> None:
     for norm in norms[1:]:
         expected = 0.9 * expected + 0.1 * norm
     assert optimizer.param_groups[0]["running_norm"] == pytest.approx(expected, rel=1e-6)
+    tuner.finish()
+
+
+def test_auto_clips_harder_where_more_than_a_quarter_of_the_weights_trains() -> None:
+    assert ratio_for(0.01) == ratio_for(0.25) == 0.1
+    assert ratio_for(0.5) == pytest.approx(0.025)
+    assert ratio_for(1.0) == pytest.approx(0.1 / 16)
+    clipped = {}
+    for policy, budget in (("trady", "elements:300"), ("full", None)):
+        for ratio in ("auto", 0.1, 0.1 / 16):
+            tuner = prepared(policy=policy, budget=budget)
+            (1e6 * loss_of(tuner.model, images(0))).backward()
+            tuner.clip_gradients(ratio, None)
+            layers = [
+                (name, p) for name, p in tuner.named_parameters() if name.endswith(".channels") and p.grad is not None
+            ]
+            clipped[policy, ratio] = max(float(p.grad.norm() / p.detach().norm()) for _, p in layers if len(p))
+            tuner.finish()
+    assert clipped["trady", "auto"] == clipped["trady", 0.1]
+    assert clipped["full", "auto"] == pytest.approx(clipped["full", 0.1 / 16], rel=1e-6)
+    assert clipped["full", "auto"] < clipped["full", 0.1] / 8
+
+
+def test_a_word_that_is_no_limit_is_refused() -> None:
+    tuner = prepared()
+    loss_of(tuner.model, images(0)).backward()
+    with pytest.raises(TrainingError, match="'most'; give a number, 'auto' or None"):
+        tuner.clip_gradients("most")
     tuner.finish()

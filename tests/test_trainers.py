@@ -29,7 +29,7 @@ LIBRARIES = {
 
 CELLS = [
     *((trainer, feature) for trainer in BUILDS for feature in ("all at once", "resume", "bf16")),
-    *((trainer, "generation") for trainer in ("Seq2SeqTrainer", "SFTTrainer", "GRPOTrainer")),
+    *((trainer, "generation") for trainer in ("Seq2SeqTrainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer")),
     ("SFTTrainer", "packing"),
 ]
 

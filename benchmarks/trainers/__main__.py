@@ -70,6 +70,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for trainer, feature in track(tasks, "cells", console=Console(stderr=True), disable=not console.is_terminal):
         with contextlib.redirect_stdout(io.StringIO()):
             cells.append((scripts.cell if trainer in scripts.SCRIPTS else cell)(trainer, feature))
+        if chosen.json != "-":  # a long run leaves what it has
+            write_json(chosen.json, {"cells": [asdict(found) for found in cells]})
     console.print(table_of(cells))
     wrong = sum(not found.right for found in cells)
     console.print(f"{len(cells)} cells, {sum(found.error is not None for found in cells)} run, {wrong} not as plain")

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trady.errors import ModelError, TradyError
 from trady.estimates.methods import TRADY, Method, Settings
@@ -26,7 +27,7 @@ from trady.report.units import format_percent
 from trady.simulation.meta_copy import meta_copy
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.plain_step import PlainStep, Surroundings, simulate_evaluation, simulate_step
-from trady.simulation.simulator import form_of
+from trady.simulation.simulator import ExampleLoss, form_of
 from trady.trace.forward import trace_forward
 
 #: The share of the channels of every layer that is a useful number to train.
@@ -51,12 +52,16 @@ class Asked:
         memory: Bytes that a step may take; ``None`` looks for no batch or length.
         autocast: What forward passes compute in under autocast; ``None`` is without it.
         settings: What methods are told.
+        loss: What the step makes of the model's output; its own loss, or a cross entropy, where none is given.
+        workspace_bytes: What libraries of kernels keep for themselves.
     """
 
     optimizer: OptimizerMemory
     memory: int | None
     autocast: torch.dtype | None
     settings: Settings
+    loss: Callable[[Any], Tensor] | None = None
+    workspace_bytes: int = 0
 
 
 class Estimator:
@@ -130,7 +135,16 @@ class Estimator:
         subject, trace = self._subject, self._trace
         if trace.answers and (count, length) != (subject.batch_size, subject.length):
             trace = trace_forward(subject.model, subject.batch(count, length), training=True)
-        return Surroundings(torch.device("cpu"), self._asked.autocast, answers=trace.answers, draws=trace.draws)
+        asked = self._asked
+        loss = None if asked.loss is None else ExampleLoss(asked.loss, subject.batch_size)
+        return Surroundings(
+            torch.device("cpu"),
+            asked.autocast,
+            loss,
+            answers=trace.answers,
+            draws=trace.draws,
+            workspace_bytes=asked.workspace_bytes,
+        )
 
     def _searched(self, found: MethodFit, peak_of: Callable[[int, int | None], int]) -> MethodFit:
         """Look for the largest batch and the longest sequence."""
@@ -181,7 +195,9 @@ class Estimator:
     def _trady(self, budget: int, title: str) -> MethodFit:
         subject = self._subject
         plan = (decision := self._decided(budget, subject.batch_size, subject.length)).plan(decision.start)
-        parts = dict(plan.predicted_parts)
+        parts, workspaces = dict(plan.predicted_parts), self._asked.workspace_bytes
+        if workspaces:
+            parts["workspaces"] = workspaces
         notes = [
             f"{len(plan.recomputed)} of {plan.recomputable} segments recomputed" if plan.recomputable else "",
             "" if plan.cost.channels else "no room for what is drawn first",
@@ -194,7 +210,7 @@ class Estimator:
             title,
             ", ".join(filter(None, notes)),
             trainable_parameters=plan.cost.compact_bytes // plan.table.weight_element_bytes + plan.head_parameters,
-            peak_bytes=plan.predicted_peak_bytes or 0,
+            peak_bytes=(plan.predicted_peak_bytes or 0) + workspaces,
             parts=parts,
             evaluation_bytes=evaluation,
             budget_bytes=budget,
@@ -203,7 +219,9 @@ class Estimator:
         )
 
     def _decided(self, budget: int, count: int, length: int | None) -> Decision:
-        request = Request(budget=Budget(PEAK, budget), autocast=self._asked.autocast)
+        """Plan for a budget, on a CPU, whose plans have no workspaces."""
+        within = Budget(PEAK, max(1, budget - self._asked.workspace_bytes))
+        request = Request(budget=within, autocast=self._asked.autocast, loss=self._asked.loss)
         batch = self._subject.batch(count, length)
         return request.decide(self._model, batch, optimizer=self._asked.optimizer, explain=False)
 
@@ -212,13 +230,13 @@ class Estimator:
         try:
             self._decided(1, count, length)
         except InfeasibleBudgetError as error:
-            return error.least_amount
+            return error.least_amount + self._asked.workspace_bytes
         return 1
 
     def _for_share(self, count: int, length: int | None) -> int:
         """The peak of a step in which some channels of every layer train, and all is recomputed that may be."""
         decision = self._decided(_BOUNDLESS, count, length)
-        return share_point(decision, SHARE).recomputed_peak_bytes
+        return share_point(decision, SHARE).recomputed_peak_bytes + self._asked.workspace_bytes
 
     @property
     def _model(self) -> nn.Module:

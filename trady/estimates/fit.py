@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trady.errors import BudgetError, ModelError
 from trady.estimates.adapters import ALL, RANK
@@ -16,10 +16,12 @@ from trady.estimates.estimator import Asked, Estimator, Progress
 from trady.estimates.methods import TRADY, Settings, read_method
 from trady.estimates.report import FitReport, MethodFit
 from trady.estimates.subject import Subject, subject_of_module, subject_of_name
+from trady.memory.workspaces import expected_workspace_bytes
 from trady.model.untouched import untouched
 from trady.planning.budget import parse_budget
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.models.from_config import read_dtype
+from trady.training.models.from_function import find_function
 from trady.training.optimizers import OptimizerFactory, memory_of
 
 #: What is compared where nobody says.
@@ -56,6 +58,7 @@ def fit(
     dtype: str | None = None,
     optimizer: str | OptimizerFactory = "adamw",
     autocast: str | None = None,
+    loss: Callable[[Any], Tensor] | str | None = None,
     rank: int = RANK,
     targets: str | Sequence[str] = ALL,
     blocks: Sequence[str] = (),
@@ -88,12 +91,16 @@ def fit(
         optimizer: ``sgd``, ``sgd-momentum``, ``adam``, ``adamw``, ``adafactor``, or a function that makes one of
             parameters.
         autocast: ``bfloat16`` or ``float16``, what forward passes compute in under ``torch.autocast``.
+        loss: What a step makes of the model's output, a scalar, or ``package.module:function`` that computes it; for
+            models whose output is neither a loss nor class scores. It makes its labels of the output, whose samples and
+            tokens are those of the step that is asked about. Without it, the loss that the model returns, else a cross
+            entropy.
         rank: Of adapters.
         targets: Where adapters stand: ``"all"`` layers but the head, ``"peft"`` (its own choice for this type of
             model), or names of layers such as ``("q_proj", "v_proj")``.
         blocks: Class names of the blocks that are checkpointed and counted by ``last-N``; found by default.
-        device: ``cpu`` or ``cuda``: whose default of ``foreach`` the optimizer steps by. By default ``cuda`` where
-            there is one.
+        device: ``cpu`` or ``cuda``: whose default of ``foreach`` the optimizer steps by, and whose cuBLAS keeps
+            workspaces. By default ``cuda`` where there is one.
         seed: Of token ids.
         done: Called after each method, with the report as far as it is.
         at: Told what is under way.
@@ -102,7 +109,7 @@ def fit(
         A row for each method; one that this model has nothing for says so in ``refused``.
 
     Raises:
-        ModelError: There is no such model or method, or the model cannot run on its batch.
+        ModelError: There is no such model, method or loss, or the model cannot run on its batch.
         BudgetError: The memory or a budget cannot be read.
 
     """
@@ -112,6 +119,7 @@ def fit(
     settings = Settings(rank, targets, tuple(blocks))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     taken = _taken(optimizer, device)
+    computed = _read_loss(loss)
     for name, number in (("batch_size", batch_size), ("length", length), ("image_size", image_size)):
         if number is not None and number < 1:
             raise ModelError(f"{name} is {number}; it is at least 1")
@@ -143,9 +151,11 @@ def fit(
         if at is not None:
             at(what)
 
+    kept = expected_workspace_bytes(device)
+    asked = Asked(taken, memory_bytes, read_dtype(autocast), settings, computed, kept)
     with untouched(subject.model, subject.bare, watches=False):
         tell("tracing")
-        estimator = Estimator(subject, Asked(taken, memory_bytes, read_dtype(autocast), settings))
+        estimator = Estimator(subject, asked)
         for method in known:
             add(estimator.row(method, tell))
         if TRADY in methods:
@@ -165,6 +175,15 @@ def _bytes(text: str | int, name: str) -> int:
     if (peak := budget.peak_bytes) is None:
         raise BudgetError(f"{name} is {text}; it is what a whole step may take, such as 16GiB")
     return peak
+
+
+def _read_loss(loss: Callable[[Any], Tensor] | str | None) -> Callable[[Any], Tensor] | None:
+    found: Any = find_function(loss) if isinstance(loss, str) else loss
+    if found is not None and not callable(found):
+        raise ModelError(
+            f"loss is a {type(found).__name__}; it is a function of the model's output, or the name of one"
+        )
+    return cast("Callable[[Any], Tensor] | None", found)
 
 
 def _taken(optimizer: str | OptimizerFactory, device: str) -> OptimizerMemory:

@@ -21,7 +21,7 @@ COLUMNS = {
     "gradients": ("gradients", "compact gradients"),
     "activations": ("saved activations",),
     "batch": ("inputs",),
-    "temporary": ("temporaries",),
+    "temporary": ("temporaries", "workspaces"),
 }
 
 

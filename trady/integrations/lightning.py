@@ -16,6 +16,7 @@ from trady.errors import CheckpointError, ModelError, StateError, TrainingError
 from trady.integrations.adopting import largest_of_all
 from trady.integrations.example_record import step_from_state, step_to_state
 from trady.integrations.recording import Step, recorded
+from trady.integrations.refusals import refuse_model
 from trady.model.batch import Batch
 from trady.model.untouched import untouched
 from trady.planning.budget import Budget
@@ -140,6 +141,11 @@ class TradyCallback(Callback):  # type: ignore[misc, valid-type, unused-ignore]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Arm the model before the first batch; draw the channels before the first one of an epoch."""
+        if self.tuner is not None and self.tuner.model not in pl_module.modules():
+            raise StateError(
+                "the LightningModule has another model than the one that this run was armed for: exchange it before "
+                "trainer.fit()"
+            )
         if self.tuner is None:
             step = None if self._example is not None else largest_of_all(_seen(trainer, pl_module, batch, batch_idx))
             self._arm(trainer, pl_module, step)
@@ -236,6 +242,7 @@ def _refuse(trainer: Any, pl_module: Any, *, seen: bool) -> None:
             f"a memory budget does not work with {type(trainer.strategy).__name__} on {trainer.world_size} devices, "
             'which cuts the model into parts; take strategy="ddp", or devices=1'
         )
+    refuse_model(pl_module)
     others = [each for each in trainer.callbacks if isinstance(each, TradyCallback)]
     if len(others) > 1:
         raise StateError("there are two TradyCallbacks in this trainer: leave one of them")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from trady.errors import ModelError, StateError, TrainingError
+from trady.model.eager import unwrap_compiled
+from trady.model.prepared import refuse_prepared
 from trady.tuner.adoption import innermost
 
 #: What a trainer must have to be wrapped.
@@ -71,6 +74,7 @@ def refuse_wrappers(trainer: Any) -> None:
 
     Raises:
         ModelError: The message says what to take instead.
+        StateError: A tuner has its model in its hands.
     """
     args = trainer.args
     for asked, what, instead in (
@@ -81,4 +85,24 @@ def refuse_wrappers(trainer: Any) -> None:
         (args.neftune_noise_alpha is not None, "NEFTune, whose noise cannot be planned", "dropout"),
     ):
         if asked:
+            raise ModelError(f"a memory budget does not work with {what}; take {instead}")
+    refuse_model(trainer.model)
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Refuse a model that is prepared, compiled, wrapped or sharded already.
+
+    Raises:
+        ModelError, StateError: The message says what to do.
+    """
+    refuse_prepared(model)
+    sharded = {type(p).__name__ for p in model.parameters()} & {"DTensor", "FlatParameter"}
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrapped = next((type(module).__name__ for module in model.modules() if isinstance(module, wrappers)), None)
+    for found, what, instead in (
+        (unwrap_compiled(model) is not model, "a model that is compiled already", "the model, and compile it later"),
+        (wrapped is not None, f"a model inside of {wrapped}", "the model itself: the trainer wraps it"),
+        (bool(sharded), f"a model in shards ({', '.join(sharded)})", "the whole model, on each device"),
+    ):
+        if found:
             raise ModelError(f"a memory budget does not work with {what}; take {instead}")

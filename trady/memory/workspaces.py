@@ -6,6 +6,10 @@ from functools import cache
 
 import torch
 
+#: What cuBLAS keeps on a Hopper GPU: 32 MiB for the thread of the forward pass, and for that of the backward pass. On
+#: most other GPUs it is a quarter.
+_HOPPER_BYTES = 2 * 32 * 2**20
+
 
 def workspace_bytes(device: torch.device) -> int:
     """Return the bytes that stay with cuBLAS on a device once a training step has run; 0 on other devices.
@@ -18,6 +22,13 @@ def workspace_bytes(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
     return _measured(torch.cuda.current_device() if device == torch.device("cuda") else device.index)
+
+
+def expected_workspace_bytes(kind: str) -> int:
+    """Return the same for a type of device that need not be there: without a GPU, what a Hopper GPU would keep."""
+    if kind != "cuda":
+        return 0
+    return workspace_bytes(torch.device("cuda")) if torch.cuda.is_available() else _HOPPER_BYTES
 
 
 @cache

@@ -77,11 +77,12 @@ class UpdatesInBackward(torch.optim.Optimizer):
         """Norm before clipping of every gradient that has been applied since the last ``step()``."""
         return tuple(self._norms)
 
-    def clips_channels(self, ratio: float) -> bool:
-        """Whether the gradients of all channels that this optimizer updates are clipped with this ratio."""
+    def clips_channels(self, ratio: float | str) -> bool:
+        """Whether the gradients of all channels that this optimizer updates are clipped with this ratio; a word is any."""
         compact = self._compact or ()
         groups = [group for group in self.param_groups if any(id(p) in compact for p in group["params"])]
-        return all(group["channel_clip"] == ratio for group in groups)
+        clips = [group["channel_clip"] for group in groups]
+        return all(clip is not None if isinstance(ratio, str) else clip == ratio for clip in clips)
 
     @torch.no_grad()
     def gradient_arrived(self, parameter: nn.Parameter) -> None:

@@ -73,8 +73,8 @@ class Planner:
     ) -> tuple[Recomputation, Timeline]:
         """Find the choice with the least extra time whose peak is at most ``most``; else that of the least peak.
 
-        Segments that free the most bytes for a multiply-add are taken first; when all are taken, neighbours
-        are joined, so that fewer activations are kept.
+        Segments that free the most bytes for a multiply-add are taken first. Where all of them are not enough, the last
+        one is kept if that helps, and neighbours are joined, so that fewer activations are kept.
 
         Args:
             timeline_of: Simulates a step.
@@ -89,19 +89,32 @@ class Planner:
         best = self.everything, everything
         if peak_of(everything) <= most:
             return self._fewest(timeline_of, peak_of, most, kept, best)
+        # What the backward pass comes to first is needed at once: recomputing it may free nothing.
+        segments = list(self._found.training)
+        if len(segments) > 1:
+            choice = self._choose(segments[:-1], 1)
+            if peak_of(lighter := timeline_of(choice)) < peak_of(best[1]):
+                best, segments = (choice, lighter), segments[:-1]
         for joined in _JOINED:
-            before, (choice, timeline) = best, self._joined(timeline_of, joined)
+            if peak_of(best[1]) <= most:
+                return best
+            before, (choice, timeline) = best, self._joined(timeline_of, segments, joined)
             if peak_of(timeline) >= peak_of(best[1]):
                 break
             best = choice, timeline
             if peak_of(timeline) <= most:
-                return self._fewer_joins(timeline_of, peak_of, most, before, best)
-        return best
+                return self._fewer_joins(timeline_of, peak_of, most, segments, before, best)
+        # With few samples, what is read again may take more than what is kept.
+        return (self.nothing, kept) if peak_of(kept) < peak_of(best[1]) else best
 
     def _joined(
-        self, timeline_of: Callable[[Recomputation], Timeline], joined: int, most: int | None = None
+        self,
+        timeline_of: Callable[[Recomputation], Timeline],
+        segments: list[Segment],
+        joined: int,
+        most: int | None = None,
     ) -> tuple[Recomputation, Timeline]:
-        choice = self._choose(list(self._found.training), joined, most)
+        choice = self._choose(segments, joined, most)
         return choice, timeline_of(choice)
 
     def _fewer_joins(
@@ -109,14 +122,15 @@ class Planner:
         timeline_of: Callable[[Recomputation], Timeline],
         peak_of: Callable[[Timeline], int],
         most: int,
+        segments: list[Segment],
         before: tuple[Recomputation, Timeline],
         best: tuple[Recomputation, Timeline],
     ) -> tuple[Recomputation, Timeline]:
         """Join no more neighbours than needed; every join frees about as much as the next."""
-        joined, whole = best[0].joined, len(self._found.training) - len(best[0].segments.training)
+        joined, whole = best[0].joined, len(segments) - len(best[0].segments.training)
         share = (peak_of(before[1]) - most) / max(peak_of(before[1]) - peak_of(best[1]), 1)
         for joins in sorted({math.ceil(share * whole), math.ceil((share + 1) / 2 * whole)}):
-            found = self._joined(timeline_of, joined, joins)
+            found = self._joined(timeline_of, segments, joined, joins)
             if peak_of(found[1]) <= most:
                 return found
         return best

@@ -47,6 +47,7 @@ class Surroundings:
         answers: To the calls that need values.
         draws: What random numbers are.
         watching: Makes the context for calls on real tensors alone.
+        workspace_bytes: What libraries of kernels keep for themselves.
     """
 
     device: torch.device
@@ -55,6 +56,7 @@ class Surroundings:
     answers: tuple[Answer, ...] = ()
     draws: Draws = Draws()  # noqa: RUF009 - frozen
     watching: Callable[[], AbstractContextManager[None]] = nullcontext
+    workspace_bytes: int = 0
 
 
 def simulate_step(model: nn.Module, packed: PackedBatch, optimizer: OptimizerMemory, around: Surroundings) -> PlainStep:
@@ -69,7 +71,7 @@ def simulate_step(model: nn.Module, packed: PackedBatch, optimizer: OptimizerMem
     """
     live, batch = LiveBytes(), packed.unpack()
     parameters = [parameter for parameter in own_parameters(model) if parameter.requires_grad]
-    _register(live, model, batch)
+    kept_by_kernels = _register(live, model, batch, around)
     state = torch.empty(optimizer.kept_bytes(map(form_of, parameters)), dtype=torch.uint8, device="meta")
     live.register(state, "optimizer state")
     fake = FakeRun(around.device, live, around.watching, around.answers)
@@ -97,6 +99,7 @@ def simulate_step(model: nn.Module, packed: PackedBatch, optimizer: OptimizerMem
         torch.empty(optimizer.moment_bytes(map(form_of, trained)), dtype=torch.uint8, device="meta")
         peak, _ = live.highest()
         parts = parts_at_peak(live, kept)
+        del kept_by_kernels
     for parameter in trained:
         parameter.grad = None
     return PlainStep(peak, parts, sum(parameter.numel() for parameter in trained))
@@ -112,16 +115,22 @@ def simulate_evaluation(model: nn.Module, packed: PackedBatch, around: Surroundi
 
     """
     live, batch = LiveBytes(), packed.unpack()
-    _register(live, model, batch)
+    kept_by_kernels = _register(live, model, batch, around)
     args, kwargs = batch.arguments
     around.draws.arm([model, batch.inputs])
     fake = FakeRun(around.device, live, around.watching, around.answers)
     with fake, torch.no_grad(), live, simulated_autocast(around.autocast):
         model(*args, **kwargs)
+    del kept_by_kernels
     return live.highest()[0]
 
 
-def _register(live: LiveBytes, model: nn.Module, batch: Batch) -> None:
+def _register(live: LiveBytes, model: nn.Module, batch: Batch, around: Surroundings) -> torch.Tensor:
+    """Account for what is there before a pass; what is returned stands for the workspaces, while it is held."""
     quantized = [tensor for module in model.modules() if (found := stored_in(module)) for tensor in found.tensors()]
     live.register([*model.parameters(), *model.buffers(), *quantized], "weights")
     live.register(batch.tensors, "inputs")
+    workspaces = torch.empty(around.workspace_bytes, dtype=torch.uint8, device="meta")
+    if workspaces.numel():
+        live.register([workspaces], "workspaces")
+    return workspaces

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trady.analysis.model_analysis import ModelAnalysis
 from trady.errors import StateError
 from trady.interception.armed import Armed, Change
-from trady.optim.clipping import clip_channels_, limit_of
+from trady.optim.clipping import USUAL_RATIO, clip_channels_, limit_of
 from trady.optim.in_backward import UpdatesInBackward
 from trady.process.ranks import processes
 from trady.tuner.adoption import Optimizers
@@ -138,10 +138,10 @@ def clip_all(
     """
     in_backward = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
     for optimizer in in_backward:
-        if isinstance(ratio, float) and not optimizer.clips_channels(ratio):
+        if ratio is not None and not optimizer.clips_channels(ratio):
             raise StateError(
                 "the channels have been updated inside the backward pass: give the optimizer "
-                f"channel_clip={ratio}, or call clip_gradients(ratio=None) to clip the head alone"
+                f"channel_clip={USUAL_RATIO if isinstance(ratio, str) else ratio}, or call clip_gradients(ratio=None) to clip the head alone"
             )
     head = list(analysis.head_parameters.values())
     ratio = limit_of(ratio, sum(parameter.numel() for parameter in compact) / analysis.table.all_weights)

@@ -50,6 +50,12 @@ def fit(
     autocast: Annotated[
         str | None, typer.Option(help="bfloat16 or float16: forward passes run under torch.autocast.")
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:function: a scalar of the model's output, where that is neither loss nor scores."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA's adapters.")] = 8,
     targets: Annotated[
         str,
@@ -59,7 +65,10 @@ def fit(
         str | None, typer.Option(help="Class names of the model's blocks, where they are not found: Block,Stage.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda: how the optimizer steps. By default cuda where there is one.")
+        str | None,
+        typer.Option(
+            help="cpu or cuda: how the optimizer steps, and cuBLAS' workspaces. By default cuda where there is one."
+        ),
     ] = None,
     seed: options.Seed = 0,
     plot: Annotated[str | None, typer.Option(help="Also draw the peaks into this .svg, .png or .pdf file.")] = None,
@@ -94,6 +103,7 @@ def fit(
                 dtype=dtype,
                 optimizer=optimizer,
                 autocast=autocast,
+                loss=loss,
                 rank=rank,
                 targets=names[0] if len(names) == 1 else names,
                 blocks=_names(blocks or ""),

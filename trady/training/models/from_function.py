@@ -17,18 +17,23 @@ def _matches(name: str) -> bool:
     return ":" in name
 
 
-def _find_function(name: str) -> Callable[[int], object]:
+def find_function(name: str) -> Callable[..., object]:
+    """Import ``package.module:function``, from the current folder too.
+
+    Raises:
+        ModelError: There is no such function.
+    """
     module_name, _, function_name = name.partition(":")
     try:
         with importable_here():
-            function: Callable[[int], object] = getattr(importlib.import_module(module_name), function_name)
+            function: Callable[..., object] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError, ValueError) as error:
         raise ModelError(f"no function {function_name!r} in module {module_name!r}: {error}") from error
     return function
 
 
 def _load(name: str, num_classes: int) -> LoadedModel:
-    function = _find_function(name)
+    function = find_function(name)
     with importable_here():  # a function may import more when it is called
         made = function(num_classes)
     if isinstance(made, LoadedModel):
@@ -43,4 +48,4 @@ def _image_format(name: str) -> tuple[Normalization, int]:
     return loaded.normalization, loaded.image_size
 
 
-FUNCTION = ModelSource("package.module:function", _matches, _load, _image_format, _find_function)
+FUNCTION = ModelSource("package.module:function", _matches, _load, _image_format, find_function)
