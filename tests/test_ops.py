@@ -250,6 +250,21 @@ def test_an_unshared_gradient_is_overwritten_rather_than_copied() -> None:
     assert seen[0] == seen[1]
 
 
+def test_a_layer_with_its_activation_overwrites_an_unshared_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place: list[bool] = []
+    select = layer_module.select
+
+    def noted(gradient: Tensor, bits: Tensor, kind: Clamp, out: Tensor) -> Tensor:
+        in_place.append(out.data_ptr() == gradient.data_ptr())
+        return select(gradient, bits, kind, out)
+
+    monkeypatch.setattr(layer_module, "select", noted)
+    x = torch.randn(64, 64, requires_grad=True)
+    y = layer(x, None, LayerCall(Linear(), clamp=Clamp(0.0)), torch.eye(64))
+    (y * 2).sum().backward()
+    assert in_place == [True]
+
+
 # -- selected channels -------------------------------------------------------------------------------------------
 
 
