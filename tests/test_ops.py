@@ -21,7 +21,7 @@ from tests.models import gradient_of
 from trady.ops import layer as layer_module
 from trady.ops import layout
 from trady.ops.activation import affine_clamp, clamp
-from trady.ops.bits import Clamp
+from trady.ops.bits import Clamp, select
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Linear
@@ -252,7 +252,6 @@ def test_an_unshared_gradient_is_overwritten_rather_than_copied() -> None:
 
 def test_a_layer_with_its_activation_overwrites_an_unshared_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     in_place: list[bool] = []
-    select = layer_module.select
 
     def noted(gradient: Tensor, bits: Tensor, kind: Clamp, out: Tensor) -> Tensor:
         in_place.append(out.data_ptr() == gradient.data_ptr())
