@@ -21,7 +21,7 @@ from tests.models import gradient_of
 from trady.ops import layer as layer_module
 from trady.ops import layout
 from trady.ops.activation import affine_clamp, clamp
-from trady.ops.bits import Clamp
+from trady.ops.bits import Clamp, select
 from trady.ops.dropout import dropout
 from trady.ops.layer import LayerCall, layer
 from trady.ops.operators import Linear
@@ -248,6 +248,20 @@ def test_an_unshared_gradient_is_overwritten_rather_than_copied() -> None:
     x = torch.randn(64, 64, requires_grad=True)
     Watch.apply(clamp(Sink.apply(x), Clamp(0.0), in_place=False)).sum().backward()
     assert seen[0] == seen[1]
+
+
+def test_a_layer_with_its_activation_overwrites_an_unshared_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place: list[bool] = []
+
+    def noted(gradient: Tensor, bits: Tensor, kind: Clamp, out: Tensor) -> Tensor:
+        in_place.append(out.data_ptr() == gradient.data_ptr())
+        return select(gradient, bits, kind, out)
+
+    monkeypatch.setattr(layer_module, "select", noted)
+    x = torch.randn(64, 64, requires_grad=True)
+    y = layer(x, None, LayerCall(Linear(), clamp=Clamp(0.0)), torch.eye(64))
+    (y * 2).sum().backward()
+    assert in_place == [True]
 
 
 # -- selected channels -------------------------------------------------------------------------------------------

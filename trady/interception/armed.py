@@ -126,7 +126,7 @@ class Armed:
         self.selection = selection
         self._writes = Writes(self.layers.values())
         self._writes.note(self.layers[change.layer] for change in changes)
-        self.shown.drawn(change.layer for change in changes)
+        self.shown.drawn()
         return changes
 
     @property

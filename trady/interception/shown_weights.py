@@ -110,11 +110,10 @@ class ShownWeights:
             self._begun = begun
             self.show()
 
-    def drawn(self, names: Iterable[str]) -> None:
-        """Follow a draw of other channels in these layers."""
+    def drawn(self) -> None:
+        """Follow a draw of other channels; the node of the last one would keep its channels."""
         if self._shown:
-            changed = set(names)
-            _reconnect(layer for layer in self._layers if layer.name in changed)
+            _reconnect(self._layers)
 
     def check_not_asked(self) -> None:
         """Refuse that a backward pass was asked for gradients of the weights alone.

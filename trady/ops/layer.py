@@ -27,7 +27,6 @@ from trady.ops.gates import Gates
 from trady.ops.layout import CHUNK_BYTES, as_type, chunks, is_dense, is_owned, memory_format, take, unviewed
 from trady.ops.once import apply, once_differentiable
 from trady.ops.operators import Linear, WeightOperator
-from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
 from trady.ops.standardised import raw_gradient_, standardise
 
@@ -176,7 +175,8 @@ class _Layer(torch.autograd.Function):
         inputs, bits, weight, scale = ctx.saved_tensors
         call: LayerCall = ctx.call
         gates: Gates | None = ctx.gates
-        owned = bits is not None and is_owned(gradient, sys.getrefcount(gradient))
+        references = sys.getrefcount(gradient)  # as an argument, it would have one more
+        owned = bits is not None and is_owned(gradient, references)
         wants_input = ctx.needs_input_grad[0]
         folded = as_type(_fold(weight, scale, call), gradient.dtype) if wants_input or gates else None
         weight_gradient = None
@@ -233,7 +233,8 @@ class _PlainLinear(torch.autograd.Function):
             y = call.operator.forward(x, weight, None if bias is None else as_type(bias, x.dtype))
             if compact is not None and selected is not None:
                 inputs = label_saved(take(x, -1, selected.index), "channels")
-        ctx.call, ctx.compact = call, None if compact is None else (compact.shape, compact.dtype)
+        ctx.call, ctx.input_shape = call, x.shape
+        ctx.compact_like = None if compact is None else (compact.shape, compact.dtype)
         ctx.save_for_backward(inputs, weight)
         return unviewed(y)
 
@@ -247,7 +248,7 @@ class _PlainLinear(torch.autograd.Function):
         input_gradient: Tensor | None = None
         weight_gradient: Tensor | None = None
         if inputs is not None and selected is not None:
-            shape, dtype = ctx.compact
+            shape, dtype = ctx.compact_like
             if selected.outputs is None:
                 selected.check_current()
                 weight_gradient = as_type(operator.channel_gradient(gradient, inputs), dtype)
@@ -255,7 +256,7 @@ class _PlainLinear(torch.autograd.Function):
                 weight_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
                 add_weight_gradient(weight_gradient, gradient, inputs, call)
         if ctx.needs_input_grad[0]:
-            input_gradient = multiply_rows(gradient, weight.t() if operator.input_major else weight)
+            input_gradient = operator.input_gradient(gradient, weight, ctx.input_shape)
         return input_gradient, weight_gradient, None, None, None
 
 

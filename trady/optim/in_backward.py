@@ -78,7 +78,7 @@ class UpdatesInBackward(torch.optim.Optimizer):
         return tuple(self._norms)
 
     def clips_channels(self, ratio: float | str) -> bool:
-        """Whether the gradients of all channels that this optimizer updates are clipped with this ratio; a word is any."""
+        """Whether this optimizer clips the gradients of all channels that it updates with a ratio; a word is any."""
         compact = self._compact or ()
         groups = [group for group in self.param_groups if any(id(p) in compact for p in group["params"])]
         clips = [group["channel_clip"] for group in groups]

@@ -139,9 +139,10 @@ def clip_all(
     in_backward = [optimizer for optimizer in optimizers if isinstance(optimizer, UpdatesInBackward)]
     for optimizer in in_backward:
         if ratio is not None and not optimizer.clips_channels(ratio):
+            number = USUAL_RATIO if isinstance(ratio, str) else ratio
             raise StateError(
                 "the channels have been updated inside the backward pass: give the optimizer "
-                f"channel_clip={USUAL_RATIO if isinstance(ratio, str) else ratio}, or call clip_gradients(ratio=None) to clip the head alone"
+                f"channel_clip={number}, or call clip_gradients(ratio=None) to clip the head alone"
             )
     head = list(analysis.head_parameters.values())
     ratio = limit_of(ratio, sum(parameter.numel() for parameter in compact) / analysis.table.all_weights)
