@@ -110,10 +110,10 @@ def test_auto_clips_harder_where_more_than_a_quarter_of_the_weights_trains() -> 
             tuner = prepared(policy=policy, budget=budget)
             (1e6 * loss_of(tuner.model, images(0))).backward()
             tuner.clip_gradients(ratio, None)
-            layers = [
-                (name, p) for name, p in tuner.named_parameters() if name.endswith(".channels") and p.grad is not None
-            ]
-            clipped[policy, ratio] = max(float(p.grad.norm() / p.detach().norm()) for _, p in layers if len(p))
+            compact = [p for name, p in tuner.named_parameters() if name.endswith(".channels")]
+            layers = [p for p in compact if p.grad is not None and len(p)]
+            norms = [(float(gradient_of(p).norm()), float(p.detach().norm())) for p in layers]
+            clipped[policy, ratio] = max(gradient / weight for gradient, weight in norms)
             tuner.finish()
     assert clipped["trady", "auto"] == clipped["trady", 0.1]
     assert clipped["full", "auto"] == pytest.approx(clipped["full", 0.1 / 16], rel=1e-6)

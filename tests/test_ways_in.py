@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import trady
 from tests.distributed_training import Told, Training
 from tests.models import Residual, normal, same, seeded, snapshot
 from tests.ranks import Raised, Scenario, together
+from tests.small_task import write_npz
 from trady.process.ranks import processes
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
@@ -323,6 +325,21 @@ def test_a_loop_of_ones_own_under_torchrun_ends_alike(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert not same(first, snapshot(seeded(Residual)))
+
+
+def test_the_command_under_torchrun_is_one_run(tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "data.npz")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trady"]
+    asked = ["--image-size", "12", "--out", "run", "--budget", "update:20 KiB", "--epochs", "2", "--batch-size", "8"]
+    done = subprocess.run(
+        [*command, "finetune", "tests.small_task:small_net", str(data), *asked, "--policy", "velocity"],
+        env=_environment(), capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("weights, metrics and plan are in run") == 1
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [each["averaging_calls"] for each in metrics] == [1, 1]
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_rank_that_is_killed_ends_the_others_with_a_reason(tmp_path: Path) -> None:

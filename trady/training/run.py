@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
@@ -269,7 +270,8 @@ def run(
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
         raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
-    accelerator = Accelerator()
+    # Where there is no accelerator it has to be told so, or each process of torchrun takes itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if options.capture:
         refuse_capture(policy.name, accelerator.device)
     folder = None if options.out is None else RunFolder(Path(options.out))

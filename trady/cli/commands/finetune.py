@@ -115,7 +115,8 @@ def finetune(
     if checkpoint_every is not None:
         parse_seconds(checkpoint_every, "--checkpoint-every")
     folder = RunFolder(Path(out))
-    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, the first takes the folder
+    first = os.environ.get("RANK", "0") == "0"  # of several processes of one run: it takes the folder, and speaks
+    if first:
         refuse_locked(folder.path)
     folder.check(resume=resume, overwrite=overwrite)
     task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
@@ -151,6 +152,8 @@ def finetune(
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(str(interrupt) or folder.where_it_stands()) from None
+    if not first:
+        return
     if as_json:
         options.print_json({**result.to_json(), "out": out, "skipped": list(task.data.skipped)})
     else:
