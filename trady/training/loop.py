@@ -31,6 +31,7 @@ from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
 from trady.training.process import process_now
 from trady.training.progress import Display
+from trady.training.provenance import Describer
 from trady.training.randomness import random_state, seed_epoch, set_random_state
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
@@ -69,6 +70,7 @@ class Loop:
         saving: When checkpoints are written, beside those after each epoch.
         data: What the data is, written in each checkpoint; ``None`` is not compared.
         budget: What the run may take.
+        describer: Writes into the folder what the run is.
     """
 
     trainer: Trainer
@@ -84,10 +86,12 @@ class Loop:
     observed: Iterable[Any] = ()
     redraws: frozenset[int] = frozenset()
     budget: Budget | None = None
+    describer: Describer | None = None
     saving: Saving = field(default_factory=Saving)
     data: Mapping[str, Any] | None = None
     _finished: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
+    _evaluated_at_once: int = field(default=0, init=False)
     _saver: Saver = field(init=False)
     _interrupts: Interrupts = field(init=False)
     _epoch_started: float = field(default=0.0, init=False)
@@ -124,10 +128,13 @@ class Loop:
         self.accelerator.wait_for_everyone()  # everybody has read it
         if (folder := self._writable()) is not None:
             folder.begin(keep=found is not None)
-            if found is None:
-                folder.write_plan(self.trainer.plan())
-            else:
+            plan = None if found is not None else self.trainer.plan()
+            if self.describer is not None:
+                self.describer.begin(folder, plan)
+            if plan is None:
                 folder.rewrite(history)
+            else:
+                folder.write_plan(plan)
         self.accelerator.wait_for_everyone()
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         if found is not None:
@@ -202,7 +209,7 @@ class Loop:
                 self.loss,
                 self.accelerator,
                 self.settings.mixed_precision,
-                self.trainer.parts,
+                self._evaluation_parts,
                 lambda: self._pause(sums, random),
             )
         if not evaluation_loss < float("inf"):
@@ -230,6 +237,12 @@ class Loop:
         )
         self.display.end_epoch(metrics)
         return metrics
+
+    def _evaluation_parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut a batch as the trainer says, and remember how many examples a pass took."""
+        for part in self.trainer.parts(batch):
+            self._evaluated_at_once = max(self._evaluated_at_once, len(part[1]))
+            yield part
 
     def _pause(self, sums: EpochSums, random: State | None = None) -> None:
         """Save where the epoch stands if it is time, or if the run is to stop; then stop."""
@@ -340,6 +353,8 @@ class Loop:
         if (folder := self._writable()) is not None:  # tensor by tensor, from the model
             folder.write_plan(plan)
             folder.write_model(all_weights(self.trainer.model), delta)
+            if self.describer is not None:
+                self.describer.end(folder, plan, self._evaluated_at_once or None)
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path

@@ -34,6 +34,7 @@ from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_fac
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
 from trady.training.progress import Display, Lines, Silent
+from trady.training.provenance import UNTOLD, Origin, describe
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
@@ -75,6 +76,7 @@ class RunOptions:
     checkpoint_every: str | float | None = None
     keep_best: bool = True
     progress: bool | Display = True
+    origin: Origin = UNTOLD
 
 
 def finetune(
@@ -313,6 +315,7 @@ def run(
     with file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
+        facts = None if folder is None else identity(train, evaluation)
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
@@ -328,7 +331,10 @@ def run(
             folder=folder,
             budget=request.limit,
             saving=Saving(every, within_epochs=alone, best=options.keep_best),
-            data=None if folder is None else identity(train, evaluation),
+            data=facts,
+            describer=None
+            if facts is None
+            else describe(model, train, settings, options.origin, accelerator.device, facts),
         )
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)

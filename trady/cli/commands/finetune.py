@@ -19,6 +19,7 @@ AugmentName = Literal["none", "light", "paper"]
 
 
 def finetune(
+    context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
     budget: Annotated[
@@ -85,6 +86,7 @@ def finetune(
     from trady.training.data.augment import check_name
     from trady.training.data.load import check_examples
     from trady.training.durations import parse_seconds
+    from trady.training.provenance import Origin
     from trady.training.run import RunOptions, run
     from trady.training.run_folder import RunFolder
 
@@ -137,6 +139,7 @@ def finetune(
                 augment=cast(AugmentName, augment),
                 checkpoint_every=checkpoint_every,
                 keep_best=keep_best,
+                origin=Origin(model, dataset, context.meta.get(options.COMMAND_LINE)),
             ),
         )
     except KeyboardInterrupt as interrupt:
