@@ -15,6 +15,7 @@ from trady.records.reading import file_digest
 from trady.records.schema import AtLeast, Natural, Positive
 from trady.records.versioned import Format
 from trady.training.data.datasets import Normalization
+from trady.training.data.image_folder import MOST_PIXELS
 from trady.training.run_folder import DESCRIPTION, RunFolder
 
 FORMAT = Format("trady-run", "description of a run", CheckpointError, "train again into another folder")
@@ -155,7 +156,18 @@ def read_description(run: str | os.PathLike[str]) -> RunDescription:
     folder = RunFolder(Path(run))
     if not folder.description.exists():
         raise CheckpointError(_nothing_there(folder))
-    return FORMAT.load(folder.description, lambda data: FORMAT.read(RunDescription, data))
+    return FORMAT.load(folder.description, _checked)
+
+
+def _checked(data: object) -> RunDescription:
+    found = FORMAT.read(RunDescription, data)
+    with FORMAT.reading():
+        if (images := found.images) is not None:
+            if images.size**2 > MOST_PIXELS:
+                raise ValueError(f"images.size is {images.size}, and images have up to {MOST_PIXELS} pixels")
+            if {len(images.mean), len(images.std)} - {1, 3} or 0.0 in images.std:
+                raise ValueError("images.mean and images.std are not a number for each channel, or for all")
+    return found
 
 
 def _nothing_there(folder: RunFolder) -> str:

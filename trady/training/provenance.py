@@ -155,6 +155,7 @@ def describe(
         classes=classes,
         images=images,
         epochs=settings.epochs,
+        batch_size=settings.batch_size,
         precision="bf16" if settings.mixed_precision == "bf16" else "no",
         policy=settings.policy,
         budget=settings.budget,
