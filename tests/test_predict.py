@@ -126,6 +126,11 @@ def test_arrays_of_an_npz_file_are_predicted_as_they_were_evaluated(tmp_path: Pa
     labels = [prediction.label for prediction in loaded.predict(test_x)]
     assert labels == [each["label"] for each in json.loads(shown.stdout)["predictions"]]
     assert [loaded.predict(image)[0].label for image in test_x[:3]] == labels[:3]
+    np.savez(tmp_path / "alone.npz", images=test_x)
+    alone = json.loads(trady_here("predict", tmp_path / "run", tmp_path / "alone.npz", "--json").stdout)
+    assert alone["accuracy"] is None
+    assert [each["label"] for each in alone["predictions"]] == labels
+    assert alone["predictions"][3]["path"] == f"{tmp_path / 'alone.npz'}[3]"
     assert [loaded.predict(image[..., 0])[0].source for image in test_x[:1]] == ["0"]
 
 
@@ -329,6 +334,12 @@ def test_a_typo_of_the_run_is_answered_with_the_nearest(copied: Path, photos: Pa
     assert f"does not exist; did you mean {copied}?" in refused(copied.with_name("copid"), photos)
     assert f"is no run folder, but holds some: {copied}" in refused(copied.parent, photos)
     assert "is a file, not a run folder" in refused(copied / "plan.json", photos)
+
+
+def test_a_typo_of_a_run_as_model_is_answered_before_the_hub_is_asked(copied: Path, photos: Path) -> None:
+    shown = finetune(photos, copied.parent / "new", model=copied.with_name("copeid"))
+    assert shown.returncode == 2
+    assert f"no model '{copied.with_name('copeid')}'; did you mean '{copied}'?" in shown.stderr
 
 
 def test_folders_without_images_say_what_they_hold(trained: Path, tmp_path: Path) -> None:

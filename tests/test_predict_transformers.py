@@ -152,7 +152,8 @@ def test_a_run_goes_on_from_it_with_a_new_head(trained: Path, photos: Path, tmp_
     finetune(trained, tmp_path / "two", tmp_path / "run", "--policy", "head", "--epochs", 1)
     loaded, before = trady.load(tmp_path / "run"), trady.load(trained)
     assert loaded.classes == ("cool", "warm")
-    assert loaded.model.config.id2label == {0: "cool", 1: "warm"}
+    config: Any = loaded.model.config
+    assert config.id2label == {0: "cool", 1: "warm"}
     old, new = before.model.state_dict(), loaded.model.state_dict()
     assert new["classifier.weight"].shape == (2, 24)
     assert all(torch.equal(new[name], old[name]) for name in old if not name.startswith("classifier."))

@@ -10,6 +10,7 @@ from typing import Any
 from trady.errors import DataError
 from trady.prediction.files import class_of, files_in, part_to_predict
 from trady.training.data.identity import readable_names
+from trady.training.data.npz import read_unlabelled
 from trady.training.data.source import format_of, is_name
 
 
@@ -83,6 +84,10 @@ def _add_folder(found: Inputs, folder: Path, classes: Collection[str]) -> None:
 
 
 def _add_data_set(found: Inputs, source: str, classes: Collection[str], image_size: int) -> None:
+    if source.endswith(".npz") and (pixels := read_unlabelled(source)) is not None:
+        for number in range(len(pixels)):
+            found.add(f"{source}[{number}]", pixels[number], None)
+        return
     raw = format_of(source).read(source, image_size, "skip")
     split = raw.train if raw.evaluation is None else raw.evaluation
     if raw.evaluation is not None:

@@ -174,8 +174,8 @@ def _nothing_there(folder: RunFolder) -> str:
     path = folder.path
     if not path.is_dir():
         what = "is a file, not a run folder" if path.exists() else "does not exist"
-        near = get_close_matches(path.name, _runs_in(path.parent), n=1)
-        meant = f"did you mean {path.parent / near[0]}?" if near else "give the folder that trady finetune --out names"
+        near = nearest_run(path)
+        meant = "give the folder that trady finetune --out names" if near is None else f"did you mean {near}?"
         return f"{path} {what}; {meant}"
     if any(each.exists() for each in (folder.plan, folder.result, *folder.weights)):
         return (
@@ -186,6 +186,12 @@ def _nothing_there(folder: RunFolder) -> str:
     if runs:
         return f"{path} is no run folder, but holds some: {', '.join(str(path / name) for name in runs[:5])}"
     return f"{path} is no run folder: it has no {DESCRIPTION}; give the folder that trady finetune --out names"
+
+
+def nearest_run(path: Path) -> Path | None:
+    """Return the run beside a path whose name is most like it, if any is."""
+    near = get_close_matches(path.name, _runs_in(path.parent), n=1)
+    return path.parent / near[0] if near else None
 
 
 def _runs_in(folder: Path) -> list[str]:

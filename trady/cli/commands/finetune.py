@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -151,3 +152,4 @@ def finetune(
         if result.process_peak_bytes is not None:
             taken += f", of the process {format_bytes(result.process_peak_bytes)}"
         typer.echo(f"accuracy {result.accuracy:.1%}; {taken}; weights, metrics and plan are in {out}")
+        typer.echo(f"try it: trady predict {shlex.quote(out)} IMAGE …")
