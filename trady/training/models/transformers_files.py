@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +36,7 @@ def configuration(model: Any, classes: Sequence[str]) -> dict[str, Any]:
     if classes and getattr(config, "num_labels", None) == len(classes):
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    found: dict[str, Any] = config.to_diff_dict()
     key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
     found[key] = str(model.dtype).removeprefix("torch.")
     return found
