@@ -41,6 +41,7 @@ MAY_IMPORT: Mapping[str, str] = {
     "planning": "simulation, evidence, policies, process, ranking and below",
     "tuner": "planning, optim and below",
     "training": "tuner and below",
+    "prediction": "training and below",
     "study": "training and below",
     "search": "training and below",
     "integrations": "training and below",

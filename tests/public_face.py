@@ -35,7 +35,7 @@ SNAPSHOT = Path(__file__).with_name("public_face.json")
 UPDATE = "python -m tests.public_face --write"
 
 #: Made by functions of trady, never by a user: their constructors may change.
-MADE_FOR_THE_USER = (trady.Tuner,)
+MADE_FOR_THE_USER = (trady.Tuner, trady.Predictor)
 
 
 def _own_policies() -> list[str]:
@@ -192,6 +192,7 @@ def _files() -> dict[str, Any]:
         out = Path(folder) / "run"
         trady.finetune(small_net(), small_data(24, 0), small_data(12, 1), budget="elements:400", epochs=1, out=out)
         found["run folder"] = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+        found["run.json"] = keys(json.loads((out / "run.json").read_text(encoding="utf-8")))
         found["result.json"] = keys(json.loads((out / "result.json").read_text(encoding="utf-8")))
         checkpoint = json.loads((out / "checkpoint" / "checkpoint.json").read_text(encoding="utf-8"))
         del checkpoint["states"]["optimizer"]  # torch's own

@@ -15,7 +15,7 @@ from tests.command import MODEL, start, trady_command, trady_here
 from tests.small_task import write_npz
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("demo", "plan", "fit", "finetune", "rank", "measure", "compare", "study", "search")
+COMMANDS = ("demo", "plan", "fit", "finetune", "predict", "rank", "measure", "compare", "study", "search")
 
 
 @pytest.fixture

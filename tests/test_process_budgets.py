@@ -179,6 +179,7 @@ print(json.dumps({
         "model.safetensors",
         "plan.json",
         "result.json",
+        "run.json",
     ]
     assert found["channels"] > 0
 

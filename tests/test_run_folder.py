@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_and_no_temporary_file(
         run(tmp_path, policy="full")
     assert load_checkpoint(tmp_path / "checkpoint").epoch == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "best.safetensors", "checkpoint", "metrics.jsonl", "plan.json"
+        "best.safetensors", "checkpoint", "metrics.jsonl", "plan.json", "run.json"
     ]  # fmt: skip
     run(tmp_path, policy="full", resume=True)
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2]

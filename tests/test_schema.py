@@ -115,7 +115,7 @@ ALLOWED = {
     "records/versioned.py": "the seam: JSON and safetensors",
     "records/tensors.py": "writes safetensors, and reads nothing",
     "training/checkpoint.py": "a digest of what the seam reads next, and of its own JSON",
-    "training/run_folder.py": "which epoch its best weights are of, in their header",
+    "training/run_folder.py": "which epoch its best weights are of and which weights are tied, in their headers",
     "training/data/archive.py": ".npz, size by size",
     "training/data/image_folder.py": "Pillow, behind a check",
     "training/data/fashion_mnist.py": "gzip, up to a size",

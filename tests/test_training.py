@@ -53,7 +53,7 @@ def test_a_run_leaves_the_run_folder_that_the_docs_describe(tmp_path: Path, poli
     assert json.loads((tmp_path / "plan.json").read_text())["policy"] == policy
     names = {path.name for path in tmp_path.iterdir()}
     files = {"plan.json", "metrics.jsonl", "checkpoint", "model.safetensors", "best.safetensors", "result.json"}
-    assert names == files | (set() if policy == "full" else {"delta.safetensors"})
+    assert names == files | {"run.json"} | (set() if policy == "full" else {"delta.safetensors"})
     weights = load_file(tmp_path / "model.safetensors")
     expected = result.model.state_dict()
     assert weights.keys() == expected.keys()

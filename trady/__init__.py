@@ -42,6 +42,8 @@ from trady.tuner.tuner import Tuner
 if TYPE_CHECKING:
     from trady.estimates.fit import fit
     from trady.integrations.trainer import tune
+    from trady.prediction.load import load
+    from trady.prediction.predictor import Prediction, Predictor
     from trady.training import DataSplit, Result, finetune, load_data
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
@@ -53,6 +55,14 @@ def __getattr__(name: str) -> Any:
         import trady.training
 
         return getattr(trady.training, name)
+    if name in ("Prediction", "Predictor"):
+        import trady.prediction.predictor
+
+        return getattr(trady.prediction.predictor, name)
+    if name == "load":
+        from trady.prediction.load import load
+
+        return load
     if name == "fit":
         from trady.estimates.fit import fit
 
@@ -80,6 +90,8 @@ __all__ = [
     "ModelError",
     "Plan",
     "PolicyError",
+    "Prediction",
+    "Predictor",
     "RankingError",
     "ResourceError",
     "Result",
@@ -95,6 +107,7 @@ __all__ = [
     "dequantize",
     "finetune",
     "fit",
+    "load",
     "load_data",
     "measure",
     "optim",

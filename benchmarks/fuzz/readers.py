@@ -97,6 +97,11 @@ def _analysis(folder: Path) -> None:
     find_scheme(_table(), 1500, found, analysis, Evolution(population=4, generations=1))
 
 
+def _trained(folder: Path) -> None:
+    loaded = trady.load(folder / "run", model=samples.small_net())
+    loaded.predict(np.zeros((8, 8, 3), dtype=np.uint8), top=2)
+
+
 def _delta(folder: Path) -> None:
     trady.apply_delta(samples.small_net(), folder / "delta.safetensors")
 
@@ -204,6 +209,7 @@ READERS = (
     Reader("ledger", samples.records, _ledger, ("ledger.json",)),
     Reader("scheme", samples.records, _scheme, ("scheme.json",)),
     Reader("analysis", samples.records, _analysis, ("analysis.json",)),
+    Reader("trained", samples.trained, _trained, ("run/run.json",)),
     Reader("delta", samples.records, _delta, ("delta.safetensors",)),
     Reader(
         "checkpoint",

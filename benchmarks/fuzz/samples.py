@@ -24,6 +24,7 @@ from trady.study.folder import StudyFolder
 from trady.study.run import StudyTask, record
 from trady.study.settings import StudySettings
 from trady.training.checkpoint import Checkpoint, save_checkpoint
+from trady.training.data.datasets import CENTERED, ImageDataset
 from trady.training.state import State, optimizer_to_state
 from trady.training.within_epoch import WITHIN, EpochSums
 
@@ -79,6 +80,15 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 def data(count: int) -> torch.utils.data.TensorDataset:
     found = batches(count)
     return torch.utils.data.TensorDataset(*(torch.cat([batch[part] for batch in found]) for part in range(2)))
+
+
+def trained(folder: Path) -> None:
+    """Train for an epoch, on images, into a run folder."""
+    labels = np.arange(8) % 3
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3)).astype(np.uint8)
+    images = ImageDataset(pixels, labels.astype(np.int64), 8, CENTERED, ("a", "b", "c"))
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 4, "progress": False}
+    trady.finetune(small_net(), images, images, policy="head", out=folder / "run", **options)
 
 
 def records(folder: Path) -> None:

@@ -17,9 +17,12 @@ from trady.cli.commands.fit import EXAMPLES as FIT_EXAMPLES
 from trady.cli.commands.fit import fit
 from trady.cli.commands.measure import measure
 from trady.cli.commands.plan import plan
+from trady.cli.commands.predict import EXAMPLES as PREDICT_EXAMPLES
+from trady.cli.commands.predict import predict
 from trady.cli.commands.rank import rank
 from trady.cli.commands.search import search
 from trady.cli.commands.study import study
+from trady.cli.options import COMMAND_LINE
 from trady.errors import ResourceError
 from trady.records.translated import in_our_words
 
@@ -35,6 +38,7 @@ class Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take ``--debug`` anywhere on the line."""
         ctx.meta[DEBUG] = DEBUG in args
+        ctx.meta[COMMAND_LINE] = ("trady", *args)
         rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
         return rest
 
@@ -97,6 +101,8 @@ app.command(
     epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "
     "--limit 4000 --budget 'peak:60 MiB' --out runs/fashion"
 )(finetune)
+
+app.command(epilog=PREDICT_EXAMPLES)(predict)
 
 app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(rank)
 

@@ -57,6 +57,8 @@ def load_task(
     """Read a data set as the model wants it, then load the model with a head for its classes."""
     from trady.training.data.load import load_data
     from trady.training.data.source import OnUnreadable
+    from trady.training.description import is_run
+    from trady.training.models.from_run import new_head
     from trady.training.models.load import image_format, load_model
 
     normalization, usual_size = image_format(model)
@@ -72,4 +74,6 @@ def load_task(
     if data.skipped:
         count = f"{len(data.skipped)} unreadable image{'s' if len(data.skipped) > 1 else ''}"
         typer.echo(f"skipped {count}: {', '.join(data.skipped[:5])}", err=True)
-    return Task(load_model(model, len(data.classes), seed=seed).model, data)
+    if is_run(model) and (remark := new_head(model, data.classes)) is not None:
+        typer.echo(remark, err=True)
+    return Task(load_model(model, len(data.classes), seed=seed, classes=data.classes).model, data)

@@ -11,9 +11,15 @@ if TYPE_CHECKING:
     from trady.planning.request import Request
     from trady.policies import Policy as PolicyObject
 
+#: Where a context keeps the words of the command line.
+COMMAND_LINE = "trady command line"
+
 Model = Annotated[
     str,
-    typer.Argument(help="efficientnet-lite0; a folder or a Hub name (transformers); or package.module:function."),
+    typer.Argument(
+        help="efficientnet-lite0; a run folder, to go on from; a folder or a Hub name (transformers); or "
+        "package.module:function."
+    ),
 ]
 
 PlannedModel = Annotated[

@@ -17,7 +17,6 @@ from trady.records.files import remove_temporaries, write_json
 from trady.records.lock import locked
 from trady.records.reading import read_bytes
 from trady.records.versioned import Format
-from trady.training.checkpoint import remove_checkpoint
 from trady.training.run_folder import RunFolder
 
 CELL = Format(None, "record of a cell", StateError, "remove the cell's folder, and run it again")
@@ -149,9 +148,7 @@ class CellFolder:
 
     def drop_weights(self) -> None:
         """Remove weights and checkpoints, which the tables do not need."""
-        for path in self.run.weights:
-            path.unlink(missing_ok=True)
-        remove_checkpoint(self.run.checkpoint)
+        self.run.drop_weights()
 
     def epochs_done(self) -> int:
         """Return how many epochs the metrics have."""

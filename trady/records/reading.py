@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 
@@ -56,3 +57,12 @@ def read_bytes(path: str | os.PathLike[str], most: int | None = MOST_TEXT_BYTES)
         if most is not None and state.st_size > most:
             raise OSError(errno.EFBIG, f"it has {state.st_size} bytes, and no such file has more than {most}")
         return file.read() if most is None else file.read(most + 1)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits; the file may be larger than the memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:  # noqa: PTH123 - any path-like
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -24,7 +24,6 @@ from trady.study.parquet import write_noise, write_norms
 from trady.study.recorder import EpochRecord, Recorder
 from trady.study.settings import StudySettings
 from trady.training.batch import cross_entropy, split_batch
-from trady.training.checkpoint import remove_checkpoint
 from trady.training.data.datasets import epoch_seed
 from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
@@ -89,7 +88,7 @@ def record(
     for name in names:
         for seed in seeds:
             if _finished(folder, name, seed):  # perhaps killed before its weights were dropped
-                _drop_weights(RunFolder(folder.run(name, seed)))
+                RunFolder(folder.run(name, seed)).drop_weights()
     todo = {name: [seed for seed in seeds if not _finished(folder, name, seed)] for name in names}
     total, done = sum(map(len, todo.values())), 0
     for name, make in zip(names, tasks, strict=True):
@@ -176,14 +175,7 @@ def _run(
         finally:
             loop.display.close()
             loop.disarm()
-    _drop_weights(run_folder)
-
-
-def _drop_weights(folder: RunFolder) -> None:
-    """Keep only metrics and result: a study has many runs, and does not need their weights."""
-    folder.model.unlink(missing_ok=True)
-    folder.delta.unlink(missing_ok=True)
-    remove_checkpoint(folder.checkpoint)
+    run_folder.drop_weights()  # a study has many runs, and does not need their weights
 
 
 def _armed(

@@ -18,7 +18,7 @@ from trady.model.eager import uncompiled_name
 from trady.quantized.formats import inner_tensors
 from trady.records import schema
 from trady.records.files import flush, remove_tree, temporary_name
-from trady.records.reading import check_regular
+from trady.records.reading import check_regular, file_digest
 from trady.records.schema import AtLeast, Natural
 from trady.records.tensors import joined, write_safetensors
 from trady.records.translated import writing
@@ -127,7 +127,7 @@ def _fill(place: Path, checkpoint: Checkpoint) -> None:
         "settings": dict(checkpoint.settings),
         "data": None if checkpoint.data is None else dict(checkpoint.data),
         "states": {name: dict(state.meta) for name, state in checkpoint.states.items()},
-        "tensors": {"file": TENSORS, "sha256": _digest(place / TENSORS)},
+        "tensors": {"file": TENSORS, "sha256": file_digest(place / TENSORS)},
     }
     (place / DESCRIPTION).write_text(json.dumps(signed(description), indent=1), encoding="utf-8")
     for path in (place / TENSORS, place / DESCRIPTION, place):
@@ -259,7 +259,7 @@ def _checksum(description: Mapping[str, Any]) -> str:
 def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
         check_regular(path)
-        if _digest(path) != sha256:
+        if file_digest(path) != sha256:
             raise _damaged(path, "it is truncated or changed: its checksum is not the one written with it")
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
@@ -273,14 +273,6 @@ def _state(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Te
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read: {reason}; {FORMAT.remedy}")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _previous(folder: Path) -> Path:

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 #: How long a step may take to end after SIGTERM or SIGHUP. Schedulers kill after 10 s (Docker) to 90 s (systemd).
 LEAVE_SECONDS = 8.0
 
@@ -119,3 +122,16 @@ class Interrupts:
                         os._exit(128 + number)
         finally:
             os.close(reading)
+
+
+def agree_to_stop(interrupts: Interrupts, accelerator: Accelerator, *, due: bool = False) -> tuple[bool, bool]:
+    """Return whether a checkpoint is due in the main process, and whether a signal has come to any process."""
+    number = interrupts.noted
+    if accelerator.num_processes > 1:
+        mine = [int(due and accelerator.is_main_process), number]
+        together = torch.tensor(mine, device=accelerator.device)
+        torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+        due, number = bool(together[0]), int(together[1])
+        if number:
+            interrupts.note(number)
+    return due, bool(number)

@@ -26,12 +26,13 @@ from trady.training.checkpoint import (
 )
 from trady.training.data.loaders import Batches, read_epoch, start_epoch
 from trady.training.evaluate import evaluate
-from trady.training.interrupt import Interrupts, Stopped
+from trady.training.interrupt import Interrupts, Stopped, agree_to_stop
 from trady.training.metrics import EpochMetrics
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
 from trady.training.process import process_now
 from trady.training.progress import Display
+from trady.training.provenance import Describer
 from trady.training.randomness import random_state, seed_epoch, set_random_state
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
@@ -71,6 +72,7 @@ class Loop:
         data: What the data is, written in each checkpoint; ``None`` is not compared.
         budget: What the run may take.
         capture: Whether forward and backward passes are recorded as CUDA graphs and replayed.
+        describer: Writes into the folder what the run is.
     """
 
     trainer: Trainer
@@ -86,11 +88,13 @@ class Loop:
     observed: Iterable[Any] = ()
     redraws: frozenset[int] = frozenset()
     budget: Budget | None = None
+    describer: Describer | None = None
     saving: Saving = field(default_factory=Saving)
     data: Mapping[str, Any] | None = None
     capture: bool = False
     _finished: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
+    _evaluated_at_once: int = field(default=0, init=False)
     _saver: Saver = field(init=False)
     _interrupts: Interrupts = field(init=False)
     _epoch_started: float = field(default=0.0, init=False)
@@ -128,10 +132,13 @@ class Loop:
         self.accelerator.wait_for_everyone()  # everybody has read it
         if (folder := self._writable()) is not None:
             folder.begin(keep=found is not None)
-            if found is None:
-                folder.write_plan(self.trainer.plan())
-            else:
+            plan = None if found is not None else self.trainer.plan()
+            if self.describer is not None:
+                self.describer.begin(folder, plan)
+            if plan is None:
                 folder.rewrite(history)
+            else:
+                folder.write_plan(plan)
         self.accelerator.wait_for_everyone()
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         if found is not None:
@@ -147,7 +154,7 @@ class Loop:
             for epoch in range(len(history), self.settings.epochs):
                 history.append(self._epoch(epoch, optimizer, within))
                 self._saver.epoch(history)
-                if self._agreed()[1]:
+                if agree_to_stop(self._interrupts, self.accelerator)[1]:
                     self._interrupts.check()
                 within = None
             return self._finish(history)
@@ -209,7 +216,7 @@ class Loop:
                 self.loss,
                 self.accelerator,
                 self.settings.mixed_precision,
-                self.trainer.parts,
+                self._evaluation_parts,
                 lambda: self._pause(sums, random),
             )
         if not evaluation_loss < float("inf"):
@@ -240,26 +247,20 @@ class Loop:
         self.display.end_epoch(metrics)
         return metrics
 
+    def _evaluation_parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
+        """Cut a batch as the trainer says, and remember how many examples a pass took."""
+        for part in self.trainer.parts(batch):
+            self._evaluated_at_once = max(self._evaluated_at_once, len(part[1]))
+            yield part
+
     def _pause(self, sums: EpochSums, random: State | None = None) -> None:
         """Save where the epoch stands if it is time, or if the run is to stop; then stop: all processes together."""
-        due, stops = self._agreed(due=self._saver.due)
+        due, stops = agree_to_stop(self._interrupts, self.accelerator, due=self._saver.due)
         if due or stops:
             sums.seconds = time.perf_counter() - self._epoch_started
             self._saver.within(sums, random)
         if stops:
             self._interrupts.check()
-
-    def _agreed(self, *, due: bool = False) -> tuple[bool, bool]:
-        """Return whether a checkpoint is due in the main process, and whether a signal has come to any process."""
-        number = self._interrupts.noted
-        if self.accelerator.num_processes > 1:
-            mine = [int(due and self.accelerator.is_main_process), number]
-            together = torch.tensor(mine, device=self.accelerator.device)
-            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
-            due, number = bool(together[0]), int(together[1])
-            if number:
-                self._interrupts.note(number)
-        return due, bool(number)
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
         if self.capture and self._captured is None:
@@ -368,6 +369,8 @@ class Loop:
         if (folder := self._writable()) is not None:  # tensor by tensor, from the model
             folder.write_plan(plan)
             folder.write_model(all_weights(self.trainer.model), delta)
+            if self.describer is not None:
+                self.describer.end(folder, plan, self._evaluated_at_once or None)
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path

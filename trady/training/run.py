@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +38,11 @@ from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_fac
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
 from trady.training.progress import Display, Lines, Silent
+from trady.training.provenance import describe
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
+from trady.training.run_options import RunOptions
 from trady.training.saver import Saving
 from trady.training.schedule import make_schedule, redraw_steps
 from trady.training.settings import (
@@ -58,34 +60,6 @@ from trady.tuner.tuner import Tuner
 FULL = "full"
 #: The policy that needs no budget: only the head trains.
 HEAD = "head"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes, beside what is asked of the budget; :func:`finetune` says what each is for."""
-
-    epochs: int
-    out: str | Path | None
-    batch_size: int = 32
-    lr: float = 0.1
-    warmup_epochs: float | None = None
-    channel_clip: float | Literal["auto"] | None = "auto"
-    max_grad_norm: float | None = 2.0
-    resume: bool = False
-    overwrite: bool = False
-    optimizer: str | OptimizerFactory = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    loss: Loss | None = None
-    mode: Literal["train", "eval"] = "train"
-    mixed_precision: Precision = "no"
-    observed_batches: int = OBSERVED_BATCHES
-    draws_per_epoch: int = 1
-    augment: AugmentName = "none"
-    checkpoint_every: str | float | None = None
-    keep_best: bool = True
-    capture: bool = False
-    progress: bool | Display = True
 
 
 def finetune(
@@ -335,6 +309,7 @@ def run(
     with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
         model.to(accelerator.device)
+        facts = None if folder is None else identity(train, evaluation)
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
@@ -350,7 +325,10 @@ def run(
             folder=folder,
             budget=request.limit,
             saving=Saving(every, best=options.keep_best),
-            data=None if folder is None else identity(train, evaluation),
+            data=facts,
+            describer=None
+            if facts is None
+            else describe(model, train, settings, options.origin, accelerator.device, facts),
             capture=options.capture,
         )
         try:

@@ -34,6 +34,12 @@ from trady.training.metrics import METRICS, EpochMetrics
 #: The entry in a file of the best weights that says which epoch they are of.
 _EPOCH = "trady.epoch"
 
+#: The file that describes the model (:mod:`trady.training.description`).
+DESCRIPTION = "run.json"
+
+#: The files beside it that transformers reads.
+CONFIG, PROCESSOR = OF_TRANSFORMERS = ("config.json", "preprocessor_config.json")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -45,6 +51,17 @@ class RunFolder:
     def plan(self) -> Path:
         """What was decided before the first step."""
         return self.path / "plan.json"
+
+    @property
+    def description(self) -> Path:
+        """What the model is, what it takes and where it comes from."""
+        return self.path / DESCRIPTION
+
+    @property
+    def described(self) -> tuple[Path, ...]:
+        """The files that say what the model is, trady's last; none where others may have written the rest."""
+        names = (*OF_TRANSFORMERS, DESCRIPTION) if self.description.exists() else ()
+        return tuple(self.path / name for name in names)
 
     @property
     def metrics(self) -> Path:
@@ -95,6 +112,29 @@ class RunFolder:
     def weights(self) -> tuple[Path, ...]:
         """Every file of weights that a run may leave."""
         return self.model, self.delta, self.best, self.best_delta
+
+    def tied(self, path: Path) -> dict[str, str]:
+        """Return, for tied weights that a file of this folder has under one name only, their other names and that one.
+
+        Raises:
+            OSError: The file cannot be read.
+            SafetensorError: It is damaged.
+        """
+        check_regular(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return {name: kept for name, kept in metadata.items() if name not in ("format", _EPOCH)}
+
+    def weights_of(self, which: str) -> Path | None:
+        """Return the file of the ``last`` or the ``best`` weights: all of them or, where it is that, what changed."""
+        files = (self.best, self.best_delta) if which == "best" else (self.model, self.delta)
+        return next((path for path in files if path.exists()), None)
+
+    def drop_weights(self) -> None:
+        """Remove weights, what describes them, and checkpoints; the plan, the metrics and the result stay."""
+        for path in (*self.weights, *self.described):
+            path.unlink(missing_ok=True)
+        remove_checkpoint(self.checkpoint)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -154,8 +194,7 @@ class RunFolder:
         """Remove what a kill has left of writing, and bring back what was set aside for a run that came to nothing."""
         remove_temporaries(self.path, alone=True)
         if self.replaced.is_dir() and not self._moving.exists() and not self._has_run:
-            self.plan.unlink(missing_ok=True)
-            self.metrics.unlink(missing_ok=True)
+            self._remove_announced()
             self.replaced.rename(self._moving)
         if self._moving.is_dir():
             for path in self._moving.iterdir():
@@ -169,7 +208,8 @@ class RunFolder:
             keep_former = (self.replaced / self.result.name).exists() and not self.result.exists()
             self._moving.mkdir()
             checkpoints = find_checkpoint(self.checkpoint)
-            for path in (self.result, *self.weights, checkpoints, self.metrics, self.plan):
+            described = self.described
+            for path in (self.result, *self.weights, checkpoints, self.metrics, *described, self.plan):
                 if path is not None and path.exists():
                     path.rename(self._moving / path.name)
             if keep_former:
@@ -179,8 +219,12 @@ class RunFolder:
                 self._moving.rename(self.replaced)
             flush(self.path)
         remove_checkpoint(self.checkpoint)
-        self.plan.unlink(missing_ok=True)
-        self.metrics.unlink(missing_ok=True)
+        self._remove_announced()
+
+    def _remove_announced(self) -> None:
+        """Remove what a run writes before anything took time to make."""
+        for path in (self.plan, self.metrics, *self.described):
+            path.unlink(missing_ok=True)
 
     @property
     def _has_run(self) -> bool:

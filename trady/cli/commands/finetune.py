@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -19,6 +20,7 @@ AugmentName = Literal["none", "light", "paper"]
 
 
 def finetune(
+    context: typer.Context,
     model: options.Model,
     dataset: options.Dataset,
     budget: Annotated[
@@ -93,8 +95,10 @@ def finetune(
     from trady.training.data.augment import check_name
     from trady.training.data.load import check_examples
     from trady.training.durations import parse_seconds
-    from trady.training.run import RunOptions, run
+    from trady.training.provenance import Origin
+    from trady.training.run import run
     from trady.training.run_folder import RunFolder
+    from trady.training.run_options import RunOptions
 
     # Everything that can be refused at once is, before minutes go into reading the data.
     request = options.read_request(
@@ -148,6 +152,7 @@ def finetune(
                 checkpoint_every=checkpoint_every,
                 keep_best=keep_best,
                 capture=capture,
+                origin=Origin(model, dataset, context.meta.get(options.COMMAND_LINE)),
             ),
         )
     except KeyboardInterrupt as interrupt:
@@ -161,3 +166,4 @@ def finetune(
         if result.process_peak_bytes is not None:
             taken += f", of the process {format_bytes(result.process_peak_bytes)}"
         typer.echo(f"accuracy {result.accuracy:.1%}; {taken}; weights, metrics and plan are in {out}")
+        typer.echo(f"try it: trady predict {shlex.quote(out)} IMAGE …")

@@ -45,7 +45,7 @@ def _facts(data: Any) -> dict[str, Any]:
         return {
             "examples": len(data),
             "image size": data.image_size,
-            "classes": _names(data.classes),
+            "classes": readable_names(data.classes),
             "normalization": f"mean {list(data.normalization.mean)}, std {list(data.normalization.std)}",
             "labels": _digest([data.labels]),
             "pixels": _digest([data.pixels]),
@@ -78,10 +78,10 @@ def _told(data: Any) -> dict[str, Any]:
         and not isinstance(classes, str)
         and all(isinstance(name, str) for name in classes)
     ):
-        found["classes"] = _names(classes)
+        found["classes"] = readable_names(classes)
     columns = _attribute(data, "column_names")
     if isinstance(columns, Sequence) and all(isinstance(name, str) for name in columns):
-        found["columns"] = _names(columns)
+        found["columns"] = readable_names(columns)
     for name in _TARGETS:
         targets = _attribute(data, name)
         if isinstance(targets, (list, tuple, np.ndarray, torch.Tensor)):
@@ -91,7 +91,7 @@ def _told(data: Any) -> dict[str, Any]:
     return found
 
 
-def _names(names: Sequence[str]) -> list[str]:
+def readable_names(names: Sequence[str]) -> list[str]:
     """Names as they can be read again: those of folders need not be UTF-8."""
     return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,37 +90,60 @@ def _files(folder: Path, classes: tuple[str, ...], skipped: list[str]) -> list[t
 def _decode(
     files: list[tuple[Path, int]], image_size: int, on_unreadable: OnUnreadable, skipped: list[str]
 ) -> RawSplit:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError('reading image files needs Pillow: pip install "trady[data]"') from None
     pixels = _empty((len(files), image_size, image_size, 3))
     labels: list[int] = []
     for path, label in files:
         try:
-            # From memory: a decoder that is told to read 4 GiB of a file would take as much.
-            content = io.BytesIO(read_bytes(path, MOST_BYTES))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS says it in our words
-                with Image.open(content) as image:
-                    square = _square(image, image_size)
-        except Exception as error:  # whatever the decoder of a damaged file raises
-            if isinstance(lack := in_our_words(error), ResourceError) and not isinstance(error, MemoryError):
-                raise lack from error
+            pixels[len(labels)] = read_square(path, image_size)
+        except UnreadableImageError as error:
             if on_unreadable == "refuse":
-                raise DataError(
-                    f"{path} cannot be read as an image: {error}; "
-                    "mend or remove it, or skip such files with --on-unreadable skip"
-                ) from error
+                raise DataError(f"{error}; mend or remove it, or skip such files with --on-unreadable skip") from error
             skipped.append(str(path))
             continue
-        pixels[len(labels)] = np.asarray(square)
         labels.append(label)
     return RawSplit(pixels[: len(labels)], np.asarray(labels, dtype=np.int64))
 
 
-def _square(image: Image, size: int) -> Image:
-    """Return an image upright, in colours, cropped to its central square and resized."""
+class UnreadableImageError(DataError):
+    """A file that no image can be read from."""
+
+
+def read_square(path: Path, size: int) -> Pixels:
+    """Decode an image file: ``[size, size, 3]``, upright, in colours, cropped to its central square and resized.
+
+    Raises:
+        UnreadableImageError: No image can be read from it.
+        DataError: Pillow is not installed.
+        ResourceError: Disk or memory ran out.
+    """
+    Images = _pillow()  # noqa: N806
+    try:
+        # From memory: a decoder that is told to read 4 GiB of a file would take as much.
+        content = io.BytesIO(read_bytes(path, MOST_BYTES))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # MOST_PIXELS says it in our words
+            with Images.open(content) as image:
+                return np.asarray(square(image, size))
+    except Exception as error:  # whatever the decoder of a damaged file raises
+        if isinstance(lack := in_our_words(error), ResourceError) and not isinstance(error, MemoryError):
+            raise lack from error
+        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError('reading image files needs Pillow: pip install "trady[data]"') from None
+    return Image
+
+
+def square(image: Image, size: int) -> Image:
+    """Return an image upright, in colours, cropped to its central square and resized; it is turned upright itself.
+
+    Raises:
+        ValueError: It has more pixels than are read.
+    """
     from PIL import Image as Images
     from PIL import ImageOps
 

@@ -55,17 +55,27 @@ def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
     return RawData(splits[0], splits[1] if len(splits) > 1 else None, classes)
 
 
+def read_unlabelled(name: str) -> Pixels | None:
+    """Return the images of a file that has no labels; ``None`` where it has some, or no images either."""
+    with Archive(Path(name)) as archive:
+        labelled = any(_find(archive.names, parts) for parts in (TRAIN, EVALUATION, None))
+        key = next((key for key in (*IMAGES, *_spellings(IMAGES, EVALUATION)) if key in archive.names), None)
+        if labelled or key is None:
+            return None
+        return _pixels(archive.read([key])[key], key, name)
+
+
 def _find(names: Collection[str], parts: Iterable[str] | None) -> tuple[str, str] | None:
     """Return the names of the images and labels of a split, whichever spelling the file uses."""
-
-    def spellings(words: Iterable[str]) -> list[str]:
-        if parts is None:
-            return list(words)
-        return [key for word in words for part in parts for key in (f"{word}_{part}", f"{part}_{word}")]
-
-    images = next((key for key in spellings(IMAGES) if key in names), None)
-    labels = next((key for key in spellings(LABELS) if key in names), None)
+    images = next((key for key in _spellings(IMAGES, parts) if key in names), None)
+    labels = next((key for key in _spellings(LABELS, parts) if key in names), None)
     return (images, labels) if images and labels else None
+
+
+def _spellings(words: Iterable[str], parts: Iterable[str] | None) -> list[str]:
+    if parts is None:
+        return list(words)
+    return [key for word in words for part in parts for key in (f"{word}_{part}", f"{part}_{word}")]
 
 
 def _split(keys: tuple[str, str], arrays: Mapping[str, Array], name: str) -> RawSplit:

@@ -13,6 +13,7 @@ from torch import nn
 from trady.errors import ModelError, ResourceError, TradyError
 from trady.records.translated import in_our_words
 from trady.training.data.datasets import CENTERED, Normalization
+from trady.training.description import nearest_run
 from trady.training.models.source import LoadedModel, ModelSource, known_names, possible_models
 
 #: More than any model has.
@@ -115,6 +116,8 @@ def _matches(name: str) -> bool:
 
 
 def _image_format(name: str) -> tuple[Normalization, int]:
+    if not Path(name).exists() and (run := nearest_run(Path(name))) is not None:  # before the Hub is asked
+        raise ModelError(f"no model {name!r}; did you mean {str(run)!r}?")
     transformers = import_transformers(name)
     with hub_errors(name):
         return preprocessing(transformers, name, read_config(transformers, name))

@@ -13,15 +13,17 @@ from trady.training.randomness import own_randomness
 __all__ = ["EFFICIENTNET_LITE0", "LoadedModel", "check_model", "image_format", "load_model"]
 
 
-def load_model(name: str, num_classes: int, *, seed: int = 0) -> LoadedModel:
+def load_model(name: str, num_classes: int, *, seed: int = 0, classes: tuple[str, ...] = ()) -> LoadedModel:
     """Return a pretrained model with a new head for ``num_classes``.
 
     Args:
-        name: ``efficientnet-lite0``; a folder or a name on the Hugging Face Hub, read with
+        name: ``efficientnet-lite0``; the folder of a run, whose weights it goes on from; a folder or a name on the
+            Hugging Face Hub, read with
             ``transformers.AutoModelForImageClassification``; or ``package.module:function``, a function
             that is called with the number of classes and returns a module or a :class:`LoadedModel`.
         num_classes: Outputs of the new head.
         seed: Of the new head's weights.
+        classes: Their names, where they are known: a run of the same classes, in the same order, keeps its head.
 
     Raises:
         ModelError: There is no such model, or the extra it needs is not installed.
@@ -30,7 +32,10 @@ def load_model(name: str, num_classes: int, *, seed: int = 0) -> LoadedModel:
         raise ModelError(f"num_classes is {num_classes}; it must be at least 1")
     with own_randomness():
         torch.manual_seed(seed)
-        return source_of(name).load(name, num_classes)
+        source = source_of(name)
+        if source.for_classes is not None and classes:
+            return source.for_classes(name, classes)
+        return source.load(name, num_classes)
 
 
 def image_format(name: str) -> tuple[Normalization, int]:

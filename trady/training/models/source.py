@@ -39,6 +39,8 @@ class ModelSource:
         image_format: Takes a name; returns the normalization and image size, without weights where that is possible.
         check: Refuses a name that ``load`` could not load at all, without loading weights.
         names: Names that are known beforehand.
+        for_classes: Takes a name and the names of the classes, where a model may know them: it keeps its head for the
+            same classes in the same order.
     """
 
     examples: str
@@ -47,6 +49,7 @@ class ModelSource:
     image_format: Callable[[str], tuple[Normalization, int]]
     check: Callable[[str], object]
     names: tuple[str, ...] = ()
+    for_classes: Callable[[str, tuple[str, ...]], LoadedModel] | None = None
 
 
 _sources: list[ModelSource] = []

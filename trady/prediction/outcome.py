@@ -1,0 +1,134 @@
+"""Predictions as a table, JSON or CSV, with the accuracy where classes are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trady.prediction.predictor import Prediction, Predictor
+from trady.records.files import write_bytes
+from trady.training.data.identity import readable_names
+
+#: Rows that a table shows, beside those that could not be read.
+_MOST_ROWS = 50
+
+COLUMNS = ("path", "label", "score")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``trady predict`` found.
+
+    Attributes:
+        predictor: The run.
+        predictions: One for each input, in their order.
+        actual: The class that each is known to be of.
+    """
+
+    predictor: Predictor
+    predictions: tuple[Prediction, ...]
+    actual: tuple[str | None, ...]
+
+    @property
+    def unreadable(self) -> int:
+        """Number of inputs that could not be read."""
+        return sum(prediction.label is None for prediction in self.predictions)
+
+    @property
+    def labelled(self) -> int:
+        """Number of inputs that could be read and whose class is known."""
+        return len(self._hits)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of these whose label is right, 0 to 1; ``None`` where there are none."""
+        return sum(self._hits) / len(self._hits) if self._hits else None
+
+    @property
+    def _hits(self) -> list[bool]:
+        pairs = zip(self.predictions, self.actual, strict=True)
+        return [p.label == actual for p, actual in pairs if actual is not None and p.label is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            "run": readable_names([str(self.predictor.run)])[0],
+            "weights": self.predictor.weights,
+            "epoch": self.predictor.epoch,
+            "accuracy": self.accuracy,
+            "labelled": self.labelled,
+            "unreadable": self.unreadable,
+            "predictions": [
+                p.to_json() if actual is None else {**p.to_json(), "actual": actual}
+                for p, actual in zip(self.predictions, self.actual, strict=True)
+            ],
+        }
+
+    def write_csv(self, path: Path) -> None:
+        """Write the columns path, label and score: a row for each class that is named, the best first.
+
+        An input that could not be read has a row without label and score.
+
+        Raises:
+            FileError: It cannot be written.
+        """
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for prediction in self.predictions:
+            rows.writerows((prediction.source, label, repr(score)) for label, score in prediction.top)
+            if prediction.error is not None:
+                rows.writerow((prediction.source, "", ""))
+        write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+    def __rich__(self) -> RenderableType:
+        """Return a table, and what it comes to."""
+        known = any(actual is not None for actual in self.actual)
+        table = Table(box=box.SIMPLE_HEAD)
+        for title in ("path", "label", "score", *(("actual",) if known else ())):
+            table.add_column(title, overflow="fold", justify="right" if title == "score" else "left")
+        shown = 0
+        for prediction, actual in zip(self.predictions, self.actual, strict=True):
+            if prediction.error is None and shown >= _MOST_ROWS:
+                continue
+            shown += prediction.error is None
+            for cells in _rows(prediction):
+                # Names as they are, without markup.
+                table.add_row(*(Text(cell) for cell in (*cells, *((actual or "",) if known else ()))))
+        left = len(self.predictions) - self.unreadable - shown
+        lines: list[RenderableType] = [table]
+        if left > 0:
+            lines.append(Text(f"… and {left} more: --out FILE.csv or --json has them all"))
+        lines.append(Text(self.summary()))
+        return Group(*lines)
+
+    def summary(self) -> str:
+        """Return what the predictions come to, in a line."""
+        parts = [f"{len(self.predictions) - self.unreadable} predicted with the {self._which()}"]
+        if self.accuracy is not None:
+            right = sum(self._hits)
+            parts.append(f"accuracy {self.accuracy:.1%}: {right} of {self.labelled} are of the class that they are in")
+        if self.unreadable:
+            parts.append(f"{self.unreadable} could not be read")
+        return "; ".join(parts)
+
+    def _which(self) -> str:
+        epoch = self.predictor.epoch + 1
+        return f"{self.predictor.weights} weights (epoch {epoch} of {self.predictor.description.epochs})"
+
+
+def _rows(prediction: Prediction) -> list[tuple[str, str, str]]:
+    (source,) = readable_names([prediction.source])
+    if prediction.error is not None:
+        (reason,) = readable_names([prediction.error])
+        return [(source, f"cannot be read: {reason}", "")]
+    named = prediction.top
+    return [(source if place == 0 else "", label, f"{score:.1%}") for place, (label, score) in enumerate(named)]

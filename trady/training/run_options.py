@@ -1,0 +1,44 @@
+"""How a run goes, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trady.training.batch import Loss
+from trady.training.data.augment import AugmentName
+from trady.training.optimizers import OptimizerFactory
+from trady.training.precision import Precision
+from trady.training.progress import Display
+from trady.training.provenance import UNTOLD, Origin
+from trady.training.settings import OBSERVED_BATCHES
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, beside what is asked of the budget; :func:`trady.finetune` says what each is for."""
+
+    epochs: int
+    out: str | Path | None
+    batch_size: int = 32
+    lr: float = 0.1
+    warmup_epochs: float | None = None
+    channel_clip: float | Literal["auto"] | None = "auto"
+    max_grad_norm: float | None = 2.0
+    resume: bool = False
+    overwrite: bool = False
+    optimizer: str | OptimizerFactory = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    loss: Loss | None = None
+    mode: Literal["train", "eval"] = "train"
+    mixed_precision: Precision = "no"
+    observed_batches: int = OBSERVED_BATCHES
+    draws_per_epoch: int = 1
+    augment: AugmentName = "none"
+    checkpoint_every: str | float | None = None
+    keep_best: bool = True
+    capture: bool = False
+    progress: bool | Display = True
+    origin: Origin = UNTOLD
