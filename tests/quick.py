@@ -19,6 +19,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "optim": ("test_optim_clipping.py",),
     "planning": ("test_budget.py",),
     "policies": ("test_policies.py",),
+    "prediction": ("test_predict.py::test_inputs_and_scores_are_those_of_the_evaluation_bit_for_bit",),
     "process": ("test_process.py::test_answers_are_those_of_the_real_module",),
     "quantized": ("test_quantized.py::test_selected_channels_have_the_gradients_of_the_dense_model",),
     "ranking": ("test_ranking.py",),

@@ -45,7 +45,7 @@ def look_at(optimizer: torch.optim.Optimizer, compact: Sequence[nn.Parameter]) -
     weights: set[str] = set()
     tried = False
     for group in optimizer.param_groups:
-        for dimensions in {p.dim() for p in group["params"] if id(p) in ours and p.dim() > 1}:
+        for dimensions in dict.fromkeys(p.dim() for p in group["params"] if id(p) in ours and p.dim() > 1):
             found = _tried(optimizer, group, dimensions)
             if found is not None:
                 weights |= found
