@@ -141,7 +141,7 @@ _DOUBLINGS = 40
 
 
 def smallest(enough: Callable[[int], bool], amount: int) -> int | None:
-    """Return an amount that is enough, near the smallest one; ``None`` where none is.
+    """Return the smallest amount that is enough; ``None`` where none is.
 
     Args:
         enough: Whether an amount is.
@@ -154,7 +154,7 @@ def smallest(enough: Callable[[int], bool], amount: int) -> int | None:
         low, high = high, 2 * high
     else:
         return None
-    while high - low > max(1, low // 1000):
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

@@ -25,7 +25,7 @@ from trady.planning.phases import predicted_phases
 from trady.planning.plan import Plan
 from trady.planning.recomputation import Recomputation
 from trady.planning.reserve import Reserve
-from trady.planning.scopes import BudgetScope
+from trady.planning.scopes import PEAK, BudgetScope
 from trady.planning.scopes.unlimited import UNLIMITED
 from trady.planning.spending import Moment, Spending
 from trady.planning.step_flops import StepLimit
@@ -169,10 +169,8 @@ class Decision:
     def _fitting(self, moment: Moment, *, first: bool) -> Moment:
         if self.budget is None:
             if self.policy.name not in ("head", "full"):
-                raise BudgetError(
-                    f"policy {self.policy.name!r} needs a budget: type "
-                    'budget="300 MiB", "update:1 MiB" or "elements:27946"'
-                )
+                examples = 'budget="300 MiB", "update:1 MiB" or "elements:27946"'
+                raise BudgetError(f"policy {self.policy.name!r} needs a budget: type {examples}")
             return moment
         spending = self.spending(moment)
         if self.recompute == "auto" and self.peaks.planner.has_choice and (first or self.scope.bounds_peak):
@@ -180,14 +178,16 @@ class Decision:
         if spending.moment.pool and self.policy.name != "head":
             minimum = self.scope.minimum(spending)
             if self.budget.amount < minimum:
-                raise infeasible_budget(self.budget, minimum)
+                raise infeasible_budget(self.budget, self._least(spending, self.scope, minimum))
         return spending.moment
 
     def _recomputation(self, spending: Spending) -> Recomputation:
         """Recompute as little as a peak budget allows; else what takes the peak near to that of inference."""
         assert self.budget is not None
         if self.scope.bounds_peak:
-            return spending.recomputing(self.budget.peak_bytes or 0)
+            choice = spending.recomputing(self.budget.peak_bytes or 0)
+            trains = self._drawing(spending.with_recomputation(choice), self.scope).trains_within(self.budget.amount)
+            return choice if trains else spending.recomputing(0)
         resident, working = self.peaks.inference_bytes
         near_inference = resident + int(PEAK_OVER_INFERENCE * working)
         return spending.recomputing(near_inference, optimizer=OptimizerMemory(), capacity=self.budget.amount)
@@ -199,7 +199,15 @@ class Decision:
             spending = spending.with_recomputation(spending.recomputing(0))
         if spending.all_or_nothing:
             return spending.peak(spending.useful(None))
-        return spending.minimum_peak()
+        return self._least(spending, PEAK, spending.minimum_peak())
+
+    def _least(self, spending: Spending, scope: BudgetScope, minimum: int) -> int:
+        """Return from what amount on something trains: from the minimum on, where the head does."""
+        drawing = self._drawing(spending, scope)
+        return (drawing.least(minimum - 1) or minimum) if drawing.needs_channels else minimum
+
+    def _drawing(self, spending: Spending, scope: BudgetScope) -> Drawing:
+        return Drawing(spending, scope, self.budget, self.steps, bool(self.analysis.head_parameters))
 
     def has_room(self, moment: Moment, selection: Selection, floats: Selection) -> bool:
         """Whether ``selection`` fits in a budget of bytes beside the channels that are kept in floating point."""
@@ -268,8 +276,7 @@ class Decision:
                 layers, and the way back to them takes too long.
 
         """
-        has_head = bool(self.analysis.head_parameters)
-        return Drawing(self.spending(moment), self.scope, self.budget, self.steps, has_head).draw(epoch, redraw)
+        return self._drawing(self.spending(moment), self.scope).draw(epoch, redraw)
 
     def gains_by_smaller_chunks(self, selection: Selection) -> bool:
         """Whether more could train than a draw at the start, if the batch took less of the budget."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from trady.channels.selection import Selection
@@ -44,9 +43,22 @@ class Drawing:
         """
         amount = None if self.budget is None else self.budget.amount
         selection = self._select(amount, epoch, redraw)
-        if not selection.count and not self.has_head and self.spending.policy.name != "head":
-            self._refuse_to_train_nothing(lambda amount: self._within(amount, epoch, redraw).count)
+        if not selection.count and self.needs_channels:
+            self._refuse_to_train_nothing(epoch, redraw)
         return selection
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether nothing trains where no channel does."""
+        return not self.has_head and self.spending.policy.name != "head"
+
+    def trains_within(self, amount: int) -> bool:
+        """Whether something trains within an amount; always where nothing smaller can be drawn."""
+        return not self.needs_channels or self.spending.all_or_nothing or self._within(amount, 0, 0).count > 0
+
+    def least(self, amount: int, epoch: int = 0, redraw: int = 0) -> int | None:
+        """Return the smallest amount, from one up that nothing trains in, that a channel trains in, if there is one."""
+        return smallest(lambda more: self._within(more, epoch, redraw).count > 0, amount)
 
     def _within(self, amount: int | None, epoch: int, redraw: int) -> Selection:
         def draw(spending: Spending) -> Selection:
@@ -61,10 +73,10 @@ class Drawing:
             assert self.budget is not None
             raise infeasible_budget(self.budget, error.amount) from None
 
-    def _refuse_to_train_nothing(self, drawn: Callable[[int], int]) -> None:
+    def _refuse_to_train_nothing(self, epoch: int, redraw: int) -> None:
         """Say from what budget on a channel trains."""
         budget = self.budget
-        found = None if budget is None else smallest(lambda amount: drawn(amount) > 0, budget.amount)
+        found = None if budget is None else self.least(budget.amount, epoch, redraw)
         if budget is None or found is None:
             raise PolicyError(
                 f"policy {self.spending.policy.name!r} draws no channel, whatever the budget is, and this model has no "

@@ -251,6 +251,7 @@ class Request:
                 peaks.planner.everything if self.recompute != "none" else peaks.planner.nothing,
                 optimizer,
                 ranking,
+                learns=source == "online",
             ),
             peaks,
             reserve(pool),
@@ -262,8 +263,7 @@ class Request:
             needs_snapshot(needs_of(policy)),
             self.over_budget,
         )
-        start = decision.fit_to_budget(decision.start, first=True)
-        return replace(decision, start=replace(start, learns=source == "online"))
+        return replace(decision, start=decision.fit_to_budget(decision.start, first=True))
 
     def _pool(self, analysis: ModelAnalysis, reserve: Reserve) -> tuple[tuple[str, ...], str, LayerRanking | None]:
         """The layers that channels are drawn from, where that comes from, and the ranking."""

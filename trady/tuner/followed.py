@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from trady.errors import StateError
 from trady.interception.armed import Change
@@ -70,11 +71,14 @@ def _tried(optimizer: torch.optim.Optimizer, group: dict[str, Any], dimensions: 
         twins.append((twin, parameter))
     (first, one), (second, other) = twins
     states = first.state.get(one) or {}, second.state.get(other) or {}
-    found = {
-        name
-        for name, value in states[0].items()
-        if isinstance(value, Tensor) and value.shape == one.shape and _is_larger(value, states[1].get(name))
-    }
+    try:
+        found = {
+            name
+            for name, value in states[0].items()
+            if isinstance(value, Tensor) and value.shape == one.shape and _is_larger(value, states[1].get(name))
+        }
+    except DataDependentOutputException:  # tensors without values
+        return None
     state_of_weights[second] = frozenset(found)
     _draw(second, other, dimensions)
     return found
