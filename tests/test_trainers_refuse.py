@@ -146,7 +146,7 @@ def test_lightning_refuses_a_model_that_is_prepared_compiled_exchanged_or_withou
     tuner.finish()
     with pytest.raises(ModelError, match="compiled already"):
         _refuse(SimpleNamespace(world_size=1), torch.compile(lightning_task(), backend="eager"), seen=True)
-    with pytest.raises(ModelError, match=r"SimpleNamespace on 2 devices.*take devices=1"):
+    with pytest.raises(ModelError, match=r"SimpleNamespace on 2 devices.*take strategy=\"ddp\", or devices=1"):
         _refuse(SimpleNamespace(world_size=2, strategy=SimpleNamespace()), task, seen=True)
     with pytest.raises(StateError, match="no optimizer of configure_optimizers"):
         lightning_fit(lightning_task(optimizer=False), TradyCallback(**ASKED))

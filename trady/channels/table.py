@@ -8,7 +8,7 @@ elements a sample. Every input channel of a layer costs the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,10 @@ class Layer:
     groups: int = 1
     quantized: bool = False
     standardised: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a plan has it."""
+        return {name: value for name, value in asdict(self).items() if name != "standardised" or value}
 
     @property
     def elements(self) -> int:

@@ -45,6 +45,23 @@ class ShownStored:
         with _plain(*tree_iter((args, kwargs or {}))):
             return func(*args, **(kwargs or {}))
 
+    # The libraries' own methods make a weight of the new tensor, with the flag that they read from this one.
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move, or change the type."""
+        with _plain(self):
+            return self.to(*args, **kwargs)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Any:
+        """Move to the CPU."""
+        with _plain(self):
+            return self.cpu(*args, **kwargs)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+        """Move to a GPU."""
+        with _plain(self):
+            return self.cuda(*args, **kwargs)
+
     def __repr__(self) -> str:
         with _plain(self):
             return repr(self)

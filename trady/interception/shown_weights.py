@@ -92,9 +92,9 @@ class ShownWeights:
             return
         self._shown = False
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            for asked in _disconnect(self._layers):
+                self._asked = asked.name
             for layer in self._layers:
-                if _disconnect(layer):
-                    self._asked = layer.name
                 layer.weight.__class__ = plain_class(type(layer.weight))
             for layer in self._stored:
                 layer.weight.__class__ = plain_class(type(layer.weight))
@@ -210,23 +210,21 @@ def _connect(layers: Iterable[ArmedLayer]) -> None:
         apply(_Named, channels, *weights, *leaves)
 
 
-def _disconnect(layer: ArmedLayer) -> bool:
-    """Make the weight a constant, outside of inference mode; return whether its gradient was asked for."""
-    weight = layer.weight
-    if not _REQUIRES.__get__(weight):
-        return False
-    asked: bool = _RETAINS.__get__(weight)
-    weight.detach_()
-    if asked:  # PyTorch has no other way to end what retain_grad() has begun
-        torch._C._swap_tensor_impl(weight, weight.detach())
+def _disconnect(layers: Iterable[ArmedLayer]) -> list[ArmedLayer]:
+    """Make weights constants, outside of inference mode; return those whose gradients were asked for."""
+    connected = [layer for layer in layers if _REQUIRES.__get__(layer.weight)]
+    asked = [layer for layer in connected if _RETAINS.__get__(layer.weight)]
+    for layer in connected:
+        layer.weight.detach_()
+    for layer in asked:  # PyTorch has no other way to end what retain_grad() has begun; the node that knew it is gone
+        torch._C._swap_tensor_impl(layer.weight, layer.weight.detach())
     return asked
 
 
 def _reconnect(layers: Iterable[ArmedLayer]) -> None:
     layers = [layer for layer in layers if isinstance(layer.truth, DenseWeight)]
     with _unsafe_preserve_version_counter(tuple(layer.weight for layer in layers)), _with_graphs():
-        for layer in layers:
-            _disconnect(layer)
+        _disconnect(layers)
         _connect(layers)
 
 

@@ -160,4 +160,4 @@ class _Place:
         return torch.equal(self._mine, self._weight.index_select(self._dim, self._index))
 
     def write(self) -> None:
-        self._weight.index_copy_(self._dim, self._index, self._mine)
+        self._weight.index_copy_(self._dim, self._index, self._mine.to(self._weight.dtype))

@@ -120,9 +120,10 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_json` takes them, with the totals beside them."""
+        averaged = ("averaged_bytes", "averaging_calls")  # of several processes
         return {
             **_FORMAT.header(),
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name not in averaged or value},
             "saved": [asdict(saved) for saved in self.saved],
             "parts": dict(self.parts),
             "remarks": list(self.remarks),

@@ -135,7 +135,7 @@ class Plan:
             "element_bytes": self.table.element_bytes,
             "weight_element_bytes": self.table.weight_element_bytes,
             "parameters": self.table.parameters,
-            "layers": [asdict(layer) for layer in self.table],
+            "layers": [layer.to_json() for layer in self.table],
             "frozen": [asdict(frozen) for frozen in self.table.frozen],
         }
 

@@ -202,7 +202,7 @@ def _settings(study: StudySettings, steps: int, warmup_steps: int, seed: int) ->
         batch_size=study.batch_size,
         lr=study.lr,
         warmup_steps=warmup_steps,
-        channel_clip=0.1,
+        channel_clip="auto",
         max_grad_norm=2.0,
         optimizer="sgd",
         momentum=0.0,
