@@ -20,6 +20,7 @@ from tests.command import MODEL, trady_command, trady_here
 from tests.small_runs import run
 from tests.small_task import StopAfter, pixels, small_data, small_net
 from trady.errors import CheckpointError, DataError, ModelError
+from trady.prediction.predictor import Predictor
 from trady.training.data.load import load_data
 from trady.training.description import read_description
 
@@ -99,6 +100,7 @@ def test_and_in_a_fresh_process_from_another_place(copied: Path, trained: Path, 
 
 def test_inputs_and_scores_are_those_of_the_evaluation_bit_for_bit(trained: Path, photos: Path) -> None:
     loaded = trady.load(trained)
+    assert isinstance(loaded, Predictor)
     evaluation = load_data(photos, image_size=12).evaluation
     files = [path for name in NAMES for path in sorted((photos / "val" / name).iterdir())]
     expected, _ = evaluation.batch(range(len(evaluation)))

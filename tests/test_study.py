@@ -329,10 +329,9 @@ def test_a_study_that_was_killed_as_it_began_or_ended_goes_on(tmp_path: Path, mo
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("write_json", "_drop_weights"):
-        owner = "trady.study.folder" if name == "write_json" else "trady.study.run"
+    for name in ("trady.study.folder.write_json", "trady.training.run_folder.RunFolder.drop_weights"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"{owner}.{name}", killed)
+            patch.setattr(name, killed)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "study")
     assert list((tmp_path / "study").rglob("*.safetensors"))
