@@ -21,8 +21,8 @@ from trady.model.prepared import plain_class
 
 #: Names of functions that copy a weight, or read it, without computing with it.
 _NAMES = """
-    __get__ __set__ _has_compatible_shallow_copy_type detach clone to cpu cuda contiguous dequantize requires_grad_ data_ptr untyped_storage tolist numpy
-    item __repr__ __deepcopy__ __reduce_ex__
+    __get__ __set__ _has_compatible_shallow_copy_type detach clone to cpu cuda contiguous dequantize requires_grad_
+    data_ptr untyped_storage tolist numpy item __repr__ __deepcopy__ __reduce_ex__
 """
 _COPIES = frozenset(_NAMES.split())
 
