@@ -239,3 +239,17 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     room = 100
     append_line(path, "third")
     assert path.read_text() == "first\nthird\n"
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="there is no flock")
+def test_one_who_has_just_taken_a_folder_is_named_once_they_have_written_who_they_are(tmp_path: Path) -> None:
+    place = tmp_path / LOCK
+    with place.open("w+") as taken:
+        assert lock.fcntl is not None
+        lock.fcntl.flock(taken, lock.fcntl.LOCK_EX)
+        record = json.dumps({"pid": 4711, "host": "elsewhere", "since": "2026-01-02T03:04:05+00:00"})
+        writer = threading.Timer(0.05, lambda: place.write_text(record))
+        writer.start()
+        with pytest.raises(LockedError, match="in use by process 4711 on elsewhere"), locked(tmp_path):
+            pass
+        writer.join()

@@ -100,7 +100,9 @@ def test_a_source_of_models_of_ones_own_is_used_and_listed(monkeypatch: pytest.M
     assert load_model("linear-8", 3).model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
     assert image_format("linear-8") == (CENTERED, 8)
     check_model("linear-8")
-    with pytest.raises(ModelError, match=r"there are linear-SIZE, efficientnet-lite0, package\.module:function, "):
+    with pytest.raises(
+        ModelError, match=r"there are linear-SIZE, a run folder, efficientnet-lite0, package\.module:function, "
+    ):
         check_model("./nowhere")
 
 

@@ -39,6 +39,9 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 
 _POLL_SECONDS = 0.1
 
+#: How long whoever has taken a lock is given to write who they are.
+_WRITING_SECONDS = 0.5
+
 #: Descriptors of the locks that this process holds.
 _held: set[int] = set()
 
@@ -128,13 +131,21 @@ def _wait_for(place: Path, patience_seconds: float) -> int:
     until = time.monotonic() + patience_seconds
     while (descriptor := _take(place)) is None:
         if time.monotonic() >= until:
-            holder = Holder.read(place)
+            holder = _holder(place)
             raise LockedError(
                 f"{place.parent} is in use by {holder or 'another process'}: wait until it is done, stop it, or name "
                 f"another folder{_by_hand(place, holder)}"
             )
         time.sleep(min(_POLL_SECONDS, patience_seconds))
     return descriptor
+
+
+def _holder(place: Path) -> Holder | None:
+    """Return who has the lock; one who has just taken it is given the moment that writing a name takes."""
+    until = time.monotonic() + _WRITING_SECONDS
+    while (holder := Holder.read(place)) is None and time.monotonic() < until:
+        time.sleep(_WRITING_SECONDS / 50)
+    return holder
 
 
 def _take(place: Path) -> int | None:
