@@ -24,6 +24,7 @@ from trady import load_data
 from trady.errors import CheckpointError, DataError, ModelError, StateError
 from trady.ops import native
 from trady.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from trady.training.randomness import random_state, set_random_state
 from trady.training.state import State, load_optimizer_state, optimizer_to_state
 
 BY_NAME = {reader.name: reader for reader in READERS}
@@ -273,3 +274,25 @@ def test_a_pipe_in_the_place_of_a_record_keeps_nobody_waiting(tmp_path: Path) ->
             load_checkpoint(tmp_path / "checkpoint")
         (tmp_path / "checkpoint" / name).unlink()
         (tmp_path / "checkpoint" / name).write_bytes(content)
+
+
+def test_random_numbers_that_are_one_number_are_refused() -> None:
+    state = random_state()
+    tensors = {**state.tensors, "numpy": torch.tensor(3)}
+    with pytest.raises(CheckpointError, match="random numbers are damaged"):
+        set_random_state(State(tensors, state.meta))
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, 1e-320])
+def test_a_cell_whose_speed_nothing_can_be_divided_by_is_refused(files: Path, speed: float) -> None:
+    reader = BY_NAME["cells"]
+    place = worker._pristine(files, reader)
+    metrics = place / "done" / "metrics.jsonl"
+    whole = metrics.read_text()
+    try:
+        lines = [json.dumps({**json.loads(line), "samples_per_second": speed}) for line in whole.splitlines()]
+        metrics.write_text("\n".join(lines) + "\n")
+        with pytest.raises(CheckpointError, match="does not have the epochs"):
+            reader.read(place)
+    finally:
+        metrics.write_text(whole)

@@ -47,7 +47,7 @@ class MismatchError(ValueError):
 class AtLeast:
     """The smallest number that a field takes, for ``Annotated``."""
 
-    least: int
+    least: float
 
 
 Natural = Annotated[int, AtLeast(0)]

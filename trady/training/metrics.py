@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from trady.errors import CheckpointError
+from trady.records.schema import AtLeast
 from trady.records.versioned import Format
+
+#: Samples a second: a run as slow as this would take years for each, and what is divided by it stays a number.
+Speed = Annotated[float, AtLeast(1e-9)]
 
 METRICS = Format(None, "metrics of a run", CheckpointError, "start the run again with --overwrite")
 
@@ -50,7 +54,7 @@ class EpochMetrics:
     saved_bytes: int
     trainable_parameters: int
     lr: float
-    samples_per_second: float
+    samples_per_second: Speed
     micro_batch: int | None = None
     observing_seconds: float = 0.0
     process_bytes: int | None = None

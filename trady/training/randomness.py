@@ -86,7 +86,7 @@ def set_random_state(state: State) -> None:
             for index in range(torch.cuda.device_count()):
                 if (device := tensors.get(f"cuda/{index}")) is not None:
                     torch.cuda.set_rng_state(device, index)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint's random numbers are damaged ({error}); start the run again with --overwrite"
         ) from error
