@@ -141,20 +141,22 @@ _DOUBLINGS = 40
 
 
 def smallest(enough: Callable[[int], bool], amount: int) -> int | None:
-    """Return the smallest amount that is enough; ``None`` where none is.
+    """Return the smallest amount that is enough, or one a millionth above it; ``None`` where none is.
 
     Args:
         enough: Whether an amount is.
         amount: One that is not.
     """
-    low, high = amount, 2 * amount
-    for _ in range(_DOUBLINGS):
+    step = max(1, amount >> 12)  # it is mostly near
+    low, high = amount, amount + step
+    for _ in range(_DOUBLINGS + 12):
         if enough(high):
             break
-        low, high = high, 2 * high
+        step *= 2
+        low, high = high, high + step
     else:
         return None
-    while high - low > 1:
+    while high - low > max(1, amount >> 20):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

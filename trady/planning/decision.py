@@ -192,14 +192,15 @@ class Decision:
         near_inference = resident + int(PEAK_OVER_INFERENCE * working)
         return spending.recomputing(near_inference, optimizer=OptimizerMemory(), capacity=self.budget.amount)
 
-    def minimum_peak(self, moment: Moment) -> int:
+    def minimum_peak(self, moment: Moment, *, exact: bool = True) -> int:
         """The minimum peak budget that a step is possible in, with as much recomputed as helps."""
         spending = self.spending(moment)
         if self.recompute == "auto" and self.peaks.planner.has_choice:
             spending = spending.with_recomputation(spending.recomputing(0))
         if spending.all_or_nothing:
             return spending.peak(spending.useful(None))
-        return self._least(spending, PEAK, spending.minimum_peak())
+        minimum = spending.minimum_peak()
+        return self._least(spending, PEAK, minimum) if exact else minimum
 
     def _least(self, spending: Spending, scope: BudgetScope, minimum: int) -> int:
         """Return from what amount on something trains: from the minimum on, where the head does."""

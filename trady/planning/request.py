@@ -288,4 +288,4 @@ class Request:
     def _minimum_bytes(self, model: nn.Module, batch: Batch, recompute: str, optimizer: OptimizerMemory | None) -> int:
         request = replace(self, budget=_BOUNDLESS, recompute=recompute, plan=None, micro_batch=None)
         decision = request._decide(model, batch, None, optimizer)
-        return decision.minimum_peak(decision.start)
+        return decision.minimum_peak(decision.start, exact=False)
