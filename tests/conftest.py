@@ -24,11 +24,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_priors_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_priors_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What ``trady rank`` has kept in somebody's home must not decide a test."""
+    folder = tmp_path_factory.mktemp("priors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRADY_PRIORS", str(tmp_path_factory.mktemp("priors")))
-        yield
+        patch.setenv("TRADY_PRIORS", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def no_priors_of_other_tests(no_priors_of_the_user: Path) -> Iterator[None]:
+    """Nor what it has kept in a test before."""
+    yield
+    for prior in no_priors_of_the_user.iterdir():
+        prior.unlink()
 
 
 @pytest.fixture
