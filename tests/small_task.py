@@ -57,6 +57,18 @@ def small_net(classes: int = CLASSES) -> SmallNet:
         return SmallNet(classes)
 
 
+class TiedNet(nn.Module):
+    """A small network whose classifier has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+        self.again = self.net.classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
 def smooth_net(classes: int = CLASSES) -> SmallNet:
     """The same with GELU."""
     net = small_net(classes)

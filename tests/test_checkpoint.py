@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.small_task import small_data, small_net
+from tests.small_task import TiedNet, small_data, small_net
 from trady.errors import CheckpointError
 from trady.records.files import write_json, write_tensors
 from trady.training import checkpoint as module
@@ -284,16 +284,7 @@ def test_tensors_that_share_memory_are_written_each_for_itself(tmp_path: Path) -
 def test_tied_weights_lie_in_the_file_once_and_are_named(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
-            self.again = self.net.classifier
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x)
-
-    resume(tmp_path, Tied(), resume=False)
+    resume(tmp_path, TiedNet(), resume=False)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "again.weight" not in file.keys()  # noqa: SIM118
         assert file.metadata()["again.weight"] == "net.classifier.weight"

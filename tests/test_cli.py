@@ -148,6 +148,13 @@ def test_errors_are_one_message_and_exit_code_2(data: Path, tmp_path: Path) -> N
     assert "no budget is given" in refused("finetune", MODEL, data, "--out", tmp_path / "new")
 
 
+def test_a_limit_that_is_none_is_refused_before_any_data_is_read(tmp_path: Path) -> None:
+    refused = trady_here(*finetune(tmp_path / "nowhere.npz", tmp_path / "run", "--channel-clip", "most"))
+    assert refused.returncode == 2
+    assert "'most' is neither a number nor auto" in re.sub(r"[│\s]+", " ", refused.stderr)
+    assert "nowhere" not in refused.stderr
+
+
 def test_debug_shows_where_an_error_came_from() -> None:
     shown = trady_command("plan", MODEL, "--budget", "many", "--debug")
     assert shown.returncode == 2

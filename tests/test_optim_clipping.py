@@ -120,6 +120,15 @@ def test_auto_clips_harder_where_more_than_a_quarter_of_the_weights_trains() -> 
     assert clipped["full", "auto"] < clipped["full", 0.1] / 8
 
 
+def test_a_model_that_is_nothing_but_a_head_is_clipped_by_its_norm() -> None:
+    tuner = trady.prepare(torch.nn.Linear(4, 3), torch.randn(8, 4), policy="head")
+    tuner.model(torch.ones(8, 4)).sum().backward()
+    assert tuner.clip_gradients() > 2
+    head = [gradient_of(p) for p in tuner.parameters()]
+    assert float(torch.nn.utils.get_total_norm(head)) == pytest.approx(2, rel=1e-3)
+    tuner.finish()
+
+
 def test_a_word_that_is_no_limit_is_refused() -> None:
     tuner = prepared()
     loss_of(tuner.model, images(0)).backward()

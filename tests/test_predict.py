@@ -18,7 +18,7 @@ from PIL import Image
 import trady
 from tests.command import MODEL, trady_command, trady_here
 from tests.small_runs import run
-from tests.small_task import StopAfter, pixels, small_data, small_net
+from tests.small_task import StopAfter, TiedNet, pixels, small_data, small_net
 from trady.errors import CheckpointError, DataError, ModelError
 from trady.prediction.predictor import Predictor
 from trady.training.data.load import load_data
@@ -261,17 +261,8 @@ def test_a_module_of_python_is_loaded_into_a_module_that_is_given(tmp_path: Path
 
 
 def test_a_model_with_tied_weights_comes_back(tmp_path: Path) -> None:
-    class Tied(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
-            self.again = self.net.classifier
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x)
-
-    result = run(tmp_path / "run", epochs=1, model=Tied())
-    loaded = trady.load(tmp_path / "run", model=Tied())
+    result = run(tmp_path / "run", epochs=1, model=TiedNet())
+    loaded = trady.load(tmp_path / "run", model=TiedNet())
     assert all(torch.equal(v, result.model.state_dict()[k]) for k, v in loaded.model.state_dict().items())
 
 

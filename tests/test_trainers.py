@@ -113,9 +113,22 @@ def test_data_that_is_there_once_is_trained_on_from_its_first_sample(tmp_path: P
     assert data.read == list(range(16))
 
 
+def ids_trained_on(made: Any) -> list[Tensor]:
+    """Train, and return the tokens of each step."""
+    seen: list[Tensor] = []
+    original = made.training_step
+
+    def training_step(model: nn.Module, inputs: Any, *args: Any) -> Any:
+        seen.append(inputs["input_ids"].clone())
+        return original(model, inputs, *args)
+
+    made.training_step = training_step
+    made.train()
+    return seen
+
+
 def test_a_collator_with_a_generator_masks_what_it_masks_without_a_budget(tmp_path: Path) -> None:
     def run(tuned: bool) -> list[Tensor]:
-        seen: list[Tensor] = []
         made = plain(tmp_path / str(tuned), {"max_steps": 3})
         generator = torch.Generator().manual_seed(1)
         padding = made.data_collator
@@ -133,15 +146,7 @@ def test_a_collator_with_a_generator_masks_what_it_masks_without_a_budget(tmp_pa
         made.data_collator = Masking()
         if tuned:
             trady.tune(made, **ASKED)
-        original = made.training_step
-
-        def training_step(model: nn.Module, inputs: Any, *args: Any) -> Any:
-            seen.append(inputs["input_ids"].clone())
-            return original(model, inputs, *args)
-
-        made.training_step = training_step
-        made.train()
-        return seen
+        return ids_trained_on(made)
 
     plainly, tuned = run(False), run(True)
     assert len(plainly) == len(tuned) == 3
@@ -163,20 +168,11 @@ def test_data_with_a_generator_gives_what_it_gives_without_a_budget(tmp_path: Pa
             return {"input_ids": ids, "labels": index % 2}
 
     def run(tuned: bool) -> list[Tensor]:
-        seen: list[Tensor] = []
         made = plain(tmp_path / str(tuned), {"max_steps": 3})
         made.train_dataset = Jittered()
         if tuned:
             trady.tune(made, **ASKED)
-        original = made.training_step
-
-        def training_step(model: nn.Module, inputs: Any, *args: Any) -> Any:
-            seen.append(inputs["input_ids"].clone())
-            return original(model, inputs, *args)
-
-        made.training_step = training_step
-        made.train()
-        return seen
+        return ids_trained_on(made)
 
     plainly, tuned = run(False), run(True)
     assert len(plainly) == len(tuned) == 3

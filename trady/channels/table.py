@@ -197,10 +197,14 @@ class ChannelTable:
             for name, channels in selection.items()
         )
 
-    @property
+    @cached_property
     def all_weights(self) -> int:
         """Weight elements of all input channels of all layers."""
         return sum(layer.channels * layer.weight_elements for layer in self.layers)
+
+    def weight_share(self, selection: Selection) -> float:
+        """Share of the weight elements that a selection trains, 0 to 1; 0 where there are none."""
+        return self.weight_elements(selection) / self.all_weights if self.all_weights else 0.0
 
     @property
     def all_elements(self) -> int:

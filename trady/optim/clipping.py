@@ -19,8 +19,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from trady.errors import TrainingError
-
 #: Largest gradient norm of a channel over its own norm, while no more than :data:`USUAL_SHARE` of the weights train.
 USUAL_RATIO = 0.1
 
@@ -44,20 +42,6 @@ def ratio_for(share: float) -> float:
 
     """
     return USUAL_RATIO * (USUAL_SHARE / max(share, USUAL_SHARE)) ** 2
-
-
-def limit_of(ratio: float | str | None, share: float) -> float | None:
-    """Return the number that a ratio means where a share of the weights trains.
-
-    Raises:
-        TrainingError: It is a word, and not :data:`AUTO`.
-
-    """
-    if not isinstance(ratio, str):
-        return ratio
-    if ratio != AUTO:
-        raise TrainingError(f"the limit of a channel's gradient is {ratio!r}; give a number, {AUTO!r} or None")
-    return ratio_for(share)
 
 
 def clip_channels_(compact: Iterable[nn.Parameter], ratio: float) -> None:

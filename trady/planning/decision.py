@@ -217,12 +217,14 @@ class Decision:
         kept = self.table.float_bytes(selection | floats)
         return self.scope.has_room(self.spending(moment), selection, kept, self.budget.amount)
 
+    def of_steps(self, case: Case) -> Decision:
+        """The same for steps of this case alone."""
+        peaks, analysis = Peaks((case,), self.peaks.planner), replace(self.analysis, table=case.table)
+        return replace(self, peaks=peaks, analysis=analysis)
+
     def step_amount(self, moment: Moment, selection: Selection, case: Case) -> int:
         """What a step of this case takes of the budget."""
-        seen = replace(
-            self, peaks=Peaks((case,), self.peaks.planner), analysis=replace(self.analysis, table=case.table)
-        )
-        return self.scope.step_amount(seen.spending(moment), selection)
+        return self.scope.step_amount(self.of_steps(case).spending(moment), selection)
 
     def room(self, moment: Moment, trained: Selection, batch: Batch) -> float:
         """Bytes that the budget leaves beside an inference pass of the plain model on a batch, while nothing trains.
@@ -271,10 +273,8 @@ class Decision:
         """Draw the channels of an epoch: a pure function of seed, epoch, redraw and moment.
 
         Raises:
-            BudgetError: The policy's selection cannot be made as small as the budget, or is empty where nothing else
-                trains.
-            PolicyError: It is empty whatever the budget is, and nothing else trains; or the policy is given its
-                layers, and the way back to them takes too long.
+            BudgetError: The policy's selection is never as small as the budget, or empty where nothing else trains.
+            PolicyError: It is empty whatever the budget is, or has layers too far back for ``max_step_flops``.
 
         """
         return self._drawing(self.spending(moment), self.scope).draw(epoch, redraw)

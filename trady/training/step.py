@@ -71,17 +71,16 @@ class Stepper:
             raise self.trainer.out_of_memory(split_batch(batch)[0], error) from error
 
     def _step(self, batch: Any, rate: float) -> StepResult:
-        limit = self.trainer.channel_limit(self.channel_clip)
         # Before the backward pass: an optimizer of trady.optim updates inside it.
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             if "channel_clip" in group:
-                group["channel_clip"] = limit
+                group["channel_clip"] = self.trainer.channel_limit(self.channel_clip)
         loss, examples = 0.0, len(split_batch(batch)[1])
         for inputs, labels, share in self.trainer.parts(batch):
             loss += self._gradients_of(inputs, labels, share) * share
         self.trainer.average()
-        norm = self.trainer.clip(limit, self.max_grad_norm)
+        norm = self.trainer.clip(self.channel_clip, self.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError("gradient norm", norm)
         self.optimizer.step()

@@ -14,13 +14,13 @@ from torch import nn
 from trady.errors import ModelError
 from trady.memory import Ledger, measure
 from trady.ops.quantized import is_quantized
-from trady.optim.clipping import limit_of
 from trady.process.ranks import Traffic, average_gradients_, processes
 from trady.ranking.ranking import LayerRanking
 from trady.records.translated import in_our_words
 from trady.training.batch import Loss, split_batch
 from trady.training.state import State
 from trady.tuner.full_device import out_of_memory
+from trady.tuner.gradients import channel_limit
 from trady.tuner.parts import parts_of
 from trady.tuner.tuner import Tuner
 
@@ -72,7 +72,7 @@ class Trainer(Protocol):
     def channel_limit(self, ratio: float | str | None) -> float | None:
         """Return the number that a limit of a channel's gradient means now."""
 
-    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+    def clip(self, ratio: float | str | None, max_norm: float | None) -> float:
         """Clip the gradients; return their norm before."""
 
     @property
@@ -153,10 +153,9 @@ class TunerTrainer:
 
     def channel_limit(self, ratio: float | str | None) -> float | None:
         """Go by the share of the weights that trains."""
-        share = self._table.weight_elements(self.tuner.selection) / self._table.all_weights
-        return limit_of(ratio, share)
+        return channel_limit(ratio, self._table, self.tuner.selection)
 
-    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+    def clip(self, ratio: float | str | None, max_norm: float | None) -> float:
         """Clip each channel against its own weights, the head by its norm."""
         return self.tuner.clip_gradients(ratio, max_norm)
 
@@ -265,7 +264,7 @@ class FullTrainer:
     def channel_limit(self, ratio: float | str | None) -> None:
         """Channels are not clipped."""
 
-    def clip(self, ratio: float | None, max_norm: float | None) -> float:
+    def clip(self, ratio: float | str | None, max_norm: float | None) -> float:
         """Clip all gradients together by their norm, as plain fine-tuning usually does."""
         limit = math.inf if max_norm is None else max_norm
         return float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))

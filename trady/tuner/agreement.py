@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from trady.interception.layer import as_whole_numbers
 from trady.model.parameters import own_parameters
 from trady.ops.quantized import is_quantized
 from trady.ranking.ranking import structure_digest
 from trady.records.version import __version__
 from trady.tuner.draws import Draws
-
-_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def facts_of(
@@ -62,5 +61,5 @@ def _sum_of_weights(model: nn.Module) -> int:
         values = parameter.detach()
         if is_quantized(parameter) or values.is_meta or values.is_complex() or not values.numel():
             continue
-        total += (place + 1) * int(values.view(_WHOLE_NUMBERS[values.element_size()]).sum(dtype=torch.int64))
+        total += (place + 1) * int(as_whole_numbers(values).sum(dtype=torch.int64))
     return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from trady.errors import ResourceError, TradyError, TradyWarning
 from trady.model.batch import Batch
 from trady.planning.conditions import Conditions, shapes_of
-from trady.planning.peaks import Peaks
+from trady.planning.micro_batch import AUTO, chunk_sizes
 from trady.report.units import format_bytes
 from trady.tuner.draws import Draws
 from trady.tuner.guard import simulating
@@ -112,10 +112,8 @@ def _what_fits(draws: Draws, batch: Batch, memory: DeviceMemory) -> Iterator[str
         yield f'budget="peak:{_rounded_down(memory.usable)}" would fit'
     else:
         yield f"with this batch, no budget below {format_bytes(least)} is possible"
-    size = batch.samples if batch.may_be_cut else 1
-    while size > 1:
-        size = -(-size // 2)
-        if _peak(draws, batch.chunk(0, size)) <= memory.usable:
+    for size in chunk_sizes(batch, AUTO)[1:] if batch.may_be_cut else ():
+        if size is not None and _peak(draws, batch.chunk(0, size)) <= memory.usable:
             yield f"{size} sample{'s' if size > 1 else ''} at a time would fit with the channels of now (micro_batch)"
             return
 
@@ -126,12 +124,7 @@ def _peak(draws: Draws, part: Batch) -> int:
     planned = decision.loop.planned
     conditions = Conditions((shapes_of(part),) * len(planned.calls), True, planned.autocast)
     case = decision.case([part] * len(planned.calls), conditions, decision.loop.waiting_bytes)
-    seen = replace(
-        decision,
-        peaks=Peaks((case,), decision.peaks.planner),
-        analysis=replace(decision.analysis, table=case.table),
-    )
-    return seen.spending(draws.moment).peak(draws.selection)
+    return decision.of_steps(case).spending(draws.moment).peak(draws.selection)
 
 
 def _rounded_down(amount: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from trady.analysis.model_analysis import ModelAnalysis
-from trady.errors import StateError
+from trady.channels.selection import Selection
+from trady.channels.table import ChannelTable
+from trady.errors import StateError, TrainingError
 from trady.interception.armed import Armed, Change
-from trady.optim.clipping import USUAL_RATIO, clip_channels_, limit_of
+from trady.optim.clipping import AUTO, USUAL_RATIO, clip_channels_, ratio_for
 from trady.optim.in_backward import UpdatesInBackward
 from trady.process.ranks import processes
 from trady.tuner.adoption import Optimizers
@@ -123,9 +125,24 @@ def note_writes(optimizer: torch.optim.Optimizer, compact: Iterable[nn.Parameter
     )
 
 
+def channel_limit(ratio: float | str | None, table: ChannelTable, selection: Selection) -> float | None:
+    """Return the number that a ratio means while a selection trains.
+
+    Raises:
+        TrainingError: It is a word, and not :data:`trady.optim.clipping.AUTO`.
+
+    """
+    if not isinstance(ratio, str):
+        return ratio
+    if ratio != AUTO:
+        raise TrainingError(f"the limit of a channel's gradient is {ratio!r}; give a number, {AUTO!r} or None")
+    return ratio_for(table.weight_share(selection))
+
+
 def clip_all(
-    compact: Sequence[nn.Parameter],
+    compact: Iterable[nn.Parameter],
     analysis: ModelAnalysis,
+    selection: Selection,
     optimizers: Iterable[torch.optim.Optimizer],
     ratio: float | str | None,
     max_norm: float | None,
@@ -145,7 +162,7 @@ def clip_all(
                 f"channel_clip={number}, or call clip_gradients(ratio=None) to clip the head alone"
             )
     head = list(analysis.head_parameters.values())
-    ratio = limit_of(ratio, sum(parameter.numel() for parameter in compact) / analysis.table.all_weights)
+    ratio = channel_limit(ratio, analysis.table, selection)
     waiting = [parameter for parameter in compact if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in (*waiting, *head) if p.grad is not None])
     if ratio is not None:

@@ -307,7 +307,7 @@ class Tuner:
         """
         self._check_alive("clip gradients")
         self._arrivals.reduction.reduce()  # what the last backward pass has left under no_sync()
-        return clip_all(self._compact, self._examined, self._attached(), ratio, max_norm)
+        return clip_all(self._compact, self._examined, self.selection, self._attached(), ratio, max_norm)
 
     def ledger(self, step: Callable[[], object], *, inference: bool = True) -> Ledger:
         """Measure a training step of this model (see :func:`trady.measure`); the step is executed.

@@ -116,6 +116,7 @@ def finetune(
         max_step_flops=max_step_flops,
     )
     check_name(augment)
+    limit_of_channels = options.read_limit(channel_clip, "--channel-clip")
     if checkpoint_every is not None:
         parse_seconds(checkpoint_every, "--checkpoint-every")
     folder = RunFolder(Path(out))
@@ -137,7 +138,7 @@ def finetune(
                 batch_size=batch_size,
                 lr=lr,
                 warmup_epochs=warmup_epochs,
-                channel_clip=options.read_limit(channel_clip, "--channel-clip"),
+                channel_clip=limit_of_channels,
                 max_grad_norm=max_grad_norm,
                 resume=resume,
                 overwrite=overwrite,
