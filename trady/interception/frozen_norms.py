@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from trady.interception.layer import as_whole_numbers
 from trady.model.untouched import unseen
 from trady.ops.frozen_norm import FrozenNorm
 
@@ -24,6 +26,8 @@ class FrozenNorms:
         self._places = {
             id(tensor): (module, name) for module in model.modules() for name, tensor in module._buffers.items()
         }
+        #: Of all that scales and shifts were computed from, when they were; ``None`` where that is not known.
+        self._digest: tuple[int, int] | None = None
         self._known: dict[int, tuple[tuple[Any, ...], FrozenNorm, tuple[Tensor, Tensor]]] = {}
 
     def scale_and_shift(self, norm: FrozenNorm) -> tuple[Tensor, Tensor]:
@@ -35,13 +39,22 @@ class FrozenNorms:
         if known is None or known[0] != state:
             now = replace(norm, mean=mean, variance=variance)
             known = self._known[id(norm.mean)] = (state, now, now.scale_and_shift())
+            self._digest = None
         return known[2]
 
     def follow(self) -> None:
-        """Compute all again in place, where versions do not tell of a write: through ``.data``.
+        """Compute all again in place where versions do not tell of a write: through ``.data``.
 
-        Graphs may share the memory; where nothing was written, these are the values that it has.
+        On the CPU that is seen; elsewhere nobody waits for an answer. Graphs may share the memory; where nothing was
+        written, these are the values that it has.
         """
+        if not self._known:
+            return
+        sources = [t for _, n, _ in self._known.values() for t in (n.mean, n.variance, n.weight, n.bias)]
+        digest = _digest([tensor for tensor in sources if tensor is not None])
+        if digest is not None and digest == self._digest:
+            return
+        self._digest = digest
         plain = [(norm, made) for _, norm, made in self._known.values() if norm.weight is None or norm.bias is None]
         whole = [(norm, made) for _, norm, made in self._known.values() if norm.weight is not None is not norm.bias]
         kept = [*(scale for _, (scale, _) in whole), *(shift for _, (_, shift) in whole)]
@@ -55,6 +68,7 @@ class FrozenNorms:
     def forget(self) -> None:
         """Let go of all of them."""
         self._known.clear()
+        self._digest = None
 
     def _now(self, buffer: Tensor) -> Tensor:
         place = self._places.get(id(buffer))
@@ -62,6 +76,15 @@ class FrozenNorms:
             return buffer
         now = place[0]._buffers.get(place[1])
         return buffer if now is None else now
+
+
+def _digest(tensors: list[Tensor]) -> tuple[int, int] | None:
+    """How many tensors there are and a checksum of their bits; ``None`` where a processor cannot read them at once."""
+    if not all([tensor.is_cpu for tensor in tensors]):  # noqa: C419 - faster
+        return None
+    with unseen(), torch.inference_mode(False), torch.no_grad():
+        values = torch.cat(tensors)
+        return len(tensors), zlib.crc32(as_whole_numbers(values).numpy().data)
 
 
 def _all_scales_and_shifts(norms: list[FrozenNorm]) -> list[Tensor]:

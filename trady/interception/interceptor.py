@@ -21,6 +21,7 @@ from trady.analysis.segments import NO_SEGMENTS, Segments
 from trady.calls.mode import CallMode
 from trady.calls.questions import answer_about_device, is_metadata
 from trady.errors import ModelError
+from trady.interception.bound_modules import BoundModules
 from trady.interception.deferred_segment import DeferredSegment, refuse_fakes
 from trady.interception.follower import action_at, called_inside, departed, entered, left, place_of, segment_at
 from trady.interception.forward_state import ForwardState
@@ -33,7 +34,7 @@ from trady.interception.program import Program
 from trady.interception.shown_weights import ShownWeights
 from trady.model.batch import tensors_among, way_of_calling
 from trady.model.eager import COMPILED, CompilersOff, is_written_down
-from trady.model.hooks import Watched, forward_hooks
+from trady.model.hooks import Watchers
 from trady.model.mode import ByMode, tracing
 from trady.model.parameters import own_parameters
 from trady.model.prepared import has_weights
@@ -92,9 +93,8 @@ class Interceptor(CallMode):
         self._names = {id(module): name for name, module in model.named_modules()}
         self._own = {id(parameter) for parameter in own_parameters(model)}
         self._hooks: ModuleHooks | None = None
+        self._bound: BoundModules | None = None
         self._hears_modules = any(plan is not None and plan.decisions for plan in map(plans.of, (True, False)))
-        self._newest_hook = 0
-        self._switched_on: frozenset[int] = frozenset()
         self._compilers = CompilersOff()
         self._enabled = True
         self._prepare_call: PrepareCall | None = None
@@ -129,8 +129,8 @@ class Interceptor(CallMode):
         """Hang the hooks in."""
         call = self._enter, self._leave, self._refuse_compiled
         self._hooks = ModuleHooks(self._model, *call, all_ends=self._hears_modules)
-        now = Watched.now(self._model)
-        self._newest_hook, self._switched_on = now.newest, now.checkpointing
+        self._bound = BoundModules(self._model, self._hooks, lambda: self._forward, self._recover)
+        self._watchers = Watchers(self._model)
 
     def disarm(self) -> None:
         """Take the hooks out again; let go of what was kept from pass to pass."""
@@ -151,18 +151,6 @@ class Interceptor(CallMode):
             self._enabled = True
             if self._forward is None:
                 self._weights.show()
-
-    def _knows_watchers(self, plan: FusionPlan) -> bool:
-        """Whether all hooks that were hung in since the model was armed ran in the traced pass too.
-
-        What a checkpoint that was switched on since the trace recomputes must not be overwritten either.
-        """
-        now = Watched.now(self._model)
-        if now.backward or not now.checkpointing <= self._switched_on:
-            return False
-        if now.newest > self._newest_hook and forward_hooks(self._model, self._newest_hook) <= plan.hooks:
-            self._newest_hook = now.newest
-        return now.newest <= self._newest_hook
 
     def _refuse_compiled(self) -> None:
         if self._enabled:
@@ -201,7 +189,7 @@ class Interceptor(CallMode):
         span = plan.spans.get(name) if plan is not None else None
         # A hook that was added after the trace may read what fusion would have overwritten; a backward hook
         # is to see the gradient of its own module.
-        known = plan is not None and span is not None and self._knows_watchers(plan)
+        known = plan is not None and span is not None and self._watchers.are_known(plan.hooks)
         # Generation, prediction without labels, an encoder on its own: other passes than the one that was traced.
         if known and plan is not None and not torch.is_grad_enabled():
             known = not name and plan.way == way_of_calling(args, kwargs)
@@ -218,6 +206,8 @@ class Interceptor(CallMode):
             places=self._places_of(plan) if known and not name and plan is not None else None,
         )
         self.__enter__()
+        if self._bound is not None and self._forward.places is not None and not self._hears_modules:
+            self._bound.begin()
 
     def _places_of(self, plan: FusionPlan) -> list[Place | None] | None:
         """What was decided of the places of a plan; ``None`` where every call must be asked."""
@@ -234,6 +224,8 @@ class Interceptor(CallMode):
             if self._hears_modules:
                 left(forward, self._names.get(id(module), "?"))
             return
+        if self._bound is not None:
+            self._bound.end()
         self._forward = None
         unfinished, forward.outermost, forward.writing = forward.writing is not None, None, None
         self.__exit__(None, None, None)
@@ -247,6 +239,8 @@ class Interceptor(CallMode):
 
     def _recover(self) -> None:
         """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""
+        if self._bound is not None and (self._forward is None or self._forward.abandoned):
+            self._bound.end()
         if self._forward is not None and self._forward.abandoned:
             self._forward = None
             self._compilers.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -35,11 +35,16 @@ class ModuleHooks:
         all_ends: bool,
     ) -> None:
         self._handles: list[Any] = []
+        #: By module, the key of the hook that hears its call, and the hook.
+        self._calls: dict[int, tuple[int, Hook]] = {}
+        self._left_out: list[nn.Module] = []
         #: By module, the key of the hook that hears its end, and the hook.
         self._ends: dict[int, tuple[int, Hook]] = {}
         for module in model.modules():
             before, after = Hook(enter, refuse), Hook(leave)
-            self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            begin = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            self._handles.append(begin)
+            self._calls[id(module)] = begin.id, before
             end = module.register_forward_hook(after, always_call=True)
             self._handles.append(end)
             if not all_ends and module is not model:
@@ -57,9 +62,30 @@ class ModuleHooks:
             for other in later:
                 hooks.move_to_end(other)
 
+    def leave_out(self, modules: Iterable[nn.Module]) -> None:
+        """Do not hear of the calls of these modules until :meth:`put_back`; those that have other hooks are heard."""
+        for module in modules:
+            key, before = self._calls[id(module)]
+            hooks: Any = module._forward_pre_hooks
+            if len(hooks) == 1 and hooks.get(key) is before:
+                self._left_out.append(module)  # before it is out: Ctrl-C may come in between
+                del hooks[key]
+
+    def put_back(self) -> None:
+        """Hear of the calls of all modules again."""
+        for module in self._left_out:
+            key, before = self._calls[id(module)]
+            hooks: Any = module._forward_pre_hooks
+            hooks[key] = before
+            if len(hooks) > 1:  # it comes first
+                hooks.move_to_end(key, last=False)
+        self._left_out.clear()
+
     def remove(self) -> None:
         """Take them all out."""
+        self._left_out.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._ends.clear()
+        self._calls.clear()

@@ -77,6 +77,21 @@ class Place:
         plain = plain and all(kind in SCALARS or (kind is Tensor and guard is None) for kind in types[1:])
         self.types = types if plain and parameters is not None else None
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether the call was computed with one before it: its input is its result."""
+        return self.compute is _hand_on
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the call looks at its arguments itself."""
+        return self.compute is not None and self._parameters is None
+
+    @property
+    def goes_by_parameters(self) -> bool:
+        """Whether nothing but the parameters of a call tells whether it is the one that came here before."""
+        return self._guard is None and self._parameters is not None
+
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether arguments are of the kind that came here before; layers look for themselves."""
         wanted = self._parameters

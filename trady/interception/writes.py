@@ -14,6 +14,7 @@ import torch
 
 from trady.interception.layer import PART_BYTES, ArmedLayer, as_whole_numbers
 from trady.model.untouched import unseen
+from trady.ops.native import library
 from trady.ops.selected import DenseWeight, channel_dim
 
 
@@ -103,6 +104,9 @@ class _Group:
     def __init__(self, layers: list[ArmedLayer]) -> None:
         self.layers = layers
         self._places = list(map(_Place, layers))
+        #: What the C kernel reads, a line a layer, with its address, and the pointers that it is of.
+        self._slices, self._address = np.empty((0, 7), dtype=np.int64), 0
+        self._pointers: list[tuple[int, int]] = []
         self._starts = np.cumsum([0, *(place.bits.numel() for place in self._places)])[:-1]
 
     def _look(self) -> list[_Place]:
@@ -115,7 +119,14 @@ class _Group:
 
     def is_the_same(self) -> bool:
         """Whether each compact parameter holds the channels of its weight."""
-        return all([place.is_the_same() for place in self._look()])  # noqa: C419 - faster
+        places, kernels = self._look(), library()
+        if kernels is None:
+            return all([place.is_the_same() for place in places])  # noqa: C419 - faster
+        pointers = [place.pointers for place in places]
+        if pointers != self._pointers:
+            self._slices = np.array([(*place.pointers, *place.geometry) for place in places], dtype=np.int64)
+            self._pointers, self._address = pointers, self._slices.ctypes.data
+        return bool(kernels.trady_same_slices(self._address, len(places)))
 
     def write_back(self) -> None:
         """Copy what is in one of the two alone to the other."""
@@ -151,6 +162,19 @@ class _Place:
         self._dim, self._mine = dim, compact.transpose(0, 1) if dim else compact
         self.bits = as_whole_numbers(compact).view(-1)
         self._pointer = compact.data_ptr()
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int]:
+        """Address of the indices, then of the weight [outer, channels, inner] its sizes, inner in bytes, and theirs."""
+        weight, dim = self._weight, self._dim
+        outer = weight.shape[0] if dim else 1
+        inner = weight.nbytes // max(1, outer * weight.shape[dim])
+        return self._index.data_ptr(), outer, weight.shape[dim], inner, len(self._index)
+
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """Where weight and compact parameter are."""
+        return self._weight.data_ptr(), self._pointer
 
     @property
     def holds(self) -> bool:

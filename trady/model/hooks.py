@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from trady.errors import ModelError
 
@@ -57,6 +58,38 @@ class Hook:
         return Hook, (None,)
 
 
+class _Handles:
+    """How many hooks of any kind have been made in this process, without those that are no forward hooks of a model."""
+
+    ours = 0
+
+
+def register_unwatched(register: Callable[[Any], Any], hook: Callable[..., Any]) -> None:
+    """Hang in a hook that looks at no call of a module, so that nobody has to look for new hooks.
+
+    Args:
+        register: PyTorch's method that does it.
+        hook: The hook.
+    """
+    before = RemovableHandle.next_id
+    register(hook)
+    _Handles.ours += RemovableHandle.next_id - before
+
+
+def hooks_made() -> int:
+    """A number that is another one as soon as somebody has hung in a hook anywhere."""
+    return RemovableHandle.next_id - _Handles.ours
+
+
+#: How modules of transformers and timm say that they run inside of a checkpoint.
+_SWITCHES = ("gradient_checkpointing", "grad_checkpointing")
+
+
+def _is_switched_on(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(own.get(_SWITCHES[0]) or own.get(_SWITCHES[1]))
+
+
 @dataclass(frozen=True)
 class Watched:
     """Who besides its author's code looks at a model's calls.
@@ -86,9 +119,44 @@ class Watched:
                 if hooks:
                     newest = max(newest, *hooks) if len(hooks) > 1 else max(newest, next(iter(hooks)))
             backward = backward or bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
-            if own.get("gradient_checkpointing") or own.get("grad_checkpointing"):
+            if _is_switched_on(module):
                 checkpointing.append(id(module))
         return cls(newest, backward, frozenset(checkpointing))
+
+
+class Watchers:
+    """Tells whether all who look at the calls of a model are known.
+
+    Args:
+        model: The model, with the hooks that are known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        now = Watched.now(model)
+        self._model, self._newest, self._switched_on = model, now.newest, now.checkpointing
+        self._switches = [m for m in model.modules() if any(hasattr(m, name) for name in _SWITCHES)]
+        #: Hooks in this process when all were known.
+        self._made: int | None = None
+
+    def are_known(self, traced: KnownHooks) -> bool:
+        """Whether all hooks that were hung in meanwhile ran in a traced pass too.
+
+        What a checkpoint that was switched on since then recomputes must not be overwritten either.
+
+        Args:
+            traced: The forward hooks that ran in it.
+        """
+        if self._made == hooks_made():
+            return {id(module) for module in self._switches if _is_switched_on(module)} <= self._switched_on
+        self._made, now = None, Watched.now(self._model)
+        if now.backward or not now.checkpointing <= self._switched_on:
+            return False
+        if now.newest > self._newest and forward_hooks(self._model, self._newest) <= traced:
+            self._newest = now.newest
+        if now.newest > self._newest:
+            return False
+        self._made = hooks_made()
+        return True
 
 
 def forward_hooks(model: nn.Module, newer_than: int = -1) -> KnownHooks:

@@ -23,6 +23,7 @@ from trady.channels.selection import Selection
 from trady.errors import ModelError, TradyError, TradyWarning
 from trady.interception.armed import Armed
 from trady.model.batch import Batch, batch_of_call
+from trady.model.hooks import register_unwatched
 from trady.model.untouched import apart
 from trady.ops.context import autocast_dtype_on
 from trady.planning.budget import InfeasibleBudgetError, StepTooLargeError
@@ -210,7 +211,7 @@ class Guard:
         for node in nodes:
             notes: Any = node.metadata
             notes["trady_pass"] = made
-            node.register_prehook(returned)
+            register_unwatched(node.register_prehook, returned)
         if nodes:
             self._open.append(weakref.ref(made))
 

@@ -26,7 +26,8 @@ from trady.ops.context import simulated_device_type
 from trady.ops.parameter_class import is_parameter_class
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c")
+    Path(__file__).with_name(name)
+    for name in ("bits.c", "pool.c", "depthwise.c", "pages.c", "loss.c", "smooth.c", "writes.c")
 )
 
 _POINTER, _COUNT, _FLOAT, _HALF = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint16
@@ -43,6 +44,7 @@ _SIGNATURES = {
     "trady_depthwise_input": [_POINTER] * 4,
     "trady_depthwise_weight": [_POINTER] * 3 + [_COUNT] + [_POINTER] * 2,
     "trady_large_pages": [_POINTER, _COUNT],
+    "trady_same_slices": [_POINTER, _COUNT],
     "trady_row_losses": [_POINTER] * 3 + [_COUNT] * 3,
     "trady_row_loss_gradient": [_POINTER] * 4 + [_COUNT] * 3,
     "trady_encode_f32": [_POINTER] * 3 + [_COUNT, _POINTER],
@@ -51,8 +53,8 @@ _SIGNATURES = {
     "trady_decode_bf16": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
 }
 
-#: These return whether there was memory for their temporaries.
-_TELL_SUCCESS = ("trady_depthwise", "trady_depthwise_input", "trady_depthwise_weight")
+#: These return whether there was memory for their temporaries, the last whether slices are the same.
+_TELL = ("trady_depthwise", "trady_depthwise_input", "trady_depthwise_weight", "trady_same_slices")
 
 #: From this size on the allocator asks the system each time; smaller tensors mostly get memory used before.
 _LARGE_BYTES = 32 << 20
@@ -132,7 +134,7 @@ def _build_and_load(compiler: str, flags: list[str], folder: Path) -> ctypes.CDL
         loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
         for name, arguments in _SIGNATURES.items():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int if name in _TELL_SUCCESS else None
+            function.argtypes, function.restype = arguments, ctypes.c_int if name in _TELL else None
     except (AttributeError, OSError, subprocess.SubprocessError):
         return None
     return loaded
