@@ -9,8 +9,8 @@ else uses the machine. Timings gate nothing: the exit code is 0.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.host.profile import PARTS, where_it_goes
 from benchmarks.host.tasks import NARROW, last_blocks, with_samples
-from benchmarks.methods import METHODS, TITLES, Method
+from benchmarks.methods import METHODS, TITLES, Method, TunedStep, trady_step
 from benchmarks.options import add_json, add_models, console_for, machine, main, models_folder, write_json
 from benchmarks.skipped import SkippedError
 from benchmarks.speed import add_timing, in_turns, ratio, timing
@@ -46,21 +46,35 @@ def _recomputing(mode: str) -> Method:
     return step
 
 
+@contextmanager
+def _settled(workload: Workload, task: Any, seed: int = 0) -> Iterator[TunedStep]:
+    """A step behind epoch 0, in which a ranking is learnt and channels are drawn every other step."""
+    with trady_step(workload, task, seed) as step:
+        step.tuner.resample(1)
+        yield step
+
+
 _METHODS: dict[str, Method] = {
     "full": METHODS["full"],
     "checkpoint": METHODS["checkpoint"],
     "head": METHODS["head"],
     "last-blocks": last_blocks,
-    "trady": METHODS["trady"],
+    "trady": _settled,
+    "trady-learning": trady_step,
     "trady-keep": _recomputing("none"),
     "trady-recomputed": _recomputing("all"),
 }
 
-_TITLES = {**TITLES, "last-blocks": "last blocks", "trady-recomputed": "TraDy, all recomputed"}
+_TITLES = {
+    **TITLES,
+    "last-blocks": "last blocks",
+    "trady-recomputed": "TraDy, all recomputed",
+    "trady-learning": "TraDy, epoch 0",
+}
 
 NARROW_METHODS = ("full", "checkpoint", "head", "last-blocks", "trady-keep", "trady-recomputed")
 
-BATCH_METHODS = ("full", "head", "last-blocks", "trady")
+BATCH_METHODS = ("full", "head", "last-blocks", "trady", "trady-learning")
 
 
 def measure(

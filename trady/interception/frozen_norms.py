@@ -80,11 +80,10 @@ class FrozenNorms:
 
 def _digest(tensors: list[Tensor]) -> tuple[int, int] | None:
     """How many tensors there are and a checksum of their bits; ``None`` where a processor cannot read them at once."""
-    if not all([tensor.is_cpu for tensor in tensors]):  # noqa: C419 - faster
-        return None
     with unseen(), torch.inference_mode(False), torch.no_grad():
-        values = torch.cat(tensors)
-        return len(tensors), zlib.crc32(as_whole_numbers(values).numpy().data)
+        if not all([tensor.is_cpu for tensor in tensors]):  # noqa: C419 - faster
+            return None
+        return len(tensors), zlib.crc32(as_whole_numbers(torch.cat(tensors)).numpy().data)
 
 
 def _all_scales_and_shifts(norms: list[FrozenNorm]) -> list[Tensor]:

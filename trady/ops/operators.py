@@ -21,13 +21,18 @@ from trady.ops.selected import SelectedChannels
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
-#: Positions of the output (height times width) from which on a pointwise convolution is computed as a matrix
-#: product. PyTorch's own reorders its full input, which is expensive with strides.
+#: Samples from which on PyTorch's pointwise convolution reorders its full input, which is expensive with strides.
+_REORDERED_SAMPLES = 16
+
+#: Positions of the output (height times width) from which on such a convolution is computed as a matrix product.
 _MATRIX_POSITIONS = 64
 
 _STRIDED_MATRIX_POSITIONS = 512
 
 _STRIDED_MATRIX_POSITIONS_BACKWARD = 128
+
+#: The same for the gradient of the input of fewer samples, which never is quick otherwise.
+_FEW_SAMPLES_MATRIX_POSITIONS_BACKWARD = 4
 
 #: Outputs up to this size stay in the processor's cache between adding a bias and the product.
 _CACHED_BYTES = 8 << 20
@@ -134,7 +139,7 @@ class Convolution:
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         strided = self._strided
-        if self._is_matrix_product(x, weight):
+        if (strided or x.shape[0] >= _REORDERED_SAMPLES) and self._is_matrix_product(x, weight):
             positions = torch.Size(-(-n // s) for n, s in zip(x.shape[2:], self.stride, strict=True))
             if positions.numel() >= (_STRIDED_MATRIX_POSITIONS if strided else _MATRIX_POSITIONS):
                 return self._multiply(x, weight, bias, positions)
@@ -167,8 +172,8 @@ class Convolution:
     def _is_matrix_product(self, x: Tensor, weight: Tensor) -> bool:
         """Whether a pointwise convolution can be computed as a matrix product.
 
-        On the CPU the convolution reorders its full input and output, and the matrix product is 1.3 to 4 times as fast
-        where there are enough positions; with few it is slower.
+        On the CPU the convolution of many samples reorders its full input and output, and the matrix product is 1.3 to
+        4 times as fast where there are enough positions; with few it is slower.
         """
         return (
             self.groups == 1
@@ -189,7 +194,8 @@ class Convolution:
             if quick is not None:
                 return quick
         strided = self._strided
-        enough = _STRIDED_MATRIX_POSITIONS_BACKWARD if strided else _MATRIX_POSITIONS
+        few = _FEW_SAMPLES_MATRIX_POSITIONS_BACKWARD if gradient.shape[0] < _REORDERED_SAMPLES else _MATRIX_POSITIONS
+        enough = _STRIDED_MATRIX_POSITIONS_BACKWARD if strided else few
         if self._is_matrix_product(gradient, weight) and gradient.shape[2:].numel() >= enough:
             return self._multiply_back(gradient, weight, input_shape)
         made = self._transposed(gradient, weight, _padded_shape(input_shape, self.pad))

@@ -20,6 +20,9 @@ _MOST_TAPS, _MOST_ELEMENTS = 256, 1 << 18
 #: Positions of the output from which on the C kernels beat PyTorch's; small planes are faster many at a time.
 _POSITIONS = 256
 
+#: Planes times taps times stride up to which they beat it too: PyTorch's take some 50 us before they compute anything.
+_LITTLE = 12_000
+
 Sides = tuple[int, ...]
 
 
@@ -65,9 +68,15 @@ def geometry(
     return (*inputs[:2], *lines)
 
 
+def _is_little(sides: tuple[int, ...]) -> bool:
+    samples, channels, height, width, across, down = *sides[:2], *sides[6:10]
+    return samples * channels * height * width * max(across, down) <= _LITTLE
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ...]) -> Tensor | None:
     """Convolve ``x`` [N, C, *spatial] with ``weight`` [C, 1, *kernel]."""
-    if sides[4] * sides[5] < _POSITIONS * sides[8] * sides[9]:  # splitting rows by stride costs time
+    few = sides[4] * sides[5] < _POSITIONS * sides[8] * sides[9]  # splitting rows by stride costs time
+    if few and not _is_little(sides):
         return None
     kernels = _kernels(x, weight, *(() if bias is None else (bias,)))
     if kernels is None:
@@ -81,7 +90,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ..
 
 def input_gradient(gradient: Tensor, weight: Tensor, shape: torch.Size, sides: tuple[int, ...]) -> Tensor | None:
     """Gradient of the input, of this shape."""
-    if sides[4] * sides[5] < _POSITIONS:
+    if sides[4] * sides[5] < _POSITIONS and not _is_little(sides):
         return None
     kernels = _kernels(gradient, weight)
     if kernels is None:
