@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady.ops.context import device_type
-from trady.ops.layout import chunks, empty_like_batch, memory_format, take
+from trady.ops.layout import chunks, empty_like_batch, memory_format, take, unviewed
 from trady.ops.native import depthwise, unwritten
 from trady.ops.rows import multiply_rows
 from trady.ops.selected import SelectedChannels
@@ -294,10 +294,8 @@ class Linear:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer; x: [..., in]."""
-        # One call; with a bias, its result would be a view of a matrix.
-        quick = not self.input_major and (bias is None or x.dim() == 2)
-        if quick and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
-            return F.linear(x, weight, bias)
+        if not self.input_major and x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+            return unviewed(F.linear(x, weight, bias))  # with a bias, it is a view of a matrix
         x_RC, weight_CO = x.reshape(-1, x.shape[-1]), weight if self.input_major else weight.t()
         outputs = weight_CO.shape[1]
         out = unwritten(x.new_empty((*x.shape[:-1], outputs)))  # no view: a model may write into it
