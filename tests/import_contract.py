@@ -45,6 +45,7 @@ MAY_IMPORT: Mapping[str, str] = {
     "study": "training and below",
     "search": "training and below",
     "integrations": "training and below",
+    "outcome": "training and below",
     "estimates": "training and below",
     "compare": "training, integrations and below",
     "cli": "all",

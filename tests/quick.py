@@ -17,6 +17,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "model": ("test_sample_axes.py::test_where_samples_lie",),
     "ops": ("test_ops.py::test_a_layer_has_the_output_and_the_gradients_of_its_dense_twin",),
     "optim": ("test_optim_clipping.py",),
+    "outcome": ("test_run_page.py::test_the_page_says_what_the_files_say",),
     "planning": ("test_budget.py",),
     "policies": ("test_policies.py",),
     "prediction": ("test_predict.py::test_inputs_and_scores_are_those_of_the_evaluation_bit_for_bit",),

@@ -20,6 +20,8 @@ from trady.cli.commands.plan import plan
 from trady.cli.commands.predict import EXAMPLES as PREDICT_EXAMPLES
 from trady.cli.commands.predict import predict
 from trady.cli.commands.rank import rank
+from trady.cli.commands.report import EXAMPLES as REPORT_EXAMPLES
+from trady.cli.commands.report import report
 from trady.cli.commands.search import search
 from trady.cli.commands.study import study
 from trady.cli.options import COMMAND_LINE
@@ -103,6 +105,7 @@ app.command(
 )(finetune)
 
 app.command(epilog=PREDICT_EXAMPLES)(predict)
+app.command(epilog=REPORT_EXAMPLES)(report)
 
 app.command(epilog="Example: trady rank efficientnet-lite0 fashion-mnist --image-size 64 --out ranking.json")(rank)
 

@@ -9,7 +9,6 @@ from html import escape
 from itertools import count
 
 STYLE = """
-:root { color-scheme: light; }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; overflow-wrap: anywhere; background: #fff; color: #1c2730;
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
@@ -21,10 +20,25 @@ figcaption { margin-top: .4rem; color: #4a5a66; font-size: .9rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4eaee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+.facts td { white-space: normal; }
+@media (max-width: 30rem) { th, td { padding: .25rem .4rem; } }
 thead th { border-bottom: 2px solid #b9c5cd; }
 pre { overflow-x: auto; background: #f3f6f8; padding: .6rem .8rem; font-size: .85rem; }
 nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: #14566e; }
+.scroll:focus-visible, pre:focus-visible { outline: 2px solid #14566e; }
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; }
+  body { background: #14191d; color: #dfe7ec; }
+  h2 { border-color: #3a464f; }
+  figcaption { color: #a9b7c1; }
+  th, td { border-color: #2c363d; }
+  thead th { border-color: #55636d; }
+  pre { background: #20282e; }
+  a { color: #8fcbe4; }
+  figure svg { background: #fff; border-radius: 4px; }
+  .scroll:focus-visible, pre:focus-visible { outline-color: #8fcbe4; }
+}
 @media print { h2, figure { break-inside: avoid; } }
 """
 
@@ -48,7 +62,7 @@ class Code:
 
     def html(self, number: int) -> str:
         """Return the block."""
-        return f"<pre>{escape(self.text)}</pre>"
+        return f'<pre tabindex="0">{escape(self.text)}</pre>'
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Table:
     """A table of numbers, formatted for people.
 
     Attributes:
-        header: Names of the columns.
+        header: Names of the columns; empty ones are for facts, a name and a text in each row.
         rows: One text a column each; the first is left-aligned.
         caption: What the numbers are.
     """
@@ -90,11 +104,13 @@ class Table:
 
     def html(self, number: int) -> str:
         """Return the table, which scrolls sideways where the screen is narrow."""
-        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header)
+        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in self.header) if any(self.header) else ""
         body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>\n" for row in self.rows)
         caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
+        label, kind = escape(self.caption or "table", quote=True), "" if head else ' class="facts"'
         return (
-            f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+            f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{label}"><table{kind}>'
+            f"{f'<thead><tr>{head}</tr></thead>' if head else ''}\n<tbody>{body}</tbody></table></div>"
             f"{caption}</figure>"
         )
 
