@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trady.training.data.datasets import DataSplit
+    from trady.training.texts.load import Texts
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def make_example(name: str, classes: int, image_size: int | None, batch_size: in
 
 @dataclass(frozen=True)
 class Task:
-    """A model with a head for a data set."""
+    """A model with a head for a data set, of images or texts."""
 
     model: nn.Module
-    data: DataSplit
+    data: DataSplit | Texts
 
 
 def load_task(
