@@ -62,7 +62,7 @@ def bert_folder(folder: Path, **changed: Any) -> Path:
     import transformers
 
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    options = {"vocab_size": 40, "max_position_embeddings": 32, **small, **changed}
+    options = {"vocab_size": 40, "max_position_embeddings": 32, "initializer_range": 0.3, **small, **changed}
     with torch.random.fork_rng():
         torch.manual_seed(5)
         transformers.BertModel(transformers.BertConfig(**options)).save_pretrained(folder)

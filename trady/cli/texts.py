@@ -44,8 +44,7 @@ OverflowOption = Annotated[
 #: Examples of a step where nobody says it: images and texts, and sequences of a language model.
 BATCH_SIZE, SEQUENCES = 32, 8
 
-#: The optimizer and rates of a model of transformers by what trains (benchmarks/paper/sentences.py): channels, the head,
-#: and everything.
+#: Of a model of transformers (benchmarks/paper/sentences.py): the rates of channels, of the head, and of everything.
 OPTIMIZER = "adamw"
 _RATES = {"head": 3e-3, "full": 1e-4}
 _RATE_OF_CHANNELS = 2e-3
@@ -79,9 +78,8 @@ class TextOptions:
             "--overflow": None if self.overflow == "truncate" else self.overflow,
         }
         if found := [name for name, value in typed.items() if value is not None]:
-            raise DataError(
-                f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} for texts, and {dataset} is none"
-            )
+            verb = "is" if len(found) == 1 else "are"
+            raise DataError(f"{' and '.join(found)} {verb} for texts, and {dataset} is none")
 
     def load(self, model: str, dataset: str, limit: int | None, seed: int) -> Task:
         """Read the texts, say in a line what was read, and load the model."""

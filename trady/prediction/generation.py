@@ -103,7 +103,8 @@ class TextGenerator(Predictor):
         """
         how = generation or self.generation
         ids = self.preprocess(prompt)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        model: Any = self.model
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = how.new_tokens if not isinstance(limit, int) else min(how.new_tokens, limit - len(ids))
         if room < 1:
             raise DataError(f"the prompt has {len(ids)} tokens, and the model takes {limit} with what it says")
@@ -112,7 +113,7 @@ class TextGenerator(Predictor):
             options["temperature"] = how.temperature
         with torch.random.fork_rng(), torch.no_grad(), autocast(self.device, self.description.precision):
             torch.manual_seed(how.seed)
-            found = self.model.generate(  # type: ignore[operator]
+            found = model.generate(
                 input_ids=ids[None].to(self.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.device),
                 pad_token_id=self.tokenizer.pad_token_id,

@@ -27,6 +27,9 @@ _MOST_ROWS = 50
 
 OUTPUTS = ("label", "score")
 
+#: The same of a language model.
+GENERATED = ("generated",)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -80,13 +83,26 @@ class Outcome:
             "labelled": self.labelled,
             "unreadable": self.unreadable,
             "predictions": [
-                p.to_json() if actual is None else {**p.to_json(), "actual": actual}
+                self._json_of(p) if actual is None else {**self._json_of(p), "actual": actual}
                 for p, actual in zip(self.predictions, self.actual, strict=True)
             ],
         }
 
+    def _json_of(self, prediction: Prediction) -> dict[str, Any]:
+        found = prediction.to_json()
+        if self._outputs == GENERATED:
+            found = {GENERATED[0] if key == "label" else key: value for key, value in found.items() if key != "score"}
+        return found
+
+    @property
+    def _outputs(self) -> tuple[str, ...]:
+        texts = self.predictor.description.texts
+        return GENERATED if texts is not None and texts.task == "language-model" else OUTPUTS
+
     def write_csv(self, path: Path) -> None:
         """Write the columns path (or the text's own), label and score: a row for each class named, the best first.
+
+        Of a language model it is the column ``generated``.
 
         An input that could not be read has a row without label and score.
 
@@ -95,19 +111,21 @@ class Outcome:
         """
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow((*self._columns, *OUTPUTS))
+        rows.writerow((*self._columns, *self._outputs))
+        width = len(self._outputs)
         for prediction in self.predictions:
             given = (prediction.source,) if prediction.inputs is None else tuple(prediction.inputs.values())
-            rows.writerows((*given, label, "" if score is None else repr(score)) for label, score in _named(prediction))
+            for label, score in _named(prediction):
+                rows.writerow((*given, *(label, "" if score is None else repr(score))[:width]))
             if prediction.error is not None:
-                rows.writerow((*given, "", ""))
+                rows.writerow((*given, *[""] * width))
         write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
     def __rich__(self) -> RenderableType:
         """Return a table, and what it comes to."""
         known = any(actual is not None for actual in self.actual)
         table = Table(box=box.SIMPLE_HEAD)
-        for title in (" | ".join(self._columns), *OUTPUTS, *(("actual",) if known else ())):
+        for title in (" | ".join(self._columns), *self._outputs, *(("actual",) if known else ())):
             table.add_column(title, overflow="fold", justify="right" if title == "score" else "left")
         shown = 0
         for prediction, actual in zip(self.predictions, self.actual, strict=True):
@@ -116,7 +134,8 @@ class Outcome:
             shown += prediction.error is None
             for cells in _rows(prediction):
                 # Names as they are, without markup.
-                table.add_row(*(Text(cell) for cell in (*cells, *((actual or "",) if known else ()))))
+                shown_cells = (*cells[: 1 + len(self._outputs)], *((actual or "",) if known else ()))
+                table.add_row(*(Text(cell) for cell in shown_cells))
         left = len(self.predictions) - self.unreadable - shown
         lines: list[RenderableType] = [table]
         if left > 0:
@@ -154,7 +173,7 @@ def _rows(prediction: Prediction) -> list[tuple[str, str, str]]:
         (reason,) = readable_names([prediction.error])
         return [(source, f"cannot be read: {reason}", "")]
     return [
-        (source if place == 0 else "", label, "" if score is None else _shown(score))
+        (source if place == 0 else "", label or "(none)", "" if score is None else _shown(score))
         for place, (label, score) in enumerate(_named(prediction))
     ]
 

@@ -91,7 +91,7 @@ def find_texts(given: Sequence[str], description: RunDescription, stdin: str | N
 
 def _is_file(source: str) -> bool:
     try:
-        return Path(source).exists()
+        return bool(source.strip()) and Path(source).exists()
     except OSError:  # longer than a path can be
         return False
 

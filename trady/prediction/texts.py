@@ -74,7 +74,9 @@ class TextPredictor(Predictor):
         size = self.batch_size if batch_size is None else batch_size
         if size < 1:
             raise DataError(f"batch_size is {size}; it must be at least 1")
-        texts, places, errors = [], [], []
+        texts: list[tuple[str, ...]] = []
+        places: list[int] = []
+        errors: list[str | None] = []
         for at, source in enumerate(sources):
             try:
                 texts.append(self.columns_of(source))
@@ -146,9 +148,10 @@ class TextPredictor(Predictor):
             shares = row.sigmoid()
             order = shares.argsort(descending=True, stable=True).tolist()
             said = [at for at in order if float(row[at]) > 0]
-            named = tuple((self.classes[at], float(shares[at])) for at in (said or order[:1])[: max(top, len(said))])
+            shown = order[: max(top, len(said))] if top > 1 else said
+            named = tuple((self.classes[at], float(shares[at])) for at in shown)
             label = ", ".join(self.classes[at] for at in sorted(said))
-            return Prediction(name, label, named[0][1], named if said else (("", named[0][1]),))
+            return Prediction(name, label, named[0][1] if said else None, named)
         return self._of(name, row.softmax(-1), row.argsort(descending=True, stable=True)[:top])
 
     def name_of(self, label: Any) -> str:
@@ -172,4 +175,5 @@ class TextPredictor(Predictor):
         pair = len(self.texts.text_columns) == 2
         if pair and isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs):
             return [inputs]
-        return inputs
+        found: Iterable[Any] = inputs
+        return found

@@ -17,6 +17,10 @@ Speed = Annotated[float, AtLeast(1e-9)]
 METRICS = Format(None, "metrics of a run", CheckpointError, "start the run again with --overwrite")
 
 
+#: Measures that people write in another way.
+_NAMES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "mse": "mean squared error", "pearson": "Pearson's r"}
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """One line of ``metrics.jsonl``.
@@ -92,4 +96,4 @@ def best_of(history: Sequence[EpochMetrics]) -> int:
 
 def told(name: str, value: float) -> str:
     """Return a measure for people: ``macro F1 0.912``."""
-    return f"{name.replace('_', ' ').replace('f1', 'F1')} {value:.3f}"
+    return f"{_NAMES.get(name, name.replace('_', ' '))} {value:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,6 +67,16 @@ def objective_of(data: Any, loss: Loss | None) -> Objective:
     if found is not None and loss is None:
         return found
     return TopOne(loss or cross_entropy)
+
+
+def of_output(loss: Loss, labels: Tensor) -> Callable[[Any], Tensor]:
+    """Return a loss of the output alone, for a plan: a part of a batch, or more of it, has as many of the labels."""
+
+    def found(output: Any) -> Tensor:
+        count = len(logits(output))
+        return loss(output, labels if count == len(labels) else labels[torch.arange(count) % len(labels)])
+
+    return found
 
 
 def joined(parts: list[Tensor]) -> Tensor:

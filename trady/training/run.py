@@ -33,7 +33,7 @@ from trady.training.data.looking import largest_of, to_be_looked_at
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
-from trady.training.objective import TopOne, objective_of
+from trady.training.objective import TopOne, objective_of, of_output
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
@@ -311,9 +311,8 @@ def run(
         model.to(accelerator.device)
         facts = None if folder is None else identity(train, evaluation)
         objective = objective_of(train, options.loss)
-        chosen = options.loss if isinstance(objective, TopOne) else objective.loss
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, memory, chosen),
+            trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
             evaluation=on_device(evaluation_batches(evaluation, options.batch_size), accelerator),
             observed=measured_on(loader, options.observed_batches, seed, accelerator.device),
@@ -357,8 +356,11 @@ def _trainer(
         frozen = frozen_by_hand(model, request.train, request.freeze)
         return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
     example, labels = split_batch(send_to_device(largest_of(loader), accelerator.device))
+    objective = objective_of(loader, loss)
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
+    elif not isinstance(objective, TopOne):
+        request = replace(request, loss=of_output(objective.loss, labels))
     return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 
 

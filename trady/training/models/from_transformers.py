@@ -64,7 +64,7 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 @contextmanager
-def hub_errors(name: str, kind: str = "image model") -> Iterator[None]:
+def hub_errors(name: str, kind: str = "image model", there: str | None = None) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a name into a ``ModelError`` that lists what can be named."""
     try:
         yield
@@ -79,7 +79,9 @@ def hub_errors(name: str, kind: str = "image model") -> Iterator[None]:
                 "function, and give package.module:function"
             ) from error
         which = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ModelError(f"no {kind} {name!r}; there are {possible_models()}. The reason: {which}{error}") from error
+        raise ModelError(
+            f"no {kind} {name!r}; there are {there or possible_models()}. The reason: {which}{error}"
+        ) from error
 
 
 def read_config(transformers: Any, name: str) -> Any:

@@ -8,29 +8,8 @@ from difflib import get_close_matches
 
 from trady.errors import DataError
 from trady.training.texts.description import TextTask
+from trady.training.texts.names import COMPLETIONS, LABELS, MESSAGES, PAIRS, TAGS, TEXTS
 from trady.training.texts.tables import Table
-
-#: Columns with the two texts of a pair, by name.
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "answer"),
-    ("query", "passage"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-)
-
-#: Columns with a text.
-TEXTS = ("text", "sentence", "content", "review", "comment", "tweet", "document", "title")
-
-#: Columns with a label.
-LABELS = ("label", "labels", "target", "class", "category", "sentiment", "score", "rating", "stars")
-
-#: A conversation, as a list of messages; or in two columns, of which the second one is to be learnt.
-MESSAGES = ("messages", "conversations")
-COMPLETIONS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 
 #: The command line's words.
 TASKS: tuple[TextTask, ...] = ("classification", "regression", "multi-label", "language-model")
@@ -76,6 +55,11 @@ def find_columns(
             raise DataError(f"{table.name} has no column {name!r} ({option}); it has {', '.join(names)}.{meant}")
     if len(text_columns) > 2:
         raise DataError(f"a text is in one column or in two, not in {len(text_columns)}: {', '.join(text_columns)}")
+    if tagged := [name for name in names if name.lower() in TAGS]:
+        raise DataError(
+            f"{table.name} has a label for each word ({tagged[0]}), and trady does not train on those from the command "
+            "line: take a Trainer of transformers with trady.tune (docs/trainers.md)"
+        )
     by_name = {name.strip().lower(): name for name in reversed(names)}
     language = task == "language-model"
     labels = tuple(label_columns) or (() if language else _known(by_name, ((name,) for name in LABELS)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +152,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         """Return the examples at ``index``."""
         labels = self.labels.take(index) if isinstance(self.labels, Ragged) else self.labels[index]
         columns = {name: column.take(index) for name, column in self.columns.items()}
-        return replace(self, columns=columns, labels=cast(Labels, labels), rows=self.rows[index])
+        return replace(self, columns=columns, labels=labels, rows=self.rows[index])
 
     def with_objective(self, objective: Objective) -> TextDataset:
         """Return the same examples with another objective."""

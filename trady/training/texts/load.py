@@ -11,13 +11,13 @@ from torch import nn
 
 from trady.errors import DataError
 from trady.records.translated import file_errors
-from trady.training.models.from_transformers import hub_errors, import_transformers, quiet, read_config
+from trady.training.models.from_transformers import import_transformers, quiet, read_config
 from trady.training.texts.columns import TASKS
 from trady.training.texts.dataset import TextDataset
 from trady.training.texts.description import Overflow, TextTask
-from trady.training.texts.model import check_text_run, head_remark, load_text_model
-from trady.training.texts.reading import BLOCK, Reading, read_texts
-from trady.training.texts.tokens import load_tokenizer, longest_of
+from trady.training.texts.model import check_text_model, head_remark, load_text_model
+from trady.training.texts.reading import BLOCK, Parts, Reading, read_texts
+from trady.training.texts.tokens import load_tokenizer, longest_of, text_model_errors
 
 OVERFLOWS: tuple[Overflow, ...] = ("truncate", "split", "error")
 
@@ -76,7 +76,37 @@ def load_texts(
         DataError: The source cannot be read, or is no data of such a task.
         ModelError: There is no such model, or it is none of texts.
     """
-    name, columns, labels = os.fspath(model), _several(text_columns), _several(label_columns)
+    name = os.fspath(model)
+    options: dict[str, Any] = {"text_columns": text_columns, "label_columns": label_columns, "task": task}
+    options |= {"evaluation": evaluation, "max_length": max_length, "overflow": overflow, "limit": limit, "seed": seed}
+    parts = read_for(name, source, **options)
+    with file_errors():
+        found = load_text_model(name, parts.train.description.task, parts.classes, parts.train.tokenizer, seed)
+    head = head_remark(name, parts.classes)
+    remarks = (*parts.remarks, *((head,) if head else ()))
+    return Texts(found, parts.train, parts.evaluation, parts.classes, parts.summary, remarks)
+
+
+def read_for(
+    model: str,
+    source: str | os.PathLike[str],
+    *,
+    evaluation: str | os.PathLike[str] | None = None,
+    text_columns: str | Sequence[str] = (),
+    label_columns: str | Sequence[str] = (),
+    task: TextTask | None = None,
+    max_length: int | None = None,
+    overflow: Overflow = "truncate",
+    limit: int | None = None,
+    seed: int = 0,
+) -> Parts:
+    """Read texts as :func:`load_texts` does, without the weights of the model.
+
+    Raises:
+        DataError: The source cannot be read, or is no data of such a task.
+        ModelError: There is no such model, or it is none of texts.
+    """
+    name, columns, labels = model, _several(text_columns), _several(label_columns)
     for option, value in (("max_length", max_length), ("limit", limit)):
         if value is not None and value < 1:
             raise DataError(f"{option} is {value}; it must be at least 1")
@@ -85,17 +115,13 @@ def load_texts(
     if task is not None and task not in TASKS:
         raise DataError(f"no task {task!r}; there are {', '.join(TASKS)}")
     with file_errors():
-        check_text_run(name)
+        check_text_model(name)
         tokenizer = load_tokenizer(name)
         longest = _longest(name, tokenizer, max_length)
         apart = None if evaluation is None else os.fspath(evaluation)
         block = max_length or BLOCK
         asked = Reading(os.fspath(source), apart, columns, labels, task, longest, block, overflow, limit, seed)
-        parts = read_texts(asked, tokenizer)
-        found = load_text_model(name, parts.train.description.task, parts.classes, tokenizer, seed)
-    head = head_remark(name, parts.classes)
-    remarks = (*parts.remarks, *((head,) if head else ()))
-    return Texts(found, parts.train, parts.evaluation, parts.classes, parts.summary, remarks)
+        return read_texts(asked, tokenizer)
 
 
 def _several(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -104,7 +130,7 @@ def _several(names: str | Sequence[str]) -> tuple[str, ...]:
 
 def _longest(model: str, tokenizer: Any, max_length: int | None) -> int | None:
     transformers = import_transformers(model)
-    with quiet(transformers), hub_errors(model, "model of texts"):
+    with quiet(transformers), text_model_errors(model):
         possible = longest_of(tokenizer, read_config(transformers, model))
     if max_length is not None and possible is not None and max_length > possible:
         raise DataError(f"--max-length is {max_length}, and {model} takes up to {possible} tokens")

@@ -11,9 +11,11 @@ from torch import nn
 from trady.errors import ModelError
 from trady.training.description import is_run, read_description
 from trady.training.models.from_run import going_on, new_head
-from trady.training.models.from_transformers import hub_errors, import_transformers, quiet, read_config
+from trady.training.models.from_transformers import TRANSFORMERS, import_transformers, quiet, read_config
+from trady.training.models.source import source_of
 from trady.training.randomness import own_randomness
 from trady.training.texts.description import TextTask
+from trady.training.texts.tokens import text_model_errors
 
 #: How transformers calls what a classifier's outputs are.
 _PROBLEMS = {
@@ -65,12 +67,17 @@ def head_remark(name: str, classes: tuple[str, ...]) -> str | None:
     return new_head(name, classes) if is_run(name) and classes else None
 
 
-def check_text_run(name: str) -> None:
-    """Refuse a run on images as the model of texts.
+def check_text_model(name: str) -> None:
+    """Refuse what is no model of transformers, and a run on images.
 
     Raises:
         ModelError: It is one.
     """
+    if not is_run(name) and (source := source_of(name)) is not TRANSFORMERS:
+        raise ModelError(
+            f"{name} ({source.examples}) is no model of texts: name a folder or a name on the Hub that transformers can "
+            "read, or a run on texts. A model of your own is trained on texts from Python: trady.finetune(model, …)"
+        )
     if is_run(name) and (found := read_description(name)).texts is None:
         what = "images" if found.images is not None else "data that trady did not read"
         raise ModelError(f"{name} is a run on {what}, and the data are texts: name a model of texts, or a run on texts")
@@ -88,7 +95,7 @@ def _of_run(name: str, task: TextTask, classes: tuple[str, ...]) -> nn.Module:
 
 def _pretrained(name: str, task: TextTask, classes: tuple[str, ...]) -> nn.Module:
     transformers = import_transformers(name)
-    with quiet(transformers), hub_errors(name, "model of texts"):
+    with quiet(transformers), text_model_errors(name):
         config = read_config(transformers, name)
         if task == "language-model":
             if getattr(config, "is_encoder_decoder", False):

@@ -1,11 +1,9 @@
-"""A table as the data of a task: columns found, labels understood, texts as tokens, and what was read told in a line."""
+"""A table as the data of a task: columns found, labels understood, texts as tokens."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,10 @@ from trady.training.texts.objectives import Classification, MultiLabel, NextToke
 from trady.training.texts.split import complete_rows, digest, held_out, limited
 from trady.training.texts.tables import Table, read_tables
 from trady.training.texts.tokens import Encoded, encode
+from trady.training.texts.told import told_of_labels, told_of_lengths, told_of_rows, told_of_sizes
 
 #: Tokens of a block of a language model where nobody says it.
 BLOCK = 256
-
-#: Classes that are named in a line.
-_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,8 @@ def _labelled(
     )
     sets = [labelled_dataset(each, own, tokenizer, description) for each, own in zip(encoded, of_both, strict=True)]
     told = (
-        f"{_told_of_rows(asked, tables, content is not None)}; texts in {' and '.join(columns.texts)}, "
-        f"{_told_of_labels(labels, of_both[0], columns)}; {_told_of_lengths(encoded, asked)}"
+        f"{told_of_rows(tables, content is not None)}; texts in {' and '.join(columns.texts)}, "
+        f"{told_of_labels(labels, of_both[0], columns)}; {told_of_lengths(encoded, asked.longest, asked.overflow)}"
     )
     return Parts(sets[0], evaluated(sets[1]), labels.classes, told, tuple(remarks))
 
@@ -240,15 +236,16 @@ def _language(
     )
     sets = [language_dataset(each, tokenizer, description) for each in found]
     tables = train, evaluation
-    what = _told_of_rows(asked, tables, content is not None) if columns.chat or len(train) > 1 else asked.source
+    what = told_of_rows(tables, content is not None) if columns.chat or len(train) > 1 else asked.source
     if columns.chat:
         sizes = np.concatenate([each.lengths for each in found])
-        told = f"{what}; conversations, whose answers are learnt; {_told_of_sizes(sizes, longest, sum(each.cut for each in found), asked.overflow)}"
+        cut = sum(each.cut for each in found)
+        told = f"{what}; conversations, whose answers are learnt; {told_of_sizes(sizes, longest, cut, asked.overflow)}"
     else:
         counts = [int(each.lengths.sum()) for each in found]
         told = (
-            f"{what}; {counts[0]} tokens to train on and {counts[1]} to evaluate on, in {len(sets[0])} + {len(sets[1])} "
-            f"blocks of {int(sets[0].lengths[0])}"
+            f"{what}; {counts[0]} tokens to train on and {counts[1]} to evaluate on, in {len(sets[0])} and "
+            f"{len(sets[1])} blocks of {int(sets[0].lengths[0])}"
         )
     return Parts(sets[0], sets[1].by_length(), (), told, tuple(remarks))
 
@@ -277,41 +274,3 @@ def language_dataset(found: Sequences, tokenizer: Any, description: TextsDescrip
         tokenizer,
         packed=not description.chat,
     )
-
-
-# -- the line that is read aloud ---------------------------------------------------------------------------
-
-
-def _told_of_rows(asked: Reading, tables: tuple[Table, Table], held: bool) -> str:
-    train, evaluation = tables
-    if held:
-        return f"{train.name}: {len(train)} rows to train on, {len(evaluation)} kept to evaluate on"
-    return f"{len(train)} rows of {train.name} to train on, {len(evaluation)} of {Path(evaluation.name).name} to evaluate on"
-
-
-def _told_of_labels(labels: Labels, train: Labels, columns: Columns) -> str:
-    if labels.task == "regression":
-        return f"numbers from {train.values.min():g} to {train.values.max():g} in {columns.labels[0]}"
-    if labels.task == "multi-label":
-        counts = dict(enumerate(train.values.sum(0).astype(int).tolist()))
-        kind, where = "labels", "" if len(columns.labels) > 1 else f" in {columns.labels[0]}"
-    else:
-        counts = Counter(train.values.tolist())
-        kind, where = "classes", f" in {columns.labels[0]}"
-    shown = ", ".join(f"{name} ({counts.get(at, 0)})" for at, name in enumerate(labels.classes[:_SHOWN]))
-    return f"{len(labels.classes)} {kind}{where}: {shown}{', …' * (len(labels.classes) > _SHOWN)}"
-
-
-def _told_of_lengths(encoded: Sequence[Encoded], asked: Reading) -> str:
-    sizes = np.concatenate([each.lengths for each in encoded])
-    return _told_of_sizes(sizes, asked.longest, sum(each.cut for each in encoded), asked.overflow)
-
-
-def _told_of_sizes(sizes: Integers, longest: int | None, cut: int, overflow: Overflow) -> str:
-    told = f"{int(np.median(sizes))} tokens at the median, {int(sizes.max())} at most"
-    if longest is None:
-        return f"{told}; the model takes any number"
-    if not cut:
-        return f"{told}; up to {longest} are taken"
-    what = "is cut into parts" if overflow == "split" else "is cut off"
-    return f"{told}; what exceeds {longest} {what}: {cut} text{'s' * (cut > 1)}"

@@ -20,6 +20,7 @@ from typing import Any
 from trady.errors import DataError, ResourceError, TradyError
 from trady.records.reading import read_bytes
 from trady.records.translated import in_our_words
+from trady.training.texts.names import HEADER_WORDS
 
 #: How ``datasets`` calls what a file with this ending is.
 BUILDERS = {
@@ -41,13 +42,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 #: Names that the columns of a table without a header get, where it has two.
 _HEADLESS = ("text", "label")
-
-#: Words that columns are called by: a first line with one of them is a header.
-HEADER_WORDS = frozenset(
-    "answer category class completion content document hypothesis id idx index instruction label labels output passage "
-    "premise prompt query question question1 question2 rating response review score sentence sentence1 sentence2 "
-    "sentiment stars summary target text text1 text2 title tweet".split()
-)
 
 
 @dataclass(frozen=True)

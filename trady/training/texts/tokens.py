@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def load_tokenizer(model: str) -> Any:
         ModelError: There is none; the message says what the model is, where it is one of images.
     """
     transformers = import_transformers(model)
-    with quiet(transformers), hub_errors(model, "model of texts"):
+    with quiet(transformers), text_model_errors(model):
         config = read_config(transformers, model)
         if not hasattr(config.get_text_config(), "vocab_size"):
             raise ModelError(f"{model} is a model of images ({config.model_type}), and the data are texts")
@@ -67,6 +68,11 @@ def load_tokenizer(model: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def text_model_errors(model: str) -> AbstractContextManager[None]:
+    """Turn what transformers raises for the name of a model into a ``ModelError``."""
+    return hub_errors(model, "model of texts", "runs on texts, and folders and Hub names that transformers can read")
 
 
 def longest_of(tokenizer: Any, config: Any) -> int | None:
