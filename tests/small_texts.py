@@ -16,13 +16,14 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>")
 
 
 def sentences(count: int, seed: int, classes: Sequence[str] = ("bad", "good")) -> list[tuple[str, str]]:
-    """Sentences of 3 to 14 words, one of which says the class."""
+    """Sentences of 4 to 14 words, of which those of the class say it: half of them, three at least."""
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
         label = classes[number % len(classes)]
-        words = list(rng.choice(FILLER, rng.integers(2, 14)))
-        words.insert(int(rng.integers(len(words) + 1)), str(rng.choice(WORDS[label])))
+        filler = rng.choice(FILLER, rng.integers(1, 8)).tolist()
+        words = [*filler, *rng.choice(WORDS[label], max(3, len(filler))).tolist()]
+        rng.shuffle(words)
         found.append((" ".join(words), label))
     return found
 

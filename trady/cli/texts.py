@@ -81,8 +81,8 @@ class TextOptions:
             verb = "is" if len(found) == 1 else "are"
             raise DataError(f"{' and '.join(found)} {verb} for texts, and {dataset} is none")
 
-    def load(self, model: str, dataset: str, limit: int | None, seed: int) -> Task:
-        """Read the texts, say in a line what was read, and load the model."""
+    def load(self, model: str, dataset: str, limit: int | None, seed: int, *, aloud: bool = True) -> Task:
+        """Read the texts, say in a line what was read (``aloud``), and load the model."""
         from trady.training.texts.load import load_texts
 
         found = load_texts(
@@ -97,7 +97,7 @@ class TextOptions:
             limit=limit,
             seed=seed,
         )
-        for line in (*found.remarks, found.summary):
+        for line in (*found.remarks, found.summary) if aloud else ():
             typer.echo(line, err=True)
         return Task(found.model, found)
 

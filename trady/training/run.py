@@ -310,7 +310,7 @@ def run(
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         facts = None if folder is None else identity(train, evaluation)
-        objective = objective_of(train, options.loss)
+        objective = objective_of(evaluation, options.loss)
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,

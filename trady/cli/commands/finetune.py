@@ -146,7 +146,7 @@ def finetune(
     of_texts = texts.TextOptions(text_column, label_column, evaluation, task_name, max_length, overflow)
     if are_texts := is_texts(dataset):
         texts.refuse_for_texts(dataset, {"--image-size": image_size, "--augment": augment != "none"})
-        task = of_texts.load(model, dataset, limit, seed)
+        task = of_texts.load(model, dataset, limit, seed, aloud=first)
     else:
         of_texts.refuse_for_images(dataset)
         task = load_task(model, dataset, image_size, limit, on_unreadable, seed)

@@ -73,10 +73,10 @@ def check_text_model(name: str) -> None:
     Raises:
         ModelError: It is one.
     """
-    if not is_run(name) and (source := source_of(name)) is not TRANSFORMERS:
+    if not is_run(name) and source_of(name) is not TRANSFORMERS:
         raise ModelError(
-            f"{name} ({source.examples}) is no model of texts: name a folder or a name on the Hub that transformers can "
-            "read, or a run on texts. A model of your own is trained on texts from Python: trady.finetune(model, …)"
+            f"{name} is no model of texts: name a folder or a name on the Hub that transformers can read, or a run on "
+            "texts. A model of your own is trained on texts from Python: trady.finetune(model, …)"
         )
     if is_run(name) and (found := read_description(name)).texts is None:
         what = "images" if found.images is not None else "data that trady did not read"

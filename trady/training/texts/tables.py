@@ -325,6 +325,8 @@ def _reading(path: Path) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(lack := in_our_words(cause), ResourceError):
             raise lack from error
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{path} has no rows") from error
         where = _broken_line(path) if BUILDERS[path.suffix.lower()] == "json" else ""
         said = where or str(cause).strip().splitlines()[0]
         raise DataError(f"{path} cannot be read: {said}") from error

@@ -61,13 +61,19 @@ def load_tokenizer(model: str) -> Any:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ModelError(
-                f"{model} has no tokenizer that transformers can read ({str(error).strip().splitlines()[0]}): put "
-                "its tokenizer.json and tokenizer_config.json beside config.json"
-            ) from error
+            raise ModelError(_no_tokenizer(model, str(error).strip().partition("\n")[0])) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of nothing, where its files are missing
+        raise ModelError(_no_tokenizer(model, "its tokenizer knows no word"))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _no_tokenizer(model: str, reason: str) -> str:
+    return (
+        f"{model} has no tokenizer that transformers can read ({reason}): put its tokenizer.json and "
+        "tokenizer_config.json beside config.json"
+    )
 
 
 def text_model_errors(model: str) -> AbstractContextManager[None]:
