@@ -27,7 +27,6 @@ from trady.cli.app import app
 from trady.errors import ModelError
 from trady.training.description import read_description
 from trady.training.interrupt import Stopped
-from trady.training.texts.load import load_texts
 
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
@@ -225,7 +224,7 @@ def test_a_run_goes_on_with_its_head_or_a_new_one(trained: Path, place: Path) ->
 
 
 def test_the_python_way_is_that_of_the_command_line(place: Path, tmp_path: Path) -> None:
-    task = load_texts(place / "train.csv", place / "bert", evaluation=place / "dev.csv")
+    task = trady.load_texts(place / "train.csv", place / "bert", evaluation=place / "dev.csv")
     options: dict[str, Any] = {"budget": "1 MiB", "batch_size": 8, "epochs": 2, "optimizer": "adamw", "lr": 0.01}
     trady.finetune(task.model, task.train, task.evaluation, out=tmp_path / "python", progress=False, **options)
     finetune(
@@ -247,7 +246,7 @@ def test_the_python_way_is_that_of_the_command_line(place: Path, tmp_path: Path)
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a system without SIGHUP")
 def test_a_run_that_was_stopped_inside_an_epoch_ends_as_the_unbroken_one(place: Path, tmp_path: Path) -> None:
     def run(name: str, **more: Any) -> None:
-        task = load_texts(place / "train.csv", place / "bert")
+        task = trady.load_texts(place / "train.csv", place / "bert")
         options: dict[str, Any] = {"budget": "1 MiB", "batch_size": 8, "epochs": 2, "optimizer": "adamw", "lr": 0.01}
         trady.finetune(
             task.model, task.train, task.evaluation, out=tmp_path / name, **{**options, "progress": False, **more}
@@ -283,7 +282,7 @@ def test_the_plan_is_made_for_the_longest_batch_and_the_first_step_is_the_larges
     planned = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert lines(tmp_path / "run")[0]["peak_bytes"] <= planned["predicted_peak_bytes"] <= 2**20
     shown = trady_here("plan", place / "bert", place / "train.csv", *BUDGET, "--batch-size", 8, "--json")
-    forecast = json.loads(shown.stdout)["plan"]
+    forecast = json.loads(shown.stdout)
     # The optimizer of a plan is plain SGD.
     assert forecast["batch"] == 8
     assert (
@@ -334,7 +333,7 @@ def test_runs_and_data_of_another_kind_are_refused(trained: Path, place: Path, t
         "finetune", tmp_path / "images", place / "dev.csv", *out
     )
     with pytest.raises(ModelError, match="is no model of texts"):
-        load_texts(place / "dev.csv", "tests.small_task:small_net")
+        trady.load_texts(place / "dev.csv", "tests.small_task:small_net")
 
 
 def test_a_tokenizer_that_is_missing_is_asked_for(place: Path, tmp_path: Path) -> None:
@@ -344,3 +343,29 @@ def test_a_tokenizer_that_is_missing_is_asked_for(place: Path, tmp_path: Path) -
     assert "put its tokenizer.json and tokenizer_config.json beside config.json" in " ".join(
         refused("finetune", folder, place / "train.csv", "--policy", "full", "--out", tmp_path / "run").split()
     )
+
+
+def test_layers_are_ranked_on_texts_and_other_commands_say_that_they_take_images(place: Path, tmp_path: Path) -> None:
+    done = trady_here(
+        "rank",
+        place / "bert",
+        place / "train.csv",
+        "--batches",
+        2,
+        "--batch-size",
+        8,
+        "--no-prior",
+        "--out",
+        tmp_path / "r.json",
+    )
+    assert done.returncode == 0, done.stderr
+    finetune(place / "bert", place / "train.csv", tmp_path / "run", *BUDGET, "--ranking", tmp_path / "r.json")
+    said = refused("study", place / "bert", place / "train.csv", "--out", tmp_path / "study", "--seeds", 1)
+    assert "is texts, which trady finetune, plan and rank take; this command takes images" in " ".join(said.split())
+
+
+def test_a_run_on_texts_is_no_model_of_images(trained: Path, tmp_path: Path) -> None:
+    from tests.small_task import write_npz
+
+    said = refused("finetune", trained, write_npz(tmp_path / "i.npz"), "--policy", "full", "--out", tmp_path / "run")
+    assert "is a run on texts, and the data are images" in " ".join(said.split())

@@ -55,7 +55,16 @@ def load_task(
     *,
     split: Literal["both", "train"] = "both",
 ) -> Task:
-    """Read a data set as the model wants it, then load the model with a head for its classes."""
+    """Read a data set of images as the model wants it, then load the model with a head for its classes.
+
+    Raises:
+        DataError: It is one of texts, or cannot be read.
+    """
+    from trady.errors import DataError
+    from trady.training.texts.tables import is_texts
+
+    if is_texts(dataset):
+        raise DataError(f"{dataset} is texts, which trady finetune, plan and rank take; this command takes images")
     from trady.training.data.load import load_data
     from trady.training.data.source import OnUnreadable
     from trady.training.description import is_run

@@ -54,12 +54,12 @@ _RATE_OF_CHANNELS = 2e-3
 class TextOptions:
     """What was typed about texts."""
 
-    text_column: list[str] | None
-    label_column: list[str] | None
-    evaluation: str | None
-    task: str | None
-    max_length: int | None
-    overflow: str
+    text_column: list[str] | None = None
+    label_column: list[str] | None = None
+    evaluation: str | None = None
+    task: str | None = None
+    max_length: int | None = None
+    overflow: str = "truncate"
 
     def refuse_for_images(self, dataset: str) -> None:
         """Refuse options of texts where the data are images.

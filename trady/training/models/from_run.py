@@ -201,7 +201,12 @@ def _for_classes(name: str, classes: tuple[str, ...]) -> LoadedModel:
 
 
 def _image_format(name: str) -> tuple[Normalization, int]:
-    images = read_description(name).images
+    description = read_description(name)
+    images = description.images
+    if description.texts is not None:
+        raise ModelError(
+            f"{name} is a run on texts, and the data are images: name a model of images, or a run on images"
+        )
     if images is None:
         raise ModelError(f"{name} was not trained on images that trady reads; its model is for a loop of your own")
     return images.normalization, images.size

@@ -12,10 +12,10 @@ from trady.errors import DataError
 from trady.training.texts.dataset import IDS, NO_LOSS, Ragged
 
 #: The template of a tokenizer that has none: a line a message, and the end of an answer where the tokenizer has a word
-#: for it. It is kept with the run.
+#: for it. It is kept with the run. Line ends are expressions: a template drops those that follow a block.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
