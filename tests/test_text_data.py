@@ -158,6 +158,8 @@ def test_a_tenth_is_held_out_with_every_class_in_it() -> None:
     assert held_out(100, keys, 3, "t")[1].tolist() == apart.tolist()
     assert held_out(100, keys, 4, "t")[1].tolist() != apart.tolist()
     assert [len(part) for part in held_out(3, None, 0, "t")] == [2, 1]
+    rare = np.asarray([0] * 15 + list(range(1, 26)))
+    assert set(rare[held_out(40, rare, 0, "t")[0]].tolist()) == set(range(26))
     with pytest.raises(DataError, match=r"t has 1 row; two are needed"):
         held_out(1, None, 0, "t")
 

@@ -31,13 +31,14 @@ def refuse_for_plan(dataset: str, tokens: str | None, image_size: int | None) ->
 
 def plan_texts(
     model: str, dataset: str, batch_size: int, dtype: str | None, seed: int
-) -> tuple[Planned, Callable[[Any], Tensor]]:
-    """Return the model without weights, batches like the longest of the texts, and the loss of the largest.
+) -> tuple[Planned, Callable[[Any], Tensor] | None]:
+    """Return the model without weights, batches like the longest of the texts, and their loss if it is one of its own.
 
     Raises:
         DataError: The texts cannot be read.
         ModelError: There is no such model, or it is none of texts.
     """
+    from trady.training.batch import cross_entropy
     from trady.training.models.from_config import read_dtype, skeleton
     from trady.training.models.planned import Planned
     from trady.training.objective import of_output
@@ -58,4 +59,5 @@ def plan_texts(
 
     count = len(largest["labels"])
     planned = Planned(found.model, count, f"× {width} tokens", inputs, width)
-    return planned, of_output(data.objective.loss, largest["labels"])
+    own = data.objective.loss is not cross_entropy  # which a plan knows by itself
+    return planned, of_output(data.objective.loss, largest["labels"]) if own else None

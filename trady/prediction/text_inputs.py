@@ -168,10 +168,10 @@ def _kept_apart(table: Table, texts: TextsDescription, description: RunDescripti
     names = (*texts.text_columns, *texts.label_columns)
     if any(name not in table.columns for name in names):
         return None
-    rows = limited(complete_rows(table, texts.text_columns, texts.label_columns)[0], texts.limit, description.seed)
+    rows = limited(complete_rows(table, texts.text_columns, texts.label_columns)[0], texts.limit, texts.seed)
     if digest(rows, names) != texts.held_out:
         return None
     labels: Labels = read_labels(rows, texts.label_columns, texts.task, description.classes)
-    asked = Reading(table.name, seed=description.seed)
+    asked = Reading(table.name, seed=texts.seed)
     apart = held_out_rows(asked, Columns(texts.text_columns, texts.label_columns), rows, labels)[1]
     return rows.take(np.asarray(apart).tolist())

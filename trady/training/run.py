@@ -25,7 +25,7 @@ from trady.ranking.ranking import LayerRanking
 from trady.records.lock import refuse_locked
 from trady.records.translated import file_errors
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.training.batch import Loss, split_batch
+from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
@@ -33,7 +33,7 @@ from trady.training.data.looking import largest_of, to_be_looked_at
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
-from trady.training.objective import TopOne, objective_of, of_output
+from trady.training.objective import objective_of, of_output
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
@@ -359,7 +359,7 @@ def _trainer(
     objective = objective_of(loader, loss)
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
-    elif not isinstance(objective, TopOne):
+    elif objective.loss is not cross_entropy:  # which a plan knows by itself
         request = replace(request, loss=of_output(objective.loss, labels))
     return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 

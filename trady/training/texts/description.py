@@ -28,6 +28,7 @@ class TextsDescription:
         held_out: Where a part of the rows was kept for evaluation, a digest of all of them, by which they are known
             again; ``None`` where the source had a part of its own.
         limit: Up to that many rows of a part were taken; ``None`` is all.
+        seed: Of the choice of rows.
     """
 
     task: TextTask
@@ -38,6 +39,7 @@ class TextsDescription:
     chat: bool = False
     held_out: str | None = None
     limit: Positive | None = None
+    seed: int = 0
 
     @property
     def name(self) -> str:

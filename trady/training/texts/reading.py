@@ -11,7 +11,7 @@ import numpy as np
 from trady.errors import DataError
 from trady.training.objective import Objective
 from trady.training.texts.columns import Columns, find_columns
-from trady.training.texts.dataset import IDS, Integers, TextDataset
+from trady.training.texts.dataset import IDS, WIDTH, Integers, TextDataset
 from trady.training.texts.description import Overflow, TextsDescription, TextTask
 from trady.training.texts.labels import Labels, read_labels
 from trady.training.texts.language import PLAIN_TEMPLATE, Sequences, blocks, conversations, read_chats
@@ -132,9 +132,16 @@ def _labelled(
         tables = train, evaluation
         of_both = labels, read_labels(evaluation, columns.labels, labels.task, labels.classes)
     encoded = [encode(tokenizer, texts_of(table, columns.texts), asked.longest, asked.overflow, ()) for table in tables]
-    longest = asked.longest or max(int(each.lengths.max()) for each in encoded)
+    longest = asked.longest or -(-max(int(each.lengths.max()) for each in encoded) // WIDTH) * WIDTH
     description = TextsDescription(
-        labels.task, columns.texts, columns.labels, longest, asked.overflow, held_out=content, limit=asked.limit
+        labels.task,
+        columns.texts,
+        columns.labels,
+        longest,
+        asked.overflow,
+        held_out=content,
+        limit=asked.limit,
+        seed=asked.seed,
     )
     sets = [labelled_dataset(each, own, tokenizer, description) for each, own in zip(encoded, of_both, strict=True)]
     told = (
@@ -233,6 +240,7 @@ def _language(
         chat=columns.chat,
         held_out=content,
         limit=asked.limit,
+        seed=asked.seed,
     )
     sets = [language_dataset(each, tokenizer, description) for each in found]
     tables = train, evaluation

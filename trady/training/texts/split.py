@@ -78,6 +78,8 @@ def held_out(count: int, keys: npt.NDArray[Any] | None, seed: int, name: str) ->
     if keys is not None:
         order = order[np.argsort(keys[order], kind="stable")]
     places = np.arange(count) % ONE_OF == (ONE_OF // 2 if count >= ONE_OF else count // 2)
+    if keys is not None and keys.dtype.kind == "i":  # a class is trained on before it is evaluated
+        places &= np.isin(keys[order], keys[order[~places]])
     return np.sort(order[~places]), np.sort(order[places])
 
 
