@@ -13,7 +13,7 @@ import trady
 from tests.command import trady_here
 from tests.fresh_process import afresh
 from tests.small_texts import WORDS, bert_folder, llama_folder, sentences, write_table
-from tests.test_text_runs import finetune, predicted, refused, result_of
+from tests.text_commands import finetune, predicted, refused, result_of
 from trady.errors import DataError
 from trady.training.texts.dataset import NO_LOSS
 from trady.training.texts.language import PLAIN_TEMPLATE, blocks, conversations, read_chats

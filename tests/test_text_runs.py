@@ -21,8 +21,9 @@ import trady
 from tests.command import trady_here
 from tests.fresh_process import afresh
 from tests.small_runs import lines, without_clock
+from tests.small_task import Raise
 from tests.small_texts import bert_folder, llama_folder, sentences, write_table
-from tests.test_stopping import Raise
+from tests.text_commands import BUDGET, OPTIONS, finetune, predicted, refused, result_of
 from trady.cli.app import app
 from trady.errors import ModelError
 from trady.training.description import read_description
@@ -30,33 +31,6 @@ from trady.training.interrupt import Stopped
 
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
-
-OPTIONS = ("--batch-size", 8, "--epochs", 1, "--lr", 0.01)
-BUDGET = ("--budget", "1 MiB")
-
-
-def finetune(model: object, data: object, out: Path, *more: object) -> str:
-    done = trady_here("finetune", model, data, "--out", out, *OPTIONS, *more)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def refused(*arguments: object) -> str:
-    done = trady_here(*arguments)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    return done.stderr
-
-
-def predicted(*arguments: object) -> dict[str, Any]:
-    done = trady_here("predict", *arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
