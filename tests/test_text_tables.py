@@ -113,6 +113,8 @@ def test_a_file_to_evaluate_on_takes_the_place_of_the_part(tmp_path: Path) -> No
 def test_what_is_meant_as_texts(tmp_path: Path) -> None:
     write_table(tmp_path / "texts" / "train.csv", sentences(2, 0))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
+    write_table(tmp_path / "photos" / "labels.csv", sentences(2, 0))
+    (tmp_path / "photos" / "README.txt").write_text("two cats")
     found = {name: is_texts(str(tmp_path / name)) for name in ("texts", "photos", "gone.jsonl", "gone", "x.npz")}
     assert found == {"texts": True, "photos": False, "gone.jsonl": True, "gone": False, "x.npz": False}
     assert is_texts("owner/name")

@@ -73,7 +73,7 @@ def is_texts(source: str) -> bool:
     """Return whether a source is meant to be one of texts: a file or folder of tables, or a name on the Hub."""
     path = Path(source)
     if path.is_dir():
-        return bool(_files(path))
+        return bool(_files(path)) and not _has_classes(path)
     if path.suffix.lower() in BUILDERS:
         return True
     return not path.exists() and _HUB_NAME.fullmatch(source) is not None and not path.parent.exists()
@@ -153,6 +153,14 @@ def _files(folder: Path) -> list[Path]:
             # What describes a data set is no part of it.
             return [path for path in found if path.is_file() and path.stem not in ("dataset_infos", "README")]
     return []
+
+
+def _has_classes(folder: Path) -> bool:
+    """Return whether there are folders in it, as there are in one of images, which may have a table or a note beside."""
+    try:
+        return any(path.is_dir() and path.name[0] not in "._" and path.name != "data" for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _part(path: Path) -> str | None:
