@@ -156,7 +156,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _has_classes(folder: Path) -> bool:
-    """Return whether there are folders in it, as there are in one of images, which may have a table or a note beside."""
+    """Return whether there are folders in it, as in one of images, which may have a table or a note beside."""
     try:
         return any(path.is_dir() and path.name[0] not in "._" and path.name != "data" for path in folder.iterdir())
     except OSError:
