@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ class StopAfter(Silent):
     def end_epoch(self, metrics: EpochMetrics) -> None:
         if metrics.epoch == self.epochs:
             raise KeyboardInterrupt
+
+
+class Raise(Silent):
+    """Raises a signal in this process after so many steps, as somebody else would send it."""
+
+    def __init__(self, number: int, after: int) -> None:
+        self.number, self.after = number, after
+
+    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+        self.after -= 1
+        if not self.after:
+            signal.raise_signal(self.number)
 
 
 def small_net(classes: int = CLASSES) -> SmallNet:

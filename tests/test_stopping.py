@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.command import start
 from tests.small_runs import lines, run, without_clock
-from tests.small_task import small_data, write_npz
+from tests.small_task import Raise, small_data, write_npz
 from trady.errors import CheckpointError, TrainingError
 from trady.training import interrupt
 from trady.training.checkpoint import load_checkpoint
@@ -40,18 +40,6 @@ def _as_in_a_terminal() -> Iterator[None]:
 
 
 posix = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a system without SIGHUP")
-
-
-class Raise(Silent):
-    """Raises a signal in this process after so many steps, as somebody else would send it."""
-
-    def __init__(self, number: int, after: int) -> None:
-        self.number, self.after = number, after
-
-    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
-        self.after -= 1
-        if not self.after:
-            signal.raise_signal(self.number)
 
 
 class Shaken(Dataset[tuple[torch.Tensor, int]]):

@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from trady.integrations.trainer import tune
     from trady.prediction.load import load
     from trady.prediction.predictor import Prediction, Predictor
-    from trady.training import DataSplit, Result, finetune, load_data
+    from trady.training import DataSplit, Result, Texts, finetune, load_data, load_texts
 
 #: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
-_TRAINING = ("DataSplit", "Result", "finetune", "load_data")
+_TRAINING = ("DataSplit", "Result", "Texts", "finetune", "load_data", "load_texts")
 
 
 def __getattr__(name: str) -> Any:
@@ -97,6 +97,7 @@ __all__ = [
     "Result",
     "Selection",
     "StateError",
+    "Texts",
     "TradyError",
     "TradyWarning",
     "TrainingError",
@@ -109,6 +110,7 @@ __all__ = [
     "fit",
     "load",
     "load_data",
+    "load_texts",
     "measure",
     "optim",
     "parse_budget",

@@ -25,6 +25,7 @@ from trady.estimates.heads import train_with_fixed_statistics
 from trady.training.batch import cross_entropy, forward, split_batch
 from trady.training.data.loaders import evaluation_batches, start_epoch, training_batches
 from trady.training.evaluate import evaluate
+from trady.training.objective import TopOne
 from trady.training.optimizers import optimizer_factory
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.run import finetune
@@ -155,7 +156,7 @@ def _train_plainly(
                 raise trady.errors.TrainingError(f"the loss became {loss} at a rate of {cell.rate}")
             step, total, examples = step + 1, total + loss * len(labels), examples + len(labels)
     judged = accelerator.prepare_data_loader(evaluation_batches(evaluation, task.batch_size))
-    accuracy, _ = evaluate(model, judged, cross_entropy, accelerator, "no")
+    accuracy = evaluate(model, judged, TopOne(), accelerator, "no").accuracy
     return {
         "accuracy": accuracy,
         "train_loss": total / examples,

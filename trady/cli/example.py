@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trady.training.data.datasets import DataSplit
+    from trady.training.texts.load import Texts
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def make_example(name: str, classes: int, image_size: int | None, batch_size: in
 
 @dataclass(frozen=True)
 class Task:
-    """A model with a head for a data set."""
+    """A model with a head for a data set, of images or texts."""
 
     model: nn.Module
-    data: DataSplit
+    data: DataSplit | Texts
 
 
 def load_task(
@@ -54,7 +55,16 @@ def load_task(
     *,
     split: Literal["both", "train"] = "both",
 ) -> Task:
-    """Read a data set as the model wants it, then load the model with a head for its classes."""
+    """Read a data set of images as the model wants it, then load the model with a head for its classes.
+
+    Raises:
+        DataError: It is one of texts, or cannot be read.
+    """
+    from trady.errors import DataError
+    from trady.training.texts.tables import is_texts
+
+    if is_texts(dataset):
+        raise DataError(f"{dataset} is texts, which trady finetune, plan and rank take; this command takes images")
     from trady.training.data.load import load_data
     from trady.training.data.source import OnUnreadable
     from trady.training.description import is_run

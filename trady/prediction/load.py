@@ -10,8 +10,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from trady.errors import CheckpointError, DataError
+from trady.prediction.generation import TextGenerator
 from trady.prediction.images import ImagePredictor
 from trady.prediction.predictor import Predictor
+from trady.prediction.texts import TextPredictor
 from trady.training.description import IMAGE_CLASSIFICATION, Which
 from trady.training.models.from_run import load_trained
 
@@ -65,4 +67,6 @@ def load(
     module, description, found = load_trained(path, weights, model)
     place = torch.device(device) if device is not None else PartialState().device
     kind = _BY_TASK.get(description.task, _OwnData)
+    if description.texts is not None:
+        kind = TextGenerator if description.texts.task == "language-model" else TextPredictor
     return kind(path, description, weights, found.epoch, module.to(place).eval(), place)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from trady.errors import DataError, ModelError
+from trady.model.batch import Batch
 from trady.training.batch import batch_errors, forward, logits
 from trady.training.data.identity import readable_names
 from trady.training.description import RunDescription
@@ -32,6 +34,7 @@ class Prediction:
         score: Its share in the softmax of all scores, 0 to 1; ``None`` likewise.
         top: As many (label, score) as were asked for, the highest first.
         error: Why the input could not be read.
+        inputs: A text's own columns, where the input is a text.
     """
 
     source: str
@@ -39,11 +42,17 @@ class Prediction:
     score: float | None
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    inputs: Mapping[str, str] | None = None
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """What the input is called, by column: its path, or the text's own columns."""
+        given = {"path": self.source} if self.inputs is None else self.inputs
+        return dict(zip(given, readable_names(list(given.values())), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        (source,) = readable_names([self.source])
-        found: dict[str, Any] = {"path": source, "label": self.label, "score": self.score}
+        found: dict[str, Any] = {**self.columns, "label": self.label, "score": self.score}
         if len(self.top) > 1:
             found["top"] = [{"label": label, "score": score} for label, score in self.top]
         return found if self.error is None else {**found, "error": self.error}
@@ -80,7 +89,7 @@ class Predictor(ABC):
         return self.description.batch_size or _AT_ONCE
 
     @abstractmethod
-    def preprocess(self, source: Any) -> Tensor:
+    def preprocess(self, source: Any) -> Any:
         """Return one input as the model takes it, without the axis of the batch, prepared as the run evaluates.
 
         Raises:
@@ -91,22 +100,25 @@ class Predictor(ABC):
     def _many(self, inputs: Any) -> Iterable[Any]:
         """Return the single inputs among what was given: one, or several."""
 
-    def scores(self, batch: Tensor) -> Tensor:
+    def scores(self, batch: Any) -> Tensor:
         """Return the class scores ``[N, classes]``, float32, of inputs ``[N, ...]`` that are prepared, before softmax.
+
+        Inputs are a tensor, or a dict of tensors.
 
         Raises:
             DataError: The model cannot take such a batch.
             ModelError: It has another number of outputs than there are classes.
         """
-        batch = batch.to(self.device)
-        labels = torch.empty(len(batch), dtype=torch.int64)
+        batch = send_to_device(batch, self.device)
+        count = Batch.of(batch, self.model).samples
+        labels = torch.empty(count, dtype=torch.int64)
         precision = self.description.precision
         with torch.no_grad(), batch_errors(batch, labels), autocast(self.device, precision):
             found = logits(forward(self.model, batch)).float().cpu()
         if found.dim() != 2 or (self.classes and found.shape[-1] != len(self.classes)):
             raise ModelError(
-                f"the model gives scores {list(found.shape)} for {len(batch)} inputs, and {self.run} has "
-                f"{len(self.classes)} classes: expected [{len(batch)}, {len(self.classes)}]"
+                f"the model gives scores {list(found.shape)} for {count} inputs, and {self.run} has "
+                f"{len(self.classes)} classes: expected [{count}, {len(self.classes)}]"
             )
         return found
 

@@ -95,7 +95,7 @@ def read_records(folder: StudyFolder) -> Records:
     accuracy: dict[Unit, float] = {}
     for dataset, seed in dict.fromkeys((unit.dataset, unit.seed) for unit in units):
         for metrics in RunFolder(folder.run(dataset, seed)).history(settings.epochs - 1):
-            accuracy[Unit(dataset, seed, metrics.epoch)] = metrics.accuracy
+            accuracy[Unit(dataset, seed, metrics.epoch)] = metrics.quality
     table = folder.load_table()
     norms = {unit: read_norms(folder.norms(unit))[1] for unit in units}
     noise = {unit: read_noise(folder.noise(unit)) for unit in units}

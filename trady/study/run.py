@@ -29,6 +29,7 @@ from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
 from trady.training.data.observed_batches import measured_on
 from trady.training.loop import Loop
+from trady.training.objective import TopOne
 from trady.training.optimizers import optimizer_factory
 from trady.training.progress import Display, Lines, Silent
 from trady.training.randomness import own_randomness, seed_epoch
@@ -164,7 +165,7 @@ def _run(
             schedule=schedule,
             settings=_settings(study, schedule.steps, schedule.warmup_steps, seed),
             display=recorder,
-            loss=cross_entropy,
+            objective=TopOne(),
             factory=optimizer_factory("sgd", study.lr, 0.0, 0.0),
             folder=run_folder,
             observed=measured_on(loader, OBSERVED_BATCHES, seed, accelerator.device),

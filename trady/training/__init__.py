@@ -4,5 +4,6 @@ from trady.training.data.datasets import DataSplit
 from trady.training.data.load import load_data
 from trady.training.result import Result
 from trady.training.run import finetune
+from trady.training.texts.load import Texts, load_texts
 
-__all__ = ["DataSplit", "Result", "finetune", "load_data"]
+__all__ = ["DataSplit", "Result", "Texts", "finetune", "load_data", "load_texts"]

@@ -17,6 +17,7 @@ from trady.records.versioned import Format
 from trady.training.data.datasets import Normalization
 from trady.training.data.image_folder import MOST_PIXELS
 from trady.training.run_folder import DESCRIPTION, RunFolder
+from trady.training.texts.description import TextsDescription
 
 FORMAT = Format("trady-run", "description of a run", CheckpointError, "train again into another folder")
 
@@ -89,7 +90,8 @@ class RunDescription:
     """What ``run.json`` holds.
 
     Attributes:
-        task: ``image-classification``, or ``classification`` where what the model takes is not known.
+        task: ``image-classification``, ``text-classification``, ``text-generation``, …; ``classification`` where what
+            the model takes is not known.
         model: How the model is made again.
         classes: Names of the classes, in the order of the outputs; empty where the data had no names.
         images: How images are prepared; ``None`` where the data was no images that trady reads.
@@ -106,6 +108,7 @@ class RunDescription:
         versions: Of the packages that the result depends on.
         command: The command line; ``None`` for a run of ``trady.finetune``.
         started: When it began, ISO 8601 with the offset from UTC.
+        texts: How texts are read; ``None`` where the data was no texts that trady reads.
     """
 
     task: str
@@ -125,6 +128,7 @@ class RunDescription:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: tuple[str, ...] | None = None
     started: str = ""
+    texts: TextsDescription | None = None
 
     def finished(self, folder: RunFolder, batch_size: int | None) -> RunDescription:
         """Return it with the files of weights that are in the folder, and the batches that were evaluated on."""

@@ -1,4 +1,4 @@
-"""Accuracy and loss on data that was never trained on."""
+"""The measures of a task on data that was never trained on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trady.training.batch import Loss, batch_errors, forward, logits, readable, split_batch
+from trady.training.batch import batch_errors, forward, readable, split_batch
 from trady.training.data.loaders import Batches
+from trady.training.objective import Evaluated, Objective, joined
 from trady.training.precision import autocast
 
 
@@ -18,18 +19,18 @@ from trady.training.precision import autocast
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    loss: Loss,
+    objective: Objective,
     accelerator: Accelerator,
     precision: str,
     parts: Callable[[Any], Iterable[tuple[Any, torch.Tensor, float]]] = lambda batch: [(*split_batch(batch), 1.0)],
     between: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Return top-1 accuracy (0 to 1) and mean loss, with the model in eval mode.
+) -> Evaluated:
+    """Return what is measured, and the mean loss, with the model in eval mode.
 
     Args:
         model: The model.
         batches: Batches of (inputs, labels).
-        loss: From (output, labels) to the mean over the samples.
+        objective: The loss, and what is measured.
         accelerator: Where it runs.
         precision: ``no`` or ``bf16``.
         parts: Cuts a batch into inputs, labels and share of the samples of each forward pass.
@@ -37,27 +38,23 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    correct = examples = 0
-    total = 0.0
+    total, values_of_all = 0.0, []
     try:
         for batch in readable(batches):
-            hits, losses = [], []
+            values, losses = [], []
             for inputs, labels, _ in parts(batch):
                 with batch_errors(inputs, labels), autocast(accelerator.device, precision):
                     output = forward(model, inputs)
-                    value = loss(output, labels)
-                hits.append(logits(output).argmax(-1) == labels)
+                    value = objective.loss(output, labels)
+                    values.append(objective.values(output, labels))
                 losses.append(value.float().expand(len(labels)))
                 del output
-            gathered = accelerator.gather_for_metrics((_joined(hits), _joined(losses)))
-            correct += int(gathered[0].sum())
-            examples += len(gathered[0])
+            gathered = accelerator.gather_for_metrics((joined(values), joined(losses)))
+            values_of_all.append(gathered[0].cpu())
             total += float(gathered[1].sum())
             between()
     finally:
         model.train(was_training)
-    return correct / examples, total / examples
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    everything = joined(values_of_all)
+    accuracy, measures = objective.measure(everything)
+    return Evaluated(accuracy, total / len(everything), measures)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from trady.errors import CheckpointError, DataError, TradyError, TrainingError
 from trady.memory import Ledger
 from trady.planning.budget import Budget
-from trady.training.batch import Loss, readable
+from trady.training.batch import readable
 from trady.training.checkpoint import (
     Checkpoint,
     check_model,
@@ -28,6 +28,7 @@ from trady.training.data.loaders import Batches, read_epoch, start_epoch
 from trady.training.evaluate import evaluate
 from trady.training.interrupt import Interrupts, Stopped, agree_to_stop
 from trady.training.metrics import EpochMetrics
+from trady.training.objective import Objective
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
 from trady.training.process import process_now
@@ -63,7 +64,7 @@ class Loop:
         schedule: Rate of every step.
         settings: Written in each checkpoint.
         display: Told of every step.
-        loss: From (output, labels) to a scalar.
+        objective: The loss, and what is measured on the evaluation batches.
         factory: Makes the optimizer.
         folder: The run folder; ``None`` writes nothing. Only the main process writes.
         observed: Batches (inputs, labels) that a policy is measured on.
@@ -82,7 +83,7 @@ class Loop:
     schedule: Schedule
     settings: Settings
     display: Display
-    loss: Loss
+    objective: Objective
     factory: OptimizerFactory
     folder: RunFolder | None
     observed: Iterable[Any] = ()
@@ -210,29 +211,30 @@ class Loop:
         training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
         random = random_state()
         with self.trainer.untouched():  # the plain model takes less than the armed one
-            accuracy, evaluation_loss = evaluate(
+            found = evaluate(
                 self.trainer.model,
                 self.evaluation,
-                self.loss,
+                self.objective,
                 self.accelerator,
                 self.settings.mixed_precision,
                 self._evaluation_parts,
                 lambda: self._pause(sums, random),
             )
-        if not evaluation_loss < float("inf"):
-            raise self._stopped(f"the evaluation loss became {evaluation_loss}", sums)
+        if not found.loss < float("inf"):
+            raise self._stopped(f"the evaluation loss became {found.loss}", sums)
         drawn = self.trainer.draw()
         process, self._warned = process_now(self.budget, self._warned)
         metrics = EpochMetrics(
             epoch=epoch,
             step=sums.steps,
             train_loss=sums.loss / sums.examples,
-            accuracy=accuracy,
+            accuracy=found.accuracy,
             seconds=time.perf_counter() - self._epoch_started,
             peak_bytes=sums.peak_bytes,
             channels=drawn.channels,
             selection_hash=drawn.digest,
-            evaluation_loss=evaluation_loss,
+            evaluation_loss=found.loss,
+            measures=found.measures,
             saved_bytes=sums.saved_bytes,
             trainable_parameters=drawn.trainable_parameters,
             lr=sums.rate,
@@ -264,13 +266,13 @@ class Loop:
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
         if self.capture and self._captured is None:
-            made = self.accelerator, self.trainer, self.loss, self.settings.mixed_precision
+            made = self.accelerator, self.trainer, self.objective.loss, self.settings.mixed_precision
             self._captured = CapturedPass(*made)
         return Stepper(
             self.accelerator,
             self.trainer,
             optimizer,
-            self.loss,
+            self.objective.loss,
             self.settings.channel_clip,
             self.settings.max_grad_norm,
             self.settings.mixed_precision,
@@ -341,7 +343,7 @@ class Loop:
             self._interrupts.check()
 
         with autocast(self.accelerator.device, self.settings.mixed_precision):
-            self.trainer.observe(self.observed, self.loss, progress)
+            self.trainer.observe(self.observed, self.objective.loss, progress)
         return time.perf_counter() - started
 
     def _measured(self, stepper: Stepper, batch: Any, rate: float) -> tuple[StepResult, Ledger]:

@@ -110,7 +110,7 @@ class Lines:
     def end_epoch(self, metrics: EpochMetrics) -> None:
         """Print the epoch's line."""
         self.close()
-        self.accuracy = f"accuracy {metrics.accuracy:.1%}"
+        self.accuracy = str(metrics)
         process = ""
         if metrics.process_peak_bytes is not None:
             process = f", process {format_bytes(metrics.process_peak_bytes)}{self.process_budget}"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from trady.errors import CheckpointError, StateError
 from trady.model.eager import unwrap_compiled
-from trady.records.files import write_json
+from trady.records.files import write_bytes, write_json
 from trady.records.version import __version__
 from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import ImageDataset
@@ -28,9 +28,10 @@ from trady.training.description import (
     is_run,
     read_description,
 )
-from trady.training.models.transformers_files import configuration, image_processor, is_of_transformers
-from trady.training.run_folder import CONFIG, OF_TRANSFORMERS, PROCESSOR, RunFolder
+from trady.training.models.transformers_files import configuration, image_processor, is_of_transformers, text_files
+from trady.training.run_folder import CONFIG, PROCESSOR, RunFolder
 from trady.training.settings import Settings
+from trady.training.texts.dataset import TextDataset
 
 #: What the result of a run depends on, beside Python, PyTorch and trady.
 _PACKAGES = ("accelerate", "numpy", "pillow", "safetensors")
@@ -65,7 +66,7 @@ class Describer:
     """
 
     description: RunDescription
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any] | bytes]
 
     def begin(self, folder: RunFolder, plan: Mapping[str, Any] | None) -> None:
         """Describe the run before its first step, or the one that is resumed.
@@ -89,7 +90,10 @@ class Describer:
             )
         self.description.write(folder)
         for name, content in self.files.items():
-            write_json(folder.path / name, content)
+            if isinstance(content, bytes):
+                write_bytes(folder.path / name, content)
+            else:
+                write_json(folder.path / name, content)
 
     def end(self, folder: RunFolder, plan: Mapping[str, Any], batch_size: int | None) -> None:
         """Describe the finished run: its weights, and in what batches it was evaluated."""
@@ -137,23 +141,29 @@ def describe(
     if isinstance(data, ImageDataset):
         images = ImagesDescription(data.image_size, data.normalization.mean, data.normalization.std)
     classes = _classes(data)
-    files: dict[str, Mapping[str, Any]] = {}
+    texts = data.description if isinstance(data, TextDataset) else None
+    files: dict[str, Mapping[str, Any] | bytes] = {}
     if of_transformers := is_of_transformers(plain):
         files[CONFIG] = configuration(plain, classes)
         if images is not None:
             files[PROCESSOR] = image_processor(images.size, images.normalization)
-    assert set(files) <= set(OF_TRANSFORMERS)
+        if isinstance(data, TextDataset):
+            files.update(text_files(plain, data.tokenizer))
     name, started_from = origin.model, None
     if name is not None and is_run(name):
         name, started_from = read_description(name).model.name, name
     outputs = getattr(getattr(plain, "config", None), "num_labels", None) if of_transformers else len(classes) or None
+    if texts is not None and texts.task == "language-model":
+        outputs = None
+    task = IMAGE_CLASSIFICATION if images is not None else "classification" if texts is None else texts.name
     description = RunDescription(
-        task="classification" if images is None else IMAGE_CLASSIFICATION,
+        task=task,
         model=ModelDescription(
             name, f"{type(plain).__module__}.{type(plain).__qualname__}", outputs, of_transformers, started_from
         ),
         classes=classes,
         images=images,
+        texts=texts,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         precision="bf16" if settings.mixed_precision == "bf16" else "no",

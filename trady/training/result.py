@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from trady.ranking.ranking import LayerRanking
-from trady.training.metrics import EpochMetrics
+from trady.training.metrics import EpochMetrics, best_of
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,19 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Top-1 accuracy after the last epoch, 0 to 1."""
-        return self.history[-1].accuracy
+        """Share of the evaluation set that is right after the last epoch, 0 to 1; NaN where a task has none."""
+        found = self.history[-1].accuracy
+        return math.nan if found is None else found
+
+    @property
+    def measures(self) -> Mapping[str, float]:
+        """What else was measured after the last epoch, by name, such as ``macro_f1`` or ``perplexity``."""
+        return self.history[-1].measures
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch with the highest accuracy."""
-        return max(self.history, key=lambda epoch: epoch.accuracy).epoch
+        """The first epoch with the highest accuracy, or the lowest evaluation loss where a task has no accuracy."""
+        return best_of(self.history)
 
     @property
     def peak_bytes(self) -> int:
@@ -71,9 +79,10 @@ class Result:
             "budget": self.budget,
             "epochs": len(self.history),
             "steps": self.history[-1].step,
-            "accuracy": self.accuracy,
+            "accuracy": self.history[-1].accuracy,
             "best_accuracy": self.history[self.best_epoch].accuracy,
             "best_epoch": self.best_epoch,
+            **({"measures": dict(self.measures)} if self.measures else {}),
             "train_loss": self.history[-1].train_loss,
             "peak_bytes": self.peak_bytes,
             "saved_bytes": self.saved_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +25,15 @@ from trady.ranking.ranking import LayerRanking
 from trady.records.lock import refuse_locked
 from trady.records.translated import file_errors
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.training.batch import Loss, cross_entropy, readable, split_batch
+from trady.training.batch import Loss, cross_entropy, split_batch
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
 from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
-from trady.training.data.looking import first_of, to_be_looked_at
+from trady.training.data.looking import largest_of, to_be_looked_at
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
+from trady.training.objective import objective_of, of_output
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
@@ -310,6 +310,7 @@ def run(
         seed_epoch(seed, -1)
         model.to(accelerator.device)
         facts = None if folder is None else identity(train, evaluation)
+        objective = objective_of(evaluation, options.loss)
         loop = Loop(
             trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
             batches=batches,
@@ -320,7 +321,7 @@ def run(
             redraws=redraws,
             settings=settings,
             display=_display(options.progress, accelerator, settings.policy, request.limit),
-            loss=options.loss or cross_entropy,
+            objective=objective,
             factory=factory,
             folder=folder,
             budget=request.limit,
@@ -354,10 +355,12 @@ def _trainer(
         asked = request.micro_batch  # without a budget, "auto" and "most" are the full batch
         frozen = frozen_by_hand(model, request.train, request.freeze)
         return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
-    with closing(first_of(loader, 1)) as batches:
-        example, labels = split_batch(send_to_device(next(readable(batches)), accelerator.device))
+    example, labels = split_batch(send_to_device(largest_of(loader), accelerator.device))
+    objective = objective_of(loader, loss)
     if loss is not None:
         request = replace(request, loss=lambda output: loss(output, labels))
+    elif objective.loss is not cross_entropy:  # which a plan knows by itself
+        request = replace(request, loss=of_output(objective.loss, labels))
     return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
 
 

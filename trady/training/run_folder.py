@@ -37,8 +37,26 @@ _EPOCH = "trady.epoch"
 #: The file that describes the model (:mod:`trady.training.description`).
 DESCRIPTION = "run.json"
 
-#: The files beside it that transformers reads.
-CONFIG, PROCESSOR = OF_TRANSFORMERS = ("config.json", "preprocessor_config.json")
+#: The files beside it that transformers reads: of the model and of how its images are prepared.
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+#: All of those, with the ones that tokenizers write.
+OF_TRANSFORMERS = (
+    CONFIG,
+    PROCESSOR,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 
 
 @dataclass(frozen=True)

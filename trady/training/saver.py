@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from trady.model.eager import uncompiled_name
 from trady.ops.quantized import is_quantized
 from trady.training.checkpoint import Checkpoint, save_checkpoint
-from trady.training.metrics import EpochMetrics
+from trady.training.metrics import EpochMetrics, best_of
 from trady.training.run_folder import RunFolder
 from trady.training.settings import Settings
 from trady.training.state import State, optimizer_to_state
@@ -93,7 +93,7 @@ class Saver:
         """Keep the weights if the last epoch is the best; not if they are kept already, as after a resume."""
         if self.folder is None or not self.saving.best or not history:
             return
-        best = max(history, key=lambda epoch: epoch.accuracy).epoch
+        best = best_of(history)
         if best == history[-1].epoch and best != self.folder.best_epoch():
             delta = self.trainer.delta()  # brings the weights up to date
             weights = all_weights(self.trainer.model)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from trady.cli import options
+from trady.cli import options, texts
 from trady.cli.example import load_task
+
+if TYPE_CHECKING:
+    from trady.training.data.datasets import DataSplit
 
 Mode = Literal["train", "eval"]
 
@@ -32,8 +35,13 @@ def finetune(
     ] = None,
     out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
-    batch_size: options.BatchSize = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate at the end of the warm-up.")] = 0.1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples a step; 32, or 8 sequences of a language model, by default.")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate at the end of the warm-up; 0.1 on images, on texts by optimizer and policy."),
+    ] = None,
     image_size: options.ImageSize = None,
     limit: options.Limit = None,
     micro_batch: options.MicroBatch = None,
@@ -57,8 +65,12 @@ def finetune(
         typer.Option(help="Vary training images: none, light (crops, mirror images) or paper (colours as well)."),
     ] = "none",
     optimizer: Annotated[
-        str, typer.Option(help="sgd, adam or adamw; sgd-in-backward or adamw-in-backward update each layer at once.")
-    ] = "sgd",
+        str | None,
+        typer.Option(
+            help="sgd (on images by default), adam or adamw (on texts); sgd-in-backward or adamw-in-backward update "
+            "each layer at once."
+        ),
+    ] = None,
     momentum: Annotated[float, typer.Option(help="For sgd.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="For every optimizer.")] = 0.0,
     warmup_epochs: Annotated[
@@ -75,6 +87,12 @@ def finetune(
     mode: Annotated[str, typer.Option(help="Dropout in training: on (train) or off (eval).")] = "train",
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
     on_unreadable: options.OnUnreadable = "refuse",
+    text_column: texts.TextColumn = None,
+    label_column: texts.LabelColumn = None,
+    evaluation: texts.EvaluationFile = None,
+    task_name: texts.TaskName = None,
+    max_length: texts.MaxLength = None,
+    overflow: texts.OverflowOption = "truncate",
     seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
@@ -89,7 +107,7 @@ def finetune(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Fine-tune a model on images, inside a memory budget."""
+    """Fine-tune a model on images or texts, inside a memory budget."""
     from trady.records.lock import refuse_locked
     from trady.report.units import format_bytes
     from trady.training.data.augment import check_name
@@ -99,6 +117,7 @@ def finetune(
     from trady.training.run import run
     from trady.training.run_folder import RunFolder
     from trady.training.run_options import RunOptions
+    from trady.training.texts.tables import is_texts
 
     # Everything that can be refused at once is, before minutes go into reading the data.
     request = options.read_request(
@@ -124,8 +143,19 @@ def finetune(
     if first:
         refuse_locked(folder.path)
     folder.check(resume=resume, overwrite=overwrite)
-    task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
-    check_examples(task.data, dataset)
+    of_texts = texts.TextOptions(text_column, label_column, evaluation, task_name, max_length, overflow)
+    if are_texts := is_texts(dataset):
+        texts.refuse_for_texts(dataset, {"--image-size": image_size, "--augment": augment != "none"})
+        task = of_texts.load(model, dataset, limit, seed, aloud=first)
+    else:
+        of_texts.refuse_for_images(dataset)
+        task = load_task(model, dataset, image_size, limit, on_unreadable, seed)
+        check_examples(cast("DataSplit", task.data), dataset)
+    optimizer = optimizer or (texts.OPTIMIZER if are_texts else "sgd")
+    if lr is None:
+        lr = texts.usual_rate(optimizer, policy) if are_texts else 0.1
+    if batch_size is None:
+        batch_size = texts.usual_batch_size(task) if are_texts else texts.BATCH_SIZE
     try:
         result = run(
             task.model,
@@ -161,10 +191,11 @@ def finetune(
     if not first:
         return
     if as_json:
-        options.print_json({**result.to_json(), "out": out, "skipped": list(task.data.skipped)})
+        skipped = [] if are_texts else list(cast("DataSplit", task.data).skipped)
+        options.print_json({**result.to_json(), "out": out, "skipped": skipped})
     else:
         taken = f"peak of a step {format_bytes(result.peak_bytes)}"
         if result.process_peak_bytes is not None:
             taken += f", of the process {format_bytes(result.process_peak_bytes)}"
-        typer.echo(f"accuracy {result.accuracy:.1%}; {taken}; weights, metrics and plan are in {out}")
-        typer.echo(f"try it: trady predict {shlex.quote(out)} IMAGE …")
+        typer.echo(f"{result.history[-1]}; {taken}; weights, metrics and plan are in {out}")
+        typer.echo(f"try it: trady predict {shlex.quote(out)} {'TEXT' if are_texts else 'IMAGE'} …")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trady.cli import options
+from trady.cli.planned_texts import plan_texts, refuse_for_plan
 
 if TYPE_CHECKING:
     from trady.planning.request import Request
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: options.PlannedModel,
+    dataset: Annotated[
+        str | None, typer.Argument(help="Texts, as for trady finetune: the plan is for their longest batch.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +92,12 @@ def plan(
         fidelity=fidelity,
         micro_batch=micro_batch,
     )
-    planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
+    if dataset is not None:
+        refuse_for_plan(dataset, tokens, image_size)
+        planned, loss = plan_texts(model, dataset, batch_size, dtype, seed)
+        request = replace(request, loss=loss)
+    else:
+        planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
     if sweep is not None:
         _sweep(planned, request, budgets, sizes or [planned.batch_size], out, as_json)
     else:

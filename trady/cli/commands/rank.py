@@ -10,6 +10,7 @@ import typer
 
 from trady.cli import options
 from trady.cli.example import load_task
+from trady.cli.texts import TextOptions
 
 
 def rank(
@@ -39,15 +40,20 @@ def rank(
     import trady
     from trady.ranking.priors import save_prior
     from trady.ranking.scores import Metric
-    from trady.training.batch import cross_entropy
+    from trady.training.batch import split_batch
+    from trady.training.objective import objective_of
+    from trady.training.texts.tables import is_texts
 
-    task = load_task(model, dataset, image_size, batches * batch_size, on_unreadable, seed, split="train")
+    if is_texts(dataset):
+        task = TextOptions().load(model, dataset, batches * batch_size, seed)
+    else:
+        task = load_task(model, dataset, image_size, batches * batch_size, on_unreadable, seed, split="train")
     train = task.data.train
-    starts = range(0, len(train), batch_size)
+    starts = range(0, min(len(train), batches * batch_size), batch_size)
     ranking = trady.rank(
         task.model.train(),
-        [train.batch(range(start, min(start + batch_size, len(train)))) for start in starts],
-        cross_entropy,
+        [split_batch(train.batch(range(start, min(start + batch_size, len(train))))) for start in starts],
+        objective_of(train, None).loss,
         metric=cast(Metric, metric),
         budget=budget,
         norm=cast(Literal["frozen", "batch"], norm),

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import ImageDataset
+from trady.training.texts.dataset import Ragged, TextDataset
 
 #: Of more content than this, evenly spaced examples of this size together are looked at.
 CONTENT_BYTES = 2**28
@@ -49,6 +50,15 @@ def _facts(data: Any) -> dict[str, Any]:
             "normalization": f"mean {list(data.normalization.mean)}, std {list(data.normalization.std)}",
             "labels": _digest([data.labels]),
             "pixels": _digest([data.pixels]),
+        }
+    if isinstance(data, TextDataset):
+        labels = data.labels
+        return {
+            "examples": len(data),
+            "longest": data.longest,
+            "classes": readable_names(data.classes),
+            "tokens": _digest([part for column in data.columns.values() for part in (column.flat, column.starts)]),
+            "labels": _digest([labels.flat, labels.starts] if isinstance(labels, Ragged) else [labels]),
         }
     facts = {"type": type(data).__name__, "examples": _length(data)}
     if isinstance(data, TensorDataset):

@@ -16,6 +16,7 @@ from trady.errors import DataError
 from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import EpochSampler, ImageDataset
 from trady.training.randomness import reading_randomness
+from trady.training.texts.dataset import LengthSampler, TextDataset
 
 Batches = DataLoader[Any]
 
@@ -30,6 +31,9 @@ def training_batches(data: Dataset[Any] | Batches, batch_size: int, seed: int) -
     length = _length(data, "training")
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1")
+    if isinstance(data, TextDataset):
+        of_like_length = LengthSampler(data.lengths, batch_size, seed)
+        return DataLoader(data, batch_size, sampler=of_like_length, collate_fn=data.collate)
     drop_last = length > batch_size > 1 and length % batch_size == 1
     return DataLoader(data, batch_size, sampler=EpochSampler(length, seed), drop_last=drop_last)
 
@@ -39,7 +43,7 @@ def evaluation_batches(data: Dataset[Any] | Batches, batch_size: int) -> Batches
     if isinstance(data, DataLoader):
         return data
     _length(data, "evaluation")
-    return DataLoader(data, batch_size)
+    return DataLoader(data, batch_size, collate_fn=data.collate if isinstance(data, TextDataset) else None)
 
 
 def on_device(batches: Batches, accelerator: Accelerator) -> Batches:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset
 
 from trady.model.python_state import reading_state
+from trady.training.batch import readable
 from trady.training.data.loaders import Batches
 from trady.training.randomness import own_randomness
+from trady.training.texts.dataset import TextDataset
 
 
 def to_be_looked_at(batches: Batches) -> Batches:
@@ -31,6 +33,15 @@ def first_of(batches: Batches, count: int) -> Generator[Any, None, None]:
         return
     with put_back_after(batches):
         yield from islice(batches, count)
+
+
+def largest_of(batches: Batches) -> Any:
+    """Return the largest batch of a loader, as far as that can be known: of texts with the longest, else the first."""
+    data, size = batches.dataset, batches.batch_size
+    if isinstance(data, TextDataset) and size is not None:
+        return data.largest(size)
+    with closing(first_of(batches, 1)) as first:
+        return next(readable(first))
 
 
 @contextmanager

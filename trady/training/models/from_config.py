@@ -72,7 +72,15 @@ def read_tokens(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, dtype: torch.dtype | None) -> Skeleton:
+def skeleton(
+    name: str,
+    num_classes: int,
+    *,
+    tokens: bool,
+    length: int | None,
+    dtype: torch.dtype | None,
+    generates: bool | None = None,
+) -> Skeleton:
     """Build a model of transformers from its configuration; its weights are neither read nor allocated.
 
     Args:
@@ -81,6 +89,7 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
         tokens: Whether it is to be given ids of tokens.
         length: Of a sequence of tokens.
         dtype: Of the weights; that of the configuration by default.
+        generates: Whether a model of text is to be a language model or a classifier; by its configuration by default.
 
     Raises:
         ModelError: There is no such configuration, or the model takes something else.
@@ -89,6 +98,8 @@ def skeleton(name: str, num_classes: int, *, tokens: bool, length: int | None, d
     with quiet(transformers), hub_errors(name):
         config = read_config(transformers, name)
         task = _task(config, tokens)
+        if generates is not None:
+            task = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
         classifies = task != "AutoModelForCausalLM"
         _refuse_other_inputs(name, task, tokens, length, config)
     with quiet(transformers), hub_errors(name):

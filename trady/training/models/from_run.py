@@ -165,15 +165,14 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _going_on(name: str, outputs: int, *, same_head: bool) -> LoadedModel:
+def going_on(run: Path, outputs: int | None, *, same_head: bool) -> nn.Module:
     """Return the model of a run, to be trained further, with its head or with a new one for that many outputs."""
-    run = Path(name)
     description = read_description(run)
     weights = _weights(run, description, "last")
     before = description.model.outputs
     if weights.changes_only and not same_head:
         raise ModelError(
-            f"{name} is stored quantised and has kept only what changed: it goes on with the classes that it has, "
+            f"{run} is stored quantised and has kept only what changed: it goes on with the classes that it has, "
             "and these are others"
         )
     if same_head:
@@ -182,24 +181,32 @@ def _going_on(name: str, outputs: int, *, same_head: bool) -> LoadedModel:
         model = _architecture(run, description, before)
         _put(model, run, weights)
     else:
+        assert outputs is not None
         model = _architecture(run, description, outputs)
         # The head is what depends on the number of classes.
         other = _architecture(run, description, outputs + 1 if before in (None, outputs) else before)
         now, then = _shapes(model), _shapes(other)
         _put(model, run, weights, {key for key, shape in now.items() if then.get(key) != shape})
-    return LoadedModel(model, *_image_format(name))
+    return model
 
 
 def _load(name: str, num_classes: int) -> LoadedModel:
-    return _going_on(name, num_classes, same_head=read_description(name).model.outputs == num_classes)
+    model = going_on(Path(name), num_classes, same_head=read_description(name).model.outputs == num_classes)
+    return LoadedModel(model, *_image_format(name))
 
 
 def _for_classes(name: str, classes: tuple[str, ...]) -> LoadedModel:
-    return _going_on(name, len(classes), same_head=new_head(name, classes) is None)
+    model = going_on(Path(name), len(classes), same_head=new_head(name, classes) is None)
+    return LoadedModel(model, *_image_format(name))
 
 
 def _image_format(name: str) -> tuple[Normalization, int]:
-    images = read_description(name).images
+    description = read_description(name)
+    images = description.images
+    if description.texts is not None:
+        raise ModelError(
+            f"{name} is a run on texts, and the data are images: name a model of images, or a run on images"
+        )
     if images is None:
         raise ModelError(f"{name} was not trained on images that trady reads; its model is for a loop of your own")
     return images.normalization, images.size

@@ -50,17 +50,21 @@ def import_transformers(name: str) -> Any:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Have transformers log errors only."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Have transformers log errors only, and draw no bars."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str, kind: str = "image model", there: str | None = None) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a name into a ``ModelError`` that lists what can be named."""
     try:
         yield
@@ -74,9 +78,9 @@ def hub_errors(name: str) -> Iterator[None]:
                 f"{name!r} comes with Python code of its own, which trady never runs; load the model yourself, in a "
                 "function, and give package.module:function"
             ) from error
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        which = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise ModelError(
-            f"no image model {name!r}; there are {possible_models()}. The reason: {kind}{error}"
+            f"no {kind} {name!r}; there are {there or possible_models()}. The reason: {which}{error}"
         ) from error
 
 

@@ -1,10 +1,12 @@
-"""What transformers reads beside the weights of a run: the model's configuration and how its images are prepared."""
+"""What transformers reads beside the weights of a run: the model's configuration, and how its inputs are prepared."""
 
 from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -40,6 +42,19 @@ def configuration(model: Any, classes: Sequence[str]) -> dict[str, Any]:
     key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
     found[key] = str(model.dtype).removeprefix("torch.")
     return found
+
+
+def text_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """Return what a tokenizer writes, and how a language model generates, by file name."""
+    library = sys.modules["transformers"]
+    with tempfile.TemporaryDirectory(prefix="trady-") as folder:
+        tokenizer.save_pretrained(folder)
+        if getattr(model, "can_generate", bool)():
+            settings = model.generation_config
+            if settings.pad_token_id is None:
+                settings = library.GenerationConfig(**{**settings.to_dict(), "pad_token_id": tokenizer.pad_token_id})
+            settings.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def image_processor(size: int, normalization: Normalization) -> dict[str, Any]:
