@@ -22,7 +22,9 @@ from trady.cli.commands.predict import predict
 from trady.cli.commands.rank import rank
 from trady.cli.commands.search import search
 from trady.cli.commands.study import study
+from trady.cli.messages import MESSAGES, Messages
 from trady.cli.options import COMMAND_LINE
+from trady.cli.wording import as_typed
 from trady.errors import ResourceError
 from trady.records.translated import in_our_words
 
@@ -39,20 +41,24 @@ class Commands(TyperGroup):
         """Take ``--debug`` anywhere on the line."""
         ctx.meta[DEBUG] = DEBUG in args
         ctx.meta[COMMAND_LINE] = ("trady", *args)
+        ctx.meta[MESSAGES] = Messages()
         rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
         return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        messages: Messages = ctx.meta[MESSAGES]
         try:
-            return super().invoke(ctx)
+            with messages.instead_of_warnings(everything=ctx.meta[DEBUG]):
+                return super().invoke(ctx)
         except Exception as error:
             told = in_our_words(error)
             if told is None:
                 raise
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            text = f"error: {told}".encode("utf-8", "backslashreplace").decode()
+            text = f"error: {as_typed(str(told), self._options_of(ctx))}".encode("utf-8", "backslashreplace").decode()
+            messages.record(text)
             Console(stderr=True, soft_wrap=True).print(text, style="red", highlight=False, markup=False)
             raise typer.Exit(EXHAUSTED if isinstance(told, ResourceError) else REFUSED) from error
         except KeyboardInterrupt as interrupt:
@@ -60,7 +66,15 @@ class Commands(TyperGroup):
                 traceback.print_exc()
             message = str(interrupt) or "stopped"
             print(message, file=sys.stderr)  # noqa: T201
+            messages.record(message)
             raise typer.Exit(INTERRUPTED) from None
+        finally:
+            messages.close()
+
+    def _options_of(self, ctx: Any) -> set[str]:
+        """Names of the options of the command that was typed."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        return {str(each.name) for each in command.params if each.param_type_name == "option"} if command else set()
 
 
 app = typer.Typer(

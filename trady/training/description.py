@@ -126,16 +126,22 @@ class RunDescription:
     command: tuple[str, ...] | None = None
     started: str = ""
 
-    def finished(self, folder: RunFolder, batch_size: int | None) -> RunDescription:
-        """Return it with the files of weights that are in the folder, and the batches that were evaluated on."""
-        last = self.epochs - 1
+    def finished(self, folder: RunFolder, batch_size: int | None, epochs: int) -> RunDescription:
+        """Return it with the files of weights that are in the folder, and the batches that were evaluated on.
+
+        Args:
+            folder: Of the run.
+            batch_size: Examples of a forward pass in evaluation.
+            epochs: How many were trained.
+        """
+        last = epochs - 1
         best = folder.best_epoch()
         found = {
             which: WeightsDescription(path.name, epoch, file_digest(path), path in (folder.delta, folder.best_delta))
             for which, epoch in (("last", last), ("best", best))
             if epoch is not None and (path := folder.weights_of(which)) is not None
         }
-        return replace(self, weights=found, batch_size=batch_size)
+        return replace(self, weights=found, batch_size=batch_size, epochs=epochs)
 
     def write(self, folder: RunFolder) -> None:
         """Write ``run.json``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -68,3 +69,9 @@ class EpochMetrics:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
         }
+
+
+def has_stalled(history: Sequence[EpochMetrics], patience: int | None) -> bool:
+    """Return whether accuracy has not risen for that many epochs; never where there is no such number."""
+    best = max(history, key=lambda epoch: epoch.accuracy).epoch if history else 0
+    return patience is not None and len(history) - 1 - best >= patience

@@ -91,10 +91,10 @@ class Describer:
         for name, content in self.files.items():
             write_json(folder.path / name, content)
 
-    def end(self, folder: RunFolder, plan: Mapping[str, Any], batch_size: int | None) -> None:
-        """Describe the finished run: its weights, and in what batches it was evaluated."""
+    def end(self, folder: RunFolder, plan: Mapping[str, Any], batch_size: int | None, epochs: int) -> None:
+        """Describe the finished run: its weights, in what batches it was evaluated, and how many epochs it had."""
         batch_size = batch_size or self.description.batch_size
-        replace(self.description, ranking=_ranking(plan)).finished(folder, batch_size).write(folder)
+        replace(self.description, ranking=_ranking(plan)).finished(folder, batch_size, epochs).write(folder)
 
     def _keep_origin(self, folder: RunFolder) -> None:
         try:

@@ -40,6 +40,7 @@ from trady.training.process import in_process
 from trady.training.progress import Display, Lines, Silent
 from trady.training.provenance import describe
 from trady.training.randomness import own_randomness, seed_epoch
+from trady.training.rates import usual_rate
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.run_options import RunOptions
@@ -71,7 +72,7 @@ def finetune(
     epochs: int,
     out: str | Path | None,
     batch_size: int = 32,
-    lr: float = 0.1,
+    lr: float | None = None,
     policy: str | Policy = "trady",
     ranking: LayerRanking | Known | None = None,
     head: str | Sequence[str] | None = "auto",
@@ -99,6 +100,7 @@ def finetune(
     augment: AugmentName = "none",
     checkpoint_every: str | float | None = None,
     keep_best: bool = True,
+    patience: int | None = None,
     capture: bool = False,
     progress: bool | Display = True,
 ) -> Result:
@@ -118,7 +120,8 @@ def finetune(
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
         batch_size: Examples a step, also of the evaluation.
-        lr: Learning rate at the end of the warm-up.
+        lr: Learning rate at the end of the warm-up; by default one that suits the optimizer (docs/optimizers.md),
+            or the rate that an optimizer of your own was made with.
         policy: Where to update. ``full`` is plain PyTorch fine-tuning of everything, for comparison.
         ranking: A layer ranking, ``"online"`` or ``"structural"`` (:func:`trady.prepare`); without one it is the prior
             of this structure, or found online.
@@ -129,7 +132,8 @@ def finetune(
             (arXiv 2102.06171); ``auto`` is 0.1, less where over a quarter of the weights trains (docs/optimizers.md).
         max_grad_norm: The gradient of the head (with ``policy="full"``: of everything) is scaled down to
             this norm; ``None`` does not clip.
-        resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start.
+        resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start. With more
+            ``epochs`` than a finished run has, these are added: the rate warms up and falls once more.
         overwrite: Replace a run that is in the folder already.
         optimizer: ``sgd``, ``adam``, ``adamw``, or a function from parameters to an optimizer.
         momentum: For ``sgd``.
@@ -163,6 +167,7 @@ def finetune(
         checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
             ``"90 s"`` or ``"1h"``.
         keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
+        patience: End the run after this many epochs without a higher accuracy; ``None`` trains all.
         capture: On CUDA, record the forward and backward pass once a draw and replay it (docs/capture.md).
         progress: Show progress on standard error, or a display of your own.
 
@@ -222,6 +227,7 @@ def finetune(
             augment=augment,
             checkpoint_every=checkpoint_every,
             keep_best=keep_best,
+            patience=patience,
             capture=capture,
             progress=progress,
         ),
@@ -267,7 +273,8 @@ def run(
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
     waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
     request = replace(request, batches_ahead=int(ahead) + waiting)
-    schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
+    lr, usual = options.lr, usual_rate(options.optimizer, options.momentum, everything=policy.name == FULL)
+    schedule = make_schedule(usual if lr is None else lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
         budget=None if request.limit is None else str(request.limit),
@@ -275,7 +282,7 @@ def run(
         epochs=options.epochs,
         steps=schedule.steps,
         batch_size=loader.batch_size,
-        lr=options.lr,
+        lr=schedule.peak_rate,
         warmup_steps=schedule.warmup_steps,
         channel_clip=options.channel_clip,
         max_grad_norm=options.max_grad_norm,
@@ -295,13 +302,14 @@ def run(
         freeze=as_text(request.freeze),
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
         max_step_flops=request.step_limit,
+        patience=options.patience,
     )
     if accelerator.num_processes > 1:
         agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
-    factory = optimizer_factory(options.optimizer, options.lr, options.momentum, options.weight_decay)
+    factory = optimizer_factory(options.optimizer, schedule.peak_rate, options.momentum, options.weight_decay)
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
@@ -330,6 +338,8 @@ def run(
             if facts is None
             else describe(model, train, settings, options.origin, accelerator.device, facts),
             capture=options.capture,
+            warmup_epochs=options.warmup_epochs,
+            usual_rate=usual if options.loss is None else None,
         )
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)

@@ -289,6 +289,12 @@ class RunFolder:
         remove_tree(self.replaced)
 
 
+def where_it_stands(folder: RunFolder | None, signal: str) -> str:
+    """Return what to say when a run is stopped; ``signal`` is empty for Ctrl-C."""
+    what = "stopped, and nothing is kept: there is no run folder" if folder is None else folder.where_it_stands()
+    return f"{signal}: {what}" if signal else what
+
+
 def _write_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     aliases = _aliases(weights)
     kept = {name: tensor for name, tensor in weights.items() if name not in aliases}

@@ -22,7 +22,7 @@ class RunOptions:
     epochs: int
     out: str | Path | None
     batch_size: int = 32
-    lr: float = 0.1
+    lr: float | None = None
     warmup_epochs: float | None = None
     channel_clip: float | Literal["auto"] | None = "auto"
     max_grad_norm: float | None = 2.0
@@ -39,6 +39,7 @@ class RunOptions:
     augment: AugmentName = "none"
     checkpoint_every: str | float | None = None
     keep_best: bool = True
+    patience: int | None = None
     capture: bool = False
     progress: bool | Display = True
     origin: Origin = UNTOLD

@@ -33,7 +33,10 @@ def finetune(
     out: Annotated[str, typer.Option(help="The run folder.")] = "runs/finetune",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
     batch_size: options.BatchSize = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate at the end of the warm-up.")] = 0.1,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate at the end of the warm-up; one that suits the optimizer by default."),
+    ] = None,
     image_size: options.ImageSize = None,
     limit: options.Limit = None,
     micro_batch: options.MicroBatch = None,
@@ -84,6 +87,9 @@ def finetune(
     keep_best: Annotated[
         bool, typer.Option("--keep-best/--no-keep-best", help="Keep the weights of the best epoch: best.safetensors.")
     ] = True,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End the run after n epochs without a higher accuracy.")
+    ] = None,
     capture: Annotated[
         bool, typer.Option("--capture", help="On CUDA: record a step once a draw, and replay it.")
     ] = False,
@@ -152,6 +158,7 @@ def finetune(
                 augment=cast(AugmentName, augment),
                 checkpoint_every=checkpoint_every,
                 keep_best=keep_best,
+                patience=patience,
                 capture=capture,
                 origin=Origin(model, dataset, context.meta.get(options.COMMAND_LINE)),
             ),
