@@ -25,7 +25,7 @@ from tests.small_task import write_npz
 from trady import load_data
 from trady.errors import DataError, FileError, ModelError, ResourceError
 from trady.ops import native
-from trady.training.data import image_folder, room
+from trady.training.data import decoding, room
 from trady.training.data.fashion_mnist import read_idx
 
 ROOT = Path(trady.__file__).parent.parent
@@ -188,7 +188,7 @@ def test_a_full_disk_is_an_error_before_decoded_images_are_mapped(
     def full(descriptor: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_folder, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 10)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match="the disk is full"):
         load_data(photos(tmp_path / "p"), image_size=4)

@@ -31,7 +31,7 @@ class Messages:
 
     def __init__(self) -> None:
         self.quiet = False
-        self.log: TextIO | None = None
+        self.log: _Stamped | None = None
 
     def say(self, text: str) -> None:
         """Say something that is good to know."""
@@ -47,7 +47,8 @@ class Messages:
     def record(self, text: str) -> None:
         """Write something to the log file only."""
         if self.log is not None:
-            print(text, file=self.log, flush=True)
+            self.log.write(f"{text}\n")
+            self.log.flush()
 
     def open_log(self, path: str) -> None:
         """Append to a log file from now on.

@@ -15,7 +15,7 @@ from trady.records.reading import file_digest
 from trady.records.schema import AtLeast, Natural, Positive
 from trady.records.versioned import Format
 from trady.training.data.datasets import Normalization
-from trady.training.data.image_folder import MOST_PIXELS
+from trady.training.data.image_files import MOST_PIXELS
 from trady.training.run_folder import DESCRIPTION, RunFolder
 
 FORMAT = Format("trady-run", "description of a run", CheckpointError, "train again into another folder")

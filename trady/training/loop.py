@@ -281,8 +281,7 @@ class Loop:
 
     def _stepper(self, optimizer: torch.optim.Optimizer) -> Stepper:
         if self.capture and self._captured is None:
-            made = self.accelerator, self.trainer, self.loss, self.settings.mixed_precision
-            self._captured = CapturedPass(*made)
+            self._captured = CapturedPass(self.accelerator, self.trainer, self.loss, self.settings.mixed_precision)
         return Stepper(
             self.accelerator,
             self.trainer,

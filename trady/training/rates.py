@@ -11,7 +11,7 @@ from typing import Literal
 Kind = Literal["images", "texts"]
 
 #: Of plain SGD, and of optimizers of the family of Adam, whose step does not grow with the gradient.
-_RATES: dict[Kind, tuple[float, float]] = {"images": (0.1, 1e-3), "texts": (0.1, 1e-3)}
+_RATES: dict[Kind, tuple[float, float]] = {"images": (0.1, 3e-3), "texts": (0.1, 1e-3)}
 
 #: Where every parameter trains, all move the network together: half of it serves better.
 _SHARE_OF_FULL = 0.5
