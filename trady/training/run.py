@@ -15,10 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
-from trady.errors import BudgetError, ModelError, TrainingError
+from trady.errors import ModelError, TrainingError
 from trady.planning.budget import Budget
-from trady.planning.process_memory import is_process
-from trady.planning.request import Request
+from trady.planning.request import AUTO, Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.process.ranks import agree, leaving_a_reason
 from trady.ranking.priors import Known
@@ -35,9 +34,10 @@ from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
+from trady.training.own_budget import with_amount
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
-from trady.training.progress import Display, Lines, Silent
+from trady.training.progress import Display, display_of
 from trady.training.provenance import describe
 from trady.training.randomness import own_randomness, seed_epoch
 from trady.training.rates import usual_rate
@@ -115,8 +115,8 @@ def finetune(
             of dicts with ``labels``.
         evaluation: The same, to measure accuracy on after each epoch.
         budget: What a training step may take, e.g. ``"300 MiB"``, or the process as a whole, ``"process:400 MiB"``
-            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file. ``policy="full"`` takes
-            none, ``head`` needs none.
+            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file; ``"auto"``, the default, is what
+            an inference pass takes. ``policy="full"`` takes none, ``head`` needs none.
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
         batch_size: Examples a step, also of the evaluation.
@@ -245,11 +245,13 @@ def run(
     if options.epochs < 1:
         raise TrainingError(f"epochs is {options.epochs}; it must be at least 1")
     policy, seed = get_policy(request.policy), request.seed
+    usual = usual_rate(options.optimizer, options.momentum, everything=policy.name == FULL)
+    lr = usual if options.lr is None else options.lr
     if policy.name == FULL:
         refuse_limit_of_full(request.step_limit)
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
-        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
+        request = replace(request, budget=AUTO)
     # Where there is no accelerator it has to be told so, or each process of torchrun takes itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if options.capture:
@@ -273,8 +275,19 @@ def run(
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
     waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
     request = replace(request, batches_ahead=int(ahead) + waiting)
-    lr, usual = options.lr, usual_rate(options.optimizer, options.momentum, everything=policy.name == FULL)
-    schedule = make_schedule(usual if lr is None else lr, options.epochs, len(batches), options.warmup_epochs)
+    factory = optimizer_factory(options.optimizer, lr, options.momentum, options.weight_decay)
+    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
+    # it is attached.
+    memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
+    request = with_amount(
+        request,
+        model.to(accelerator.device),
+        loader,
+        accelerator.device,
+        memory,
+        resumed=folder.plan if folder is not None and resuming else None,
+    )
+    schedule = make_schedule(lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
         budget=None if request.limit is None else str(request.limit),
@@ -309,10 +322,6 @@ def run(
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
-    factory = optimizer_factory(options.optimizer, schedule.peak_rate, options.momentum, options.weight_decay)
-    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
-    # it is attached.
-    memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
     every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
     with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
@@ -327,7 +336,9 @@ def run(
             schedule=schedule,
             redraws=redraws,
             settings=settings,
-            display=_display(options.progress, accelerator, settings.policy, request.limit),
+            display=display_of(
+                options.progress, settings.policy, request.limit, shown=accelerator.is_main_process, log=options.log
+            ),
             loss=options.loss or cross_entropy,
             factory=factory,
             folder=folder,
@@ -378,12 +389,3 @@ def _check_statistics(model: nn.Module) -> None:
             f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
             "train without micro_batch, or with track_running_stats=True"
         )
-
-
-def _display(progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None) -> Display:
-    if not isinstance(progress, bool):
-        return progress
-    if not progress or not accelerator.is_main_process:
-        return Silent()
-    amount = budget.amount if budget is not None and is_process(budget) else None
-    return Lines(title, None if budget is None else budget.peak_bytes, process_budget_bytes=amount)

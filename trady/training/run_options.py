@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
+
 from trady.training.batch import Loss
 from trady.training.data.augment import AugmentName
 from trady.training.optimizers import OptimizerFactory
@@ -42,4 +44,5 @@ class RunOptions:
     patience: int | None = None
     capture: bool = False
     progress: bool | Display = True
+    log: Console | None = None
     origin: Origin = UNTOLD

@@ -117,7 +117,7 @@ def _decode_all(files: list[tuple[Path, int]], pixels: Pixels, reading: Reading)
                     reading.progress(done, len(files))
         finally:  # also after Ctrl-C: what has not begun does not begin
             pool.shutdown(wait=True, cancel_futures=True)
-    return errors
+    return dict(sorted(errors.items()))
 
 
 def _refusal(errors: list[str], count: int) -> str:
