@@ -22,7 +22,7 @@ from trady.training.optimizers import NAMES
 from trady.training.rates import usual_rate
 from trady.training.schedule import make_schedule
 
-METRICS = EpochMetrics(0, 10, 2.3, 0.1, 1.0, 1, 1, "", 2.3, 1, 1, 0.1, 10.0)
+METRICS = EpochMetrics(0, 100, 2.3, 0.1, 1.0, 1, 1, "", 2.3, 1, 1, 0.1, 10.0)
 
 
 def ten_classes(count: int = 500) -> Guessing:
@@ -109,6 +109,12 @@ def test_guessing_names_the_most_frequent_class() -> None:
     assert guessing.loss == pytest.approx(0.325, abs=1e-3)
     assert guessing.remark(replace(METRICS, accuracy=0.9, train_loss=0.3), 0.1, None, last=False) is not None
     assert guessing.remark(replace(METRICS, accuracy=0.99, train_loss=9.0), 0.1, None, last=False) is None
+
+
+def test_a_run_of_a_few_steps_is_told_to_train_longer() -> None:
+    remark = ten_classes().remark(replace(METRICS, step=7, train_loss=5.0), 0.1, 0.1, last=False)
+    assert remark is not None
+    assert remark.endswith("It had 7 steps: train for more epochs (--epochs, epochs=), or on more data")
 
 
 def test_it_is_said_once_and_once_more_at_the_end() -> None:

@@ -25,6 +25,7 @@ from tests.small_task import write_npz
 from trady import load_data
 from trady.errors import DataError, FileError, ModelError, ResourceError
 from trady.ops import native
+from trady.process import free
 from trady.training.data import decoding, room
 from trady.training.data.fashion_mnist import read_idx
 
@@ -141,10 +142,10 @@ def test_a_gzipped_bomb_is_read_up_to_the_size_of_a_data_set(tmp_path: Path) -> 
 
 
 def test_what_is_left_of_memory_is_the_least_of_the_limits() -> None:
-    left = room.memory_left()
+    left = free.memory_left()
     assert left is not None
     with little_memory(50 << 20):
-        assert (room.memory_left() or 0) <= 50 << 20
+        assert (free.memory_left() or 0) <= 50 << 20
     room.check_room(1 << 10, "a little")
 
 

@@ -16,6 +16,7 @@ from trady.cli.commands.finetune import finetune
 from trady.cli.commands.fit import EXAMPLES as FIT_EXAMPLES
 from trady.cli.commands.fit import fit
 from trady.cli.commands.measure import measure
+from trady.cli.commands.models import models
 from trady.cli.commands.plan import plan
 from trady.cli.commands.predict import EXAMPLES as PREDICT_EXAMPLES
 from trady.cli.commands.predict import predict
@@ -129,6 +130,8 @@ app.command(
     epilog="Example: trady search efficientnet-lite0 fashion-mnist --image-size 64 --limit 1000 --last 12 "
     "--budget elements:27946 --out scheme.json"
 )(search)
+
+app.command(epilog="Example: trady models transformers")(models)
 
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)
 

@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from trady.errors import FileError, TradyWarning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Lines of a log are not wrapped.
+_WIDE = 1000
 
 #: Loggers of libraries that warn of their own affairs when they are imported.
 _LOGGERS = ("torchao", "torch.utils._pytree")
@@ -61,6 +67,13 @@ class Messages:
             self.log = _Stamped(Path(path))
         except OSError as error:
             raise FileError(f"--log-file {path} cannot be written: {error.strerror or error}") from error
+
+    @property
+    def log_console(self) -> Console | None:
+        """The log file, for progress."""
+        from rich.console import Console
+
+        return None if self.log is None else Console(file=cast("TextIO", self.log), width=_WIDE)
 
     def close(self) -> None:
         """Close the log file."""
@@ -124,5 +137,6 @@ class _Stamped(io.TextIOBase):
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        if not self.closed:
+            super().close()  # flushes
+            self._file.close()

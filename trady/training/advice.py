@@ -13,6 +13,9 @@ from trady.training.metrics import EpochMetrics
 #: Fewer labels tell chance from learning too badly to speak of it.
 _ENOUGH_LABELS = 50
 
+#: Optimizer steps before which nothing can be said of a rate.
+_ENOUGH_STEPS = 30
+
 #: Standard errors of an accuracy within which it counts as that of guessing.
 _NEAR = 2.0
 
@@ -72,14 +75,16 @@ class Guessing:
         if usual is None:
             return f"{found}: if it stays so, try another rate than {rate:.3g} (--lr, lr=), and look at the labels"
         losses = f"; loss {metrics.train_loss:.3g}, and guessing has {self.loss:.3g}"
-        return f"{found}{losses}. {self._instead(metrics.train_loss, rate, usual)}"
+        return f"{found}{losses}. {self._instead(metrics.train_loss, metrics.step, rate, usual)}"
 
-    def _instead(self, loss: float, rate: float, usual: float) -> str:
+    def _instead(self, loss: float, steps: int, rate: float, usual: float) -> str:
         if not 0.5 <= rate / usual <= 2:
             return (
                 f"The rate, {rate:.3g}, is {'high' if rate > usual else 'low'} for this optimizer: leave --lr (lr=) "
                 f"out for its default, {usual:.3g}"
             )
+        if steps < _ENOUGH_STEPS:
+            return f"It had {steps} steps: train for more epochs (--epochs, epochs=), or on more data"
         wrong, other = ("high", rate / 5) if loss > self.loss else ("low", rate * 3)
         return (
             f"The rate, {rate:.3g}, may be too {wrong} for this model: try --lr {other:.2g} (lr={other:.2g}). If that "

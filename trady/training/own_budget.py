@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from trady.planning.plan import Plan
+from trady.planning.plan import Plan, draws_from
 from trady.planning.request import AUTO, Request
+from trady.report.units import format_count
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.training.batch import readable, split_batch
 from trady.training.data.loaders import Batches
@@ -44,3 +45,15 @@ def with_amount(
     with closing(first_of(loader, 1)) as batches:
         example, _ = split_batch(send_to_device(next(readable(batches)), device))
     return request.resolved(model, example, optimizer=optimizer)
+
+
+def told(plan: Plan, *, automatic: bool) -> str:
+    """Say what a run trains, in what, and by which ranking.
+
+    Args:
+        plan: Of the run.
+        automatic: Whether the budget is the one that was found.
+    """
+    limit = "no budget" if plan.budget is None else f"{plan.budget}{', what an inference pass takes' * automatic}"
+    channels = f"{format_count(plan.cost.channels)} of {format_count(plan.table.channel_count)} input channels"
+    return f"{plan.policy} trains {channels} in {limit}\ndraws from {draws_from(plan)}"

@@ -34,7 +34,7 @@ from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
-from trady.training.own_budget import with_amount
+from trady.training.own_budget import told, with_amount
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
 from trady.training.progress import Display, display_of
@@ -279,6 +279,7 @@ def run(
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
     memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
+    automatic = request.budget == AUTO
     request = with_amount(
         request,
         model.to(accelerator.device),
@@ -352,6 +353,8 @@ def run(
             warmup_epochs=options.warmup_epochs,
             usual_rate=usual if options.loss is None else None,
         )
+        if isinstance(loop.trainer, TunerTrainer):
+            options.say(told(loop.trainer.tuner.plan, automatic=automatic))
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)
         finally:

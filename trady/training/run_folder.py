@@ -37,6 +37,9 @@ _EPOCH = "trady.epoch"
 #: The file that describes the model (:mod:`trady.training.description`).
 DESCRIPTION = "run.json"
 
+#: The file with all options of the command line.
+OPTIONS = "run.toml"
+
 #: The files beside it that transformers reads.
 CONFIG, PROCESSOR = OF_TRANSFORMERS = ("config.json", "preprocessor_config.json")
 
@@ -60,8 +63,18 @@ class RunFolder:
     @property
     def described(self) -> tuple[Path, ...]:
         """The files that say what the model is, trady's last; none where others may have written the rest."""
-        names = (*OF_TRANSFORMERS, DESCRIPTION) if self.description.exists() else ()
+        names = (*OF_TRANSFORMERS, OPTIONS, DESCRIPTION) if self.description.exists() else ()
         return tuple(self.path / name for name in names)
+
+    @property
+    def options(self) -> Path:
+        """All options of the command line, as ``--config`` reads them; not there for a run that Python started."""
+        return self.path / OPTIONS
+
+    @property
+    def decoded(self) -> Path:
+        """Decoded images, until the run is finished (:mod:`trady.training.data.kept_images`)."""
+        return self.path / "decoded-images"
 
     @property
     def metrics(self) -> Path:
@@ -287,6 +300,7 @@ class RunFolder:
         """Write ``result.json``; what was here before the run has its better now, and goes."""
         write_json(self.result, result)
         remove_tree(self.replaced)
+        remove_tree(self.decoded)
 
 
 def where_it_stands(folder: RunFolder | None, signal: str) -> str:

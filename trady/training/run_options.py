@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,4 +46,5 @@ class RunOptions:
     capture: bool = False
     progress: bool | Display = True
     log: Console | None = None
+    say: Callable[[str], object] = lambda text: None
     origin: Origin = UNTOLD
