@@ -49,6 +49,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         messages: Messages = ctx.meta[MESSAGES]
+        messages.wording = lambda text: as_typed(text, self._options_of(ctx))
         try:
             with messages.instead_of_warnings(everything=ctx.meta[DEBUG]):
                 return super().invoke(ctx)
@@ -58,7 +59,7 @@ class Commands(TyperGroup):
                 raise
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            text = f"error: {as_typed(str(told), self._options_of(ctx))}".encode("utf-8", "backslashreplace").decode()
+            text = f"error: {messages.wording(str(told))}".encode("utf-8", "backslashreplace").decode()
             messages.record(text)
             Console(stderr=True, soft_wrap=True).print(text, style="red", highlight=False, markup=False)
             raise typer.Exit(EXHAUSTED if isinstance(told, ResourceError) else REFUSED) from error

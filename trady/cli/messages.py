@@ -6,7 +6,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,11 +32,13 @@ class Messages:
 
     Attributes:
         quiet: Whether nothing is said on standard error but warnings and errors.
+        wording: Makes a message of the library one of the command line.
         log: The log file, if there is one.
     """
 
     def __init__(self) -> None:
         self.quiet = False
+        self.wording: Callable[[str], str] = str
         self.log: _Stamped | None = None
 
     def say(self, text: str) -> None:
@@ -98,7 +100,7 @@ class Messages:
             line: str | None = None,
         ) -> None:
             if issubclass(category, TradyWarning):
-                self.warn(str(message))
+                self.warn(self.wording(str(message)))
             elif everything:
                 self.warn(f"{filename}:{lineno}: {category.__name__}: {message}")
 

@@ -20,7 +20,7 @@ def as_typed(message: str, options: Collection[str]) -> str:
         return message
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
     # What stands behind an option for the sake of Python: --resume (resume=True).
-    message = re.sub(rf"(--[\w-]+(?: [\w.]+)?) \((?:(?:{names})={_VALUE}(?:, )?)+\)", r"\1", message)
+    message = re.sub(rf"(--[\w-]+(?: [\w.]+)?) \((?:(?:{names})=(?:{_VALUE})?(?:, )?)+\)", r"\1", message)
     message = re.sub(rf"(?<![\w.-])({names})={_VALUE}", _option, message)
     parts = [name for name in options if "_" in name]
     words = rf"(?<![\w./-])({'|'.join(parts)})(?![\w./(=-])" if parts else r"(?!)"

@@ -26,7 +26,7 @@ def rank(
     as_prior: Annotated[
         bool,
         typer.Option(
-            "--as-prior",
+            "--as-prior/--no-prior",
             help="Keep an rgn ranking for later runs: models of this structure are then trained by it without "
             "--ranking.",
         ),
