@@ -229,7 +229,7 @@ def test_full_fine_tuning_takes_no_budget(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "typed"),
     [
-        ('the minimum is 3 MiB: type budget="peak:3 MiB". Less', 'the minimum is 3 MiB: type --budget "peak:3 MiB". Less'),
+        ('it is 3 MiB: type budget="peak:3 MiB". Less', 'it is 3 MiB: type --budget "peak:3 MiB". Less'),
         ("go on by --resume (resume=True), or", "go on by --resume, or"),
         ("with --epochs 3 --resume (epochs=3, resume=True), then", "with --epochs 3 --resume, then"),
         ("try --lr 0.02 (lr=0.02). If", "try --lr 0.02. If"),

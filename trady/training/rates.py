@@ -5,16 +5,29 @@ Measured by ``python -m benchmarks.recipe --optimizer all`` (docs/optimizers.md 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 #: What a model reads.
 Kind = Literal["images", "texts"]
 
-#: Of plain SGD, and of optimizers of the family of Adam, whose step does not grow with the gradient.
-_RATES: dict[Kind, tuple[float, float]] = {"images": (0.1, 3e-3), "texts": (0.1, 1e-3)}
 
-#: Where every parameter trains, all move the network together: half of it serves better.
-_SHARE_OF_FULL = 0.5
+@dataclass(frozen=True)
+class _Rates:
+    """Rates at the end of the warm-up.
+
+    Attributes:
+        sgd: Of plain SGD.
+        adam: Of Adam and AdamW, whose step does not grow with the gradient.
+    """
+
+    sgd: float
+    adam: float
+
+
+#: Where chosen channels train, and where every parameter does: then all move the network together.
+_CHANNELS: dict[Kind, _Rates] = {"images": _Rates(0.1, 3e-3), "texts": _Rates(0.1, 1e-3)}
+_EVERYTHING: dict[Kind, _Rates] = {"images": _Rates(0.05, 5e-4), "texts": _Rates(0.05, 1e-4)}
 
 
 def usual_rate(
@@ -30,6 +43,5 @@ def usual_rate(
     """
     if not isinstance(optimizer, str):
         return None
-    sgd, adam = _RATES[kind]
-    rate = sgd * (1 - momentum) if optimizer.startswith("sgd") else adam
-    return rate * (_SHARE_OF_FULL if everything else 1.0)
+    rates = (_EVERYTHING if everything else _CHANNELS)[kind]
+    return rates.sgd * (1 - momentum) if optimizer.startswith("sgd") else rates.adam
