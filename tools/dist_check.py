@@ -44,7 +44,9 @@ def main() -> None:
     assert "finetune" in trady("--help")
     assert "efficientnet-lite0" in trady("models")
     assert "minimum budget" in trady("plan", "nets:net", "--image-size", "12")
-    assert "accuracy" in trady("finetune", "nets:net", "data.npz", "--image-size", "12", "--epochs", "2", "--out", "run")
+    assert "accuracy" in trady(
+        "finetune", "nets:net", "data.npz", "--image-size", "12", "--epochs", "2", "--out", "run"
+    )
     assert "label" in trady("predict", "run", "data.npz", "--out", "labels.csv") + Path("labels.csv").read_text()
     Path("photos/a").mkdir(parents=True)
     Path("photos/b").mkdir()
