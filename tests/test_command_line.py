@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -313,6 +314,24 @@ def test_files_and_words_of_options_that_cannot_be_read_are_refused(data: Path, 
     assert "cannot be read: No such file" in refused("finetune", MODEL, data, "--config", tmp_path / "none.toml")
     assert "is not KEY=VALUE" in refused("finetune", MODEL, data, "--set", "lr")
     assert "--set: 'lrr' is not known; did you mean 'lr'?" in refused("finetune", MODEL, data, "--set", "lrr=1")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_files_have_the_mode_that_the_umask_leaves(data: Path, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        out = tmp_path / "run"
+        log = ("--log-file", out.parent / "run.log")
+        assert trady_here("finetune", MODEL, data, *QUICK, "--out", out, *log).returncode == 0
+        plan = ("plan", MODEL, "--image-size", 12, "--classes", 3, "--out", tmp_path / "plan.json")
+        assert trady_here(*plan).returncode == 0
+    finally:
+        os.umask(before)
+    modes = {
+        path: path.stat().st_mode & 0o777 for path in (*out.rglob("*"), out.parent / "run.log", tmp_path / "plan.json")
+    }
+    assert len(modes) > 9
+    assert {path for path, mode in modes.items() if mode != (0o775 if path.is_dir() else 0o664)} == set()
 
 
 # -- messages
