@@ -16,7 +16,7 @@ TEST_ARGS ?=
 WORKERS ?= logical
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check lint format types docs setup clean
+.PHONY: help demo test quick check lint format types docs dist setup clean
 
 help: ## This list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,8 +53,11 @@ docs: $(DOCS_READY) ## The documentation as a site, in site/.
 
 setup: $(DEV_READY) ## The virtual environment with everything in it.
 
-clean: ## Remove virtual environments, caches, site/ and runs/.
-	rm -rf .venv .venv-* site build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+dist: ## The source archive and the wheel in dist/, installed into an empty environment and used there.
+	CONSTRAINTS=$(CONSTRAINTS) tools/dist
+
+clean: ## Remove virtual environments, caches, site/ and dist/; runs/ stays.
+	rm -rf .venv .venv-* site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO_READY): $(PINS)

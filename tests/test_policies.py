@@ -326,7 +326,7 @@ def test_the_shipped_policies_are_registered_on_import() -> None:
 
 def test_the_help_of_the_command_line_and_the_docs_name_every_policy() -> None:
     shipped = [name for name in policy_names() if type(get_policy(name)).__module__.startswith("trady.")]
-    assert options.POLICIES.split(", ") == shipped
+    assert list(options.POLICIES) == shipped
     table = Path(__file__).parents[1].joinpath("docs", "policies.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z+-]+)` \|", table, re.MULTILINE)) == set(shipped)
 

@@ -342,7 +342,7 @@ def test_folders_without_images_say_what_they_hold(trained: Path, tmp_path: Path
     for name in ("a.txt", "b.TXT", "c.heic", ".hidden.png"):
         (tmp_path / "texts" / name).write_text("x")
     message = refused(trained, tmp_path / "texts")
-    assert "holds no image, but 2 .txt, 1 .heic; images that are read end in .bmp" in message
+    assert "holds no image, but 2 .txt, 1 .heic (read with pip install pillow-heif); images that are read" in message
     assert f"{tmp_path / 'phto.jpg'} does not exist" in refused(trained, tmp_path / "phto.jpg")
     assert "none of the 1 images could be read" in refused(trained, tmp_path / "texts" / "a.txt")
 

@@ -168,7 +168,7 @@ def test_a_layer_that_was_never_seen_gets_its_share_of_the_guess() -> None:
     assert scores["mix"] / scores["stem"] == pytest.approx(guess["mix"] / guess["stem"])
 
 
-def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trady_rank_leaves_a_prior_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net_of_mine.py").write_text(SRC, encoding="utf-8")
     rng = np.random.default_rng(0)
     np.savez(
@@ -190,9 +190,10 @@ def test_trady_rank_leaves_a_prior_that_trady_plan_finds(tmp_path: Path, monkeyp
     model = ("net_of_mine:net", "--image-size", "16")
     plan = ("plan", *model, "--classes", "4", "--batch-size", "4", "--budget", "elements:900", "--json")
     rank = ("rank", "net_of_mine:net", "data.npz", "--image-size", "16", "--batches", "2", "--batch-size", "4")
-    trady_cli(*rank, "--no-prior")
-    assert json.loads(trady_cli(*plan))["ranking"] == "online"
-    assert "prior of this structure" in trady_cli(*rank)
+    for without in ((), ("--no-prior",)):
+        assert "--as-prior keeps it for all later runs" in trady_cli(*rank, *without)
+        assert json.loads(trady_cli(*plan))["ranking"] == "online"
+    assert "kept as the prior of this structure" in trady_cli(*rank, "--as-prior")
     found = json.loads(trady_cli(*plan))
     assert found["ranking"] == "prior"
     assert found["measured_on"] == "data.npz, 2 batches of 4"

@@ -103,3 +103,18 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
+    citation = read("CITATION.cff")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == trady.__version__  # type: ignore[index]
+    assert "arXiv:2510.19675" in citation
+    names = set(re.findall(r"family-names: (.*)$", citation, re.MULTILINE))
+    assert names
+    assert all(name in read("README.md") for name in names)
+
+
+def test_cleaning_up_leaves_runs_alone() -> None:
+    (recipe,) = re.findall(r"^clean:.*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)
+    assert "dist" in recipe
+    assert not re.search(r"\bruns\b", recipe)

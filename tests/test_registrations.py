@@ -17,7 +17,7 @@ from trady.quantized.linear import layer_at
 from trady.training.data import source as data_source
 from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.data.load import check_source
-from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit, register_data_format
+from trady.training.data.source import DataFormat, RawData, RawSplit, Reading, register_data_format
 from trady.training.models import source as model_source
 from trady.training.models.load import LoadedModel, check_model, image_format, load_model
 from trady.training.models.source import ModelSource, register_model_source
@@ -62,8 +62,8 @@ def test_a_storage_format_of_ones_own_is_read(monkeypatch: pytest.MonkeyPatch) -
     assert stored_in(nn.Linear(3, 2)) is None
 
 
-def read_dots(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
-    pixels = np.full((10, image_size, image_size), 7, dtype=np.uint8)
+def read_dots(name: str, reading: Reading) -> RawData:
+    pixels = np.full((10, reading.image_size, reading.image_size), 7, dtype=np.uint8)
     return RawData(RawSplit(pixels, np.arange(10) % 2), None, ("a", "b"))
 
 

@@ -69,8 +69,8 @@ def test_the_page_of_full_fine_tuning_has_no_plan(full: Path) -> None:
 def test_several_runs_are_held_against_each_other(folder: Path, full: Path, tmp_path: Path) -> None:
     page = write_page([folder, full], tmp_path / "all.html")
     text, runs = text_of(page), [read_run(path) for path in (folder, full)]
-    best = max(runs, key=lambda each: each.last.accuracy)
-    assert f"{best.last.accuracy:.1%}, of {best.path}" in text  # both folders are called one
+    best = max(runs, key=lambda each: each.last.quality)
+    assert f"is {best.path}, with {best.last.accuracy:.1%}" in text  # both folders are called one
     assert all(verdict(each) in text for each in runs)
     assert "says nothing of chance" in text
 

@@ -224,7 +224,6 @@ def test_a_diverging_rate_stops_the_run(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"budget": "lots"}, BudgetError, "lots"),
-        ({"budget": None}, BudgetError, "no budget is given"),
         ({"policy": "tradi"}, PolicyError, "trady"),
         ({"epochs": 0}, TrainingError, "epochs is 0"),
         ({"lr": -1.0}, TrainingError, "learning rate is -1"),

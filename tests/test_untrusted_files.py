@@ -25,7 +25,8 @@ from tests.small_task import write_npz
 from trady import load_data
 from trady.errors import DataError, FileError, ModelError, ResourceError
 from trady.ops import native
-from trady.training.data import image_folder, room
+from trady.process import free
+from trady.training.data import decoding, room
 from trady.training.data.fashion_mnist import read_idx
 
 ROOT = Path(trady.__file__).parent.parent
@@ -141,10 +142,10 @@ def test_a_gzipped_bomb_is_read_up_to_the_size_of_a_data_set(tmp_path: Path) -> 
 
 
 def test_what_is_left_of_memory_is_the_least_of_the_limits() -> None:
-    left = room.memory_left()
+    left = free.memory_left()
     assert left is not None
     with little_memory(50 << 20):
-        assert (room.memory_left() or 0) <= 50 << 20
+        assert (free.memory_left() or 0) <= 50 << 20
     room.check_room(1 << 10, "a little")
 
 
@@ -188,7 +189,7 @@ def test_a_full_disk_is_an_error_before_decoded_images_are_mapped(
     def full(descriptor: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_folder, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(decoding, "IN_MEMORY_BYTES", 10)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match="the disk is full"):
         load_data(photos(tmp_path / "p"), image_size=4)

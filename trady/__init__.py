@@ -5,12 +5,9 @@ real: the bytes of what does not train are not allocated, its floating-point ope
 and a ledger measures both.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trady import optim
-from trady.channels.cost import Cost
-from trady.channels.selection import Selection
-from trady.channels.table import ChannelTable, Layer, by_output
 from trady.errors import (
     BudgetError,
     CheckpointError,
@@ -26,52 +23,69 @@ from trady.errors import (
     TradyWarning,
     TrainingError,
 )
-from trady.memory import Ledger, measure
-from trady.ops.loss import cross_entropy
-from trady.planning.budget import Budget, parse_budget
-from trady.planning.plan import Plan
-from trady.policies import register_policy
-from trady.quantized.dequantize import dequantize
-from trady.ranking.ranking import LayerRanking
 from trady.records.version import __version__ as __version__
-from trady.tuner.delta import apply_delta
-from trady.tuner.prepare import plan, prepare
-from trady.tuner.rank import rank
-from trady.tuner.tuner import Tuner
 
 if TYPE_CHECKING:
+    from trady import optim
+    from trady.channels.cost import Cost
+    from trady.channels.selection import Selection
+    from trady.channels.table import ChannelTable, Layer, by_output
     from trady.estimates.fit import fit
     from trady.integrations.trainer import tune
+    from trady.memory import Ledger, measure
+    from trady.ops.loss import cross_entropy
+    from trady.planning.budget import Budget, parse_budget
+    from trady.planning.plan import Plan
+    from trady.policies import register_policy
     from trady.prediction.load import load
     from trady.prediction.predictor import Prediction, Predictor
+    from trady.quantized.dequantize import dequantize
+    from trady.ranking.ranking import LayerRanking
     from trady.training import DataSplit, Result, Texts, finetune, load_data, load_texts
+    from trady.tuner.delta import apply_delta
+    from trady.tuner.prepare import plan, prepare
+    from trady.tuner.rank import rank
+    from trady.tuner.tuner import Tuner
 
-#: Loaded when they are asked for: an own training loop needs neither Accelerate nor a data set.
-_TRAINING = ("DataSplit", "Result", "Texts", "finetune", "load_data", "load_texts")
+#: Where each name comes from. It is loaded when it is asked for: PyTorch takes a second, and the command line answers
+#: ``--help`` and a typo without it.
+_MODULES = {
+    "trady.channels.cost": ("Cost",),
+    "trady.channels.selection": ("Selection",),
+    "trady.channels.table": ("ChannelTable", "Layer", "by_output"),
+    "trady.estimates.fit": ("fit",),
+    "trady.integrations.trainer": ("tune",),
+    "trady.memory": ("Ledger", "measure"),
+    "trady.ops.loss": ("cross_entropy",),
+    "trady.optim": ("optim",),
+    "trady.planning.budget": ("Budget", "parse_budget"),
+    "trady.planning.plan": ("Plan",),
+    "trady.policies": ("register_policy",),
+    "trady.prediction.load": ("load",),
+    "trady.prediction.predictor": ("Prediction", "Predictor"),
+    "trady.quantized.dequantize": ("dequantize",),
+    "trady.ranking.ranking": ("LayerRanking",),
+    "trady.training": ("DataSplit", "Result", "Texts", "finetune", "load_data", "load_texts"),
+    "trady.tuner.delta": ("apply_delta",),
+    "trady.tuner.prepare": ("plan", "prepare"),
+    "trady.tuner.rank": ("rank",),
+    "trady.tuner.tuner": ("Tuner",),
+}
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINING:
-        import trady.training
+    if name not in _HOME:
+        raise AttributeError(f"module 'trady' has no attribute {name!r}")
+    module = import_module(_HOME[name])
+    found = module if _HOME[name] == f"trady.{name}" else getattr(module, name)
+    globals()[name] = found
+    return found
 
-        return getattr(trady.training, name)
-    if name in ("Prediction", "Predictor"):
-        import trady.prediction.predictor
 
-        return getattr(trady.prediction.predictor, name)
-    if name == "load":
-        from trady.prediction.load import load
-
-        return load
-    if name == "fit":
-        from trady.estimates.fit import fit
-
-        return fit
-    if name == "tune":
-        from trady.integrations.trainer import tune
-
-        return tune
-    raise AttributeError(f"module 'trady' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -16,6 +16,7 @@ from trady.cli.commands.finetune import finetune
 from trady.cli.commands.fit import EXAMPLES as FIT_EXAMPLES
 from trady.cli.commands.fit import fit
 from trady.cli.commands.measure import measure
+from trady.cli.commands.models import models
 from trady.cli.commands.plan import plan
 from trady.cli.commands.predict import EXAMPLES as PREDICT_EXAMPLES
 from trady.cli.commands.predict import predict
@@ -24,7 +25,9 @@ from trady.cli.commands.report import EXAMPLES as REPORT_EXAMPLES
 from trady.cli.commands.report import report
 from trady.cli.commands.search import search
 from trady.cli.commands.study import study
+from trady.cli.messages import MESSAGES, Messages
 from trady.cli.options import COMMAND_LINE
+from trady.cli.wording import as_typed
 from trady.errors import ResourceError
 from trady.records.translated import in_our_words
 
@@ -41,20 +44,25 @@ class Commands(TyperGroup):
         """Take ``--debug`` anywhere on the line."""
         ctx.meta[DEBUG] = DEBUG in args
         ctx.meta[COMMAND_LINE] = ("trady", *args)
+        ctx.meta[MESSAGES] = Messages()
         rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
         return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        messages: Messages = ctx.meta[MESSAGES]
+        messages.wording = lambda text: as_typed(text, self._options_of(ctx))
         try:
-            return super().invoke(ctx)
+            with messages.instead_of_warnings(everything=ctx.meta[DEBUG]):
+                return super().invoke(ctx)
         except Exception as error:
             told = in_our_words(error)
             if told is None:
                 raise
             if ctx.meta[DEBUG]:
                 traceback.print_exc()
-            text = f"error: {told}".encode("utf-8", "backslashreplace").decode()
+            text = f"error: {messages.wording(str(told))}".encode("utf-8", "backslashreplace").decode()
+            messages.record(text)
             Console(stderr=True, soft_wrap=True).print(text, style="red", highlight=False, markup=False)
             raise typer.Exit(EXHAUSTED if isinstance(told, ResourceError) else REFUSED) from error
         except KeyboardInterrupt as interrupt:
@@ -62,7 +70,15 @@ class Commands(TyperGroup):
                 traceback.print_exc()
             message = str(interrupt) or "stopped"
             print(message, file=sys.stderr)  # noqa: T201
+            messages.record(message)
             raise typer.Exit(INTERRUPTED) from None
+        finally:
+            messages.close()
+
+    def _options_of(self, ctx: Any) -> set[str]:
+        """Names of the options of the command that was typed."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        return {str(each.name) for each in command.params if each.param_type_name == "option"} if command else set()
 
 
 app = typer.Typer(
@@ -118,6 +134,8 @@ app.command(
     epilog="Example: trady search efficientnet-lite0 fashion-mnist --image-size 64 --limit 1000 --last 12 "
     "--budget elements:27946 --out scheme.json"
 )(search)
+
+app.command(epilog="Example: trady models transformers")(models)
 
 app.command(epilog="Example: trady measure efficientnet-lite0 --image-size 64 --batch-size 32")(measure)
 

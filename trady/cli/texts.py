@@ -10,6 +10,8 @@ import typer
 from trady.cli.example import Task
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trady.training.texts.description import Overflow, TextTask
 
 TextColumn = Annotated[
@@ -44,11 +46,6 @@ OverflowOption = Annotated[
 #: Examples of a step where nobody says it: images and texts, and sequences of a language model.
 BATCH_SIZE, SEQUENCES = 32, 8
 
-#: Of a model of transformers (benchmarks/paper/sentences.py): the rates of channels, of the head, and of everything.
-OPTIMIZER = "adamw"
-_RATES = {"head": 3e-3, "full": 1e-4}
-_RATE_OF_CHANNELS = 2e-3
-
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -81,8 +78,10 @@ class TextOptions:
             verb = "is" if len(found) == 1 else "are"
             raise DataError(f"{' and '.join(found)} {verb} for texts, and {dataset} is none")
 
-    def load(self, model: str, dataset: str, limit: int | None, seed: int, *, aloud: bool = True) -> Task:
-        """Read the texts, say in a line what was read (``aloud``), and load the model."""
+    def load(
+        self, model: str, dataset: str, limit: int | None, seed: int, *, say: Callable[[str], object] | None = None
+    ) -> Task:
+        """Read the texts, say in a line what was read (on standard error by default), and load the model."""
         from trady.training.texts.load import load_texts
 
         found = load_texts(
@@ -97,8 +96,8 @@ class TextOptions:
             limit=limit,
             seed=seed,
         )
-        for line in (*found.remarks, found.summary) if aloud else ():
-            typer.echo(line, err=True)
+        for line in (*found.remarks, found.summary):
+            typer.echo(line, err=True) if say is None else say(line)
         return Task(found.model, found)
 
 
@@ -114,13 +113,6 @@ def refuse_for_texts(dataset: str, typed: dict[str, Any]) -> None:
         raise DataError(
             f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} for images, and {dataset} is texts"
         )
-
-
-def usual_rate(optimizer: str, policy: str) -> float:
-    """Return the rate of texts where nobody says one."""
-    if optimizer.startswith("adam"):
-        return _RATES.get(policy, _RATE_OF_CHANNELS)
-    return 0.1
 
 
 def usual_batch_size(task: Task) -> int:

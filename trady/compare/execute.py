@@ -24,6 +24,7 @@ from trady.training.data.datasets import DataSplit, Normalization
 from trady.training.data.load import check_examples, load_data
 from trady.training.models.here import importable_here
 from trady.training.models.load import image_format, load_model
+from trady.training.rates import usual_rate
 from trady.training.result import Result
 from trady.training.run import finetune
 
@@ -120,6 +121,8 @@ def _finetune(job: Job, folder: CellFolder, *, resume: bool, keep_best: bool) ->
     for name in ("channel_clip", "max_grad_norm"):
         if settings.get(name) is False:
             settings[name] = None
+    # One rate for all policies, full fine-tuning included: they are to be compared.
+    settings.setdefault("lr", usual_rate(settings.get("optimizer", "sgd"), settings.get("momentum", 0.0)))
     return finetune(
         load_model(job.model, len(data.classes), seed=cell.seed).model,
         data.train,

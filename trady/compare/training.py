@@ -20,7 +20,7 @@ class Training(BaseModel):
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images a step.
-        lr: Learning rate at the end of the warm-up.
+        lr: Learning rate at the end of the warm-up; by default that of the optimizer, the same for all policies.
         warmup_epochs: Length of the warm-up; a tenth of the run where it is not given.
         channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``false`` does not clip.
         max_grad_norm: Limit of the head's gradient norm; ``false`` does not clip.
@@ -48,7 +48,7 @@ class Training(BaseModel):
 
     epochs: Count = 5
     batch_size: Count = 32
-    lr: float = Field(default=0.1, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     warmup_epochs: float | None = Field(default=None, ge=0)
     channel_clip: Limit | Literal["auto"] = "auto"
     max_grad_norm: Limit = 2.0

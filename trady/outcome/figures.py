@@ -33,9 +33,10 @@ def check_installed() -> None:
 
 
 def learning(run: FinishedRun) -> str:
-    """Loss and accuracy by epoch, as SVG."""
-    with _drawn(2, 3.6) as (figure, (losses, accuracies)):
-        epochs = [epoch.epoch + 1 for epoch in run.history]
+    """Loss by epoch, and accuracy where the task has one, as SVG."""
+    accuracies = [100 * epoch.accuracy for epoch in run.history if epoch.accuracy is not None]
+    with _drawn(1 + bool(accuracies), 3.6 if accuracies else 2.2) as (figure, axes):
+        epochs, losses = [epoch.epoch + 1 for epoch in run.history], axes[0]
         losses.plot(
             epochs, [e.train_loss for e in run.history], "-o", color=COLORS[0], markersize=3.5, label="training"
         )
@@ -44,9 +45,10 @@ def learning(run: FinishedRun) -> str:
         )
         losses.set(title="loss")
         losses.legend()
-        accuracies.plot(epochs, [100 * e.accuracy for e in run.history], "-o", color=COLORS[2], markersize=3.5)
-        accuracies.set(title="accuracy on the evaluation data, %")
-        _by_epoch(accuracies, len(epochs))
+        if accuracies:
+            axes[1].plot(epochs, accuracies, "-o", color=COLORS[2], markersize=3.5)
+            axes[1].set(title="accuracy on the evaluation data, %")
+        _by_epoch(axes[-1], len(epochs))
         return as_svg(figure)
 
 
@@ -80,14 +82,15 @@ def places(plan: Plan) -> str:
 
 
 def side_by_side(runs: Sequence[tuple[str, FinishedRun]]) -> str:
-    """Accuracy by epoch of several runs, as SVG."""
+    """Accuracy by epoch of several runs or, where a task has none, the evaluation loss, as SVG."""
+    have = all(run.last.accuracy is not None for _, run in runs)
     with _drawn(1, 2.6 + 0.18 * len(runs)) as (figure, (axis,)):
         for (name, run), look in zip(runs, looks(), strict=False):
             epochs = [epoch.epoch + 1 for epoch in run.history]
-            accuracies = [100 * epoch.accuracy for epoch in run.history]
+            values = [100 * (e.accuracy or 0.0) if have else e.evaluation_loss for e in run.history]
             style = {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 4}
-            axis.plot(epochs, accuracies, label=label(name), **style)
-        axis.set(ylabel="accuracy, %")
+            axis.plot(epochs, values, label=label(name), **style)
+        axis.set(ylabel="accuracy, %" if have else "evaluation loss")
         _by_epoch(axis, max(len(run.history) for _, run in runs))
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.22))
         return as_svg(figure)

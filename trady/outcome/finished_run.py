@@ -11,7 +11,7 @@ from trady.planning.budget import parse_budget
 from trady.planning.plan import Plan
 from trady.report.units import format_bytes
 from trady.training.description import RunDescription, read_description
-from trady.training.metrics import METRICS, EpochMetrics
+from trady.training.metrics import METRICS, EpochMetrics, best_of
 from trady.training.run_folder import RunFolder
 
 #: The policy that trains everything, without a plan.
@@ -46,8 +46,8 @@ class FinishedRun:
 
     @property
     def best(self) -> EpochMetrics:
-        """The first epoch of the highest accuracy."""
-        return max(self.history, key=lambda epoch: epoch.accuracy)
+        """The first epoch of the highest accuracy or, where a task has none, of the lowest evaluation loss."""
+        return self.history[best_of(self.history)]
 
     @property
     def peak_bytes(self) -> int:

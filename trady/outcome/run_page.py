@@ -14,6 +14,7 @@ from trady.records.files import write_lines
 from trady.records.translated import file_errors
 from trady.report.page import Code, Figure, Part, Section, Table, Text, page
 from trady.report.units import format_bytes, format_count, format_percent
+from trady.training.metrics import EpochMetrics
 
 #: Its name in a run folder.
 PAGE = "report.html"
@@ -66,11 +67,18 @@ def verdict(run: FinishedRun) -> str:
     """Return what came out, in two sentences."""
     said, last, best = run.description, run.last, run.best
     left = "" if len(run.history) >= said.epochs else f" of {said.epochs}: the run is not finished"
-    better = "" if best.accuracy <= last.accuracy else f", {best.accuracy:.1%} after epoch {best.epoch + 1}"
-    what = f"{_model(run)} reaches {last.accuracy:.1%} on {_evaluated(run)} after {_epochs(len(run.history))}"
+    better = "" if best.quality <= last.quality else f", {_reached(best)} after epoch {best.epoch + 1}"
+    what = f"{_model(run)} reaches {_reached(last)} on {_evaluated(run)} after {_epochs(len(run.history))}"
     limit = run.limit_bytes
     kept = "" if limit is None else f", {format_percent(run.peak_bytes / limit)} of the {format_bytes(limit)} allowed"
     return f"{what}{left}{better}. A training step peaks at {format_bytes(run.peak_bytes)}, weights included{kept}."
+
+
+def _reached(epoch: EpochMetrics) -> str:
+    """What an epoch reached: the accuracy alone, or all that was measured."""
+    if epoch.accuracy is not None and not epoch.measures:
+        return f"{epoch.accuracy:.1%}"
+    return str(epoch) or f"an evaluation loss of {epoch.evaluation_loss:.4f}"
 
 
 def _epochs(count: int) -> str:
@@ -120,7 +128,7 @@ def _fitted(run: FinishedRun) -> list[Part]:
 def _learned(run: FinishedRun) -> list[Part]:
     rows = [
         [
-            str(e.epoch + 1), f"{e.train_loss:.4f}", f"{e.evaluation_loss:.4f}", f"{e.accuracy:.2%}", f"{e.lr:.2g}",
+            str(e.epoch + 1), f"{e.train_loss:.4f}", f"{e.evaluation_loss:.4f}", _accuracy(e, 2), f"{e.lr:.2g}",
             f"{e.samples_per_second:.0f}", format_bytes(e.peak_bytes), f"{e.seconds:.1f} s",
         ]
         for e in run.history
@@ -187,29 +195,33 @@ def _again(run: FinishedRun) -> list[Part]:
 def page_of_several(runs: Sequence[FinishedRun]) -> str:
     """Return the page of several runs: a table, the accuracies, and what each says."""
     named = list(zip(_names(runs), runs, strict=True))
-    best = max(runs, key=lambda run: run.last.accuracy)
+    best = max(runs, key=lambda run: run.last.quality)
     title, winner = f"{len(runs)} runs", next(name for name, run in named if run is best)
-    lead = f"The highest accuracy after the last epoch is {best.last.accuracy:.1%}, of {winner}."
+    lead = f"The best after the last epoch is {winner}, with {_reached(best.last)}."
     if len({_task(run) for run in runs}) > 1:
-        lead += " They are of other data, so their accuracies say nothing of each other."
+        lead += " They are of other data, so what they reach says nothing of each other."
     elif len({run.description.seed for run in runs}) == 1:
         lead += (
             " One run each says nothing of chance: trady compare repeats runs with other seeds and tests differences."
         )
     rows = [
         [
-            name, _model(run), run.description.policy, run.budget, f"{run.last.accuracy:.1%}",
-            f"{run.best.accuracy:.1%}", format_bytes(run.peak_bytes), format_count(run.last.trainable_parameters),
-            f"{sum(epoch.seconds for epoch in run.history):.0f} s",
+            name, _model(run), run.description.policy, run.budget, _accuracy(run.last), _accuracy(run.best),
+            f"{run.last.evaluation_loss:.4f}", format_bytes(run.peak_bytes),
+            format_count(run.last.trainable_parameters), f"{sum(epoch.seconds for epoch in run.history):.0f} s",
         ]
         for name, run in named
     ]  # fmt: skip
-    header = ["run", "model", "policy", "budget", "accuracy", "best", "peak", "elements", "time"]
-    caption = "Accuracy after the last epoch and after the best one; the highest measured peak, weights included."
-    drawing = Figure(figures.side_by_side(named), "Accuracy on the evaluation data by epoch.", figures.CSS_WIDTH)
+    header = ["run", "model", "policy", "budget", "accuracy", "best", "loss", "peak", "elements", "time"]
+    caption = "After the last epoch, accuracy also after the best one; the highest measured peak, weights included."
+    drawing = Figure(figures.side_by_side(named), "On the evaluation data, by epoch.", figures.CSS_WIDTH)
     sections = [Section("Side by side", [Table(header, rows, caption), drawing])]
     sections += [Section(name, [Text(verdict(run)), *_fitted(run)[:1]]) for name, run in named]
     return page(title, lead, sections)
+
+
+def _accuracy(epoch: EpochMetrics, digits: int = 1) -> str:
+    return "" if epoch.accuracy is None else f"{epoch.accuracy:.{digits}%}"
 
 
 def _task(run: FinishedRun) -> object:

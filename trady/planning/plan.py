@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -243,7 +244,7 @@ def _facts(plan: Plan, least_budget_bytes: int | None) -> Iterable[tuple[str, st
     else:
         why = "no output is of one layer, or that is shared, frozen, quantised, a language model's, or head= is empty"
         yield "always trained", f'no layer: {why}; name one as head="..."'
-    yield "draws from", _pool(plan)
+    yield "draws from", draws_from(plan)
     if plan.held:
         some = ", ".join(plan.held[:4]) + (f" and {len(plan.held) - 4} more" if len(plan.held) > 4 else "")
         yield "frozen by hand", f"{len(plan.held)} of {len(plan.table)} layers: {some}"
@@ -286,7 +287,8 @@ def _neurons(plan: Plan) -> str:
     return f"; in {len(chosen)} of these only {format_count(trained)} of {format_count(there)} output channels"
 
 
-def _pool(plan: Plan) -> str:
+def draws_from(plan: Plan) -> str:
+    """Say which layers channels are drawn from, and who says so."""
     pool = f"{len(plan.pool)} of {len(plan.table)} layers"
     whence = {
         "online": ": all, until the first epoch has shown which matter",
@@ -336,28 +338,28 @@ def _in_order(parts: Mapping[str, int]) -> Iterable[tuple[str, int]]:
 
 
 def _layers(plan: Plan, rows: int | None) -> Table:
-    table = Table(title_justify="left", caption_justify="left")
-    for heading in ("layer", "kind", "in the pool"):
-        table.add_column(heading)
-    for heading in ("channels", "drawn now", "C^W", "C^A", "saved now"):
-        table.add_column(heading, justify="right")
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    for heading in ("channels", "drawn", "C^W", "C^A", "saved"):
+        table.add_column(heading, justify="right", no_wrap=True)
     pool, layers = set(plan.pool), list(plan.table)
     if rows is not None and len(layers) > rows:
         layers = layers[:rows]
-        table.caption = f"and {len(plan.table) - rows} more layers"
+        table.caption = f"and {len(plan.table) - rows} more layers (--layers shows them)"
     for layer in layers:
         drawn = len(plan.selection.channels.get(layer.name, ()))
         saved = drawn * layer.activation_elements * plan.table.batch * plan.table.element_bytes
         table.add_row(
             escape(layer.name),
-            escape(layer.kind if layer.groups == 1 else f"{layer.kind}, {layer.groups} groups"),
-            "yes" if layer.name in pool else "",
+            escape(layer.kind if layer.groups == 1 else f"{layer.kind} /{layer.groups}"),
             f"{layer.channels}",
-            f"{drawn}" if drawn else "",
+            f"{drawn}" if layer.name in pool else "–",
             f"{layer.weight_elements}",
             f"{layer.activation_elements}",
             format_bytes(saved) if drawn else "",
         )
     for name in plan.head:
-        table.add_row(escape(name), "head", "", "", "all", "", "", "")
+        table.add_row(escape(name), "head", "", "all", "", "", "")
     return table

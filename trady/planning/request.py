@@ -40,6 +40,12 @@ from trady.ranking.ranking import LayerRanking, structure_digest
 from trady.simulation.optimizer_memory import OptimizerMemory
 from trady.simulation.simulator import ExampleLoss
 
+#: The budget of who names no amount.
+AUTO = "auto"
+
+#: An amount that was found is rounded up to these, so that it can be read: by a sixteenth at most.
+_ROUND_UNITS = (1 << 30, 1 << 20, 1 << 10, 1)
+
 #: A peak that everything fits in.
 _BOUNDLESS = Budget(PEAK, 2**62)
 
@@ -82,7 +88,7 @@ class Request:
             if given not in known:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
         check_micro_batch(self.micro_batch)
-        if self.budget is not None:
+        if self.budget is not None and self.budget != AUTO:
             object.__setattr__(self, "budget", parse_budget(self.budget))
         object.__setattr__(self, "max_step_flops", parse_step_flops(self.max_step_flops))
         get_policy(self.policy)
@@ -91,10 +97,10 @@ class Request:
 
     @property
     def limit(self) -> Budget | None:
-        """What may be spent."""
+        """What may be spent; ``None`` is no limit, or one that :meth:`resolved` is still to find."""
         if self.budget is None and self.plan is not None:
             return self.plan.budget
-        return None if self.budget is None else parse_budget(self.budget)
+        return None if self.budget is None or self.budget == AUTO else parse_budget(self.budget)
 
     @property
     def rule(self) -> Policy:
@@ -109,6 +115,19 @@ class Request:
         if self.max_step_flops is None and self.plan is not None and self.plan.step is not None:
             return self.plan.step.limit
         return parse_step_flops(self.max_step_flops)
+
+    def resolved(self, model: nn.Module, example: Batch | Any, *, optimizer: OptimizerMemory | None = None) -> Request:
+        """Return the request with an amount where the budget is ``"auto"``: what an inference pass of a batch takes.
+
+        So whatever can be used can be trained. Where a training step takes more at least, it is that.
+        """
+        if self.budget != AUTO:
+            return self
+        boundless = replace(self, budget=_BOUNDLESS, plan=None)
+        decision = boundless.decide(model, example, optimizer=optimizer)
+        amount = max(sum(decision.peaks.inference_bytes), decision.minimum_peak(decision.start))
+        unit = next(unit for unit in _ROUND_UNITS if amount >= 16 * unit or unit == _ROUND_UNITS[-1])
+        return replace(self, budget=Budget(PEAK, -(-amount // unit) * unit))
 
     def decide(
         self,
@@ -136,6 +155,9 @@ class Request:
             raise ModelError(f"model is a {type(model).__name__}; trady fine-tunes torch.nn.Module objects")
         model = unwrap_parallel(model)
         refuse_sharded(model)
+        if self.budget == AUTO:
+            found = self.resolved(model, example, optimizer=optimizer)
+            return found.decide(model, example, optimizer=optimizer, explain=explain)
         batch = Batch.of(example, model)
         limit = self.limit
         known = self if limit is None else replace(self, budget=measured(limit, model, batch))

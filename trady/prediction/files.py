@@ -8,7 +8,8 @@ from pathlib import Path
 
 from trady.errors import DataError
 from trady.training.data.identity import readable_names
-from trady.training.data.image_folder import EVALUATION, SUFFIXES, TRAIN
+from trady.training.data.image_files import as_counted, ending_of, readable_suffixes
+from trady.training.data.image_folder import EVALUATION, TRAIN, part_of
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -23,22 +24,21 @@ def files_in(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     # A link to nowhere is an image that cannot be read; a pipe or a device would never end.
     shown = [path for path in everything if _is_shown(path.relative_to(folder).parts) and not path.is_dir()]
-    files = [path for path in shown if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
+    suffixes = readable_suffixes()
+    files = [path for path in shown if path.suffix.lower() in suffixes and (path.is_file() or not path.exists())]
     if not files:
-        kinds = ", ".join(sorted(SUFFIXES))
+        kinds = ", ".join(sorted(suffixes))
         if not shown:
             raise DataError(f"{folder} is empty: there is no image in it or below it ({kinds})")
-        endings = Counter(path.suffix.lower() or "without an ending" for path in shown).most_common(5)
-        found = ", ".join(f"{count} {ending}" for ending, count in endings)
+        found = as_counted(Counter(map(ending_of, shown)))
         raise DataError(f"{folder} holds no image, but {found}; images that are read end in {kinds}")
     return files
 
 
 def part_to_predict(folder: Path) -> Path:
     """Return the evaluation part of a data set with parts (``train/`` and ``val/``), else the folder itself."""
-    evaluation = next((folder / part for part in EVALUATION if (folder / part).is_dir()), None)
-    has_train = any((folder / part).is_dir() for part in TRAIN)
-    return evaluation if evaluation is not None and has_train else folder
+    evaluation = part_of(folder, EVALUATION)
+    return evaluation if evaluation is not None and part_of(folder, TRAIN) is not None else folder
 
 
 def class_of(path: Path, folder: Path, classes: Collection[str]) -> str | None:

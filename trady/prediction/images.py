@@ -14,7 +14,7 @@ from trady.errors import DataError
 from trady.prediction.files import files_in
 from trady.prediction.predictor import Predictor
 from trady.training.data.datasets import ImageDataset, Pixels
-from trady.training.data.image_folder import UnreadableImageError, read_square, square
+from trady.training.data.image_files import UnreadableImageError, read_square, square
 
 
 class ImagePredictor(Predictor):

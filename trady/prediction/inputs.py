@@ -11,7 +11,7 @@ from trady.errors import DataError
 from trady.prediction.files import class_of, files_in, part_to_predict
 from trady.training.data.identity import readable_names
 from trady.training.data.npz import read_unlabelled
-from trady.training.data.source import format_of, is_name
+from trady.training.data.source import Reading, format_of, is_name
 
 
 @dataclass
@@ -88,7 +88,7 @@ def _add_data_set(found: Inputs, source: str, classes: Collection[str], image_si
         for number in range(len(pixels)):
             found.add(f"{source}[{number}]", pixels[number], None)
         return
-    raw = format_of(source).read(source, image_size, "skip")
+    raw = format_of(source).read(source, Reading(image_size, "skip"))
     split = raw.train if raw.evaluation is None else raw.evaluation
     if raw.evaluation is not None:
         found.remarks.append(

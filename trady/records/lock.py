@@ -152,7 +152,7 @@ def _take(place: Path) -> int | None:
     """Return the open lock, or ``None`` if somebody else has it."""
     if fcntl is None:
         return _take_by_record(place)
-    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between opening and locking, its holder may have ended and removed it.
@@ -177,7 +177,7 @@ def _take_by_record(place: Path) -> int | None:
     if holder is not None and holder.host == platform.node() and not is_running(holder.pid):
         _remove_stale(place, holder)
     try:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return None
     _write(descriptor)

@@ -15,7 +15,7 @@ from trady.records.reading import file_digest
 from trady.records.schema import AtLeast, Natural, Positive
 from trady.records.versioned import Format
 from trady.training.data.datasets import Normalization
-from trady.training.data.image_folder import MOST_PIXELS
+from trady.training.data.image_files import MOST_PIXELS
 from trady.training.run_folder import DESCRIPTION, RunFolder
 from trady.training.texts.description import TextsDescription
 
@@ -130,16 +130,22 @@ class RunDescription:
     started: str = ""
     texts: TextsDescription | None = None
 
-    def finished(self, folder: RunFolder, batch_size: int | None) -> RunDescription:
-        """Return it with the files of weights that are in the folder, and the batches that were evaluated on."""
-        last = self.epochs - 1
+    def finished(self, folder: RunFolder, batch_size: int | None, epochs: int) -> RunDescription:
+        """Return it with the files of weights that are in the folder, and the batches that were evaluated on.
+
+        Args:
+            folder: Of the run.
+            batch_size: Examples of a forward pass in evaluation.
+            epochs: How many were trained.
+        """
+        last = epochs - 1
         best = folder.best_epoch()
         found = {
             which: WeightsDescription(path.name, epoch, file_digest(path), path in (folder.delta, folder.best_delta))
             for which, epoch in (("last", last), ("best", best))
             if epoch is not None and (path := folder.weights_of(which)) is not None
         }
-        return replace(self, weights=found, batch_size=batch_size)
+        return replace(self, weights=found, batch_size=batch_size, epochs=epochs)
 
     def write(self, folder: RunFolder) -> None:
         """Write ``run.json``."""

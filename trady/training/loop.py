@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -13,21 +14,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from trady.errors import CheckpointError, DataError, TradyError, TrainingError
+from trady.errors import CheckpointError, DataError, TradyError, TradyWarning, TrainingError
 from trady.memory import Ledger
 from trady.planning.budget import Budget
+from trady.training.advice import Guessing, lower_rate
 from trady.training.batch import readable
 from trady.training.checkpoint import (
     Checkpoint,
     check_model,
-    check_settings,
     fingerprint,
     load_checkpoint,
 )
 from trady.training.data.loaders import Batches, read_epoch, start_epoch
 from trady.training.evaluate import evaluate
 from trady.training.interrupt import Interrupts, Stopped, agree_to_stop
-from trady.training.metrics import EpochMetrics
+from trady.training.metrics import EpochMetrics, has_stalled
+from trady.training.more_epochs import going_on
 from trady.training.objective import Objective
 from trady.training.optimizers import OptimizerFactory
 from trady.training.precision import autocast
@@ -36,7 +38,7 @@ from trady.training.progress import Display
 from trady.training.provenance import Describer
 from trady.training.randomness import random_state, seed_epoch, set_random_state
 from trady.training.result import Result
-from trady.training.run_folder import RunFolder
+from trady.training.run_folder import RunFolder, where_it_stands
 from trady.training.saver import Saver, Saving, all_weights
 from trady.training.schedule import Schedule
 from trady.training.settings import Settings
@@ -73,6 +75,8 @@ class Loop:
         data: What the data is, written in each checkpoint; ``None`` is not compared.
         budget: What the run may take.
         capture: Whether forward and backward passes are recorded as CUDA graphs and replayed.
+        warmup_epochs: Length of the warm-up, as it was given.
+        usual_rate: Rate that the optimizer mostly trains with; ``None`` where loss or optimizer are the user's own.
         describer: Writes into the folder what the run is.
     """
 
@@ -93,8 +97,11 @@ class Loop:
     saving: Saving = field(default_factory=Saving)
     data: Mapping[str, Any] | None = None
     capture: bool = False
+    warmup_epochs: float | None = None
+    usual_rate: float | None = None
     _finished: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
+    _guessing: Guessing = field(default_factory=Guessing, init=False)
     _evaluated_at_once: int = field(default=0, init=False)
     _saver: Saver = field(init=False)
     _interrupts: Interrupts = field(init=False)
@@ -118,10 +125,10 @@ class Loop:
                 return self._run(resume, overwrite)
             except Stopped as stop:
                 if self.accelerator.is_main_process:
-                    print(_where_it_stands(self.folder, stop.signal.name), file=sys.stderr)  # noqa: T201
+                    print(where_it_stands(self.folder, stop.signal.name), file=sys.stderr)  # noqa: T201
                 raise
             except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(str(stop) or _where_it_stands(self.folder, "")) from None
+                raise KeyboardInterrupt(str(stop) or where_it_stands(self.folder, "")) from None
 
     def _run(self, resume: bool, overwrite: bool) -> Result:
         model, structure = self._fingerprints()
@@ -142,6 +149,7 @@ class Loop:
                 folder.write_plan(plan)
         self.accelerator.wait_for_everyone()
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
+        self.schedule = self.schedule.known_by(optimizer.param_groups)  # before a state of the run is loaded
         if found is not None:
             load_optimizer_state(optimizer, found.states["optimizer"])
         folder, saved_step = self._writable(), 0 if found is None else found.step
@@ -150,9 +158,11 @@ class Loop:
         )
         if found is not None and within is None:
             self._saver.best(history)
-        self._interrupts = Interrupts(partial(_where_it_stands, self.folder))  # no cycle: it would keep the optimizer
+        self._interrupts = Interrupts(partial(where_it_stands, self.folder))  # no cycle: it would keep the optimizer
         with self._interrupts:
             for epoch in range(len(history), self.settings.epochs):
+                if has_stalled(history, self.settings.patience):
+                    break
                 history.append(self._epoch(epoch, optimizer, within))
                 self._saver.epoch(history)
                 if agree_to_stop(self._interrupts, self.accelerator)[1]:
@@ -178,7 +188,9 @@ class Loop:
     def _restore(self, checkpoint: Checkpoint, model: str, structure: str) -> tuple[list[EpochMetrics], _Within | None]:
         assert self.folder is not None
         place = self.folder.checkpoint
-        check_settings(checkpoint, self.settings.to_json(), place, self.data)
+        self.settings, self.schedule = going_on(
+            checkpoint, self.settings, self.schedule, self.warmup_epochs, place, self.data
+        )
         check_model(checkpoint, model, structure, place)
         within = [name for name in checkpoint.states if name.partition("-")[0] == WITHIN]
         if set(checkpoint.states) - set(within) != {"trainer", "optimizer"}:
@@ -210,6 +222,7 @@ class Loop:
         self._train(sums, self._stepper(optimizer), random)
         training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
         random = random_state()
+        self._guessing.labels.clear()
         with self.trainer.untouched():  # the plain model takes less than the armed one
             found = evaluate(
                 self.trainer.model,
@@ -247,12 +260,16 @@ class Loop:
             averaging_calls=sums.averaging_calls,
         )
         self.display.end_epoch(metrics)
+        last = epoch + 1 == self.settings.epochs
+        if (remark := self._guessing.remark(metrics, self.schedule.peak, self.usual_rate, last=last)) is not None:
+            warnings.warn(remark, TradyWarning, stacklevel=2)
         return metrics
 
     def _evaluation_parts(self, batch: Any) -> Iterator[tuple[Any, torch.Tensor, float]]:
         """Cut a batch as the trainer says, and remember how many examples a pass took."""
         for part in self.trainer.parts(batch):
             self._evaluated_at_once = max(self._evaluated_at_once, len(part[1]))
+            self._guessing.see(part[1])
             yield part
 
     def _pause(self, sums: EpochSums, random: State | None = None) -> None:
@@ -362,8 +379,7 @@ class Loop:
             kept = f"the checkpoint of {of} is kept in {self.folder.checkpoint}"
         return TrainingError(
             f"{what} in epoch {sums.epoch + 1}, step {sums.steps + 1}, at a learning rate of {sums.rate:.3g}; {kept}. "
-            f"Try a lower rate (--lr {self.settings.lr / 4:.2g}), a longer warm-up (--warmup-epochs) "
-            "or tighter clipping (--channel-clip, --max-grad-norm)"
+            + lower_rate(self.schedule.peak)
         )
 
     def _finish(self, history: list[EpochMetrics]) -> Result:
@@ -372,7 +388,7 @@ class Loop:
             folder.write_plan(plan)
             folder.write_model(all_weights(self.trainer.model), delta)
             if self.describer is not None:
-                self.describer.end(folder, plan, self._evaluated_at_once or None)
+                self.describer.end(folder, plan, self._evaluated_at_once or None, len(history))
         model = self.trainer.finish()
         self._finished = True
         path = None if self.folder is None else self.folder.path
@@ -384,11 +400,3 @@ class Loop:
 
     def _writable(self) -> RunFolder | None:
         return self.folder if self.accelerator.is_main_process else None
-
-
-def _where_it_stands(folder: RunFolder | None, signal: str) -> str:
-    """Return what to say when the run is stopped; ``signal`` is empty for Ctrl-C."""
-    what = "stopped, and nothing is kept: there is no run folder"
-    if folder is not None:
-        what = folder.where_it_stands()
-    return f"{signal}: {what}" if signal else what

@@ -97,3 +97,9 @@ def best_of(history: Sequence[EpochMetrics]) -> int:
 def told(name: str, value: float) -> str:
     """Return a measure for people: ``macro F1 0.912``."""
     return f"{_NAMES.get(name, name.replace('_', ' '))} {value:.3f}"
+
+
+def has_stalled(history: Sequence[EpochMetrics], patience: int | None) -> bool:
+    """Return whether no epoch was better for that many; never where there is no such number."""
+    best = best_of(history) if history else 0
+    return patience is not None and len(history) - 1 - best >= patience

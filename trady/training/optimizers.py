@@ -21,11 +21,12 @@ NAMES = ("sgd", "adam", "adamw", "sgd-in-backward", "adamw-in-backward")
 
 
 def optimizer_factory(
-    optimizer: str | OptimizerFactory, lr: float, momentum: float, weight_decay: float
+    optimizer: str | OptimizerFactory, lr: float | None, momentum: float, weight_decay: float
 ) -> OptimizerFactory:
     """Return the function that makes the optimizer; a user's own is returned as it is."""
     if not isinstance(optimizer, str):
         return optimizer
+    assert lr is not None  # a name has a default (rates.py)
     if optimizer == "sgd":
         return lambda p: torch.optim.SGD(p, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if optimizer == "sgd-in-backward":

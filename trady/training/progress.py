@@ -7,6 +7,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from trady.planning.budget import Budget
+from trady.planning.process_memory import is_process
 from trady.report.units import format_bytes
 from trady.training.metrics import EpochMetrics
 
@@ -128,3 +130,62 @@ class Lines:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class Several:
+    """Shows the same in several places, such as a terminal and a log file.
+
+    Args:
+        displays: The places.
+    """
+
+    def __init__(self, *displays: Display) -> None:
+        self.displays = displays
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Tell all of them."""
+        for display in self.displays:
+            display.start_epoch(epoch, epochs, steps)
+
+    def observing(self, epoch: int, epochs: int, passes: int) -> None:
+        """Tell all of them."""
+        for display in self.displays:
+            display.observing(epoch, epochs, passes)
+
+    def step(self, loss: float, samples_per_second: float, peak_bytes: int) -> None:
+        """Tell all of them."""
+        for display in self.displays:
+            display.step(loss, samples_per_second, peak_bytes)
+
+    def end_epoch(self, metrics: EpochMetrics) -> None:
+        """Tell all of them."""
+        for display in self.displays:
+            display.end_epoch(metrics)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for display in self.displays:
+            display.close()
+
+
+def display_of(
+    progress: bool | Display, title: str, budget: Budget | None, *, shown: bool = True, log: Console | None = None
+) -> Display:
+    """Return where a run shows its progress.
+
+    Args:
+        progress: Whether it does, on standard error; or a display of the user's own.
+        title: What runs.
+        budget: What it may take.
+        shown: Whether this process is the one that speaks.
+        log: A console that lines are written to as well.
+    """
+    if not isinstance(progress, bool):
+        return progress
+    amount = budget.amount if budget is not None and is_process(budget) else None
+    peak = None if budget is None else budget.peak_bytes
+    consoles = [Console(stderr=True)] * progress + [log] * (log is not None)
+    if not (consoles and shown):
+        return Silent()
+    lines = [Lines(title, peak, console, process_budget_bytes=amount) for console in consoles]
+    return lines[0] if len(lines) == 1 else Several(*lines)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from trady.errors import CheckpointError, StateError
 from trady.model.eager import unwrap_compiled
-from trady.records.files import write_bytes, write_json
+from trady.records.files import write_bytes, write_json, write_lines
 from trady.records.version import __version__
 from trady.training.data.augment import as_it_is
 from trady.training.data.datasets import ImageDataset
@@ -45,11 +45,13 @@ class Origin:
         model: The model, as it was named; ``None`` for a module made in Python.
         data: The data set, as it was named.
         command: The command line.
+        options: All options of the command, in TOML; a run that began has them in its folder.
     """
 
     model: str | None = None
     data: str | None = None
     command: tuple[str, ...] | None = None
+    options: str | None = None
 
 
 #: Nobody typed anything.
@@ -63,10 +65,12 @@ class Describer:
     Attributes:
         description: As far as it is known before the run begins.
         files: What transformers reads beside it, by file name.
+        options: Those of the command line, in TOML.
     """
 
     description: RunDescription
     files: Mapping[str, Mapping[str, Any] | bytes]
+    options: str | None = None
 
     def begin(self, folder: RunFolder, plan: Mapping[str, Any] | None) -> None:
         """Describe the run before its first step, or the one that is resumed.
@@ -89,16 +93,18 @@ class Describer:
                 "another folder for the run"
             )
         self.description.write(folder)
+        if self.options is not None:
+            write_lines(folder.options, self.options.splitlines())
         for name, content in self.files.items():
             if isinstance(content, bytes):
                 write_bytes(folder.path / name, content)
             else:
                 write_json(folder.path / name, content)
 
-    def end(self, folder: RunFolder, plan: Mapping[str, Any], batch_size: int | None) -> None:
-        """Describe the finished run: its weights, and in what batches it was evaluated."""
+    def end(self, folder: RunFolder, plan: Mapping[str, Any], batch_size: int | None, epochs: int) -> None:
+        """Describe the finished run: its weights, in what batches it was evaluated, and how many epochs it had."""
         batch_size = batch_size or self.description.batch_size
-        replace(self.description, ranking=_ranking(plan)).finished(folder, batch_size).write(folder)
+        replace(self.description, ranking=_ranking(plan)).finished(folder, batch_size, epochs).write(folder)
 
     def _keep_origin(self, folder: RunFolder) -> None:
         try:
@@ -176,7 +182,7 @@ def describe(
         command=origin.command,
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-    return Describer(description, files)
+    return Describer(description, files, origin.options)
 
 
 def _whole(data: Any) -> Any:

@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
-from trady.errors import BudgetError, ModelError, TrainingError
+from trady.errors import ModelError, TrainingError
 from trady.planning.budget import Budget
-from trady.planning.process_memory import is_process
-from trady.planning.request import Request
+from trady.planning.request import AUTO, Request
 from trady.policies import Policy, get_policy, needs_of
 from trady.process.ranks import agree, leaving_a_reason
 from trady.ranking.priors import Known
@@ -35,11 +34,13 @@ from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
 from trady.training.objective import objective_of, of_output
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
+from trady.training.own_budget import told, with_amount
 from trady.training.precision import Precision, compute_dtype
 from trady.training.process import in_process
-from trady.training.progress import Display, Lines, Silent
+from trady.training.progress import Display, display_of
 from trady.training.provenance import describe
 from trady.training.randomness import own_randomness, seed_epoch
+from trady.training.rates import kind_of, usual_optimizer, usual_rate
 from trady.training.result import Result
 from trady.training.run_folder import RunFolder
 from trady.training.run_options import RunOptions
@@ -71,7 +72,7 @@ def finetune(
     epochs: int,
     out: str | Path | None,
     batch_size: int = 32,
-    lr: float = 0.1,
+    lr: float | None = None,
     policy: str | Policy = "trady",
     ranking: LayerRanking | Known | None = None,
     head: str | Sequence[str] | None = "auto",
@@ -81,7 +82,7 @@ def finetune(
     max_grad_norm: float | None = 2.0,
     resume: bool = False,
     overwrite: bool = False,
-    optimizer: str | OptimizerFactory = "sgd",
+    optimizer: str | OptimizerFactory | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     loss: Loss | None = None,
@@ -99,6 +100,7 @@ def finetune(
     augment: AugmentName = "none",
     checkpoint_every: str | float | None = None,
     keep_best: bool = True,
+    patience: int | None = None,
     capture: bool = False,
     progress: bool | Display = True,
 ) -> Result:
@@ -113,12 +115,13 @@ def finetune(
             of dicts with ``labels``.
         evaluation: The same, to measure accuracy on after each epoch.
         budget: What a training step may take, e.g. ``"300 MiB"``, or the process as a whole, ``"process:400 MiB"``
-            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file. ``policy="full"`` takes
-            none, ``head`` needs none.
+            (docs/budgets.md), which moves images of :func:`trady.load_data` to a file; ``"auto"``, the default, is what
+            an inference pass takes. ``policy="full"`` takes none, ``head`` needs none.
         epochs: Number of passes over the training data.
         out: The run folder: plan, metrics, checkpoint, weights. ``None`` writes nothing.
         batch_size: Examples a step, also of the evaluation.
-        lr: Learning rate at the end of the warm-up.
+        lr: Learning rate at the end of the warm-up; by default one that suits the optimizer (docs/optimizers.md),
+            or the rate that an optimizer of your own was made with.
         policy: Where to update. ``full`` is plain PyTorch fine-tuning of everything, for comparison.
         ranking: A layer ranking, ``"online"`` or ``"structural"`` (:func:`trady.prepare`); without one it is the prior
             of this structure, or found online.
@@ -129,9 +132,11 @@ def finetune(
             (arXiv 2102.06171); ``auto`` is 0.1, less where over a quarter of the weights trains (docs/optimizers.md).
         max_grad_norm: The gradient of the head (with ``policy="full"``: of everything) is scaled down to
             this norm; ``None`` does not clip.
-        resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start.
+        resume: Go on from the run folder's checkpoint; bit for bit on a CPU. Without one, start. With more
+            ``epochs`` than a finished run has, these are added: the rate warms up and falls once more.
         overwrite: Replace a run that is in the folder already.
-        optimizer: ``sgd``, ``adam``, ``adamw``, or a function from parameters to an optimizer.
+        optimizer: ``sgd`` (the default on images), ``adam``, ``adamw`` (on texts), or a function from parameters to an
+            optimizer.
         momentum: For ``sgd``.
         weight_decay: For named optimizers.
         loss: From (the model's output, labels) to the mean over the samples; cross entropy by default.
@@ -163,6 +168,7 @@ def finetune(
         checkpoint_every: Write a checkpoint also inside epochs, this often: seconds, or a text such as ``"10min"``,
             ``"90 s"`` or ``"1h"``.
         keep_best: Keep the weights of the epoch of the highest accuracy, in ``best.safetensors``.
+        patience: End the run after this many epochs without a higher accuracy; ``None`` trains all.
         capture: On CUDA, record the forward and backward pass once a draw and replay it (docs/capture.md).
         progress: Show progress on standard error, or a display of your own.
 
@@ -222,6 +228,7 @@ def finetune(
             augment=augment,
             checkpoint_every=checkpoint_every,
             keep_best=keep_best,
+            patience=patience,
             capture=capture,
             progress=progress,
         ),
@@ -239,11 +246,15 @@ def run(
     if options.epochs < 1:
         raise TrainingError(f"epochs is {options.epochs}; it must be at least 1")
     policy, seed = get_policy(request.policy), request.seed
+    kind = kind_of(train)
+    optimizer = usual_optimizer(kind) if options.optimizer is None else options.optimizer
+    usual = usual_rate(optimizer, options.momentum, policy=policy.name, kind=kind)
+    lr = usual if options.lr is None else options.lr
     if policy.name == FULL:
         refuse_limit_of_full(request.step_limit)
         request = replace(request, budget=None)
     elif request.budget is None and policy.name != HEAD:
-        raise BudgetError('no budget is given; type e.g. budget="300 MiB"')
+        request = replace(request, budget=AUTO)
     # Where there is no accelerator it has to be told so, or each process of torchrun takes itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if options.capture:
@@ -267,7 +278,20 @@ def run(
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
     waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
     request = replace(request, batches_ahead=int(ahead) + waiting)
-    schedule = make_schedule(options.lr, options.epochs, len(batches), options.warmup_epochs)
+    factory = optimizer_factory(optimizer, lr, options.momentum, options.weight_decay)
+    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
+    # it is attached.
+    memory = memory_of(factory, accelerator.device) if isinstance(optimizer, str) else OptimizerMemory()
+    automatic = request.budget == AUTO
+    request = with_amount(
+        request,
+        model.to(accelerator.device),
+        loader,
+        accelerator.device,
+        memory,
+        resumed=folder.plan if folder is not None and resuming else None,
+    )
+    schedule = make_schedule(lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
         budget=None if request.limit is None else str(request.limit),
@@ -275,11 +299,11 @@ def run(
         epochs=options.epochs,
         steps=schedule.steps,
         batch_size=loader.batch_size,
-        lr=options.lr,
+        lr=schedule.peak_rate,
         warmup_steps=schedule.warmup_steps,
         channel_clip=options.channel_clip,
         max_grad_norm=options.max_grad_norm,
-        optimizer=options.optimizer if isinstance(options.optimizer, str) else "custom",
+        optimizer=optimizer if isinstance(optimizer, str) else "custom",
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         mode=options.mode,
@@ -295,16 +319,13 @@ def run(
         freeze=as_text(request.freeze),
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
         max_step_flops=request.step_limit,
+        patience=options.patience,
     )
     if accelerator.num_processes > 1:
         agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
         _check_statistics(model)
-    factory = optimizer_factory(options.optimizer, options.lr, options.momentum, options.weight_decay)
-    # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
-    # it is attached.
-    memory = memory_of(factory, accelerator.device) if isinstance(options.optimizer, str) else OptimizerMemory()
     every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
     with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
@@ -320,7 +341,9 @@ def run(
             schedule=schedule,
             redraws=redraws,
             settings=settings,
-            display=_display(options.progress, accelerator, settings.policy, request.limit),
+            display=display_of(
+                options.progress, settings.policy, request.limit, shown=accelerator.is_main_process, log=options.log
+            ),
             objective=objective,
             factory=factory,
             folder=folder,
@@ -331,7 +354,11 @@ def run(
             if facts is None
             else describe(model, train, settings, options.origin, accelerator.device, facts),
             capture=options.capture,
+            warmup_epochs=options.warmup_epochs,
+            usual_rate=usual if options.loss is None else None,
         )
+        if isinstance(loop.trainer, TunerTrainer):
+            options.say(told(loop.trainer.tuner.plan, automatic=automatic))
         try:
             return loop.run(resume=options.resume, overwrite=options.overwrite)
         finally:
@@ -371,12 +398,3 @@ def _check_statistics(model: nn.Module) -> None:
             f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
             "train without micro_batch, or with track_running_stats=True"
         )
-
-
-def _display(progress: bool | Display, accelerator: Accelerator, title: str, budget: Budget | None) -> Display:
-    if not isinstance(progress, bool):
-        return progress
-    if not progress or not accelerator.is_main_process:
-        return Silent()
-    amount = budget.amount if budget is not None and is_process(budget) else None
-    return Lines(title, None if budget is None else budget.peak_bytes, process_budget_bytes=amount)

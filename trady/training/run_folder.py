@@ -37,6 +37,9 @@ _EPOCH = "trady.epoch"
 #: The file that describes the model (:mod:`trady.training.description`).
 DESCRIPTION = "run.json"
 
+#: The file with all options of the command line.
+OPTIONS = "run.toml"
+
 #: The files beside it that transformers reads: of the model and of how its images are prepared.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 
@@ -78,8 +81,18 @@ class RunFolder:
     @property
     def described(self) -> tuple[Path, ...]:
         """The files that say what the model is, trady's last; none where others may have written the rest."""
-        names = (*OF_TRANSFORMERS, DESCRIPTION) if self.description.exists() else ()
+        names = (*OF_TRANSFORMERS, OPTIONS, DESCRIPTION) if self.description.exists() else ()
         return tuple(self.path / name for name in names)
+
+    @property
+    def options(self) -> Path:
+        """All options of the command line, as ``--config`` reads them; not there for a run that Python started."""
+        return self.path / OPTIONS
+
+    @property
+    def decoded(self) -> Path:
+        """Decoded images, until the run is finished (:mod:`trady.training.data.kept_images`)."""
+        return self.path / "decoded-images"
 
     @property
     def metrics(self) -> Path:
@@ -305,6 +318,13 @@ class RunFolder:
         """Write ``result.json``; what was here before the run has its better now, and goes."""
         write_json(self.result, result)
         remove_tree(self.replaced)
+        remove_tree(self.decoded)
+
+
+def where_it_stands(folder: RunFolder | None, signal: str) -> str:
+    """Return what to say when a run is stopped; ``signal`` is empty for Ctrl-C."""
+    what = "stopped, and nothing is kept: there is no run folder" if folder is None else folder.where_it_stands()
+    return f"{signal}: {what}" if signal else what
 
 
 def _write_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from rich.console import Console
 
 from trady.training.batch import Loss
 from trady.training.data.augment import AugmentName
@@ -22,13 +25,13 @@ class RunOptions:
     epochs: int
     out: str | Path | None
     batch_size: int = 32
-    lr: float = 0.1
+    lr: float | None = None
     warmup_epochs: float | None = None
     channel_clip: float | Literal["auto"] | None = "auto"
     max_grad_norm: float | None = 2.0
     resume: bool = False
     overwrite: bool = False
-    optimizer: str | OptimizerFactory = "sgd"
+    optimizer: str | OptimizerFactory | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
     loss: Loss | None = None
@@ -39,6 +42,9 @@ class RunOptions:
     augment: AugmentName = "none"
     checkpoint_every: str | float | None = None
     keep_best: bool = True
+    patience: int | None = None
     capture: bool = False
     progress: bool | Display = True
+    log: Console | None = None
+    say: Callable[[str], object] = lambda text: None
     origin: Origin = UNTOLD

@@ -6,7 +6,9 @@ The rate warms up linearly, then falls along a cosine to zero (SGDR, arXiv 1608.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from trady.errors import TrainingError
 
@@ -19,33 +21,62 @@ class Schedule:
     """The rate of every step, a pure function of its index.
 
     Attributes:
-        peak_rate: The rate at the end of the warm-up.
+        peak_rate: The rate at the end of the warm-up; ``None`` until the optimizer that brings its own is made.
         steps: Number of steps of the run.
         warmup_steps: Steps until the peak rate is reached.
+        began: Steps that were done when the cycle began: 0, unless epochs were added to a finished run.
     """
 
-    peak_rate: float
+    peak_rate: float | None
     steps: int
     warmup_steps: int
+    began: int = 0
+
+    @property
+    def peak(self) -> float:
+        """The rate at the end of the warm-up, once it is known."""
+        assert self.peak_rate is not None
+        return self.peak_rate
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
+        step, steps = step - self.began, self.steps - self.began
         if step < self.warmup_steps:
-            return self.peak_rate * (step + 1) / (self.warmup_steps + 1)
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.peak_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            return self.peak * (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def known_by(self, groups: Sequence[Any]) -> Schedule:
+        """Return it with the rate of an optimizer's first group, where none was given."""
+        return self if self.peak_rate is not None else replace(self, peak_rate=_checked(float(groups[0]["lr"])))
 
 
-def make_schedule(lr: float, epochs: int, steps_per_epoch: int, warmup_epochs: float | None) -> Schedule:
-    """Return the schedule of a run; without ``warmup_epochs`` a tenth of all steps warms up."""
+def make_schedule(
+    lr: float | None, epochs: int, steps_per_epoch: int, warmup_epochs: float | None, *, began: int = 0
+) -> Schedule:
+    """Return the schedule of a run.
+
+    Args:
+        lr: Rate at the end of the warm-up; ``None`` is that of an optimizer which is still to be made.
+        epochs: Of the run.
+        steps_per_epoch: Steps of an epoch.
+        warmup_epochs: Length of the warm-up; by default a tenth of all steps.
+        began: Epochs that were done when the cycle began.
+    """
+    if lr is not None:
+        _checked(lr)
+    steps, before = epochs * steps_per_epoch, began * steps_per_epoch
+    if warmup_epochs is None:
+        return Schedule(lr, steps, round(WARMUP_SHARE * (steps - before)), before)
+    if not 0 <= warmup_epochs < epochs - began:
+        raise TrainingError(f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than {epochs - began}")
+    return Schedule(lr, steps, round(warmup_epochs * steps_per_epoch), before)
+
+
+def _checked(lr: float) -> float:
     if not (math.isfinite(lr) and lr > 0):
         raise TrainingError(f"the learning rate is {lr}; it must be more than zero")
-    steps = epochs * steps_per_epoch
-    if warmup_epochs is None:
-        return Schedule(lr, steps, round(WARMUP_SHARE * steps))
-    if not 0 <= warmup_epochs < epochs:
-        raise TrainingError(f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than {epochs}")
-    return Schedule(lr, steps, round(warmup_epochs * steps_per_epoch))
+    return lr
 
 
 def redraw_steps(draws: int, steps: int) -> frozenset[int]:

@@ -31,7 +31,7 @@ class Settings:
         epochs: Passes over the training data.
         steps: Optimizer steps of the run.
         batch_size: Examples a step; ``None`` where the user's loader decides.
-        lr: Rate at the end of the warm-up.
+        lr: Rate at the end of the warm-up; ``None`` is that of the user's own optimizer.
         warmup_steps: Steps of the warm-up.
         channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``None`` is no limit.
         max_grad_norm: Limit of the head's gradient norm (of all gradients without a tuner); ``None`` is no limit.
@@ -51,6 +51,8 @@ class Settings:
         freeze: Layers that stay as they are, as text.
         over_budget: What happens where not even one sample fits, ``refuse`` or ``warn``; ``None`` is ``adapt``.
         max_step_flops: What a step may take of the operations of full fine-tuning; ``None`` is no limit.
+        patience: Epochs without a better accuracy after which the run ends; ``None`` trains all.
+        added_at: Epochs that were done when the last ones were added to a finished run; ``None`` where none were.
     """
 
     policy: str
@@ -59,7 +61,7 @@ class Settings:
     epochs: int
     steps: int
     batch_size: int | None
-    lr: float
+    lr: float | None
     warmup_steps: int
     channel_clip: float | str | None
     max_grad_norm: float | None
@@ -79,6 +81,8 @@ class Settings:
     freeze: str | None = None
     over_budget: str | None = None
     max_step_flops: float | None = None
+    patience: int | None = None
+    added_at: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (
@@ -98,6 +102,8 @@ class Settings:
 
         if self.observed_batches is not None and self.observed_batches < 1:
             raise TrainingError(f"observed_batches is {self.observed_batches}; give at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise TrainingError(f"patience is {self.patience}; give at least 1 epoch, or leave it out")
         if self.draws_per_epoch < 1:
             raise TrainingError(f"draws_per_epoch is {self.draws_per_epoch}; give at least 1")
         if self.micro_batch is not None and self.optimizer.endswith("-in-backward"):

@@ -45,7 +45,7 @@ def fit(
     ] = None,
     image_size: options.ImageSize = None,
     classes: options.Classes = 10,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own by default.")] = None,
+    dtype: options.Dtype = None,
     optimizer: Annotated[str, typer.Option(help=f"What updates: {OPTIMIZERS}.")] = "adamw",
     autocast: Annotated[
         str | None, typer.Option(help="bfloat16 or float16: forward passes run under torch.autocast.")

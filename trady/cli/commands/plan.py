@@ -26,14 +26,15 @@ def plan(
     budget: Annotated[
         str | None,
         typer.Option(
-            help='What may be taken: "300 MiB" (by a step), "process:400 MiB" (by all in memory), "update:1 MiB" or '
-            '"elements:27946". Or --sweep.'
+            help='What may be taken: "300 MiB" (by a step), "process:400 MiB" (by all in memory), "update:1 MiB", '
+            '"elements:27946" or "80%" (of what is free). auto, the default: what an inference pass takes. Or --sweep.',
+            rich_help_panel=options.BUDGET,
         ),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="A batch of text in place of images: sequences x length, e.g. 4x1024.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own by default.")] = None,
+    dtype: options.Dtype = None,
     image_size: options.ImageSize = None,
     batch_size: options.BatchSize = 32,
     micro_batch: options.MicroBatch = None,
@@ -69,12 +70,12 @@ def plan(
     from trady.planning.budget import parse_budget
     from trady.training.models.planned import make_planned
 
-    if (budget is None) == (sweep is None):
+    if budget is not None and sweep is not None:
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
     if batch_sizes is not None and sweep is None:
         raise BudgetError("--batch-sizes belongs to --sweep")
-    budgets = _parts(sweep) if sweep is not None else [str(budget)]
-    for text in budgets:
+    budgets = _parts(sweep) if sweep is not None else [budget or "auto"]
+    for text in budgets if sweep is not None else ():
         parse_budget(text)
     sizes = _whole_numbers(batch_sizes) if batch_sizes is not None else None
     request = options.read_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -9,6 +10,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from trady.cli import options
+from trady.cli.choices import choice
 from trady.cli.example import load_task
 from trady.cli.texts import TextOptions
 
@@ -22,14 +24,24 @@ def rank(
     budget: Annotated[
         str | None, typer.Option(help="What ranking itself may take, e.g. 300 MiB; no limit by default.")
     ] = None,
-    prior: Annotated[
+    as_prior: Annotated[
         bool,
-        typer.Option(help="Keep an rgn ranking: models of this structure are then trained by it without --ranking."),
-    ] = True,
-    metric: Annotated[str, typer.Option(help="rgn (gradient for its cost) or norm.")] = "rgn",
+        typer.Option(
+            "--as-prior/--no-prior",
+            help="Keep an rgn ranking for later runs: models of this structure are then trained by it without "
+            "--ranking.",
+        ),
+    ] = False,
+    metric: Annotated[
+        str, choice(possible=("rgn", "norm"), panel=options.TRAINS, text="rgn (gradient for its cost) or norm.")
+    ] = "rgn",
     norm: Annotated[
         str,
-        typer.Option(help="Batch normalisation while measuring: frozen (as trady trains) or batch (its statistics)."),
+        choice(
+            possible=("frozen", "batch"),
+            panel=options.TRAINS,
+            text="Batch normalisation while measuring: frozen (as trady trains) or batch (its statistics).",
+        ),
     ] = "frozen",
     image_size: options.ImageSize = None,
     on_unreadable: options.OnUnreadable = "refuse",
@@ -38,12 +50,15 @@ def rank(
 ) -> None:
     """Measure how much each layer matters on a data set."""
     import trady
+    from trady.errors import RankingError
     from trady.ranking.priors import save_prior
     from trady.ranking.scores import Metric
     from trady.training.batch import split_batch
     from trady.training.objective import objective_of
     from trady.training.texts.tables import is_texts
 
+    if as_prior and metric != "rgn":
+        raise RankingError(f"--as-prior keeps a ranking by rgn, which layers are drawn by, and --metric is {metric}")
     if is_texts(dataset):
         task = TextOptions().load(model, dataset, batches * batch_size, seed)
     else:
@@ -60,7 +75,7 @@ def rank(
     )
     ranking = replace(ranking, measured_on=f"{Path(dataset).name}, {ranking.batches} batches of {batch_size}")
     ranking.save(out)
-    kept = save_prior(ranking) if prior and metric == "rgn" else None
+    kept = save_prior(ranking) if as_prior else None
     if as_json:
         options.print_json(ranking.to_json())
         return
@@ -69,4 +84,6 @@ def rank(
         typer.echo(f"{place:4} {name:48} {ranking.scores[name]:.3e}{'  pool' if name in top else ''}")
     typer.echo(f"{len(top)} of {len(ranking.scores)} layers hold 97 %; written to {out}")
     if kept is not None:
-        typer.echo(f"kept as the prior of this structure: {kept} (--no-prior does not)")
+        typer.echo(f"kept as the prior of this structure, for later runs: {kept}")
+    elif metric == "rgn":
+        typer.echo(f"train by it with --ranking {shlex.quote(out)}; --as-prior keeps it for all later runs")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 Example = tuple[torch.Tensor, int]
+
+#: Classes that are named in a line.
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,33 @@ class DataSplit:
         evaluation: Images to measure accuracy on; never trained on.
         classes: Names of the classes; a label is an index into them.
         skipped: Files that could not be read and were left out.
+        ignored: How many other files lie there, by what they are.
+        found: How many images there are to train and to evaluate on, before a limit; empty where that is not known.
+        held_out: Whether the evaluation part was set apart here, because the source has none.
     """
 
     train: ImageDataset
     evaluation: ImageDataset
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    found: tuple[int, ...] = ()
+    held_out: bool = False
+
+    def __str__(self) -> str:
+        """What was found, in a line: ``200 + 60 images, 10 classes: dress, hat, …; ignored: 4 .heic``."""
+        parts = len(self.train), len(self.evaluation)
+        counts = " + ".join(map(str, parts))
+        if self.found and parts != self.found:
+            counts += f" of {' + '.join(map(str, self.found))}"
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in self.classes[:_NAMED]]
+        classes = f"{len(self.classes)} classes: {', '.join(names)}{', …' if len(self.classes) > _NAMED else ''}"
+        said = [f"{counts} images{' (a fifth of each class held out)' if self.held_out else ''}, {classes}"]
+        if self.skipped:
+            said.append(f"unreadable: {len(self.skipped)}")
+        if self.ignored:
+            said.append(f"ignored: {', '.join(f'{count} {kind}' for kind, count in self.ignored.items())}")
+        return "; ".join(said)
 
 
 def epoch_seed(seed: int, epoch: int, purpose: str = "") -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from trady.errors import DataError
 from trady.records.reading import check_regular
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, RawData, RawSplit, Reading
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -46,7 +46,7 @@ def matches(name: str) -> bool:
     return name.lower().replace("_", "-") in ("fashion-mnist", HUB_NAME.replace("_", "-"))
 
 
-def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
+def read(name: str, reading: Reading) -> RawData:
     """Read Debian's files where they are installed, the Hub's data set otherwise."""
     if DEBIAN_FOLDER.is_dir():
         return RawData(_idx_split("train"), _idx_split("t10k"), CLASSES)

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import tempfile
-import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from trady.errors import DataError, ResourceError
-from trady.records.reading import read_bytes
-from trady.records.translated import in_our_words
-from trady.training.data.datasets import Pixels
-from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from trady.errors import DataError
+from trady.training.data.decoding import Decoded, decode
+from trady.training.data.identity import readable_names
+from trady.training.data.image_files import as_counted, ending_of, named, readable_suffixes
+from trady.training.data.source import DataFormat, RawData, RawSplit, Reading
 
 TRAIN = ("train", "training")
 
 EVALUATION = ("val", "valid", "validation", "test")
 
-#: Larger images are taken for damage: decoding and converting this many pixels takes up to 0.8 GiB.
-MOST_PIXELS = 2**26
+#: Names in a message.
+_SHOWN = 5
 
-#: The largest image file.
-MOST_BYTES = 2**29
-
-#: Decoded images that take more are kept in a temporary file instead of memory.
-IN_MEMORY_BYTES = 2**30
+Files = list[tuple[Path, int]]
 
 
 def matches(name: str) -> bool:
@@ -42,23 +27,39 @@ def matches(name: str) -> bool:
     return Path(name).is_dir()
 
 
-def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
-    """Decode every image once, cropped to a square and resized to ``image_size``."""
+def part_of(top: Path, names: Iterable[str]) -> Path | None:
+    """Return the first part of a data set that is there, in capitals or not: ``val``, ``VAL``, ``Test``."""
+    try:
+        there = {path.name.lower(): path for path in sorted(top.iterdir(), reverse=True) if path.is_dir()}
+    except OSError as error:
+        raise DataError(f"{top} cannot be read: {error.strerror or error}") from error
+    return next((there[name] for name in names if name in there), None)
+
+
+def read(name: str, reading: Reading) -> RawData:
+    """Decode every image once, cropped to a square and resized.
+
+    Raises:
+        DataError: There are no two classes with an image each to train on, or images cannot be read; the message names
+            all of them.
+    """
     top = Path(name)
-    train = next((top / part for part in TRAIN if (top / part).is_dir()), None)
-    evaluation = next((top / part for part in EVALUATION if (top / part).is_dir()), None)
+    train, evaluation = part_of(top, TRAIN), part_of(top, EVALUATION)
     if train is None and evaluation is not None:
-        raise DataError(f"{top} has {evaluation.name}/ but no train/ beside it")
+        raise DataError(
+            f"{top} has {evaluation.name}/ but no train/ beside it: name the other part train/, or put the classes "
+            f"into {top} itself, and a fifth of their images is held out"
+        )
+    found = _Found()
     classes = _classes(train or top)
-    skipped: list[str] = []
-    train_split = _decode(_files(train or top, classes, skipped), image_size, on_unreadable, skipped)
-    evaluation_split = None
-    if evaluation is not None:
-        foreign = sorted(set(_classes(evaluation)) - set(classes))
-        if foreign:
-            raise DataError(f"{evaluation} has classes that {train} has not: {', '.join(foreign)}")
-        evaluation_split = _decode(_files(evaluation, classes, skipped), image_size, on_unreadable, skipped)
-    return RawData(train_split, evaluation_split, classes, tuple(skipped))
+    files = found.files(train or top, classes)
+    to_evaluate = None if evaluation is None else found.files(evaluation, classes, foreign=_classes(evaluation))
+    found.check(train or top, classes, files)
+    split = _split(decode(files, reading, found.skipped, "train", top), train or top, classes)
+    held_out = None
+    if to_evaluate is not None:
+        held_out = decode(to_evaluate, reading, found.skipped, "evaluation", top).split
+    return RawData(split, held_out, classes, tuple(found.skipped), named(found.ignored))
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -71,100 +72,97 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _files(folder: Path, classes: tuple[str, ...], skipped: list[str]) -> list[tuple[Path, int]]:
-    """Return the image files and their labels; pipes, devices and sockets, which never end, are skipped."""
-    files = []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")):
-            if path.suffix.lower() not in SUFFIXES or path.name[0] == "." or path.is_dir():
-                continue
-            if path.exists() and not path.is_file():
-                skipped.append(str(path))
-            else:  # a link to nowhere is an image that cannot be read
-                files.append((path, label))
-    if not files:
-        raise DataError(f"{folder} has {len(classes)} class folders but no image in them")
-    return files
+class _Found:
+    """What lies in the folders of classes.
+
+    Attributes:
+        skipped: Pipes, devices and sockets, which never end, and later images that cannot be read.
+        ignored: How many files of other kinds there are, by their ending.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+        self.ignored: Counter[str] = Counter()
+        self._ignored_of: dict[str, Counter[str]] = {}
+
+    def files(self, folder: Path, classes: Sequence[str], foreign: Sequence[str] = ()) -> Files:
+        """Return the image files of a part and their labels.
+
+        Raises:
+            DataError: It has none, or classes that training has not.
+        """
+        if others := sorted(set(foreign) - set(classes)):
+            raise DataError(
+                f"{folder} has classes that there are no images of to train on: {_some(others)}. Add a folder of each "
+                "to the other part, or remove them here"
+            )
+        suffixes, files = readable_suffixes(), []
+        self._loose(folder, suffixes)
+        for label, name in enumerate(classes):
+            ignored: Counter[str] = Counter()
+            for path in sorted((folder / name).rglob("*")):
+                if path.name[0] == "." or path.is_dir():
+                    continue
+                if path.suffix.lower() not in suffixes:
+                    ignored[ending_of(path)] += 1
+                elif path.exists() and not path.is_file():
+                    self.skipped.append(str(path))
+                else:  # a link to nowhere is an image that cannot be read
+                    files.append((path, label))
+            self.ignored += ignored
+            self._ignored_of[name] = self._ignored_of.get(name, Counter()) + ignored
+        if not files:
+            raise DataError(f"{folder} has {len(classes)} class folders but no image in them{self._why(self.ignored)}")
+        return files
+
+    def check(self, folder: Path, classes: Sequence[str], files: Files) -> None:
+        """Refuse to train on a single class, or on classes without images.
+
+        Raises:
+            DataError: They are named, with what to do.
+        """
+        if len(classes) == 1:
+            raise DataError(
+                f"{folder} has one class, {_some(classes)}: telling images apart takes two, in a folder each"
+            )
+        counts = Counter(label for _, label in files)
+        if empty := [name for label, name in enumerate(classes) if not counts[label]]:
+            ignored: Counter[str] = Counter()
+            for name in empty:
+                ignored += self._ignored_of.get(name, Counter())
+            raise DataError(
+                f"{folder} has no images of {len(empty)} of {len(classes)} classes: {_some(empty)}{self._why(ignored)}"
+                ". Put images there, or remove these folders"
+            )
+
+    def _loose(self, folder: Path, suffixes: Iterable[str]) -> None:
+        loose = sum(path.suffix.lower() in suffixes and path.name[0] != "." for path in folder.iterdir())
+        if loose:
+            self.ignored[f"image{'s' if loose > 1 else ''} in no class folder"] += loose
+
+    @staticmethod
+    def _why(ignored: Counter[str]) -> str:
+        return f", but {as_counted(ignored)}" if ignored else ""
 
 
-def _decode(
-    files: list[tuple[Path, int]], image_size: int, on_unreadable: OnUnreadable, skipped: list[str]
-) -> RawSplit:
-    pixels = _empty((len(files), image_size, image_size, 3))
-    labels: list[int] = []
-    for path, label in files:
-        try:
-            pixels[len(labels)] = read_square(path, image_size)
-        except UnreadableImageError as error:
-            if on_unreadable == "refuse":
-                raise DataError(f"{error}; mend or remove it, or skip such files with --on-unreadable skip") from error
-            skipped.append(str(path))
-            continue
-        labels.append(label)
-    return RawSplit(pixels[: len(labels)], np.asarray(labels, dtype=np.int64))
-
-
-class UnreadableImageError(DataError):
-    """A file that no image can be read from."""
-
-
-def read_square(path: Path, size: int) -> Pixels:
-    """Decode an image file: ``[size, size, 3]``, upright, in colours, cropped to its central square and resized.
+def _split(decoded: Decoded, folder: Path, classes: Sequence[str]) -> RawSplit:
+    """Return what can be trained on.
 
     Raises:
-        UnreadableImageError: No image can be read from it.
-        DataError: Pillow is not installed.
-        ResourceError: Disk or memory ran out.
+        DataError: No image of a class could be read.
     """
-    Images = _pillow()  # noqa: N806
-    try:
-        # From memory: a decoder that is told to read 4 GiB of a file would take as much.
-        content = io.BytesIO(read_bytes(path, MOST_BYTES))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # MOST_PIXELS says it in our words
-            with Images.open(content) as image:
-                return np.asarray(square(image, size))
-    except Exception as error:  # whatever the decoder of a damaged file raises
-        if isinstance(lack := in_our_words(error), ResourceError) and not isinstance(error, MemoryError):
-            raise lack from error
-        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError('reading image files needs Pillow: pip install "trady[data]"') from None
-    return Image
-
-
-def square(image: Image, size: int) -> Image:
-    """Return an image upright, in colours, cropped to its central square and resized; it is turned upright itself.
-
-    Raises:
-        ValueError: It has more pixels than are read.
-    """
-    from PIL import Image as Images
-    from PIL import ImageOps
-
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(
-            f"it says that it is {image.width} × {image.height} pixels large, and images of up to {MOST_PIXELS} pixels "
-            "are read: make it smaller"
+    there = set(decoded.split.labels.tolist())
+    if lost := [name for label, name in enumerate(classes) if label not in there]:
+        raise DataError(
+            f"no image of {_some(lost)} in {folder} can be read, e.g. {decoded.first_of(classes.index(lost[0]))}: mend "
+            "them, or remove these folders"
         )
-    ImageOps.exif_transpose(image, in_place=True)
-    colours = image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large image is a lot of memory
-    return ImageOps.fit(colours, (size, size), Images.Resampling.BILINEAR)
+    return decoded.split
 
 
-def _empty(shape: tuple[int, ...]) -> Pixels:
-    """Return an array for decoded images: in memory, or in an unnamed file if it is large."""
-    if (size := math.prod(shape)) <= IN_MEMORY_BYTES:
-        return np.empty(shape, dtype=np.uint8)
-    with tempfile.TemporaryFile() as file:  # the mapping keeps the content alive
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
-            os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+def _some(names: Sequence[str]) -> str:
+    shown = readable_names(names[:_SHOWN])
+    return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
 IMAGE_FOLDER = DataFormat("a folder of images", "photos/", matches, read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,9 @@ import numpy.typing as npt
 
 from trady.errors import DataError
 from trady.records.translated import file_errors
-from trady.training.data.datasets import CENTERED, DataSplit, ImageDataset, Labels, Normalization, epoch_order
-from trady.training.data.source import OnUnreadable, RawData, RawSplit, format_of
+from trady.training.data.datasets import CENTERED, DataSplit, ImageDataset, Labels, Normalization
+from trady.training.data.source import OnUnreadable, Progress, RawData, RawSplit, Reading, format_of
+from trady.training.data.stratified import stratified
 
 __all__ = ["DataSplit", "load_data", "train_and_evaluation"]
 
@@ -28,6 +30,8 @@ def load_data(
     normalization: Normalization = CENTERED,
     on_unreadable: OnUnreadable = "refuse",
     seed: int = 0,
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
 ) -> DataSplit:
     """Read a data set of labelled images.
 
@@ -40,7 +44,9 @@ def load_data(
         limit: Maximum number of images, drawn with ``seed``: one for training and for evaluation each, or a pair.
         normalization: Applied to the pixels of each batch.
         on_unreadable: ``refuse`` an image file that cannot be read, or ``skip`` and count it.
-        seed: Decides which images a limit keeps, and the split where the source has none.
+        seed: Decides which images a limit keeps, and the split where the source has none: a fifth of each class.
+        progress: Told how many image files are decoded, of how many.
+        keep: A folder where decoded images are kept if that took long, to be found when they are read again.
 
     Returns:
         The images for training and evaluation, and the names of the classes.
@@ -55,7 +61,8 @@ def load_data(
         raise DataError(f"on_unreadable is {on_unreadable!r}; give 'refuse' or 'skip'")
     name = str(source)
     with file_errors():
-        raw = format_of(name).read(name, image_size, on_unreadable)
+        told = Reading(image_size, on_unreadable, keep=None if keep is None else Path(keep))
+        raw = format_of(name).read(name, told if progress is None else replace(told, progress=progress))
     train, evaluation = train_and_evaluation(raw, seed, name)
     if split != "evaluation" and not len(train.labels):
         raise DataError(f"{name} has no images to train on")
@@ -69,7 +76,10 @@ def load_data(
         ImageDataset(part.pixels, check_labels(part.labels, raw.classes, name), image_size, normalization, raw.classes)
         for part in (train, evaluation)
     ]
-    return DataSplit(parts[0].head(limits[0], seed), parts[1].head(limits[1], seed), raw.classes, raw.skipped)
+    kept = [part.head(limit, seed) for part, limit in zip(parts, limits, strict=True)]
+    return DataSplit(
+        kept[0], kept[1], raw.classes, raw.skipped, raw.ignored, (len(parts[0]), len(parts[1])), raw.evaluation is None
+    )
 
 
 def check_source(source: str | Path) -> None:
@@ -98,15 +108,13 @@ def check_examples(data: DataSplit, source: str) -> None:
 
 
 def train_and_evaluation(raw: RawData, seed: int, name: str) -> tuple[RawSplit, RawSplit]:
-    """Return the images to train and to evaluate on; a source that does not set any apart is split with ``seed``."""
+    """Return the images to train and to evaluate on; of a source that sets none apart, a fifth of each class."""
     if raw.evaluation is not None:
         return raw.train, raw.evaluation
     count = len(raw.train.labels)
     if count < 2:
         raise DataError(f"{name} has {count} images; at least two are needed to train and to evaluate")
-    order = epoch_order(count, seed, 0).numpy()
-    cut = max(1, round(count * EVALUATION_SHARE))
-    held_out, kept = np.sort(order[:cut]), np.sort(order[cut:])
+    kept, held_out = stratified(raw.train.labels, EVALUATION_SHARE, seed)
     return raw.train.take(kept), raw.train.take(held_out)
 
 

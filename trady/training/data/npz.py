@@ -12,7 +12,7 @@ import numpy.typing as npt
 from trady.errors import DataError
 from trady.training.data.archive import Archive
 from trady.training.data.datasets import Pixels
-from trady.training.data.source import DataFormat, OnUnreadable, RawData, RawSplit
+from trady.training.data.source import DataFormat, RawData, RawSplit, Reading
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +35,7 @@ def matches(name: str) -> bool:
     return name.endswith(".npz")
 
 
-def read(name: str, image_size: int, on_unreadable: OnUnreadable) -> RawData:
+def read(name: str, reading: Reading) -> RawData:
     """Read images and labels; never anything pickled, and nothing that is not needed."""
     with Archive(Path(name)) as archive:
         train = _find(archive.names, TRAIN)

@@ -5,8 +5,8 @@ A format is one file beside this one and one registration in the package's ``__i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,26 @@ from trady.errors import DataError
 from trady.training.data.datasets import Pixels
 
 OnUnreadable = Literal["refuse", "skip"]
+
+#: Told how many files are read, of how many.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        image_size: What images will be resized to; they may come at any size.
+        on_unreadable: What becomes of a file that cannot be read.
+        progress: Told how far it is.
+        keep: A folder where decoded images may be kept, to be found when the same source is read again.
+    """
+
+    image_size: int
+    on_unreadable: OnUnreadable = "refuse"
+    progress: Progress = lambda done, count: None
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +60,14 @@ class RawData:
         evaluation: Images to evaluate on; ``None`` where the source does not set any apart.
         classes: Names of the classes.
         skipped: Files that could not be read.
+        ignored: How many other files lie there, by what they are.
     """
 
     train: RawSplit
     evaluation: RawSplit | None
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +78,7 @@ class DataFormat:
         kind: What it is, for people: ``an .npz file``.
         example: How one is named: ``data.npz``.
         matches: Whether a source is meant to be of this kind; it need not exist.
-        read: Reads a source. Images may come at any size; ``image_size`` is what they will be resized to. What it
-            needs beyond NumPy is imported inside.
+        read: Reads a source. What it needs beyond NumPy is imported inside.
         exists: Whether a source that matches is there, as far as one can say without reading it.
         by_name: Whether a source is a name of its own, and no path.
     """
@@ -65,7 +86,7 @@ class DataFormat:
     kind: str
     example: str
     matches: Callable[[str], bool]
-    read: Callable[[str, int, OnUnreadable], RawData]
+    read: Callable[[str, Reading], RawData]
     exists: Callable[[str], bool] = lambda source: True
     by_name: bool = False
 

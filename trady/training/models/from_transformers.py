@@ -14,6 +14,7 @@ from trady.errors import ModelError, ResourceError, TradyError
 from trady.records.translated import in_our_words
 from trady.training.data.datasets import CENTERED, Normalization
 from trady.training.description import nearest_run
+from trady.training.models.hub import offline_if_unreachable
 from trady.training.models.source import LoadedModel, ModelSource, known_names, possible_models
 
 #: More than any model has.
@@ -66,8 +67,10 @@ def quiet(transformers: Any) -> Iterator[None]:
 @contextmanager
 def hub_errors(name: str, kind: str = "image model", there: str | None = None) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a name into a ``ModelError`` that lists what can be named."""
+    away = ""
     try:
-        yield
+        with offline_if_unreachable(name) as away:
+            yield
     except TradyError:
         raise
     except Exception as error:  # whatever a configuration, weights or the network are like; no code of theirs is run
@@ -77,6 +80,12 @@ def hub_errors(name: str, kind: str = "image model", there: str | None = None) -
             raise ModelError(
                 f"{name!r} comes with Python code of its own, which trady never runs; load the model yourself, in a "
                 "function, and give package.module:function"
+            ) from error
+        if away:
+            raise ModelError(
+                f"{name!r} is no folder here and is not in the cache of the Hugging Face Hub, which cannot be reached "
+                f"({away}): look at the network or the proxy, or download the model elsewhere and give its folder. "
+                f"Without the Hub there are {possible_models(other_than=_EXAMPLES)}"
             ) from error
         which = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise ModelError(

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from trady.training.data.datasets import EpochSampler, epoch_order, epoch_seed
 from trady.training.objective import Objective
+from trady.training.rates import Kind
 from trady.training.texts.description import TextsDescription
 
 Integers = npt.NDArray[np.int64]
@@ -102,6 +103,11 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.columns[IDS])
+
+    @property
+    def kind(self) -> Kind:
+        """What a model reads."""
+        return "texts"
 
     @property
     def lengths(self) -> Integers:
