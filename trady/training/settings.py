@@ -30,7 +30,8 @@ class Settings:
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
         steps: Optimizer steps of the run.
-        batch_size: Examples a step; ``None`` where the user's loader decides.
+        batch_size: Examples a step in each process that the run was started in; ``None`` where the user's loader
+            decides.
         lr: Rate at the end of the warm-up.
         warmup_steps: Steps of the warm-up.
         channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``None`` is no limit.
@@ -51,6 +52,7 @@ class Settings:
         freeze: Layers that stay as they are, as text.
         over_budget: What happens where not even one sample fits, ``refuse`` or ``warn``; ``None`` is ``adapt``.
         max_step_flops: What a step may take of the operations of full fine-tuning; ``None`` is no limit.
+        processes: How many processes the run was started in; ``None`` is one.
     """
 
     policy: str
@@ -79,6 +81,7 @@ class Settings:
     freeze: str | None = None
     over_budget: str | None = None
     max_step_flops: float | None = None
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (

@@ -28,7 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import trady
-from benchmarks.options import add_json, console_for, main, write_json
+from benchmarks.options import write_json
 from benchmarks.trainers.builds import WORDS, bert, llama
 
 #: Samples of a step, all processes and passes together: cut evenly by 1, 2 and 4 processes and 1 and 3 passes.
@@ -290,21 +290,3 @@ def run(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{len(found) - len(missed)} of {len(found)} hold over {options.steps} steps")
     write_json(options.json, {"steps": options.steps, "rows": [asdict(each) for each in found]})
     return 1 if missed else 0
-
-
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.devices", description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
-    parser.add_argument("--recompute", nargs="+", choices=["none", "auto", "all"], default=["none", "auto", "all"])
-    parser.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
-    parser.add_argument("--accumulation", nargs="+", type=int, choices=[1, 3], default=[1, 3], help="passes a step")
-    parser.add_argument("--processes", nargs="+", type=int, choices=[2, 4], default=[2, 4])
-    parser.add_argument("--steps", type=int, default=50)
-    add_json(parser)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    given = parsed()
-    main(lambda: run(given, console_for(given.json)))
