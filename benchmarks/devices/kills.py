@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ STARTED, GOES_ON = (2, 4), (1, 2, 4)
 #: Samples of a step, all processes together.
 SAMPLES = 16
 IMAGES, EPOCHS, CHECKPOINT_SECONDS = 160, 4, 0.05
-#: A run of a minute hangs.
+#: A run of two minutes hangs.
 _HANGS_SECONDS = 120.0
 
 SETUPS: Mapping[str, Mapping[str, Any]] = {
@@ -148,6 +148,12 @@ class Ranks:
             return MISTAKE
         return 0
 
+    def wait_for(self, there: Callable[[], bool]) -> None:
+        """Wait until the processes have got so far, or have hung."""
+        started = time.monotonic()
+        while not there() and time.monotonic() - started < _HANGS_SECONDS:
+            time.sleep(0.002)
+
     def wait(self) -> tuple[list[int], float]:
         """Wait until all have ended; return how each did, and the seconds that it took. Who hangs is killed."""
         started, codes = time.monotonic(), dict.fromkeys(self.pids, 0)
@@ -229,11 +235,12 @@ class Campaign:
         return self._whole[setup]
 
     def duration(self, setup: str, count: int) -> float:
-        """Return the seconds that a run takes in so many processes."""
+        """Return the seconds from the first step of a run to its end, in so many processes."""
         if (setup, count) not in self._seconds:
             place = self.folder / f"whole{len(self._seconds)}"
             place.mkdir()
             ranks = Ranks(place / "run", setup, count, "whole").start()
+            ranks.wait_for(lambda: bool(ranks.steps()))
             codes, seconds = ranks.wait()
             if any(codes):
                 raise RuntimeError(f"the run that nobody stops ended with {codes}: {ranks.said(0)}")
@@ -245,8 +252,8 @@ class Campaign:
     def _kill(self, place: Path, setup: str, seconds: float, count: int) -> bool:
         """Kill a process of a run; return whether it was still there."""
         ranks, found = Ranks(place / "run", setup, count, "killed").start(), self.found
-        while not ranks.has_joined():
-            time.sleep(0.002)
+        planning = self.chance.random() < 1 / 4
+        ranks.wait_for(ranks.has_joined if planning else lambda: bool(ranks.steps()))
         time.sleep(self.chance.uniform(0.0, 0.9 * seconds))
         victim = self.chance.randrange(count)
         os.kill(ranks.pids[victim], signal.SIGKILL)

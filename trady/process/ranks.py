@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -229,19 +229,29 @@ def buffer_bytes(sizes: Iterable[int]) -> int:
     return min(small, _UNDER_WAY * BUFFER_BYTES)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut them into what is reduced together; nothing has to wait for what comes after it."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        if not tensor.numel():
+def traffic_of(sizes: Sequence[tuple[Hashable, int]]) -> Traffic:
+    """Tell what :func:`average_` hands to collectives, for tensors of these kinds and sizes in bytes."""
+    buckets = list(_together(sizes))
+    return Traffic(sum(sizes[place][1] for bucket in buckets for place in bucket), len(buckets))
+
+
+def _together(sizes: Sequence[tuple[Hashable, int]]) -> Iterator[list[int]]:
+    """Cut tensors, told by kind and size, into what is reduced together; nothing waits for what comes later."""
+    kinds: dict[Hashable, list[int]] = {}
+    for place, (kind, size) in enumerate(sizes):
+        if not size:
             continue
-        kind = tensor.dtype, tensor.device
         bucket = kinds.setdefault(kind, [])
-        if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > BUFFER_BYTES:
+        if bucket and sum(sizes[each][1] for each in bucket) + size > BUFFER_BYTES:
             yield kinds.pop(kind)
             bucket = kinds.setdefault(kind, [])
-        bucket.append(tensor)
+        bucket.append(place)
     yield from kinds.values()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    for places in _together([((tensor.dtype, tensor.device), tensor.nbytes) for tensor in tensors]):
+        yield [tensors[place] for place in places]
 
 
 def _flat(bucket: list[Tensor]) -> Tensor:
