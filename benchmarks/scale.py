@@ -135,7 +135,12 @@ def rows_of(
 ) -> list[Row]:
     """Say what every method takes, and TraDy beside weights of 4 bits."""
     found = {title: extended(two[title], four[title], blocks) for title in two if title in four}
-    rows = [row_of(title, trained, parts, parts["weights"], ranks, blocks) for title, (trained, parts) in found.items()]
+    # Full fine-tuning peaks in the step of AdamW; its backward pass has the activations of the one beside adapters.
+    backward = sum(size for name, size in found[_LORA][1].items() if name not in _SHARDED)
+    rows = [
+        row_of(title, trained, parts, parts["weights"], ranks, blocks, backward if title.startswith("full") else None)
+        for title, (trained, parts) in found.items()
+    ]
     if _SHARE in found and _QLORA in found:
         trained, parts = found[_SHARE]
         adapters, quantised = found[_QLORA]

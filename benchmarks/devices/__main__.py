@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -29,16 +30,20 @@ def kill(options: argparse.Namespace, console: Console) -> int:
         raise TrainingError("these trials fork processes and send them signals, which Windows does not have")
     torch.set_num_threads(1)
     seed, started = int(time.time()) if options.seed is None else options.seed, time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warm_up()
     with tempfile.TemporaryDirectory(prefix="trady-kills-") as folder:
         campaign = Campaign(Path(folder), random.Random(seed))
-        for found in campaign.run(options.kills):
-            console.print(f"{found.kills} killed, {len(found.wrong)} wrong", highlight=False)
+        try:
+            for found in campaign.run(options.kills):
+                console.print(f"{found.kills} killed, {len(found.wrong)} wrong", highlight=False)
+        except KeyboardInterrupt:
+            console.print("stopped; this is what has been done")
     found = campaign.found
     console.print(
-        f"{found.kills} kills, {found.training} of them after the first step of the process, {found.within} with a "
+        f"{found.kills} kills, {found.training} of them in training, {found.within} with a "
         f"checkpoint of the middle of an epoch; {found.reasons} other processes said why they ended, the slowest after "
-        f"{found.slowest_seconds:.2f} s; went on to the end: "
+        f"{found.slowest_seconds:.2f} s in training, {found.slowest_planning_seconds:.2f} s before; went on: "
         + ", ".join(f"{times} in {count}" for count, times in found.went_on.items())
         + f"; losses at most {found.loss_error:.0e} off",
         highlight=False,

@@ -29,7 +29,7 @@ from trady.training.checkpoint import find_checkpoint, load_checkpoint
 from trady.training.progress import Silent
 from trady.training.run import finetune
 
-#: How long the other processes may take to end.
+#: How long the other processes may take to end, in training. One that plans ends at its next collective.
 LEAVE_SECONDS = 10.0
 #: How far a loss of an epoch may be off, relative: float32, in another order of sums.
 LOSS_BAR = 1e-4
@@ -38,7 +38,7 @@ STARTED, GOES_ON = (2, 4), (1, 2, 4)
 
 #: Samples of a step, all processes together.
 SAMPLES = 16
-IMAGES, EPOCHS, CHECKPOINT_SECONDS = 160, 4, 0.05
+IMAGES, EPOCHS, CHECKPOINT_SECONDS = 96, 3, 0.05
 #: A run of two minutes hangs.
 _HANGS_SECONDS = 120.0
 
@@ -129,6 +129,7 @@ class Ranks:
         os.dup2(os.open(f"{self.journal(rank)}.errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.count))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.update(LOCAL_WORLD_SIZE=str(self.count), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
         AcceleratorState._reset_state(reset_partial_state=True)  # it knows of one process: the one that was forked
         try:
@@ -176,10 +177,11 @@ class Found:
 
     Attributes:
         kills: How many.
-        training: How many met the run after its first step.
+        training: How many met all processes after their first step.
         within: How many left a checkpoint of the middle of an epoch.
         reasons: Processes that ended because another one had, and said so.
-        slowest_seconds: Longest time from a kill to the end of the last of the others.
+        slowest_seconds: Longest time from a kill in training to the end of the last of the others.
+        slowest_planning_seconds: The same of a kill before their first step.
         went_on: Runs that ended, by the number of processes that they went on in.
         loss_error: The largest relative difference of the loss of an epoch.
         wrong: What went wrong, in words.
@@ -190,6 +192,7 @@ class Found:
     within: int = 0
     reasons: int = 0
     slowest_seconds: float = 0.0
+    slowest_planning_seconds: float = 0.0
     went_on: dict[int, int] = field(default_factory=lambda: dict.fromkeys(GOES_ON, 0))
     loss_error: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -226,7 +229,7 @@ class Campaign:
                 self.found.kills += 1
                 for others in GOES_ON:
                     self._go_on(place, setup, others)
-                yield self.found
+                yield self.found  # complete: every run has gone on
             shutil.rmtree(place)
 
     def whole(self, setup: str) -> list[dict[str, Any]]:
@@ -256,12 +259,16 @@ class Campaign:
         ranks.wait_for(ranks.has_joined if planning else lambda: bool(ranks.steps()))
         time.sleep(self.chance.uniform(0.0, 0.9 * seconds))
         victim = self.chance.randrange(count)
+        trains = all(ranks.steps(rank) for rank in range(count))
         os.kill(ranks.pids[victim], signal.SIGKILL)
         codes, took = ranks.wait()
         if codes[victim] != -signal.SIGKILL:  # it had ended
             return False
-        found.slowest_seconds = max(found.slowest_seconds, took)
-        if took > LEAVE_SECONDS:
+        if not trains:
+            found.slowest_planning_seconds = max(found.slowest_planning_seconds, took)
+        else:
+            found.slowest_seconds = max(found.slowest_seconds, took)
+        if trains and took > LEAVE_SECONDS:
             found.wrong.append(f"{setup}, {count} processes: the others took {took:.1f} s to end")
         for rank, code in enumerate(codes):
             if rank == victim:
@@ -270,7 +277,7 @@ class Campaign:
                 found.reasons += 1
             elif code or len(ranks.steps(rank)) < EPOCHS * IMAGES // SAMPLES:
                 found.wrong.append(f"{setup}, {count} processes: rank {rank} ended with {code}: {ranks.said(rank)}")
-        found.training += bool(ranks.steps(victim))
+        found.training += trains
         step = _saved_step(place / "run", found)
         found.within += step % (IMAGES // SAMPLES) != 0
         if step < max(ranks.saved(), default=0):
