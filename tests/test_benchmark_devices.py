@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.devices import Row, Told, compared, parsed, run
+from benchmarks.devices.__main__ import kill, parsed
+from benchmarks.devices.alike import Row, Told, compared, run
 
 
 def test_a_model_in_two_processes_holds_every_bar(tmp_path: Path) -> None:
@@ -36,3 +37,12 @@ def test_what_differs_is_missed() -> None:
     assert not holds(selections=["b"])
     assert not holds(losses=[1.0, 0.5001])
     assert not compared(row, alone, [(replace(told, averaged_bytes=[1020]), (0.1, 9))] * 2).holds
+
+
+def test_a_run_goes_on_in_one_two_and_four_processes_after_a_kill(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    assert kill(parsed(["--kills", "1", "--seed", "1", "--json", str(file)]), Console(quiet=True)) == 0
+    found = json.loads(file.read_text())
+    assert found["kills"] == 1
+    assert found["went_on"] == {"1": 1, "2": 1, "4": 1}
+    assert found["reasons"] > 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -107,10 +109,11 @@ def differing(rank: int, processes: int, **options: Any) -> None:
     """Train with options of which each process has another one."""
     torch.manual_seed(0)
     model = seeded(Residual, seed=options.pop("weights", (0, 0))[rank])
+    kind = options.pop("optimizer", ("SGD", "SGD"))[rank]
     given = {name: value[rank] for name, value in options.items()}
     asked = {"budget": "elements:900", "seed": 3, "ranking": "structural", **given}
     tuner = trady.prepare(model, normal(2, 3, 9, 9), **asked)
-    optimizer = tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
+    optimizer = tuner.attach(getattr(torch.optim, kind)(tuner.parameters(), lr=0.1))
     before = snapshot(model)
     try:
         model(normal(2, 3, 9, 9)).square().mean().backward()
@@ -119,7 +122,34 @@ def differing(rank: int, processes: int, **options: Any) -> None:
         assert same(before, snapshot(model))
 
 
+class Other(Residual):
+    """Another model of the same channels."""
+
+
+def other_version(rank: int, processes: int, *, package: str) -> None:
+    """Train with another version of a package on rank 1."""
+    module = sys.modules[package]
+    with patch.object(module, "__version__", "1.2.3" if rank else "1.2.4"):
+        differing(rank, processes)
+
+
+def other_model(rank: int, processes: int) -> None:
+    """Train another model on rank 1."""
+    model = seeded((Residual, Other)[rank])
+    tuner = trady.prepare(model, normal(2, 3, 9, 9), budget="elements:900", seed=3, ranking="structural")
+    tuner.attach(torch.optim.SGD(tuner.parameters(), lr=0.1))
+    model(normal(2, 3, 9, 9)).square().mean().backward()
+
+
 DIFFERING = {
+    "a version of torch": (partial(other_version, package="torch"), "the version of torch is 1.2.4 on rank 0, 1.2.3"),
+    "a version of numpy": (partial(other_version, package="numpy"), "the version of numpy is 1.2.4 on rank 0, 1.2.3"),
+    "a version of trady": (
+        partial(other_version, package="trady.tuner.agreement"),
+        "the version of trady is 1.2.4 on rank 0, 1.2.3",
+    ),
+    "the model": (other_model, "the model's structure is Residual"),
+    "the optimizer": (partial(differing, optimizer=("SGD", "Adam")), "the optimizer is SGD on rank 0, Adam on rank 1"),
     "seed": (partial(differing, seed=(3, 4)), "seed is 3 on rank 0, 4 on rank 1"),
     "budget": (
         partial(differing, budget=("elements:900", "elements:950")),

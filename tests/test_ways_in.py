@@ -60,13 +60,13 @@ def _calls(tuner: trady.Tuner) -> int:
     return tuner._arrivals.reduction.traffic.calls
 
 
-def trainer(rank: int, count: int, out: Path) -> tuple[Told, dict[str, Tensor]]:
-    """The Trainer of transformers: sentences of other lengths in each process, recomputation, accumulation."""
-    from benchmarks.trainers.builds import plain
+def trainer(rank: int, count: int, out: Path, kind: str) -> tuple[Told, dict[str, Tensor]]:
+    """The Trainer of transformers, or one of TRL: texts of other lengths in each process, recomputed, accumulating."""
+    from benchmarks.trainers import builds
     from benchmarks.trainers.checks import ASKED, weights_of
 
     options = {"num_train_epochs": 2, "ddp_backend": "gloo", "per_device_train_batch_size": 2}
-    made = plain(out, {**options, "gradient_accumulation_steps": 2})
+    made = getattr(builds, kind)(out, {**options, "gradient_accumulation_steps": 2})
     before = weights_of(made.model)
     session, told = trady.tune(made, **{**ASKED, "policy": "trady", "ranking": "structural"}, recompute="all"), Told()
     disarm = session._disarm
@@ -126,15 +126,20 @@ def finetune(rank: int, count: int, out: Path, **options: Any) -> tuple[Told, di
     model, told = seeded(Residual), Told()
     before = snapshot(model)
     data = TensorDataset(normal(32, 3, 9, 9), torch.arange(32) % 5)
-    asked = {"budget": "elements:900", "policy": "trady", "ranking": "structural", **options}
+    asked = {"budget": "elements:900", "policy": "trady", "ranking": "structural", "lr": 0.05, **options}
     result = trady.finetune(
-        model, data, data, epochs=2, out=out / f"{asked['policy']}", batch_size=8, lr=0.05, progress=False, **asked
+        model, data, data, epochs=2, out=out / f"{asked['policy']}", batch_size=8, progress=False, **asked
     )
     told.weights = snapshot(result.model)
     told.calls = [epoch.averaging_calls for epoch in result.history]
     told.nbytes = [epoch.averaged_bytes for epoch in result.history]
     told.losses = [epoch.evaluation_loss for epoch in result.history]
     return told, before
+
+
+def other_settings(rank: int, count: int, out: Path) -> None:
+    """``trady.finetune`` with a rate of its own in each process."""
+    finetune(rank, count, out / "other", lr=(0.05, 0.02)[rank])
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -211,7 +216,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     scenarios: dict[str, Scenario] = {
         "Accelerate, before": partial(accelerate, prepared_first=True),
         "Accelerate, after": partial(accelerate, prepared_first=False),
-        "Trainer": partial(trainer, out=folder / "trainer"),
+        "Trainer": partial(trainer, out=folder / "trainer", kind="plain"),
+        "TRL's SFT": partial(trainer, out=folder / "sft", kind="sft"),
+        "TRL's DPO": partial(trainer, out=folder / "dpo", kind="dpo"),
+        "finetune, other settings": partial(other_settings, out=folder),
         "finetune": partial(finetune, out=folder, micro_batch=2),
         "finetune, full": partial(finetune, out=folder, policy="full", budget=None),
         "finetune, measured": partial(finetune, out=folder, policy="velocity", draws_per_epoch=2),
@@ -234,7 +242,7 @@ def test_accelerate_accumulates_without_averaging_and_ends_where_one_process_doe
         torch.testing.assert_close(first.weights[key], value, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["Trainer", "Lightning"])
+@pytest.mark.parametrize("name", ["Trainer", "TRL's SFT", "TRL's DPO", "Lightning"])
 def test_trainers_average_once_a_step_and_end_alike(two: dict[str, list[Any]], name: str) -> None:
     assert not isinstance(two[name][0], Raised), two[name][0]
     (first, before), (second, _) = two[name]
@@ -260,6 +268,12 @@ def test_finetune_sends_a_part_of_what_full_training_sends(two: dict[str, list[A
     trained = sum(p.nbytes for p in Residual().parameters())
     assert full == pytest.approx(trained, rel=0.05)
     assert ours < full / 2
+
+
+def test_other_settings_are_refused_together(two: dict[str, list[Any]]) -> None:
+    for told in two["finetune, other settings"]:
+        assert isinstance(told, Raised)
+        assert "lr is 0.05 on rank 0, 0.02 on rank 1" in told.text
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -337,6 +351,7 @@ def test_the_command_under_torchrun_is_one_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("weights, metrics and plan are in run") == 1
+    assert sum("epoch 1/2" in line for line in done.stderr.splitlines()) == 1
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [each["averaging_calls"] for each in metrics] == [1, 1]
     assert (tmp_path / "run" / "result.json").exists()
@@ -350,7 +365,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_reason(tmp_path: Path) -> 
     died, _ = started[1].communicate(timeout=300)
     assert started[1].returncode == -signal.SIGKILL
     assert started[0].returncode == 1
-    assert "TrainingError: another process of this run has ended or does not answer, so rank 0 of 2 stops too" in said
+    assert "another process of this run has ended or does not answer, so rank 0 of 2 stops too" in said
     assert float(died.split()[-1]) <= ended
     assert processes() == 1
 

@@ -175,7 +175,7 @@ class Run:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            with _Journal(self.journal, self.train_images // BATCH).watching() as journal:
+            with Journal(self.journal, self.train_images // BATCH).watching() as journal:
                 data = images(self.train_images, 0)
                 _finetune(self.setup, self.folder, data, self.epochs, self.checkpoint_seconds, journal)
         except Stopped as stop:
@@ -190,7 +190,7 @@ class Run:
         return 0
 
 
-class _Journal(Silent):
+class Journal(Silent):
     """Writes a line for every step that is done and every checkpoint that is complete, in one write each."""
 
     def __init__(self, path: Path, steps_an_epoch: int) -> None:
@@ -198,7 +198,7 @@ class _Journal(Silent):
         self.steps_an_epoch, self.step_number = steps_an_epoch, 0
 
     @contextmanager
-    def watching(self) -> Iterator[_Journal]:
+    def watching(self) -> Iterator[Journal]:
         """Be told of checkpoints."""
 
         def saved(folder: Path, checkpoint: Checkpoint) -> None:

@@ -307,6 +307,7 @@ def read_request(
     accumulates: bool = False,
     over_budget: str = "adapt",
     max_step_flops: str | None = None,
+    ranks: int = 1,
 ) -> Request:
     """Read what is asked for, from the words of a command line.
 
@@ -334,6 +335,7 @@ def read_request(
         accumulates=accumulates,
         over_budget=over_budget,
         max_step_flops=max_step_flops,
+        ranks=ranks,
     )
     ready_for(request.limit)  # before a model or a data set is read
     return request

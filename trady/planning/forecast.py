@@ -14,6 +14,7 @@ from trady.planning.budget import Budget, InfeasibleBudgetError, parse_budget
 from trady.planning.decision import Decision
 from trady.planning.plan import Plan
 from trady.planning.request import Request
+from trady.planning.traffic import StepTraffic, step_traffic
 
 #: Shares of the channels of every layer.
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 1.0)
@@ -44,11 +45,13 @@ class Forecast:
         plan: The plan, with its predicted peak.
         least_budget_bytes: The minimum ``peak:`` budget.
         curve: Peaks over shares of channels; empty where they were not asked for.
+        traffic: What the processes of a training send each other; ``None`` for one.
     """
 
     plan: Plan
     least_budget_bytes: int
     curve: tuple[Point, ...] = ()
+    traffic: StepTraffic | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything; :meth:`trady.Plan.from_json` reads the plan in it."""
@@ -56,6 +59,7 @@ class Forecast:
             **self.plan.to_json(),
             "least_budget_bytes": self.least_budget_bytes,
             "curve": [asdict(point) for point in self.curve],
+            **({} if self.traffic is None else {"traffic": self.traffic.to_json()}),
         }
 
 
@@ -99,7 +103,11 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
     """
     decision = request.decide(model, example)
     points = tuple(share_point(decision, share) for share in shares)
-    return Forecast(_with_peak(decision), decision.minimum_peak(decision.start), points)
+    plan, traffic = _with_peak(decision), None
+    if request.ranks > 1:
+        head = decision.analysis.head_parameters.values()
+        traffic = step_traffic(plan.table, plan.selection, head, decision.model, request.ranks)
+    return Forecast(plan, decision.minimum_peak(decision.start), points, traffic)
 
 
 def sweep(

@@ -33,6 +33,7 @@ from trady.planning.reserve import Reserve, reserve_for
 from trady.planning.scopes import PEAK
 from trady.planning.spending import Moment
 from trady.planning.step_flops import StepLimit, parse_step_flops
+from trady.planning.traffic import check_ranks
 from trady.policies import Policy, get_policy, needs_of
 from trady.process.ranks import processes
 from trady.ranking.priors import ranking_for
@@ -81,6 +82,7 @@ class Request:
     over_budget: str = "adapt"
     batches_ahead: int = 0
     max_step_flops: str | float | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         check_conditions(self.calls_per_step, self.over_budget, self.batches_ahead)
@@ -88,6 +90,7 @@ class Request:
             if given not in known:
                 raise BudgetError(f"{name}={given!r} is not known; type one of {', '.join(known)}")
         check_micro_batch(self.micro_batch)
+        check_ranks(self.ranks)
         if self.budget is not None and self.budget != AUTO:
             object.__setattr__(self, "budget", parse_budget(self.budget))
         object.__setattr__(self, "max_step_flops", parse_step_flops(self.max_step_flops))
@@ -161,7 +164,7 @@ class Request:
         batch = Batch.of(example, model)
         limit = self.limit
         known = self if limit is None else replace(self, budget=measured(limit, model, batch))
-        optimizer = replace(optimizer or OptimizerMemory(), averages=processes() > 1)
+        optimizer = replace(optimizer or OptimizerMemory(), averages=max(processes(), self.ranks) > 1)
         return known._decide_size(model, batch, optimizer, explain=explain)
 
     def _decide_size(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +63,13 @@ def own_group() -> Any:
     """Return a group of all processes that nobody else uses; made when all of them first ask for it."""
     if _Own.world is not dist.group.WORLD:
         with telling_who_ended():
+            dist.barrier()  # a new group waits for the address of one that has ended, for as long as its timeout
             _Own.world, _Own.group = dist.group.WORLD, dist.new_group()
     return _Own.group
+
+
+class OtherProcessEndedError(TrainingError):
+    """Another process has ended, or does not answer."""
 
 
 @contextmanager
@@ -72,27 +77,37 @@ def telling_who_ended() -> Iterator[None]:
     """Say what it means when a collective fails.
 
     Raises:
-        TrainingError: It did: another process has ended, or does not answer.
+        OtherProcessEndedError: It did: another process has ended, or does not answer.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, (TradyError, torch.OutOfMemoryError)):
             raise
-        raise TrainingError(
-            f"another process of this run has ended or does not answer, so rank {dist.get_rank()} of "
-            f"{dist.get_world_size()} stops too: {_reason() or 'what the others have printed last says why'} "
-            f"({_first_line(error)}). Start all of them again; a run with checkpoints goes on from the last one"
-        ) from error
+        raise _other_ended(error) from error
+
+
+def _other_ended(error: BaseException) -> OtherProcessEndedError:
+    return OtherProcessEndedError(
+        f"another process of this run has ended or does not answer, so rank {dist.get_rank()} of "
+        f"{dist.get_world_size()} stops too: {_reason() or 'what the others have printed last says why'} "
+        f"({_first_line(error)}). Start all of them again; a run with checkpoints goes on from the last one"
+    )
 
 
 @contextmanager
 def leaving_a_reason() -> Iterator[None]:
-    """Context whose error is left where the other processes find it when their next collective fails."""
+    """Context whose error is left where the other processes find it when their next collective fails.
+
+    Raises:
+        OtherProcessEndedError: A collective has failed, whoever called it: a loader, a barrier, an evaluation.
+    """
     try:
         yield
     except BaseException as error:
-        if processes() > 1:
+        if processes() > 1 and not isinstance(error, OtherProcessEndedError):
+            if _is_of_a_collective(error):
+                raise _other_ended(error) from error
             with suppress(Exception):  # the store may be gone with the process that kept it
                 told = f"rank {dist.get_rank()} has stopped with {type(error).__name__}: {_first_line(error)}"
                 dist.distributed_c10d._get_default_store().compare_set(_REASON, "", told)
@@ -100,6 +115,14 @@ def leaving_a_reason() -> Iterator[None]:
 
 
 _REASON = "trady/reason"
+
+#: What gloo says, without a class of its own, of a process that is gone.
+_OF_GLOO = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    kinds = (dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or (type(error) is RuntimeError and any(said in str(error) for said in _OF_GLOO))
 
 
 def _reason() -> str:
@@ -115,6 +138,25 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def total(numbers: Sequence[float]) -> list[float]:
+    """Return the sum of each number over the processes.
+
+    Raises:
+        OtherProcessEndedError: Another process has ended.
+    """
+    if processes() == 1:
+        return list(numbers)
+    with telling_who_ended():
+        together = torch.tensor(numbers, dtype=torch.float64, device=_device_of(own_group()))
+        dist.all_reduce(together, group=own_group())
+        return [float(each) for each in together.tolist()]
+
+
+def _device_of(group: Any) -> str:
+    """Where a group's collectives take tensors."""
+    return "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
+
+
 # -- averages ----------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +170,7 @@ def average_(tensors: Sequence[Tensor], group: Any = None) -> Traffic:
         group: The group; :func:`own_group` by default.
 
     Raises:
-        TrainingError: Another process has ended.
+        OtherProcessEndedError: Another process has ended.
     """
     group = own_group() if group is None else group
     share = 1.0 / dist.get_world_size(group)
@@ -158,7 +200,7 @@ def average_gradients_(parameters: Sequence[Tensor], group: Any = None, *, avera
 
     Raises:
         StateError: A gradient is sparse.
-        TrainingError: Another process has ended.
+        OtherProcessEndedError: Another process has ended.
     """
     here = [*(p.grad is not None for p in parameters), *(False for _ in averaged)]
     for parameter in parameters:
@@ -187,19 +229,29 @@ def buffer_bytes(sizes: Iterable[int]) -> int:
     return min(small, _UNDER_WAY * BUFFER_BYTES)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut them into what is reduced together; nothing has to wait for what comes after it."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        if not tensor.numel():
+def traffic_of(sizes: Sequence[tuple[Hashable, int]]) -> Traffic:
+    """Tell what :func:`average_` hands to collectives, for tensors of these kinds and sizes in bytes."""
+    buckets = list(_together(sizes))
+    return Traffic(sum(sizes[place][1] for bucket in buckets for place in bucket), len(buckets))
+
+
+def _together(sizes: Sequence[tuple[Hashable, int]]) -> Iterator[list[int]]:
+    """Cut tensors, told by kind and size, into what is reduced together; nothing waits for what comes later."""
+    kinds: dict[Hashable, list[int]] = {}
+    for place, (kind, size) in enumerate(sizes):
+        if not size:
             continue
-        kind = tensor.dtype, tensor.device
         bucket = kinds.setdefault(kind, [])
-        if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > BUFFER_BYTES:
+        if bucket and sum(sizes[each][1] for each in bucket) + size > BUFFER_BYTES:
             yield kinds.pop(kind)
             bucket = kinds.setdefault(kind, [])
-        bucket.append(tensor)
+        bucket.append(place)
     yield from kinds.values()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    for places in _together([((tensor.dtype, tensor.device), tensor.nbytes) for tensor in tensors]):
+        yield [tensors[place] for place in places]
 
 
 def _flat(bucket: list[Tensor]) -> Tensor:
@@ -237,12 +289,11 @@ def agree(facts: Mapping[str, str], group: Any = None, *, beside: Mapping[str, s
 
     Raises:
         StateError: The message says what differs, and on which ranks.
-        TrainingError: Another process has ended.
+        OtherProcessEndedError: Another process has ended.
     """
     group = own_group() if group is None else group
     digest = int.from_bytes(hashlib.sha256(json.dumps(list(facts.items())).encode()).digest()[:7], "big")
-    device = "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
-    mine = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
+    mine = torch.tensor([digest, -digest], dtype=torch.int64, device=_device_of(group))
     with telling_who_ended():
         dist.all_reduce(mine, dist.ReduceOp.MAX, group=group)
         highest, lowest = mine.tolist()

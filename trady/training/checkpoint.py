@@ -166,6 +166,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(record.epoch, record.step, record.settings, record.model, states, record.data, record.structure)
 
 
+def settings_of(folder: Path) -> Mapping[str, Any]:
+    """Read what the run of a checkpoint was started with; empty where there is none.
+
+    Raises:
+        CheckpointError: It is damaged, not a checkpoint of trady, or of another version.
+    """
+    place = find_checkpoint(folder)
+    return {} if place is None else FORMAT.load(place / DESCRIPTION, _checked).settings
+
+
 def check_settings(
     checkpoint: Checkpoint, settings: Mapping[str, Any], place: Path, data: Mapping[str, Any] | None = None
 ) -> None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from trady.errors import CheckpointError, DataError, TradyError, TradyWarning, TrainingError
 from trady.memory import Ledger
 from trady.planning.budget import Budget
+from trady.process.ranks import total
 from trady.training.advice import Guessing, lower_rate
 from trady.training.batch import readable
 from trady.training.checkpoint import (
@@ -45,13 +46,13 @@ from trady.training.settings import Settings
 from trady.training.state import State, load_optimizer_state
 from trady.training.step import CapturedPass, NotFiniteError, Stepper, StepResult
 from trady.training.trainer import Trainer
-from trady.training.within_epoch import WITHIN, EpochSums, state_names
+from trady.training.within_epoch import WITHIN, EpochSums, shared_by
 
 #: After the last batch.
 _NOTHING = object()
 
 #: An epoch that is half done, and the random numbers that come next in it.
-_Within = tuple[EpochSums, State]
+_Within = tuple[EpochSums, State | None]
 
 
 @dataclass
@@ -150,7 +151,8 @@ class Loop:
         self.accelerator.wait_for_everyone()
         optimizer = self.trainer.attach(self.factory(self.trainer.parameters()))
         self.schedule = self.schedule.known_by(optimizer.param_groups)  # before a state of the run is loaded
-        if found is not None:
+        if found is not None:  # last: an optimizer that is attached may leave room for other channels
+            self.trainer.load_state(found.states["trainer"])
             load_optimizer_state(optimizer, found.states["optimizer"])
         folder, saved_step = self._writable(), 0 if found is None else found.step
         self._saver = Saver(
@@ -197,16 +199,10 @@ class Loop:
             raise CheckpointError(
                 f"{place} has states {sorted(checkpoint.states)}; start the run again with --overwrite"
             )
-        names = state_names(self.accelerator.num_processes)
-        if within and sorted(within) != sorted(names):
-            raise CheckpointError(
-                f"{place} was written in the middle of an epoch by {len(within)} process(es), and these are "
-                f"{len(names)}: go on with {len(within)}, or start again with --overwrite"
-            )
-        stands = EpochSums.from_state(checkpoint.states[names[self.accelerator.process_index]]) if within else None
-        history = self.folder.history(checkpoint.epoch)
-        self.trainer.load_state(checkpoint.states["trainer"])
-        return history, stands
+        saved = {name: checkpoint.states[name] for name in within}
+        here = self.accelerator.process_index, self.accelerator.num_processes
+        stands = shared_by(saved, *here) if within else None
+        return self.folder.history(checkpoint.epoch), stands
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, within: _Within | None) -> EpochMetrics:
         """Measure what the policy needs, train an epoch or the rest of one, and evaluate."""
@@ -221,6 +217,7 @@ class Loop:
             self.trainer.start_epoch(epoch)
         self._train(sums, self._stepper(optimizer), random)
         training_seconds = time.perf_counter() - self._epoch_started - sums.observing_seconds
+        examples, train_loss = total((sums.examples, sums.loss))
         random = random_state()
         self._guessing.labels.clear()
         with self.trainer.untouched():  # the plain model takes less than the armed one
@@ -240,7 +237,7 @@ class Loop:
         metrics = EpochMetrics(
             epoch=epoch,
             step=sums.steps,
-            train_loss=sums.loss / sums.examples,
+            train_loss=train_loss / examples,
             accuracy=found.accuracy,
             seconds=time.perf_counter() - self._epoch_started,
             peak_bytes=sums.peak_bytes,
@@ -251,7 +248,7 @@ class Loop:
             saved_bytes=sums.saved_bytes,
             trainable_parameters=drawn.trainable_parameters,
             lr=sums.rate,
-            samples_per_second=sums.examples * self.accelerator.num_processes / training_seconds,
+            samples_per_second=examples / training_seconds,
             micro_batch=self.trainer.micro_batch,
             observing_seconds=sums.observing_seconds,
             process_bytes=None if process is None else process.resident_bytes,

@@ -53,6 +53,7 @@ from trady.training.settings import (
     refuse_capture,
     refuse_limit_of_full,
 )
+from trady.training.sharing import share_of_step
 from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
 from trady.tuner.parts import of_batch_statistics
 from trady.tuner.tuner import Tuner
@@ -271,9 +272,22 @@ def run(
         resumed=folder.plan if folder is not None and resuming else None,
         processes=accelerator.num_processes,
     )
-    loader = training_batches(augmented(train, options.augment, seed), options.batch_size, seed)
+    own_loader = isinstance(train, DataLoader)
+    share = share_of_step(
+        folder.checkpoint if folder is not None and resuming else None,
+        train.batch_size if isinstance(train, DataLoader) else options.batch_size,
+        accelerator.num_processes,
+        fixed=own_loader,
+        speaks=accelerator.is_main_process,
+    )
+    data = augmented(train, options.augment, seed)
+    if moved := not own_loader and share.batch_size != share.started_batch_size:
+        options = replace(options, batch_size=share.batch_size or options.batch_size)
+    loader = training_batches(data, options.batch_size, seed)
     if accelerator.num_processes == 1:
         loader = to_be_looked_at(loader)
+    # The example that is planned for and the batches that are measured stay what they were, and so do the draws.
+    planned = training_batches(data, share.started_batch_size or 1, seed) if moved else loader
     batches = on_device(loader, accelerator)
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
     waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
@@ -298,7 +312,7 @@ def run(
         ranking=ranking_digest(request.ranking),
         epochs=options.epochs,
         steps=schedule.steps,
-        batch_size=loader.batch_size,
+        batch_size=share.started_batch_size,
         lr=schedule.peak_rate,
         warmup_steps=schedule.warmup_steps,
         channel_clip=options.channel_clip,
@@ -320,7 +334,10 @@ def run(
         over_budget=None if request.over_budget == "adapt" else request.over_budget,
         max_step_flops=request.step_limit,
         patience=options.patience,
+        processes=share.started_processes if share.started_processes > 1 else None,
     )
+    if request.micro_batch is None and share.can_be_cut(optimizer, model):
+        request = replace(request, micro_batch=share.passes_of)
     if accelerator.num_processes > 1:
         agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
@@ -333,10 +350,10 @@ def run(
         facts = None if folder is None else identity(train, evaluation)
         objective = objective_of(evaluation, options.loss)
         loop = Loop(
-            trainer=_trainer(model, loader, accelerator, request, memory, options.loss),
+            trainer=_trainer(model, planned, accelerator, request, memory, options.loss),
             batches=batches,
             evaluation=on_device(evaluation_batches(evaluation, options.batch_size), accelerator),
-            observed=measured_on(loader, options.observed_batches, seed, accelerator.device),
+            observed=measured_on(planned, options.observed_batches, seed, accelerator.device),
             accelerator=accelerator,
             schedule=schedule,
             redraws=redraws,

@@ -30,7 +30,8 @@ class Settings:
         ranking: Digest of the given layer ranking, or ``online`` or ``structural``; empty without one.
         epochs: Passes over the training data.
         steps: Optimizer steps of the run.
-        batch_size: Examples a step; ``None`` where the user's loader decides.
+        batch_size: Examples a step in each process that the run was started in; ``None`` where the user's loader
+            decides.
         lr: Rate at the end of the warm-up; ``None`` is that of the user's own optimizer.
         warmup_steps: Steps of the warm-up.
         channel_clip: Limit of a channel's gradient norm over the channel's own, or ``auto``; ``None`` is no limit.
@@ -53,6 +54,7 @@ class Settings:
         max_step_flops: What a step may take of the operations of full fine-tuning; ``None`` is no limit.
         patience: Epochs without a better accuracy after which the run ends; ``None`` trains all.
         added_at: Epochs that were done when the last ones were added to a finished run; ``None`` where none were.
+        processes: How many processes the run was started in; ``None`` is one.
     """
 
     policy: str
@@ -83,6 +85,7 @@ class Settings:
     max_step_flops: float | None = None
     patience: int | None = None
     added_at: int | None = None
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, possible in (

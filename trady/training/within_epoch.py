@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trady.errors import CheckpointError
@@ -80,6 +80,34 @@ class EpochSums:
             raise CheckpointError(
                 f"the checkpoint's epoch is damaged ({error}); start the run again with --overwrite"
             ) from error
+
+
+def shared_by(states: Mapping[str, State], process: int, processes: int) -> tuple[EpochSums, State | None]:
+    """Return where the epoch stands for one of the processes that go on, and the random numbers that come next in it.
+
+    Where they are not as many as those that have saved it, the first one goes on from what all of these have added up,
+    and one that had no predecessor begins with the epoch's own random numbers.
+
+    Args:
+        states: Of each process that has saved it, by its name (:func:`state_names`).
+        process: Which one goes on.
+        processes: How many do.
+
+    Raises:
+        CheckpointError: A state is missing or damaged.
+    """
+    names = state_names(len(states))
+    if missing := set(names) - set(states):
+        raise CheckpointError(
+            f"the checkpoint lacks {', '.join(sorted(missing))}; start the run again with --overwrite"
+        )
+    found = [EpochSums.from_state(states[name]) for name in names]
+    sums, random = found[process] if process < len(found) else (found[0][0], None)
+    if processes == len(found):
+        return sums, random
+    everything = [each for each, _ in found] if process == 0 else []
+    examples, loss = sum(each.examples for each in everything), sum(each.loss for each in everything)
+    return replace(sums, examples=examples, loss=loss), random
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ def facts_of(
         "the version of trady": __version__,
         "the version of torch": torch.__version__,
         "the version of numpy": np.__version__,
+        **_version_of_its_package(model),
         "the model's structure": f"{type(model).__name__} {structure_digest(decision.table)}",
         "policy": f"{decision.policy.name} {decision.options}".strip(),
         "seed": str(decision.seed),
@@ -52,6 +54,13 @@ def facts_of(
     if weights:
         facts["a sum over the weights"] = str(_sum_of_weights(model))
     return facts, {"the example that was planned for": str(planned.calls)}
+
+
+def _version_of_its_package(model: nn.Module) -> Mapping[str, str]:
+    """The version of the package that the model is written in: another one may compute something else."""
+    package = type(model).__module__.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", None)
+    return {} if version is None or package == "torch" else {f"the version of {package}": str(version)}
 
 
 def _sum_of_weights(model: nn.Module) -> int:

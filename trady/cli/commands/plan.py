@@ -50,6 +50,9 @@ def plan(
     accumulates: Annotated[
         bool, typer.Option("--accumulates", help="Your loop adds up the gradients of several passes.")
     ] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="How many processes train together, each with a batch of its own.")
+    ] = 1,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -92,6 +95,7 @@ def plan(
         recompute=recompute,
         fidelity=fidelity,
         micro_batch=micro_batch,
+        ranks=ranks,
     )
     if dataset is not None:
         refuse_for_plan(dataset, tokens, image_size)
@@ -117,6 +121,8 @@ def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str
         options.print_json(found.to_json())
         return
     options.print_rich(view(found.plan, least_budget_bytes=found.least_budget_bytes, rows=None if layers else ROWS))
+    if found.traffic is not None:
+        options.print_rich(str(found.traffic))
     if found.curve:
         limit = found.plan.budget
         amount = None if limit is None else limit.peak_bytes

@@ -28,8 +28,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import trady
-from benchmarks.options import add_json, console_for, main, write_json
+from benchmarks.options import write_json
 from benchmarks.trainers.builds import WORDS, bert, llama
+from trady.planning.traffic import step_traffic
 
 #: Samples of a step, all processes and passes together: cut evenly by 1, 2 and 4 processes and 1 and 3 passes.
 SAMPLES, LENGTH = 12, 16
@@ -37,7 +38,6 @@ SAMPLES, LENGTH = 12, 16
 LOSS_BAR, BYTES_BAR = 1e-5, 0.01
 #: Channels are drawn again after so many steps.
 STEPS_A_DRAW = 10
-_NUMBER_BYTES = 8
 
 
 class Cnn(nn.Module):
@@ -93,7 +93,7 @@ class Told:
     selections: list[str]
     digest: str
     averaged_bytes: list[int]
-    trained_bytes: list[int]
+    planned_bytes: list[int]
     calls: list[int]
     step_seconds: float
 
@@ -135,8 +135,9 @@ def trained(row: Row, steps: int, rank: int, processes: int) -> Told:
         if number % STEPS_A_DRAW == 0:
             tuner.resample(number // STEPS_A_DRAW)
             told.selections.append(tuner.selection.digest)
-            tensors = [p for p in tuner.parameters() if p.numel()]
-            told.trained_bytes.append(sum(p.nbytes + _NUMBER_BYTES for p in tensors))
+            head = [p for name, p in tuner.named_parameters() if not name.endswith(".channels")]
+            planned = step_traffic(tuner.plan.table, tuner.selection, head, model, processes)
+            told.planned_bytes.append(planned.averaged_bytes)
             ledger = tuner.ledger(partial(step, number), inference=False)
             told.averaged_bytes.append(ledger.averaged_bytes)
             told.calls.append(ledger.averaging_calls)
@@ -241,8 +242,8 @@ def compared(row: Row, alone: Told, told: list[tuple[Told, tuple[float, int]]]) 
     means = [sum(losses) / len(ranks) for losses in zip(*(each.losses for each in ranks), strict=True)]
     pairs = zip(means, alone.losses, strict=True)
     first, (ddp_seconds, ddp_bytes) = ranks[0], told[0][1]
-    expected = first.trained_bytes if len(ranks) > 1 else [0] * len(first.trained_bytes)
-    errors = [abs(a - e) / max(e, 1) for a, e in zip(first.averaged_bytes, expected, strict=True)]
+    planned = zip(first.averaged_bytes, first.planned_bytes, strict=True)
+    errors = [abs(averaged - expected) / max(expected, 1) for averaged, expected in planned]
     return Compared(
         row,
         len(ranks),
@@ -290,21 +291,3 @@ def run(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{len(found) - len(missed)} of {len(found)} hold over {options.steps} steps")
     write_json(options.json, {"steps": options.steps, "rows": [asdict(each) for each in found]})
     return 1 if missed else 0
-
-
-def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.devices", description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
-    parser.add_argument("--recompute", nargs="+", choices=["none", "auto", "all"], default=["none", "auto", "all"])
-    parser.add_argument("--optimizer", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
-    parser.add_argument("--accumulation", nargs="+", type=int, choices=[1, 3], default=[1, 3], help="passes a step")
-    parser.add_argument("--processes", nargs="+", type=int, choices=[2, 4], default=[2, 4])
-    parser.add_argument("--steps", type=int, default=50)
-    add_json(parser)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    given = parsed()
-    main(lambda: run(given, console_for(given.json)))
