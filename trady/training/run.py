@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from trady.analysis.by_hand import Wish, as_text, frozen_by_hand
-from trady.errors import ModelError, TrainingError
+from trady.analysis.by_hand import Wish, as_text
+from trady.errors import TrainingError
 from trady.planning.budget import Budget
 from trady.planning.request import AUTO, Request
 from trady.policies import Policy, get_policy, needs_of
@@ -24,15 +23,16 @@ from trady.ranking.ranking import LayerRanking
 from trady.records.lock import refuse_locked
 from trady.records.translated import file_errors
 from trady.simulation.optimizer_memory import OptimizerMemory
-from trady.training.batch import Loss, cross_entropy, split_batch
+from trady.training.arming import FULL, check_statistics, make_trainer
+from trady.training.batch import Loss
 from trady.training.data.augment import AugmentName, augmented
 from trady.training.data.identity import identity
-from trady.training.data.loaders import Batches, evaluation_batches, on_device, training_batches
-from trady.training.data.looking import largest_of, to_be_looked_at
+from trady.training.data.loaders import evaluation_batches, on_device, training_batches
+from trady.training.data.looking import to_be_looked_at
 from trady.training.data.observed_batches import measured_on
 from trady.training.durations import parse_seconds
 from trady.training.loop import Loop
-from trady.training.objective import objective_of, of_output
+from trady.training.objective import objective_of
 from trady.training.optimizers import OptimizerFactory, memory_of, optimizer_factory
 from trady.training.own_budget import told, with_amount
 from trady.training.precision import Precision, compute_dtype
@@ -54,12 +54,8 @@ from trady.training.settings import (
     refuse_limit_of_full,
 )
 from trady.training.sharing import share_of_step
-from trady.training.trainer import FullTrainer, Trainer, TunerTrainer
-from trady.tuner.parts import of_batch_statistics
-from trady.tuner.tuner import Tuner
+from trady.training.trainer import TunerTrainer
 
-#: The policy that means plain PyTorch here: every parameter trains, without tuner or budget.
-FULL = "full"
 #: The policy that needs no budget: only the head trains.
 HEAD = "head"
 
@@ -189,7 +185,7 @@ def finetune(
         Stopped: SIGTERM or SIGHUP came while it trained: a ``SystemExit``, raised once the run is saved.
     """
     request = Request(
-        budget=None if _name(policy) == FULL else budget,
+        budget=None if get_policy(policy).name == FULL else budget,
         policy=policy,
         ranking=ranking,
         head=head,
@@ -342,7 +338,7 @@ def run(
         agree({name: str(value) for name, value in settings.to_json().items()})
     redraws = redraw_steps(options.draws_per_epoch, len(batches))
     if request.micro_batch is not None:
-        _check_statistics(model)
+        check_statistics(model)
     every = None if options.checkpoint_every is None else parse_seconds(options.checkpoint_every, "checkpoint_every")
     with leaving_a_reason(), file_errors(), own_randomness():
         seed_epoch(seed, -1)
@@ -350,7 +346,7 @@ def run(
         facts = None if folder is None else identity(train, evaluation)
         objective = objective_of(evaluation, options.loss)
         loop = Loop(
-            trainer=_trainer(model, planned, accelerator, request, memory, options.loss),
+            trainer=make_trainer(model, planned, accelerator, request, memory, options.loss),
             batches=batches,
             evaluation=on_device(evaluation_batches(evaluation, options.batch_size), accelerator),
             observed=measured_on(planned, options.observed_batches, seed, accelerator.device),
@@ -381,37 +377,3 @@ def run(
         finally:
             loop.display.close()
             loop.disarm()
-
-
-def _name(policy: str | Policy) -> str:
-    return get_policy(policy).name
-
-
-def _trainer(
-    model: nn.Module,
-    loader: Batches,
-    accelerator: Accelerator,
-    request: Request,
-    memory: OptimizerMemory,
-    loss: Loss | None,
-) -> Trainer:
-    if _name(request.policy) == FULL:
-        asked = request.micro_batch  # without a budget, "auto" and "most" are the full batch
-        frozen = frozen_by_hand(model, request.train, request.freeze)
-        return FullTrainer(model, asked if isinstance(asked, int) else None, frozen)
-    example, labels = split_batch(send_to_device(largest_of(loader), accelerator.device))
-    objective = objective_of(loader, loss)
-    if loss is not None:
-        request = replace(request, loss=lambda output: loss(output, labels))
-    elif objective.loss is not cross_entropy:  # which a plan knows by itself
-        request = replace(request, loss=of_output(objective.loss, labels))
-    return TunerTrainer(Tuner(request.decide(model, example, optimizer=memory)))
-
-
-def _check_statistics(model: nn.Module) -> None:
-    """Refuse micro-batches where a normalisation would use their statistics, not those of the batch."""
-    if (name := of_batch_statistics(model)) is not None:
-        raise ModelError(
-            f"{name} normalises with the statistics of the batch, which a micro-batch does not have: "
-            "train without micro_batch, or with track_running_stats=True"
-        )
