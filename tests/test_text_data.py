@@ -54,8 +54,8 @@ def test_conversations_are_found_by_name(names: tuple[str, ...]) -> None:
 
 
 def test_columns_that_are_said_go_before_those_that_are_found() -> None:
-    given = table(text=["x"], label=["0"], titel=["y"], urteil=["1"])
-    assert find_columns(given, ("titel",), ("urteil",)) == Columns(("titel",), ("urteil",))
+    given = table(text=["x"], label=["0"], satz=["y"], urteil=["1"])
+    assert find_columns(given, ("satz",), ("urteil",)) == Columns(("satz",), ("urteil",))
     assert find_columns(given, task="language-model") == Columns(("text",), ())
 
 

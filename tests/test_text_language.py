@@ -121,7 +121,10 @@ def test_a_text_is_learnt_and_gone_on_with(llama: Path, tmp_path: Path) -> None:
     assert result["accuracy"] is None
     assert result["measures"]["perplexity"] < 3
     shown = predicted(tmp_path / "run", "the film", "--max-new-tokens", 2)["predictions"]
-    assert shown == [{"text": "the film", "generated": "was grand"}]
+    assert shown == [{"text": "the film", "generated": " was grand"}]
+    shown_as_text = trady_here("predict", tmp_path / "run", "the film", "", "--max-new-tokens", 2)
+    assert "the film was grand" in shown_as_text.stdout
+    assert "cannot be gone on with: the prompt is empty" in shown_as_text.stdout
     found = afresh(
         f"""
 import json, transformers

@@ -52,6 +52,8 @@ def test_a_table_without_a_header_is_one_of_texts_and_labels(tmp_path: Path) -> 
     table = read_file(write_table(tmp_path / "sst2.tsv", [("a fine film", 1), ("a dull one", 0)], header=()))
     assert columns(table) == {"text": ["a fine film", "a dull one"], "label": ["1", "0"]}
     assert "has no header" in table.remarks[0]
+    turned = read_file(write_table(tmp_path / "turned.csv", [(1, "a fine film"), (0, "a dull one")], header=()))
+    assert columns(turned) == {"label": ["1", "0"], "text": ["a fine film", "a dull one"]}
 
 
 @pytest.mark.parametrize("header", [("sentence", "label"), ("satz", "urteil"), ("Review", "Stars")])

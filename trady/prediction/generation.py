@@ -120,7 +120,15 @@ class TextGenerator(Predictor):
                 eos_token_id=self.tokenizer.eos_token_id,
                 **options,
             )
-        text: str = self.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+        said = self._text(found[0, len(ids) :])
+        if self.texts.chat:
+            return said.strip()
+        # Of the whole: a tokenizer may drop the space that a text would begin with.
+        before, whole = self._text(ids), self._text(found[0])
+        return whole[len(before) :] if whole.startswith(before) else said
+
+    def _text(self, ids: Tensor) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def _many(self, inputs: Any) -> list[Any]:

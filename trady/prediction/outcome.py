@@ -122,7 +122,9 @@ class Outcome:
         write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
     def __rich__(self) -> RenderableType:
-        """Return a table, and what it comes to."""
+        """Return a table, and what it comes to; of a language model each prompt and what comes after it."""
+        if self._outputs == GENERATED:
+            return Group(*map(self._gone_on, self.predictions), Text(self.summary()))
         known = any(actual is not None for actual in self.actual)
         table = Table(box=box.SIMPLE_HEAD)
         for title in (" | ".join(self._columns), *self._outputs, *(("actual",) if known else ())):
@@ -142,6 +144,14 @@ class Outcome:
             lines.append(Text(f"… and {left} more: --out FILE.csv or --json has them all"))
         lines.append(Text(self.summary()))
         return Group(*lines)
+
+    def _gone_on(self, prediction: Prediction) -> Text:
+        texts = self.predictor.description.texts
+        between = "\n" if texts is not None and texts.chat else ""
+        (prompt, said) = readable_names([prediction.source, prediction.label or ""])
+        if prediction.error is not None:
+            said, between = f"cannot be gone on with: {prediction.error}", "\n"
+        return Text.assemble((prompt, "bold"), between, said, "\n")
 
     def summary(self) -> str:
         """Return what the predictions come to, in a line."""

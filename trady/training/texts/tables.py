@@ -196,7 +196,7 @@ def _of_csv(path: Path) -> Table:
     first = next(csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting))
     second = next(iter(list(_some_rows(text, separator, quoting))[1:]), None)
     named = _is_header(first, second)
-    names = first if named else [*_HEADLESS] if len(first) == 2 else [f"column{at + 1}" for at in range(len(first))]
+    names = first if named else _names_for(first)
     if len(set(names)) < len(names):
         raise DataError(f"{path} has two columns of one name: {', '.join(names)}")
     options = {
@@ -210,6 +210,13 @@ def _of_csv(path: Path) -> Table:
     table = _loaded("csv", path, strings=names, **options)
     remark = f"{path} has no header: its columns are called {', '.join(names)}"
     return table if named else Table(table.name, table.columns, table.class_names, (remark,))
+
+
+def _names_for(row: Sequence[str]) -> list[str]:
+    """Return names for the columns of a table without any: of two, the text is the one that is no number."""
+    if len(row) != len(_HEADLESS):
+        return [f"column{at + 1}" for at in range(len(row))]
+    return [*_HEADLESS] if not _is_number(row[0]) or _is_number(row[1]) else [*_HEADLESS[::-1]]
 
 
 def _dialect(text: str, tabs: bool) -> tuple[str, Any]:
