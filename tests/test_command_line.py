@@ -377,6 +377,18 @@ def test_warnings_are_said_in_a_line_and_those_of_others_are_not(
     assert "warning: of ours" in (tmp_path / "log").read_text()
 
 
+def test_names_of_files_that_are_no_utf8_are_said_all_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    messages = Messages()
+    messages.open_log(str(tmp_path / "log"))
+    messages.say("skipped photos/caf\udce9.jpg")
+    messages.warn("photos/caf\udce9.jpg")
+    messages.close()
+    assert capsys.readouterr().err == "skipped photos/caf\\udce9.jpg\nwarning: photos/caf\\udce9.jpg\n"
+    assert "caf\\udce9" in (tmp_path / "log").read_text()
+
+
 def test_a_run_that_learns_nothing_warns_on_the_command_line(tmp_path: Path) -> None:
     data = write_npz(tmp_path / "data.npz", test=90)
     shown = trady_command("finetune", MODEL, data, *QUICK, "--out", tmp_path / "run", "--lr", 1e-7)

@@ -44,18 +44,18 @@ class Messages:
     def say(self, text: str) -> None:
         """Say something that is good to know."""
         if not self.quiet:
-            print(text, file=sys.stderr)  # noqa: T201
+            print(_printable(text), file=sys.stderr)  # noqa: T201
         self.record(text)
 
     def warn(self, text: str) -> None:
         """Say something that a person has to look at."""
-        print(f"warning: {text}", file=sys.stderr)  # noqa: T201
+        print(_printable(f"warning: {text}"), file=sys.stderr)  # noqa: T201
         self.record(f"warning: {text}")
 
     def record(self, text: str) -> None:
         """Write something to the log file only."""
         if self.log is not None:
-            self.log.write(f"{text}\n")
+            self.log.write(f"{_printable(text)}\n")
             self.log.flush()
 
     def open_log(self, path: str) -> None:
@@ -114,6 +114,11 @@ class Messages:
             warnings.showwarning = before
             for logger in loggers:
                 logger.removeFilter(_is_error)
+
+
+def _printable(text: str) -> str:
+    """Return a text that can be printed: names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_error(record: logging.LogRecord) -> bool:
