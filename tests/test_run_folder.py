@@ -31,6 +31,7 @@ from trady.training.data.datasets import CENTERED, IMAGENET, ImageDataset
 from trady.training.data.identity import identity
 from trady.training.data.load import load_data
 from trady.training.metrics import EpochMetrics
+from trady.training.objective import Evaluated
 from trady.training.progress import Silent
 from trady.training.run_folder import RunFolder
 
@@ -227,9 +228,9 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path: Path, monkeypatch: pyt
     after: list[dict[str, torch.Tensor]] = []
     from trady.training import loop
 
-    def told(model: nn.Module, *_: Any) -> tuple[float, float]:
+    def told(model: nn.Module, *_: Any) -> Evaluated:
         after.append({name: value.clone() for name, value in model.state_dict().items()})
-        return next(accuracies), 1.0
+        return Evaluated(next(accuracies), 1.0, {})
 
     monkeypatch.setattr(loop, "evaluate", told)
     run(tmp_path, epochs=4, momentum=0.9)
