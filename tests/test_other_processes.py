@@ -69,8 +69,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for setup in SETUPS:
         (folder / setup).mkdir()
     phase("unbroken", 2, "unbroken")
-    phase("first", 2, "moved", stops_at=3)
-    phase("second", 4, "moved", stops_at=6, batch_size=4)
+    phase("first", 2, "moved", stops_at=6)  # after the last batch of an epoch, before its evaluation
+    phase("second", 4, "moved", stops_at=3, batch_size=4)
     for setup in SETUPS:
         told[setup]["third"] = [trained(0, 1, out=folder / setup / "moved", setup=setup)]
     return folder, told

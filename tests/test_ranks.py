@@ -141,7 +141,7 @@ def other_model(rank: int, processes: int) -> None:
     model(normal(2, 3, 9, 9)).square().mean().backward()
 
 
-DIFFERING = {
+DIFFERING: dict[str, tuple[Scenario, str]] = {
     "a version of torch": (partial(other_version, package="torch"), "the version of torch is 1.2.4 on rank 0, 1.2.3"),
     "a version of numpy": (partial(other_version, package="numpy"), "the version of numpy is 1.2.4 on rank 0, 1.2.3"),
     "a version of trady": (

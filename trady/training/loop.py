@@ -330,7 +330,7 @@ class Loop:
             self._pause(sums)
         if random is not None:  # it was stopped after the last batch
             set_random_state(random)
-        if not sums.examples:
+        if not sums.batches:  # examples may be another process's to count
             raise DataError("the training data gave no batch")
 
     def _read(self, batches: Iterator[Any], sums: EpochSums, random: State | None) -> Any:
