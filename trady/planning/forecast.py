@@ -15,6 +15,7 @@ from trady.planning.decision import Decision
 from trady.planning.plan import Plan
 from trady.planning.request import Request
 from trady.planning.traffic import StepTraffic, step_traffic
+from trady.simulation.optimizer_memory import OptimizerMemory
 
 #: Shares of the channels of every layer.
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 1.0)
@@ -88,7 +89,14 @@ class Cell:
     micro_batch: int | None = None
 
 
-def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequence[float] = ()) -> Forecast:
+def forecast(
+    model: nn.Module,
+    example: Any,
+    request: Request,
+    *,
+    shares: Sequence[float] = (),
+    optimizer: OptimizerMemory | None = None,
+) -> Forecast:
     """Plan, and predict the peak under any kind of budget.
 
     Args:
@@ -96,12 +104,13 @@ def forecast(model: nn.Module, example: Any, request: Request, *, shares: Sequen
         example: One batch as training will see it.
         request: What is asked for.
         shares: Shares of channels to predict the peak of.
+        optimizer: What the optimizer takes; by default that of plain SGD.
 
     Raises:
         BudgetError: The budget cannot be read or is below the minimum.
 
     """
-    decision = request.decide(model, example)
+    decision = request.decide(model, example, optimizer=optimizer)
     points = tuple(share_point(decision, share) for share in shares)
     plan, traffic = _with_peak(decision), None
     if request.ranks > 1:
@@ -116,6 +125,7 @@ def sweep(
     budgets: Iterable[str | int | Budget],
     batches: Iterable[tuple[int, Any]],
     done: Callable[[], object] = lambda: None,
+    optimizer: OptimizerMemory | None = None,
 ) -> list[Cell]:
     """Plan under several budgets with several batches.
 
@@ -125,20 +135,21 @@ def sweep(
         budgets: The budgets.
         batches: Batch sizes, and an example of each.
         done: Called after each plan.
+        optimizer: What the optimizer takes; by default that of plain SGD.
 
     """
     asked = [parse_budget(budget) for budget in budgets]
     cells = []
     for samples, example in batches:
         for budget in asked:
-            cells.append(_cell(model, replace(request, budget=budget), samples, example))
+            cells.append(_cell(model, replace(request, budget=budget), samples, example, optimizer))
             done()
     return cells
 
 
-def _cell(model: nn.Module, request: Request, samples: int, example: Any) -> Cell:
+def _cell(model: nn.Module, request: Request, samples: int, example: Any, optimizer: OptimizerMemory | None) -> Cell:
     try:
-        decision = request.decide(model, example, explain=False)
+        decision = request.decide(model, example, optimizer=optimizer, explain=False)
     except InfeasibleBudgetError as error:
         return Cell(str(error.budget), samples, False, 0, 0.0, error.least_amount, 0.0)
     plan = _with_peak(decision)

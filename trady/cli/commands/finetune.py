@@ -270,3 +270,4 @@ def finetune(
         typer.echo(ending)
         if not quiet:
             typer.echo(f"try it: trady predict {shlex.quote(out)} {'TEXT' if are_texts else 'IMAGE'} …")
+            typer.echo(f"all of it on a page: trady report {shlex.quote(out)}")

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trady.cli import options
+from trady.cli.choices import choice
 from trady.cli.planned_texts import plan_texts, refuse_for_plan
 
 if TYPE_CHECKING:
     from trady.planning.request import Request
+    from trady.simulation.optimizer_memory import OptimizerMemory
     from trady.training.models.planned import Planned
 
 
@@ -53,6 +55,15 @@ def plan(
     ranks: Annotated[
         int, typer.Option(min=1, help="How many processes train together, each with a batch of its own.")
     ] = 1,
+    optimizer: Annotated[
+        str | None,
+        choice(
+            possible=options.OPTIMIZERS,
+            panel=options.TRAINING,
+            text="Whose memory is counted: that which trady finetune takes by default, sgd, or adamw on texts.",
+        ),
+    ] = None,
+    momentum: Annotated[float, typer.Option(help="Of sgd.", rich_help_panel=options.TRAINING)] = 0.0,
     recompute: options.Recompute = "auto",
     fidelity: options.Fidelity = "exact",
     ranking: options.RankingFile = None,
@@ -72,6 +83,7 @@ def plan(
     from trady.errors import BudgetError
     from trady.planning.budget import parse_budget
     from trady.training.models.planned import make_planned
+    from trady.training.rates import usual_optimizer
 
     if budget is not None and sweep is not None:
         raise BudgetError('give either one budget, --budget "300 MiB", or several, --sweep "100 MiB, 200 MiB"')
@@ -103,19 +115,38 @@ def plan(
         request = replace(request, loss=loss)
     else:
         planned = make_planned(model, classes, image_size, batch_size, tokens, dtype, seed)
+    memory = _memory(optimizer or usual_optimizer("images" if dataset is None else "texts"), momentum)
     if sweep is not None:
-        _sweep(planned, request, budgets, sizes or [planned.batch_size], out, as_json)
+        _sweep(planned, request, memory, budgets, sizes or [planned.batch_size], out, as_json)
     else:
-        _one(planned, request, curve, layers, out, as_json)
+        _one(planned, request, memory, curve, layers, out, as_json)
 
 
-def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str | None, as_json: bool) -> None:
+def _memory(optimizer: str, momentum: float) -> OptimizerMemory:
+    """What an optimizer takes, by its name."""
+    import torch
+
+    from trady.training.optimizers import memory_of, optimizer_factory
+
+    return memory_of(optimizer_factory(optimizer, 1.0, momentum, 0.0), torch.device("cpu"))
+
+
+def _one(
+    planned: Planned,
+    request: Request,
+    optimizer: OptimizerMemory,
+    curve: bool,
+    layers: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
     from trady.planning.forecast import SHARES, forecast
     from trady.planning.forecast_tables import curve_view
     from trady.planning.plan import ROWS, view
 
     with _progress("planning", None):
-        found = forecast(planned.model, planned.example, request, shares=SHARES if curve else ())
+        shares = SHARES if curve else ()
+        found = forecast(planned.model, planned.example, request, shares=shares, optimizer=optimizer)
     _write(out, found.to_json())
     if as_json:
         options.print_json(found.to_json())
@@ -130,14 +161,20 @@ def _one(planned: Planned, request: Request, curve: bool, layers: bool, out: str
 
 
 def _sweep(
-    planned: Planned, request: Request, budgets: list[str], sizes: list[int], out: str | None, as_json: bool
+    planned: Planned,
+    request: Request,
+    optimizer: OptimizerMemory,
+    budgets: list[str],
+    sizes: list[int],
+    out: str | None,
+    as_json: bool,
 ) -> None:
     from trady.planning.forecast import sweep
     from trady.planning.forecast_tables import sweep_view
 
     batches = ((size, planned.of_size(size)) for size in sizes)
     with _progress("planning", len(budgets) * len(sizes)) as done:
-        cells = sweep(planned.model, request, budgets, batches, done)
+        cells = sweep(planned.model, request, budgets, batches, done, optimizer)
     value = {"model": type(planned.model).__name__, "policy": request.policy, "cells": [asdict(c) for c in cells]}
     _write(out, value)
     if as_json:
