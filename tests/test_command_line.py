@@ -14,7 +14,7 @@ import pytest
 
 from tests.command import MODEL, trady_command, trady_here
 from tests.small_task import write_npz
-from trady.cli import choices, options
+from trady.cli import choices, options, texts
 from trady.cli.messages import Messages
 from trady.cli.wording import as_typed
 from trady.errors import BudgetError, DataError, ModelError, RankingError, TradyWarning
@@ -24,6 +24,7 @@ from trady.training.data.augment import AUGMENTATIONS
 from trady.training.models.from_config import DTYPES
 from trady.training.models.source import known_names
 from trady.training.optimizers import NAMES
+from trady.training.texts import columns, load
 
 QUICK = ("--image-size", 12, "--batch-size", 8, "--epochs", 1)
 
@@ -76,6 +77,8 @@ def test_the_words_of_the_command_line_are_those_of_the_library() -> None:
     assert tuple(DTYPES) == options.DTYPES
     assert known_names() == choices.MODELS
     assert CLIP_AUTO == "auto"
+    assert texts.TASKS == columns.TASKS
+    assert texts.OVERFLOWS == load.OVERFLOWS
 
 
 def test_names_of_the_package_come_when_they_are_asked_for() -> None:

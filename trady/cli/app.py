@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from trady.cli.commands.compare import compare
 from trady.cli.commands.demo import demo
+from trady.cli.commands.finetune import EXAMPLES as FINETUNE_EXAMPLES
 from trady.cli.commands.finetune import finetune
 from trady.cli.commands.fit import EXAMPLES as FIT_EXAMPLES
 from trady.cli.commands.fit import fit
@@ -115,10 +116,7 @@ app.command(epilog="Example: trady plan efficientnet-lite0 --image-size 64 --bud
 
 app.command(epilog=FIT_EXAMPLES)(fit)
 
-app.command(
-    epilog="Example: trady finetune efficientnet-lite0 fashion-mnist --image-size 64 "
-    "--limit 4000 --budget 'peak:60 MiB' --out runs/fashion"
-)(finetune)
+app.command(epilog=FINETUNE_EXAMPLES)(finetune)
 
 app.command(epilog=PREDICT_EXAMPLES)(predict)
 app.command(epilog=REPORT_EXAMPLES)(report)

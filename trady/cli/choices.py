@@ -40,7 +40,7 @@ def choice(*names: str, possible: Sequence[str], panel: str, text: str) -> Any:
 
     def check(param: typer.CallbackParam, value: str | None) -> str | None:
         if value is not None and value not in possible:
-            raise TradyError(unknown(f"--{str(param.name).replace('_', '-')} {value!r}", value, possible))
+            raise TradyError(unknown(f"{param.opts[0]} {value!r}", value, possible))
         return value
 
     return typer.Option(*names, help=text, rich_help_panel=panel, callback=check, autocompletion=completing(possible))

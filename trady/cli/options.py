@@ -51,12 +51,18 @@ PlannedModel = Annotated[
     ),
 ]
 
+
+def _dataset(text: str) -> Any:
+    return typer.Argument(help=text, callback=choices.check_dataset, autocompletion=choices.complete_dataset)
+
+
+Images = Annotated[str, _dataset("fashion-mnist; a .npz file; or a folder of images.")]
+
 Dataset = Annotated[
     str,
-    typer.Argument(
-        help="fashion-mnist; a .npz file; or a folder of images.",
-        callback=choices.check_dataset,
-        autocompletion=choices.complete_dataset,
+    _dataset(
+        "Images: fashion-mnist; a .npz file; a folder. Texts: a table (.csv, .tsv, .jsonl, .parquet), a .txt file, a "
+        "folder of them, or a Hub name."
     ),
 ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from trady.cli.choices import choice
 from trady.cli.example import Task
 
 if TYPE_CHECKING:
@@ -14,33 +15,62 @@ if TYPE_CHECKING:
 
     from trady.training.texts.description import Overflow, TextTask
 
+#: Where ``--help`` shows them.
+_PANEL = "Texts"
+
+TASKS = ("classification", "regression", "multi-label", "language-model")
+
+OVERFLOWS = ("truncate", "split", "error")
+
 TextColumn = Annotated[
     list[str] | None,
-    typer.Option("--text-column", help="Column of the texts; twice for pairs. Found by name without."),
+    typer.Option(
+        "--text-column", help="Column of the texts; twice for pairs. Found by name without.", rich_help_panel=_PANEL
+    ),
 ]
 
 LabelColumn = Annotated[
     list[str] | None,
-    typer.Option("--label-column", help="Column of the labels; repeat where each label has a column of 0 and 1."),
+    typer.Option(
+        "--label-column",
+        help="Column of the labels; repeat where each label has a column of 0 and 1.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 EvaluationFile = Annotated[
     str | None,
-    typer.Option("--evaluation", help="A table of texts to evaluate on; without, the data's own part or a tenth."),
+    typer.Option(
+        "--evaluation",
+        help="A table of texts to evaluate on; without, the data's own part or a tenth.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help="Of texts: classification, regression, multi-label or language-model; by the data."),
+    choice(
+        "--task", possible=TASKS, panel=_PANEL, text=f"{', '.join(TASKS)}; by what the data are where nobody says it."
+    ),
 ]
 
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=2, help="Tokens of a text, or of a block of a language model; what the model takes, or 256."),
+    typer.Option(
+        min=2,
+        help="Tokens of a text, or of a block of a language model; what the model takes, or 256.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 OverflowOption = Annotated[
-    str, typer.Option("--overflow", help="A text longer than that: truncate it, split it into parts, or an error.")
+    str,
+    choice(
+        "--overflow",
+        possible=OVERFLOWS,
+        panel=_PANEL,
+        text="A text longer than that: truncate it, split it into parts, or an error.",
+    ),
 ]
 
 #: Examples of a step where nobody says it: images and texts, and sequences of a language model.

@@ -19,6 +19,13 @@ from trady.cli.options import BUDGET, FOLDER, TRAINING, TRAINS
 if TYPE_CHECKING:
     from trady.training.data.datasets import DataSplit
 
+EXAMPLES = """Example: trady finetune efficientnet-lite0 photos/ --image-size 64 --budget '60 MiB' --out runs/photos
+
+Or: trady finetune sentence-transformers/all-MiniLM-L6-v2 reviews.csv --out runs/reviews
+
+Or: trady finetune --config runs/photos/run.toml --set lr=0.05 --out runs/again
+"""
+
 Mode = Literal["train", "eval"]
 
 Precision = Literal["no", "bf16"]

@@ -13,7 +13,7 @@ from trady.cli.example import load_task
 
 def search(
     model: options.Model,
-    dataset: options.Dataset,
+    dataset: options.Images,
     budget: Annotated[str, typer.Option(help='What the scheme may take: "elements:27946".')],
     out: Annotated[str, typer.Option(help="Where the scheme is written; what was tried is kept beside it.")] = (
         "scheme.json"
