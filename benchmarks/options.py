@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,13 @@ def main(run: Callable[[], int]) -> None:
         sys.stderr.write(f"error: {error}\n")
         code = 2
     sys.exit(code)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM does what Ctrl-C does, so that what was measured until then is written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from benchmarks.devices.__main__ import kill, parsed
@@ -39,6 +40,7 @@ def test_what_differs_is_missed() -> None:
     assert not compared(row, alone, [(replace(told, averaged_bytes=[1020]), (0.1, 9))] * 2).holds
 
 
+@pytest.mark.filterwarnings("ignore:the run was started in:trady.errors.TradyWarning")
 def test_a_run_goes_on_in_one_two_and_four_processes_after_a_kill(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     assert kill(parsed(["--kills", "1", "--seed", "1", "--json", str(file)]), Console(quiet=True)) == 0

@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused(llama: Path, tmp_path: Path) -> None:
     assert "no method 'most'; there are full" in refused(llama, "--methods", "most")
     assert "type one of .svg" in refused(llama, "--plot", tmp_path / "fit.gif")
     assert "takes at most 64 tokens" in refused(llama, "--length", 65)
-    assert "no dtype 'int3'" in refused(llama, "--dtype", "int3")
+    assert "--dtype 'int3' is not known; there are float32" in refused(llama, "--dtype", "int3")
     assert "cannot be read" in refused(llama, "--memory", "lots")
     assert "no function 'nothing'" in refused("tests.small_task:nothing")
 

@@ -125,6 +125,7 @@ from pathlib import Path
 from trady.records.lock import locked
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:
+        print("forked", flush=True)  # what the library does in a child is done by now
         time.sleep(20)
         os._exit(0)
     print("held", flush=True)
@@ -132,7 +133,7 @@ with locked(Path(sys.argv[1])):
 """
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    assert {process.stdout.readline() for _ in range(2)} == {"held\n", "forked\n"}
     process.wait()
     with locked(tmp_path):
         pass

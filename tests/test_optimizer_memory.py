@@ -93,6 +93,7 @@ def test_at_the_least_budget_the_labels_fit_too(name: str) -> None:
     assert tuner.plan.predicted_peak_bytes == found[-1].peak_bytes
 
 
+@pytest.mark.filterwarnings("ignore:accuracy .* and guessing has:trady.errors.TradyWarning")
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw-in-backward"])
 def test_a_run_knows_its_optimizer_beforehand(name: str, tmp_path: Path) -> None:
     data = TensorDataset(normal(2 * SAMPLES, WIDTH), LABELS.repeat(2))

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from tests.command import start
 from tests.small_runs import lines, run, without_clock
 from tests.small_task import Raise, small_data, write_npz
-from trady.errors import CheckpointError, TrainingError
+from trady.errors import TrainingError
 from trady.training import interrupt
 from trady.training.checkpoint import load_checkpoint
 from trady.training.durations import parse_seconds
 from trady.training.interrupt import Interrupts, Stopped
 from trady.training.progress import Silent
 from trady.training.randomness import random_state, reading_randomness, set_random_state
-from trady.training.within_epoch import WITHIN, state_names
+from trady.training.within_epoch import WITHIN
 
 
 @pytest.fixture(autouse=True)
@@ -263,18 +263,6 @@ def test_the_command_leaves_after_sigterm_and_goes_on(tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert f"SIGTERM: stopped; the last checkpoint is kept in {out / 'checkpoint'}: go on with --resume" in err
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-
-
-def test_the_middle_of_an_epoch_is_gone_on_with_by_as_many_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, policy="full", progress=Raise(signal.SIGINT, 2))
-    monkeypatch.setattr("trady.training.loop.state_names", lambda processes: state_names(2))
-    with pytest.raises(
-        CheckpointError, match=r"middle of an epoch by 1 process\(es\), and these are 2: go on with 1, or"
-    ):
-        run(tmp_path, policy="full", resume=True)
 
 
 def test_random_numbers_come_back_and_those_of_reading_do_not_move_the_others() -> None:

@@ -32,6 +32,9 @@ from trady.training.interrupt import Stopped
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
+#: A few sentences of few words are learnt slowly.
+pytestmark = pytest.mark.filterwarnings("ignore:accuracy .* and guessing has:trady.errors.TradyWarning")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.devices import alike
-from benchmarks.options import add_json, console_for, main, write_json
+from benchmarks.options import add_json, console_for, main, stopped_by_sigterm, write_json
 from trady.errors import TrainingError
 
 
@@ -30,9 +29,8 @@ def kill(options: argparse.Namespace, console: Console) -> int:
         raise TrainingError("these trials fork processes and send them signals, which Windows does not have")
     torch.set_num_threads(1)
     seed, started = int(time.time()) if options.seed is None else options.seed, time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warm_up()
-    with tempfile.TemporaryDirectory(prefix="trady-kills-") as folder:
+    with stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="trady-kills-") as folder:
         campaign = Campaign(Path(folder), random.Random(seed))
         try:
             for found in campaign.run(options.kills):

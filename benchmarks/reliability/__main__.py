@@ -51,12 +51,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         raise TrainingError("these trials fork processes and send them signals, which Windows does not have")
     torch.set_num_threads(1)
     seed = int(time.time()) if chosen.seed is None else chosen.seed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, started = options.console_for(chosen.json), time.monotonic()
     tallies: list[Tally] = []
     stopped = False
     warm_up()
-    with tempfile.TemporaryDirectory(prefix="trady-reliability-") as folder:
+    with options.stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="trady-reliability-") as folder:
         trials = Trials(Path(folder), random.Random(seed))
         kinds = {
             "pairs": trials.pairs(chosen.pairs),

@@ -288,6 +288,7 @@ def run(
     ahead = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
     waiting = options.observed_batches - 1 if needs_of(policy) and isinstance(loader.dataset, IterableDataset) else 0
     request = replace(request, batches_ahead=int(ahead) + waiting)
+    schedule = make_schedule(lr, options.epochs, len(batches), options.warmup_epochs)
     factory = optimizer_factory(optimizer, lr, options.momentum, options.weight_decay)
     # A user's own factory is not called on a trial parameter, which it might keep: its optimizer is examined when
     # it is attached.
@@ -301,7 +302,6 @@ def run(
         memory,
         resumed=folder.plan if folder is not None and resuming else None,
     )
-    schedule = make_schedule(lr, options.epochs, len(batches), options.warmup_epochs)
     settings = Settings(
         policy=policy.name,
         budget=None if request.limit is None else str(request.limit),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import inspect
 import math
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trady.errors import DataError
 from trady.records.reading import check_regular
 from trady.training.data.datasets import Pixels
+from trady.training.data.no_code import no_code
 from trady.training.data.source import DataFormat, RawData, RawSplit, Reading
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
@@ -94,18 +92,13 @@ def _hub_split(split: str) -> RawSplit:
             "dataset-fashion-mnist', or 'pip install \"trady[data]\"' to take it from the Hugging Face Hub"
         ) from None
     try:
-        rows = datasets.load_dataset(HUB_NAME, split=split, **_no_code(datasets.load_dataset)).with_format("numpy")
+        rows = datasets.load_dataset(HUB_NAME, split=split, **no_code(datasets.load_dataset)).with_format("numpy")
         return RawSplit(np.stack(list(rows["image"])).astype(np.uint8), np.asarray(rows["label"]))
     except Exception as error:  # whatever the Hub, the network or the cache answers
         raise DataError(
             f"{HUB_NAME} could not be read from the Hugging Face Hub ({error}); "
             "on Debian and Ubuntu: sudo apt-get install dataset-fashion-mnist"
         ) from error
-
-
-def _no_code(load: Callable[..., Any]) -> dict[str, bool]:
-    """Return the option that keeps a data set's own code from running, where a version still has it."""
-    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
 
 
 FASHION_MNIST = DataFormat("Fashion-MNIST", "fashion-mnist", matches, read, by_name=True)

@@ -106,8 +106,9 @@ def _pretrained(name: str, task: TextTask, classes: tuple[str, ...]) -> nn.Modul
                 )
             model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
             return model
-        options = {"num_labels": len(classes) or 1, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-        found: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(name, **options)
+        found: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=len(classes) or 1, ignore_mismatched_sizes=True, trust_remote_code=False
+        )
         return found
 
 

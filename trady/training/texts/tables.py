@@ -20,6 +20,7 @@ from typing import Any
 from trady.errors import DataError, ResourceError, TradyError
 from trady.records.reading import read_bytes
 from trady.records.translated import in_our_words
+from trady.training.data.no_code import no_code
 from trady.training.texts.names import HEADER_WORDS
 
 #: How ``datasets`` calls what a file with this ending is.
@@ -258,9 +259,9 @@ def _loaded(builder: str, path: Path, strings: Sequence[str] = (), **options: An
     if strings:
         options["features"] = datasets.Features({name: datasets.Value("string") for name in strings})
     with _silent(datasets), tempfile.TemporaryDirectory(prefix="trady-") as cache, _reading(path):
-        rows = datasets.load_dataset(
-            builder, data_files={"train": str(path)}, split="train", cache_dir=cache, keep_in_memory=True, **options
-        )
+        options |= {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+        files = {"train": str(path)}
+        rows = datasets.load_dataset(builder, data_files=files, **options, **no_code(datasets.load_dataset))
         return _table(datasets, str(path), rows)
 
 
@@ -270,7 +271,7 @@ def _of_hub(source: str) -> tuple[Table, Table | None]:
     with _silent(datasets):
         try:
             _look_up(name)
-            parts = datasets.load_dataset(name, configuration or None)
+            parts = datasets.load_dataset(name, configuration or None, **no_code(datasets.load_dataset))
         except Exception as error:  # whatever the Hub, the network or the cache answers
             raise DataError(
                 f"there is no file or folder {source}, and no data set of that name could be read from the Hugging "
