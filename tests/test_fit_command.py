@@ -45,9 +45,17 @@ def test_a_table_of_a_configuration(llama: Path) -> None:
     result = trady_command("fit", llama, *SIZE, "--methods", "full,bitfit,trady", "--memory", "3 MiB")
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
-    for word in ("4 × 32 tokens", "full fine-tuning", "TraDy, smallest budget", "TraDy in 3 MiB", "in 3.0"):
+    for word in (
+        "4 × 32 tokens",
+        "full fine-tuning",
+        "TraDy, smallest budget",
+        "TraDy in 3 MiB",
+        "in 3.0 MiB",
+        "longest",
+    ):
         assert word in text
     assert "BitFit is left out: the network has no bias" in text
+    assert "a wider terminal" in text
 
 
 def test_json_is_the_report(llama: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from trady.errors import TradyError
 from trady.records.files import write_json
@@ -132,10 +132,10 @@ class FitReport:
             "--dtype bfloat16 or qlora-checkpoint may."
         )
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from trady.estimates.table import view  # the table knows the report
 
-        return Group(*view(self))
+        yield from view(self, console, options)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_json` takes them, with whether each fits beside them."""

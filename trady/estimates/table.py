@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from trady.report.units import format_bytes, format_percent
@@ -24,6 +25,9 @@ COLUMNS = {
     "temporary": ("temporaries", "workspaces"),
 }
 
+
+#: Characters that no table needs.
+_WIDEST = 1000
 
 #: Parts that are a smaller share of all peaks have no column.
 _SEEN = 0.005
@@ -43,8 +47,32 @@ def batch_of(report: FitReport) -> str:
     return f"{report.batch_size} samples"
 
 
-def view(report: FitReport) -> Iterator[RenderableType]:
-    """Show a report: a row a method, and below what has to be known of them."""
+def view(report: FitReport, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    """Show a report: a row a method, and below what has to be known of them.
+
+    Where a terminal is too narrow for all columns, those go that say what a peak is made of.
+    """
+    table = _table(report, whole=True)
+    wanted = Measurement.get(console, options.update(width=_WIDEST), table).maximum
+    if whole := wanted <= options.max_width:
+        yield table
+    else:
+        yield _table(report, whole=False)
+    for row in report.rows:
+        if row.refused is not None:
+            yield escape(f"{row.title} is left out: {row.refused}")
+        elif row.note or row.channels is not None:
+            channels = (
+                "" if row.channels is None else f"{row.channels} channels ({format_percent(row.channel_share or 0)})"
+            )
+            yield escape(f"{row.title}: {', '.join(filter(None, (channels, row.note)))}")
+    if report.advice is not None:
+        yield escape(report.advice)
+    if not whole:
+        yield "[dim]What the peaks are made of: in a wider terminal, or --json.[/]"
+
+
+def _table(report: FitReport, *, whole: bool) -> Table:
     weights = f"{report.parameters:,}".replace(",", " ") + f" parameters, {report.dtype}"
     autocast = f", autocast to {report.autocast}" if report.autocast else ""
     table = Table(
@@ -60,7 +88,8 @@ def view(report: FitReport) -> Iterator[RenderableType]:
     memory = format_bytes(report.memory_bytes or 0)
     told = [row for row in report.rows if row.refused is None]
     columns = [column for column in COLUMNS if any(amounts(row)[column] > _SEEN * row.peak_bytes for row in told)]
-    for heading in ("trains", "peak", *columns, "evaluation"):
+    parts = (*columns, "evaluation") if whole else ()
+    for heading in ("trains", "peak", *parts):
         table.add_column(heading, justify="right", no_wrap=True)
     if searched:
         table.add_column(f"in {memory}", justify="right")
@@ -68,21 +97,11 @@ def view(report: FitReport) -> Iterator[RenderableType]:
         if report.length is not None:
             table.add_column("longest", justify="right")
     for row in told:
-        table.add_row(*_cells(report, row, columns))
-    yield table
-    for row in report.rows:
-        if row.refused is not None:
-            yield escape(f"{row.title} is left out: {row.refused}")
-        elif row.note or row.channels is not None:
-            channels = (
-                "" if row.channels is None else f"{row.channels} channels ({format_percent(row.channel_share or 0)})"
-            )
-            yield escape(f"{row.title}: {', '.join(filter(None, (channels, row.note)))}")
-    if report.advice is not None:
-        yield escape(report.advice)
+        table.add_row(*_cells(report, row, columns if whole else None))
+    return table
 
 
-def _cells(report: FitReport, row: MethodFit, columns: Sequence[str]) -> Iterator[str]:
+def _cells(report: FitReport, row: MethodFit, columns: Sequence[str] | None) -> Iterator[str]:
     from trady.estimates.report import MOST_SAMPLES
 
     fits = report.fits(row)
@@ -90,10 +109,11 @@ def _cells(report: FitReport, row: MethodFit, columns: Sequence[str]) -> Iterato
     yield row.title
     yield format_percent(share)
     yield f"[bold]{format_bytes(row.peak_bytes)}[/]"
-    of_column = amounts(row)
-    for amount in map(of_column.__getitem__, columns):
-        yield format_bytes(amount) if amount else "–"
-    yield format_bytes(row.evaluation_bytes)
+    if columns is not None:
+        of_column = amounts(row)
+        for amount in map(of_column.__getitem__, columns):
+            yield format_bytes(amount) if amount else "–"
+        yield format_bytes(row.evaluation_bytes)
     if report.memory_bytes is None:
         return
     yield "[green]fits[/]" if fits else "[red]no[/]"
