@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trady.errors import DataError
-from trady.prediction.predictor import Prediction, Predictor
+from trady.prediction.predictor import Prediction
+from trady.prediction.texts import OfTexts
 from trady.training.precision import autocast
 from trady.training.texts.dataset import IDS
-from trady.training.texts.description import TextsDescription
 from trady.training.texts.labels import is_missing
-from trady.training.texts.tokens import load_tokenizer
 
 #: Tokens that are generated where nobody says how many.
 NEW_TOKENS = 64
@@ -37,24 +35,13 @@ class Generation:
     seed: int = 0
 
 
-class TextGenerator(Predictor):
+class TextGenerator(OfTexts):
     """A run on texts without labels, or on conversations.
 
     A prompt is a string. Of a run on conversations it is what the user says, put into the tokenizer's chat template.
     """
 
     generation = Generation()
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the run."""
-        return load_tokenizer(str(self.run))
-
-    @property
-    def texts(self) -> TextsDescription:
-        """How the run takes its texts."""
-        assert self.description.texts is not None
-        return self.description.texts
 
     def preprocess(self, source: Any) -> Tensor:
         """Return the tokens of a prompt, ``[tokens]``.

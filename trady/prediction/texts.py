@@ -22,11 +22,8 @@ from trady.training.texts.reading import labelled_dataset, objective_for
 from trady.training.texts.tokens import encode, load_tokenizer
 
 
-class TextPredictor(Predictor):
-    """A run on texts that have labels.
-
-    A text is a string; a pair is two, as a tuple or list.
-    """
+class OfTexts(Predictor):
+    """A run on texts."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -38,6 +35,13 @@ class TextPredictor(Predictor):
         """How the run takes its texts."""
         assert self.description.texts is not None
         return self.description.texts
+
+
+class TextPredictor(OfTexts):
+    """A run on texts that have labels.
+
+    A text is a string; a pair is two, as a tuple or list.
+    """
 
     def preprocess(self, source: Any) -> dict[str, Tensor]:
         """Return a text as the model takes it, ``[tokens]`` each; of a text that is taken in parts, the first.
