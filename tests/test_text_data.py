@@ -18,6 +18,7 @@ from trady.training.texts.dataset import NO_LOSS, LengthSampler, TextDataset
 from trady.training.texts.labels import read_labels
 from trady.training.texts.load import read_for
 from trady.training.texts.objectives import Classification, MultiLabel, NextToken, Regression, macro_f1, mean_of_parts
+from trady.training.texts.reading import Reading
 from trady.training.texts.split import complete_rows, held_out, limited
 from trady.training.texts.tables import Table
 from trady.training.texts.tokens import encode, load_tokenizer, longest_of
@@ -228,7 +229,7 @@ def test_what_a_model_takes_at_most(tokenizer_limit: int, config: Any, expected:
 @pytest.fixture(scope="module")
 def data(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> TextDataset:
     path = write_table(tmp_path_factory.mktemp("data") / "d.csv", sentences(103, 0))
-    return read_for(str(bert), path).train
+    return read_for(str(bert), Reading(str(path))).train
 
 
 def test_a_batch_is_padded_to_a_multiple_of_eight_and_masked(data: TextDataset) -> None:

@@ -18,6 +18,7 @@ from trady.errors import DataError
 from trady.training.texts.dataset import NO_LOSS
 from trady.training.texts.language import PLAIN_TEMPLATE, blocks, conversations, read_chats
 from trady.training.texts.load import read_for
+from trady.training.texts.reading import Reading
 from trady.training.texts.tokens import load_tokenizer
 
 pytest.importorskip("datasets")
@@ -102,7 +103,7 @@ def test_conversations_are_read_in_the_words_that_others_have() -> None:
 def test_the_last_tenth_of_one_text_is_held_out(llama: Path, tmp_path: Path) -> None:
     text = "\n".join(text for text, _ in sentences(200, 0))
     (tmp_path / "book.txt").write_text(text)
-    parts = read_for(str(llama), tmp_path / "book.txt", max_length=16)
+    parts = read_for(str(llama), Reading(str(tmp_path / "book.txt"), longest=16))
     found = parts.train.tokenizer.decode(parts.evaluation.columns["input_ids"][0])
     assert found.removeprefix("<s>").split()[:5] != text.split()[:5]
     sizes = [len(part) for part in (parts.train, parts.evaluation)]

@@ -43,8 +43,9 @@ def plan_texts(
     from trady.training.models.planned import Planned
     from trady.training.objective import of_output
     from trady.training.texts.load import read_for
+    from trady.training.texts.reading import Reading
 
-    parts = read_for(model, dataset, seed=seed)
+    parts = read_for(model, Reading(dataset, seed=seed))
     typer.echo(parts.summary, err=True)
     data = parts.train
     generates = data.description.task == "language-model"

@@ -153,22 +153,15 @@ class _BoundForward:
         if rest is None or not forward.is_in_section:
             return NotImplemented
         args = (x, *rest)
-        compute = place.compute
         if not (self._whole and place.is_bound):
-            known = place.goes_by_parameters if compute is None else place.hands_on
+            known = place.goes_by_parameters if place.compute is None else place.hands_on
             if not known or not place.fits(args, {}):
                 return NotImplemented
-        forward.cursor += 1
-        if compute is None:
-            with _WithoutModes():
-                return self._own(x)
         with _WithoutModes():
-            out = compute(args, {})
-        if out is NotImplemented:
-            forward.cursor -= 1
-        elif place.commits:
-            forward.at_risk = True
-        return out
+            if place.compute is not None:
+                return forward.as_before(place, args, {})
+            forward.cursor += 1
+            return self._own(x)
 
     def __reduce__(self) -> Any:
         """A copy of a model that was interrupted has the forward of its class."""

@@ -70,6 +70,18 @@ class ForwardState:
         """Note that a value was put off or overwritten: from here on, the pass must follow the plan."""
         self.at_risk = True
 
+    def as_before(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a call as its place says and go on; ``NotImplemented`` where it cannot say that."""
+        if place.compute is None:
+            return NotImplemented
+        self.cursor += 1
+        out = place.compute(args, kwargs)
+        if out is NotImplemented:
+            self.cursor -= 1
+        elif place.commits:
+            self.at_risk = True
+        return out
+
     @property
     def is_in_section(self) -> bool:
         """Whether calls run in the checkpoint that the pass began in, with gradients as then."""

@@ -239,9 +239,10 @@ class Interceptor(CallMode):
 
     def _recover(self) -> None:
         """Take the mode off that a forward pass has left behind: hooks do not run on Ctrl-C."""
-        if self._bound is not None and (self._forward is None or self._forward.abandoned):
+        abandoned = self._forward is not None and self._forward.abandoned
+        if self._bound is not None and (abandoned or self._forward is None):
             self._bound.end()
-        if self._forward is not None and self._forward.abandoned:
+        if abandoned:
             self._forward = None
             self._compilers.end()
             above = []
@@ -293,9 +294,10 @@ class Interceptor(CallMode):
                         if place.compute is None:
                             forward.cursor += 1
                             return func(*args, **keywords)
-                        out = self._as_before(forward, place, args, keywords)
-                        if out is not NotImplemented:
-                            return out
+                        if forward.is_in_section and not forward.abandoned:
+                            out = forward.as_before(place, args, keywords)
+                            if out is not NotImplemented:
+                                return out
             elif is_metadata(func):
                 return self.asked(func, args, kwargs or {})
             elif forward.writing is not None:
@@ -320,18 +322,6 @@ class Interceptor(CallMode):
                     forward.writing, self._programs[id(writing.segment)] = None, writing.program
                 return out
         return super().__torch_function__(func, types, args, kwargs)
-
-    def _as_before(self, forward: ForwardState, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a call as its place says; ``NotImplemented`` where it cannot say that."""
-        if place.compute is None or not forward.is_in_section or forward.abandoned:
-            return NotImplemented
-        forward.cursor += 1
-        out = place.compute(args, kwargs)
-        if out is NotImplemented:
-            forward.cursor -= 1
-        elif place.commits:
-            forward.at_risk = True
-        return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a call as the plan wants it, or write it down."""

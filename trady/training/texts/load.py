@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -76,10 +76,10 @@ def load_texts(
         DataError: The source cannot be read, or is no data of such a task.
         ModelError: There is no such model, or it is none of texts.
     """
-    name = os.fspath(model)
-    options: dict[str, Any] = {"text_columns": text_columns, "label_columns": label_columns, "task": task}
-    options |= {"evaluation": evaluation, "max_length": max_length, "overflow": overflow, "limit": limit, "seed": seed}
-    parts = read_for(name, source, **options)
+    name, apart = os.fspath(model), None if evaluation is None else os.fspath(evaluation)
+    columns, labels = _several(text_columns), _several(label_columns)
+    asked = Reading(os.fspath(source), apart, columns, labels, task, max_length, BLOCK, overflow, limit, seed)
+    parts = read_for(name, asked)
     with file_errors():
         found = load_text_model(name, parts.train.description.task, parts.classes, parts.train.tokenizer, seed)
     head = head_remark(name, parts.classes)
@@ -87,41 +87,29 @@ def load_texts(
     return Texts(found, parts.train, parts.evaluation, parts.classes, parts.summary, remarks)
 
 
-def read_for(
-    model: str,
-    source: str | os.PathLike[str],
-    *,
-    evaluation: str | os.PathLike[str] | None = None,
-    text_columns: str | Sequence[str] = (),
-    label_columns: str | Sequence[str] = (),
-    task: TextTask | None = None,
-    max_length: int | None = None,
-    overflow: Overflow = "truncate",
-    limit: int | None = None,
-    seed: int = 0,
-) -> Parts:
+def read_for(model: str, asked: Reading) -> Parts:
     """Read texts as :func:`load_texts` does, without the weights of the model.
+
+    Args:
+        model: A folder or a name on the Hub.
+        asked: How; ``longest`` is what was asked for, ``None`` what the model takes, and ``block`` follows it.
 
     Raises:
         DataError: The source cannot be read, or is no data of such a task.
         ModelError: There is no such model, or it is none of texts.
     """
-    name, columns, labels = model, _several(text_columns), _several(label_columns)
-    for option, value in (("max_length", max_length), ("limit", limit)):
+    for option, value in (("max_length", asked.longest), ("limit", asked.limit)):
         if value is not None and value < 1:
             raise DataError(f"{option} is {value}; it must be at least 1")
-    if overflow not in OVERFLOWS:
-        raise DataError(f"overflow is {overflow!r}; possible are {', '.join(OVERFLOWS)}")
-    if task is not None and task not in TASKS:
-        raise DataError(f"no task {task!r}; there are {', '.join(TASKS)}")
+    if asked.overflow not in OVERFLOWS:
+        raise DataError(f"overflow is {asked.overflow!r}; possible are {', '.join(OVERFLOWS)}")
+    if asked.task is not None and asked.task not in TASKS:
+        raise DataError(f"no task {asked.task!r}; there are {', '.join(TASKS)}")
     with file_errors():
-        check_text_model(name)
-        tokenizer = load_tokenizer(name)
-        longest = _longest(name, tokenizer, max_length)
-        apart = None if evaluation is None else os.fspath(evaluation)
-        block = max_length or BLOCK
-        asked = Reading(os.fspath(source), apart, columns, labels, task, longest, block, overflow, limit, seed)
-        return read_texts(asked, tokenizer)
+        check_text_model(model)
+        tokenizer = load_tokenizer(model)
+        longest = _longest(model, tokenizer, asked.longest)
+        return read_texts(replace(asked, longest=longest, block=asked.longest or BLOCK), tokenizer)
 
 
 def _several(names: str | Sequence[str]) -> tuple[str, ...]:
